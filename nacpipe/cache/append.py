@@ -1,0 +1,150 @@
+"""Writing a cache: rows of a block first, then its mark, last the split's seal.
+
+    arrays of block k ──▶ blocks[k] = 1 ──▶ … all blocks … ──▶ sealed + digest
+          │                     │                                   │
+    killed here: k is     killed here: k is done,          killed here: seals anew
+    written again         the next block is next
+
+A writer never reads rows back and never touches another block's chunks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from nacpipe.cache.layout import Header, count_blocks, create_array, create_marks
+from nacpipe.cache.read import open_root
+from nacpipe.cache.seal import split_digest
+from nacpipe.core.provenance import diff
+from nacpipe.errors import CacheError, IdentityError
+
+
+class CacheWriter:
+    """A cache opened for writing. Opening one that exists checks that it was made from the same things."""
+
+    def __init__(self, path: str | Path, header: Header) -> None:
+        """Open the cache at `path`, or create it.
+
+        Raises:
+            IdentityError: it was made from something else; the message says what differs.
+            FormatError: it is not a cache of a version that this nacpipe writes.
+        """
+        self.path = str(path)
+        if Path(self.path, "zarr.json").exists():
+            self.root, self.header = open_root(self.path, mode="r+")
+            check_identity(self.path, self.header, header)
+            _remove_partials(Path(self.path))
+        else:
+            self.root = zarr.create_group(self.path, zarr_format=3, attributes=header.to_attributes())
+            self.header = header
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    def write_classifier(self, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
+        """Store the last linear layer: weight (classes, features), bias (classes,). Done once."""
+        group = self.root.require_group("classifier")
+        if group.attrs.get("written"):
+            return
+        for name, data in (("weight", weight), ("bias", bias)):
+            group.create_array(
+                name, data=np.asarray(data, np.float32), chunks=data.shape, fill_value=float("nan"), overwrite=True
+            )
+        group.attrs["written"] = True
+
+    def prepare(self, name: str, rows: int, images: Mapping[str, Any]) -> NDArray[np.bool_]:
+        """Create what is missing of a split and return which of its blocks are done, (blocks,) bool."""
+        group = self._group(name, {"rows": rows, "sealed": False, "digest": None, "images": dict(images)})
+        if (found := group.attrs["rows"]) != rows:
+            raise CacheError(f"{self.path}: {name} has {found} rows, not {rows}; drop it first with --force {name}")
+        for path, (width, dtype) in self.header.arrays().items():
+            if path not in group:
+                if "/" in path:
+                    group.require_group(path.split("/")[0])
+                create_array(group, path, rows, width, dtype, self.header.block_rows)
+        if "blocks" not in group:  # last: marks of arrays that are not there would be lies
+            create_marks(group, count_blocks(rows, self.header.block_rows))
+        return np.asarray(group["blocks"][:], dtype=bool)  # type: ignore[index]
+
+    def write_block(self, name: str, block: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Write one block of a split: every array's rows (rows in block, …), then the block's mark."""
+        expected = self.header.arrays()
+        if set(arrays) != set(expected):
+            raise CacheError(f"{name}, block {block}: got arrays {sorted(arrays)}, expected {sorted(expected)}")
+        start = block * self.header.block_rows
+        for path, data in arrays.items():
+            target = self._open(f"{name}/{path}")
+            stop = min(start + self.header.block_rows, target.shape[0])
+            if data.shape[0] != stop - start:
+                raise CacheError(f"{name}/{path}, block {block}: got {data.shape[0]} rows, expected {stop - start}")
+            target[start:stop] = data
+        self._open(f"{name}/blocks")[block : block + 1] = 1
+
+    def seal(self, name: str) -> None:
+        """Seal a split whose blocks are all marked.
+
+        Raises:
+            CacheError: some are not.
+        """
+        group = self.root[name]
+        assert isinstance(group, zarr.Group)
+        done = np.asarray(group["blocks"][:])  # type: ignore[index]
+        if not done.all():
+            raise CacheError(f"{self.path}: {name} has {int((done == 0).sum())} of {done.size} blocks to write")
+        attributes = dict(group.attrs)
+        group.attrs.update({"sealed": True, "digest": split_digest(group, attributes)})
+
+    def drop(self, name: str) -> None:
+        """Remove a split: its seal first, then its marks, then the rest, so that a half-removed one is never trusted."""
+        if name not in self.root:
+            return
+        group = self.root[name]
+        assert isinstance(group, zarr.Group)
+        group.attrs.update({"sealed": False, "digest": None})
+        if "blocks" in group:
+            del group["blocks"]
+        del self.root[name]
+        self._arrays.clear()
+
+    def _group(self, name: str, attributes: Mapping[str, Any]) -> zarr.Group:
+        parent = self.root
+        for part in name.split("/")[:-1]:
+            parent = parent.require_group(part)
+        leaf = name.split("/")[-1]
+        if leaf in parent:
+            group = parent[leaf]
+            assert isinstance(group, zarr.Group)
+            return group
+        return parent.create_group(leaf, attributes=dict(attributes))
+
+    def _open(self, path: str) -> zarr.Array[Any]:
+        if path not in self._arrays:
+            with zarr.config.set({"array.write_empty_chunks": True}):
+                array = self.root[path]
+            assert isinstance(array, zarr.Array)
+            self._arrays[path] = array
+        return self._arrays[path]
+
+
+def check_identity(path: str, stored: Header, wanted: Header) -> None:
+    """Refuse to mix what does not belong together.
+
+    Raises:
+        IdentityError: naming every value that differs and what to do.
+    """
+    if differences := diff(stored.whole_identity(), wanted.whole_identity()):
+        raise IdentityError(
+            f"{path} was made from something else: {'; '.join(differences)}. Give another --cache, or the same options"
+        )
+
+
+def _remove_partials(path: Path) -> None:
+    """Remove what a killed writer left between its temporary file and the rename."""
+    for leftover in path.rglob("*.partial"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()

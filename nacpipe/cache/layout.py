@@ -1,0 +1,194 @@
+"""What a cache holds: names, shapes, chunks and codecs of format version 1 (cache/README.md).
+
+    block 0                    block 1                    last block
+    ├── block_rows rows ──┤    ├── block_rows rows ──┤    ├─ the rest ─┤
+    one chunk per array and block; blocks[i] = 1 once every array of block i is written
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+
+from nacpipe.errors import FormatError, InputError
+
+FORMAT_VERSION = 1
+BLOCK_ROWS = 512
+
+# Never a legal value, so that a chunk that is not there cannot be mistaken for data: zarr reads it as the fill value.
+MISSING_INT = np.iinfo(np.int64).min
+
+RESERVED = ("blocks", "features", "logits", "label", "index", "classifier")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """One tapped layer."""
+
+    name: str
+    """The alias that people use: avgpool, layer3, …"""
+    path: str
+    """The module's path inside the network."""
+    pooling: str
+    """How the output becomes one number per neuron: sum-nchw, sum-nhwc, sum-tokens, class-token or none."""
+    neurons: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """The root's attributes."""
+
+    identity: Mapping[str, Any]
+    """What must match: benchmark, architecture, family, weights' sha256, transform, dtype."""
+    information: Mapping[str, Any]
+    """Versions, device, batch size, dates: shown, never compared."""
+    block_rows: int
+    """Rows of a block: the unit of writing, of resuming and of repair."""
+    layers: tuple[LayerSpec, ...]
+    classes: int
+    """Width of `logits`."""
+    features: int
+    """Width of `features`, the input of the last linear layer; 0 where the network has none."""
+
+    def whole_identity(self) -> dict[str, Any]:
+        """Identity with the layers in it: everything about the root that must match."""
+        layers = {spec.name: {"path": spec.path, "pooling": spec.pooling} for spec in self.layers}
+        return {**self.identity, "layers": layers}
+
+    def layer(self, name: str) -> LayerSpec:
+        """Return the layer of that name.
+
+        Raises:
+            InputError: the cache does not hold it.
+        """
+        for spec in self.layers:
+            if spec.name == name:
+                return spec
+        raise InputError(f"layer {name!r} is not in this cache; it holds {', '.join(s.name for s in self.layers)}")
+
+    def arrays(self) -> dict[str, tuple[int, str]]:
+        """Return every array of a split but `blocks`: its path in the split → (width, dtype); width 0 is one-dimensional."""
+        found = {f"{s.name}/{what}": (s.neurons, "float32") for s in self.layers for what in ("activation", "gradient")}
+        if self.features:
+            found["features"] = (self.features, "float32")
+        return {**found, "logits": (self.classes, "float32"), "label": (0, "int64"), "index": (0, "int64")}
+
+    def row_bytes(self) -> int:
+        """Return the raw bytes of one sample."""
+        return sum(max(width, 1) * np.dtype(dtype).itemsize for width, dtype in self.arrays().values())
+
+    def to_attributes(self) -> dict[str, Any]:
+        """Return the root's attributes."""
+        return {
+            "nacpipe_format": FORMAT_VERSION,
+            "identity": dict(self.identity),
+            "information": dict(self.information),
+            "block_rows": self.block_rows,
+            "layers": [
+                {"name": s.name, "path": s.path, "pooling": s.pooling, "neurons": s.neurons} for s in self.layers
+            ],
+            "classes": self.classes,
+            "features": self.features,
+        }
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any]) -> Header:
+        """Read the root's attributes.
+
+        Raises:
+            FormatError: they are not those of a cache, or of a version that this nacpipe does not know.
+        """
+        version = attributes.get("nacpipe_format")
+        if version is None:
+            raise FormatError("this Zarr group is not a nacpipe cache (it has no nacpipe_format)")
+        if version != FORMAT_VERSION:
+            raise FormatError(
+                f"this cache has format version {version}, this nacpipe reads version {FORMAT_VERSION};"
+                " use the nacpipe that wrote it, or extract anew into another --cache"
+            )
+        try:
+            return cls(
+                identity=dict(attributes["identity"]),
+                information=dict(attributes["information"]),
+                block_rows=int(attributes["block_rows"]),
+                layers=tuple(LayerSpec(**layer) for layer in attributes["layers"]),
+                classes=int(attributes["classes"]),
+                features=int(attributes["features"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"the cache's attributes are damaged ({type(error).__name__}: {error})") from error
+
+
+def check_layer_names(names: list[str]) -> None:
+    """Refuse layer names that would collide with a split's own arrays or leave its group.
+
+    Raises:
+        InputError: naming the layer.
+    """
+    for name in names:
+        if name in RESERVED or not name or name.startswith(".") or "/" in name:
+            raise InputError(f"layer name {name!r} cannot be used in a cache; reserved: {', '.join(RESERVED)}")
+
+
+def count_blocks(rows: int, block_rows: int) -> int:
+    """Return how many blocks hold this many rows."""
+    return -(-rows // block_rows)
+
+
+def create_array(group: zarr.Group, path: str, rows: int, width: int, dtype: str, block_rows: int) -> zarr.Array[Any]:
+    """Create one array of a split: chunks of (block_rows, width), Blosc zstd with bit shuffle, CRC32C on every chunk."""
+    kind = np.dtype(dtype)
+    return group.create_array(
+        path,
+        shape=(rows, width) if width else (rows,),
+        chunks=(block_rows, width) if width else (block_rows,),
+        dtype=dtype,
+        serializer=BytesCodec(),
+        compressors=(
+            BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=kind.itemsize),
+            Crc32cCodec(),
+        ),
+        fill_value=float("nan") if kind.kind == "f" else MISSING_INT,
+        dimension_names=("sample", "neuron") if width else ("sample",),
+        config={"write_empty_chunks": True},
+    )
+
+
+def create_marks(group: zarr.Group, blocks: int) -> zarr.Array[Any]:
+    """Create `blocks`, one chunk per mark, so that several writers never touch the same file."""
+    return group.create_array(
+        "blocks",
+        shape=(blocks,),
+        chunks=(1,),
+        dtype="uint8",
+        serializer=BytesCodec(),
+        compressors=(Crc32cCodec(),),
+        fill_value=0,
+        dimension_names=("block",),
+    )
+
+
+def find_splits(group: zarr.Group, prefix: str = "") -> list[str]:
+    """Return the names of all splits below a group: the groups with a `rows` attribute, in the order people read them."""
+    found: list[str] = []
+    for name, child in group.groups():
+        path = f"{prefix}{name}"
+        if "rows" in child.attrs:
+            found.append(path)
+        elif path != "classifier":
+            found += find_splits(child, f"{path}/")
+    return sorted(found, key=split_order)
+
+
+def split_order(name: str) -> tuple[int, str]:
+    """Sort key: id (train, subtrain, val, test), csid, ood/val, near, far."""
+    fixed = ["id/train", "id/subtrain", "id/val", "id/test", "csid/", "ood/val", "ood/near/", "ood/far/"]
+    for place, start in enumerate(fixed):
+        if name == start or (start.endswith("/") and name.startswith(start)):
+            return place, name
+    return len(fixed), name

@@ -1,0 +1,88 @@
+"""Detection metrics from two vectors of scores, by OpenOOD v1.5's conventions; fractions, never percent.
+
+A score is larger for samples that look like the training data, so a detector *flags* a sample whose score is at or below
+its threshold. Every distinct score is a threshold and ties count as ties.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nacpipe.errors import ValuesError
+
+Scores = NDArray[np.float64]  # (samples,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detection:
+    """How well scores tell ID from OOD."""
+
+    auroc: float
+    """Probability that an ID sample scores above an OOD sample, ties counted half."""
+    fpr95: float
+    """Share of ID samples flagged at the first threshold that flags at least 95 % of the OOD samples."""
+    aupr_in: float
+    """Area under precision and recall with ID as the positive class."""
+    aupr_out: float
+    """The same with OOD as the positive class. (OpenOOD prints these two under each other's name, its issue 211.)"""
+
+
+def detect(id_scores: Scores, ood_scores: Scores) -> Detection:
+    """Return all four metrics.
+
+    Raises:
+        ValuesError: one side is empty or holds NaN.
+    """
+    id_scores, ood_scores = _checked(id_scores, "ID"), _checked(ood_scores, "OOD")
+    return Detection(
+        auroc=auroc(id_scores, ood_scores),
+        fpr95=fpr95(id_scores, ood_scores),
+        aupr_in=_aupr(id_scores, ood_scores),
+        aupr_out=_aupr(-ood_scores, -id_scores),
+    )
+
+
+def auroc(id_scores: Scores, ood_scores: Scores) -> float:
+    """P(id > ood) + ½ P(id = ood), counted exactly: Mann-Whitney's U over the number of pairs."""
+    ood = np.sort(ood_scores)
+    below = int(np.searchsorted(ood, id_scores, side="left").sum())
+    below_or_equal = int(np.searchsorted(ood, id_scores, side="right").sum())
+    return (below + below_or_equal) / (2 * id_scores.size * ood.size)
+
+
+def fpr95(id_scores: Scores, ood_scores: Scores) -> float:
+    """The share of ID samples at or below the lowest threshold with at least 95 % of the OOD samples at or below it."""
+    needed = -(-19 * ood_scores.size // 20)  # the smallest k with k / n ≥ 0.95, in whole numbers
+    threshold = np.partition(ood_scores, needed - 1)[needed - 1]
+    return int((id_scores <= threshold).sum()) / id_scores.size
+
+
+def _aupr(positive: Scores, negative: Scores) -> float:
+    """The trapezoid under precision over recall, every distinct score a threshold, from (recall 0, precision 1)."""
+    scores = np.concatenate([positive, negative])
+    order = np.argsort(-scores, kind="stable")
+    is_positive = order < positive.size
+    last_of_ties = np.append(np.flatnonzero(np.diff(scores[order])), scores.size - 1)
+    true = np.cumsum(is_positive)[last_of_ties]
+    precision = np.concatenate([[1.0], true / (last_of_ties + 1)])
+    recall = np.concatenate([[0.0], true / positive.size])
+    return float(np.trapezoid(precision, recall))
+
+
+def accuracy(
+    logits: NDArray[np.float32],  # (samples, classes)
+    label: NDArray[np.int64],  # (samples,)
+) -> float:
+    """Return the share of samples whose largest logit is their label's."""
+    return float((logits.argmax(axis=1) == label).mean())
+
+
+def _checked(scores: Scores, side: str) -> Scores:
+    if scores.size == 0:
+        raise ValuesError(f"there are no {side} samples to compare")
+    if bool(np.isnan(scores).any()):
+        raise ValuesError(f"{int(np.isnan(scores).sum())} of {scores.size} {side} scores are NaN")
+    return scores

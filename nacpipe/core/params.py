@@ -1,0 +1,107 @@
+"""The parameters of NAC as frozen records, their bounds, and their JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, get_args
+
+from nacpipe.core.coverage import Edges, Source
+from nacpipe.errors import ParamsError
+
+MIN_BINS, MAX_BINS = 4, 100_000
+MAX_SATURATION = 10**9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerParams:
+    """What one layer needs to turn products into a score."""
+
+    bins: int
+    """Number of bin edges M, at least 4; there are M − 1 bins."""
+    saturation: int
+    """Training samples r that fill a bin; may exceed the training set (the table then never reaches 1)."""
+    alpha: float
+    """Steepness of the sigmoid, > 0."""
+    weight: float = 1.0
+    """The layer's share of the score before normalisation, ≥ 0."""
+    edges: Edges = "log"
+    """`log` (NAC-UE) or `linear` (NAC-ME)."""
+    source: Source = "product"
+    """What goes under the sigmoid: product, activation or gradient."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bins", _whole("bins", self.bins, MIN_BINS, MAX_BINS))
+        object.__setattr__(self, "saturation", _whole("saturation", self.saturation, 1, MAX_SATURATION))
+        object.__setattr__(self, "alpha", _real("alpha", self.alpha))
+        object.__setattr__(self, "weight", _real("weight", self.weight))
+        if not self.alpha > 0:
+            raise ParamsError(f"alpha is {self.alpha}; it must be above 0")
+        if self.weight < 0:
+            raise ParamsError(f"weight is {self.weight}; it must be at least 0")
+        for name, known in (("edges", get_args(Edges)), ("source", get_args(Source))):
+            if getattr(self, name) not in known:
+                raise ParamsError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NacParams:
+    """The parameters of a whole detector: one record per layer, in the order of the score's sum."""
+
+    layers: Mapping[str, LayerParams]
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ParamsError("there are no layers in these parameters")
+        if not any(layer.weight > 0 for layer in self.layers.values()):
+            raise ParamsError("every layer's weight is 0; at least one must be above 0")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return `{"layers": {name: {field: value}}}`, ready for json.dumps."""
+        return {
+            "layers": {
+                name: {f.name: getattr(layer, f.name) for f in fields(layer)} for name, layer in self.layers.items()
+            }
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> NacParams:
+        """Read what `to_json` returns; keys beside `layers` are ignored.
+
+        Raises:
+            ParamsError: the data is not of that form, naming the layer and field.
+        """
+        layers = data.get("layers") if isinstance(data, dict) else None
+        if not isinstance(layers, dict):
+            raise ParamsError('parameters need an object {"layers": {NAME: {"bins": …, "saturation": …, "alpha": …}}}')
+        return cls(layers={str(name): _layer_from_json(str(name), entry) for name, entry in layers.items()})
+
+
+def _layer_from_json(name: str, entry: Any) -> LayerParams:
+    known = [f.name for f in fields(LayerParams)]
+    if not isinstance(entry, dict):
+        raise ParamsError(f"layer {name!r} must be an object with {', '.join(known)}")
+    unknown = [str(key) for key in entry if key not in known]
+    missing = [key for key in ("bins", "saturation", "alpha") if key not in entry]
+    if unknown or missing:
+        what = f"does not know {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
+        raise ParamsError(f"layer {name!r} {what}; fields: {', '.join(known)}")
+    try:
+        return LayerParams(**entry)
+    except ParamsError as error:
+        raise ParamsError(f"layer {name!r}: {error}") from None
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or int(min(value, 1e18)) != value:
+        raise ParamsError(f"{name} is {value!r}; it must be a whole number")
+    if not low <= value <= high:
+        raise ParamsError(f"{name} is {value}; it must lie between {low} and {high}")
+    return int(value)
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300 or not math.isfinite(value):
+        raise ParamsError(f"{name} is {value!r}; it must be a finite number")
+    return float(value)

@@ -1,0 +1,1 @@
+"""The network wing, the only rooms that know torch: models, images, taps, extraction."""

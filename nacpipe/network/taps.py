@@ -1,0 +1,124 @@
+"""Two numbers per neuron and image, for all tapped layers, from one forward and one backward pass.
+
+    images ──▶ … ──▶ first tap ──▶ … ──▶ tap ──▶ … ──▶ logits        forward: each tap's output is kept
+    nothing is recorded ▏◀──────── gradient ────────── softmax(logits) − 1/classes
+
+The gradient is of the cross-entropy from the uniform distribution to softmax(logits), summed over the batch; in the
+logits themselves it is softmax − uniform, so that is what the backward pass starts from (design §3). Activation and
+gradient are pooled separately. No model's or layer's name is known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nacpipe.cache import LayerSpec
+from nacpipe.errors import InputError
+
+POOLINGS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sum-nchw": lambda x: x.sum(dim=(2, 3)) if x.dim() == 4 else x,  # (n, c, h, w) → (n, c)
+    "sum-nhwc": lambda x: x.sum(dim=(1, 2)) if x.dim() == 4 else x,  # (n, h, w, c) → (n, c)
+    "sum-tokens": lambda x: x.sum(dim=1),  # (n, tokens, units) → (n, units)
+    "class-token": lambda x: x[:, 0],  # (n, tokens, units) → (n, units)
+    "none": lambda x: x,  # (n, units)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tapped:
+    """What one batch of n images gave."""
+
+    activation: Mapping[str, Tensor]
+    """Layer name → (n, neurons)."""
+    gradient: Mapping[str, Tensor]
+    """Layer name → (n, neurons)."""
+    logits: Tensor
+    """(n, classes)"""
+    features: Tensor | None
+    """(n, d), the classifier's input; None where there is no classifier."""
+
+
+class Taps:
+    """Hooks on a network's layers, for as long as the `with` block lasts."""
+
+    def __init__(self, network: nn.Module, layers: Sequence[LayerSpec], classifier: str | None) -> None:
+        """Tap `layers` of `network`; `classifier` is the path of the last linear layer.
+
+        Raises:
+            InputError: a path leads to no module, naming layer and path.
+        """
+        self.network, self.layers = network, layers
+        modules = dict(network.named_modules())
+        for spec in layers:
+            if spec.path not in modules:
+                raise InputError(f"layer {spec.name!r}: the network has no module {spec.path!r}")
+        self._outputs: dict[str, Tensor] = {}
+        self._features: Tensor | None = None
+        self._handles = [modules[s.path].register_forward_hook(self._keep(s)) for s in layers]
+        if classifier is not None:
+            self._handles.append(modules[classifier].register_forward_pre_hook(self._keep_features))
+
+    def __enter__(self) -> Taps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def __call__(self, images: Tensor) -> Tapped:
+        """Run one batch (n, channels, height, width).
+
+        Raises:
+            InputError: a layer has no influence on the logits, or cannot be pooled as told.
+        """
+        self._outputs.clear()
+        self._features = None
+        with torch.enable_grad():
+            logits = self.network(images)
+        if missing := [s.name for s in self.layers if s.name not in self._outputs]:
+            raise InputError(f"layer {missing[0]!r} did not run in a forward pass")
+        outputs = [self._outputs[s.name] for s in self.layers]
+        with torch.no_grad():
+            start = logits.softmax(dim=1) - 1.0 / logits.shape[1]  # d loss / d logits
+        gradients = torch.autograd.grad(logits, outputs, grad_outputs=start, allow_unused=True)
+        pooled: dict[str, Tensor] = {}
+        for spec, gradient in zip(self.layers, gradients, strict=True):
+            if gradient is None:
+                raise InputError(f"layer {spec.name!r} has no influence on the logits")
+            pooled[spec.name] = POOLINGS[spec.pooling](gradient)
+        return Tapped(
+            activation={s.name: POOLINGS[s.pooling](self._outputs[s.name].detach()) for s in self.layers},
+            gradient=pooled,
+            logits=logits.detach(),
+            features=None if self._features is None else torch.flatten(self._features.detach(), 1),
+        )
+
+    def _keep(self, spec: LayerSpec) -> Callable[[nn.Module, object, object], Tensor]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> Tensor:
+            if not isinstance(output, Tensor):
+                raise InputError(f"layer {spec.name!r} returns {type(output).__name__}, not one tensor")
+            # The first tap starts the graph: parameters need no gradient, so nothing below it was recorded.
+            kept = output if output.requires_grad else output.detach().requires_grad_()
+            self._outputs[spec.name] = kept
+            return kept
+
+        return hook
+
+    def _keep_features(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._features = inputs[0]
+
+
+def freeze(network: nn.Module) -> nn.Module:
+    """Make a network ready to be tapped: evaluation mode, no parameter gradients, no in-place activations.
+
+    An in-place activation after a tapped layer would overwrite the tapped value; out of place it computes the same.
+    """
+    network.eval().requires_grad_(False)
+    for module in network.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+    return network
