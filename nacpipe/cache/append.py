@@ -35,13 +35,18 @@ class CacheWriter:
         Raises:
             IdentityError: it was made from something else; the message says what differs.
             FormatError: it is not a cache of a version that this nacpipe writes.
+            CacheError: something else is there.
         """
         self.path = str(path)
-        if Path(self.path, "zarr.json").exists():
+        root = Path(self.path)
+        if (root / "zarr.json").exists():
             self.root, self.header = open_root(self.path, mode="r+")
             check_identity(self.path, self.header, header)
-            _remove_partials(Path(self.path))
+            _remove_partials(root, "**/*.partial")
+        elif root.is_file() or any(not entry.match("zarr.*.partial") for entry in root.glob("*")):
+            raise CacheError(f"{self.path} is there already and is not a cache; give another --cache")
         else:
+            _remove_partials(root, "zarr.*.partial")  # of a root that was never finished
             self.root = zarr.create_group(self.path, zarr_format=3, attributes=header.to_attributes())
             self.header = header
         self._arrays: dict[str, zarr.Array[Any]] = {}
@@ -80,8 +85,9 @@ class CacheWriter:
         for path, data in arrays.items():
             target = self._open(f"{name}/{path}")
             stop = min(start + self.header.block_rows, target.shape[0])
-            if data.shape[0] != stop - start:
-                raise CacheError(f"{name}/{path}, block {block}: got {data.shape[0]} rows, expected {stop - start}")
+            expected_shape = (stop - start, *target.shape[1:])
+            if data.shape != expected_shape:  # zarr would broadcast
+                raise CacheError(f"{name}/{path}, block {block}: got shape {data.shape}, expected {expected_shape}")
             target[start:stop] = data
         self._open(f"{name}/blocks")[block : block + 1] = 1
 
@@ -97,7 +103,8 @@ class CacheWriter:
         if not done.all():
             raise CacheError(f"{self.path}: {name} has {int((done == 0).sum())} of {done.size} blocks to write")
         attributes = dict(group.attrs)
-        group.attrs.update({"sealed": True, "digest": split_digest(group, attributes)})
+        # One write, where attrs.update makes one per key: killed in between, it would be sealed without a digest.
+        group.update_attributes({"sealed": True, "digest": split_digest(group, attributes)})
 
     def drop(self, name: str) -> None:
         """Remove a split: its seal first, then its marks, then the rest, so that a half-removed one is never trusted."""
@@ -105,7 +112,7 @@ class CacheWriter:
             return
         group = self.root[name]
         assert isinstance(group, zarr.Group)
-        group.attrs.update({"sealed": False, "digest": None})
+        group.update_attributes({"sealed": False, "digest": None})
         if "blocks" in group:
             del group["blocks"]
         del self.root[name]
@@ -120,7 +127,8 @@ class CacheWriter:
             group = parent[leaf]
             assert isinstance(group, zarr.Group)
             return group
-        return parent.create_group(leaf, attributes=dict(attributes))
+        # A removal that was cut short may have left arrays of other rows below a group that is gone.
+        return parent.create_group(leaf, attributes=dict(attributes), overwrite=True)
 
     def _open(self, path: str) -> zarr.Array[Any]:
         if path not in self._arrays:
@@ -143,8 +151,8 @@ def check_identity(path: str, stored: Header, wanted: Header) -> None:
         )
 
 
-def _remove_partials(path: Path) -> None:
+def _remove_partials(path: Path, pattern: str) -> None:
     """Remove what a killed writer left between its temporary file and the rename."""
-    for leftover in path.rglob("*.partial"):
+    for leftover in path.glob(pattern):
         with contextlib.suppress(OSError):
             leftover.unlink()

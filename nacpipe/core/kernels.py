@@ -14,14 +14,24 @@ A trial (`fill_ranked`) lays its borders over both ascending rows at once:
 
 Compiled code is cached on disk by numba, beside this file or, where that cannot be written, in the user's cache folder;
 its index is keyed by processor, so a copied cache is never stale.
+
+Threads are numba's own work queue: OpenMP's threads spin while they wait, and where two searches share a machine's cores
+each takes five times as long. The work queue must not be entered twice at once, hence the lock.
 """
 
 from __future__ import annotations
+
+import os
+import threading
 
 import numba
 import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
+
+if "NUMBA_THREADING_LAYER" not in os.environ:
+    numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
+_ENTERED = threading.Lock()
 
 
 @njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
@@ -127,7 +137,9 @@ def fill_ranked(
 ) -> NDArray[np.int64]:
     """Return Σ over neurons of min(count, saturation) at each indexed sample's bins, (n_query,) int64."""
     chunks = min(train.shape[0], 4 * numba.get_num_threads())
-    return np.asarray(_fill_ranked(train, queries, ranks, borders, saturation, chunks).sum(axis=0))
+    with _ENTERED:
+        partial = _fill_ranked(train, queries, ranks, borders, saturation, chunks)
+    return np.asarray(partial.sum(axis=0))
 
 
 def count_sorted(
@@ -135,7 +147,8 @@ def count_sorted(
     borders: NDArray[np.float32],  # (bins,)
 ) -> NDArray[np.int32]:
     """Return how many training samples fall in each bin, (neurons, bins − 1) int32."""
-    return np.asarray(_count_sorted(train, borders))
+    with _ENTERED:
+        return np.asarray(_count_sorted(train, borders))
 
 
 def fill_rows(
@@ -145,7 +158,8 @@ def fill_rows(
     saturation: int,
 ) -> NDArray[np.int64]:
     """Return what `fill_ranked` returns, for samples that were not indexed, (samples,) int64."""
-    return np.asarray(_fill_rows(products, borders, counts, saturation))
+    with _ENTERED:
+        return np.asarray(_fill_rows(products, borders, counts, saturation))
 
 
 def sort_columns(products: NDArray[np.float32]) -> NDArray[np.float32]:  # (samples, neurons)

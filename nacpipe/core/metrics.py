@@ -65,7 +65,8 @@ def _aupr(positive: Scores, negative: Scores) -> float:
     scores = np.concatenate([positive, negative])
     order = np.argsort(-scores, kind="stable")
     is_positive = order < positive.size
-    last_of_ties = np.append(np.flatnonzero(np.diff(scores[order])), scores.size - 1)
+    descending = scores[order]
+    last_of_ties = np.append(np.flatnonzero(descending[1:] != descending[:-1]), scores.size - 1)
     true = np.cumsum(is_positive)[last_of_ties]
     precision = np.concatenate([[1.0], true / (last_of_ties + 1)])
     recall = np.concatenate([[0.0], true / positive.size])

@@ -94,7 +94,8 @@ def _layer_from_json(name: str, entry: Any) -> LayerParams:
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or int(min(value, 1e18)) != value:
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())  # infinity and NaN are not
+    if isinstance(value, bool) or not whole:
         raise ParamsError(f"{name} is {value!r}; it must be a whole number")
     if not low <= value <= high:
         raise ParamsError(f"{name} is {value}; it must lie between {low} and {high}")

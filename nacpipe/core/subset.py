@@ -21,12 +21,15 @@ def choose_balanced(
     whole list is shuffled and its first `count` rows are taken.
 
     Raises:
-        InputError: the count is not positive, or a label lies outside 0 … classes − 1.
+        InputError: the count is not positive, there are no labels, or one lies outside 0 … classes − 1.
     """
     if count < 1:
         raise InputError(f"train-images is {count}; it must be at least 1")
-    if labels.size == 0 or labels.min() < 0 or labels.max() >= classes:
-        raise InputError(f"training labels must lie in 0 … {classes - 1}; found {sorted(set(labels.tolist()))[:5]} …")
+    if labels.size == 0:
+        raise InputError("there are no training images to choose from")
+    if (outside := np.unique(labels[(labels < 0) | (labels >= classes)])).size:
+        few = ", ".join(str(label) for label in outside[:5]) + (" …" if outside.size > 5 else "")
+        raise InputError(f"training labels must lie in 0 … {classes - 1}; found {few}")
     if count < classes:
         return _shuffled(np.arange(labels.size), seed)[:count]
     found, first = np.unique(labels, return_index=True)

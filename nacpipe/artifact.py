@@ -1,0 +1,70 @@
+"""params.json: what the search writes and everything else reads.
+
+    {"layers": {"avgpool": {"bins": 50, "saturation": 50, "alpha": 100.0, "weight": 1.0, "edges": …, "source": …}, …},
+     "result": {"val_auroc": …, "val_fpr95": …, "subtrain_auroc": …, "trials": …, "seconds": …, "seed": …},
+     "made_by": {…}}
+
+Only `layers` is needed; `edges`, `source` and `weight` have defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nacpipe.core.params import NacParams
+from nacpipe.errors import InputError, ParamsError
+
+MAX_BYTES = 16 * 2**20  # a parameter file is a few kB; more is a mistake
+
+
+def read_params(path: str | Path) -> NacParams:
+    """Read a parameter file.
+
+    Raises:
+        ParamsError: it is not there, not JSON, or malformed; the message names the file.
+    """
+    try:
+        if (size := os.path.getsize(path)) > MAX_BYTES:
+            raise ParamsError(f"it has {size} bytes; at most {MAX_BYTES} are read")
+        return NacParams.from_json(json.loads(Path(path).read_text("utf-8")))
+    except FileNotFoundError:
+        raise ParamsError(f"there is no parameter file {path}; make one with: nacpipe search CACHE") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ParamsError(f"{path} cannot be read as JSON: {error}") from None
+    except ParamsError as error:
+        raise ParamsError(f"{path}: {error}") from None
+
+
+def write_params(path: str | Path, params: NacParams, **sections: Mapping[str, Any]) -> None:
+    """Write parameters and further sections (`result`, `made_by`) whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    target = Path(path)
+    text = json.dumps({**params.to_json(), **sections}, indent=2) + "\n"
+    try:
+        handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(draft, 0o644)
+            os.replace(draft, target)
+        except BaseException:
+            os.unlink(draft)
+            raise
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error.strerror or error}") from None
+
+
+def beside_cache(cache: str, suffix: str) -> Path:
+    """Return the file beside a cache: `X.zarr` → `X` + suffix."""
+    path = Path(cache)
+    return path.with_name(path.name.removesuffix(".zarr") + suffix)

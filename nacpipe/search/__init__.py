@@ -1,0 +1,1 @@
+"""The search wing: CPU only, never torch. Scoring, the study, evaluation."""

@@ -1,0 +1,185 @@
+"""The one path from cached states to scores.
+
+Two ways to walk it, which give the same integers and so the same scores:
+
+    fit_coverage(cache, params).score(split)      any split, block by block, in bounded memory
+    Scorer(cache, …).layer_scores(layer, params)  the search's splits, indexed once, a few milliseconds per trial
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nacpipe.cache import Cache, SplitView
+from nacpipe.core.coverage import Source, bin_edges, combine_layers, layer_score, product_borders, select_source
+from nacpipe.core.kernels import count_sorted, fill_ranked, fill_rows, rank_columns, sort_columns
+from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.errors import ParamsError, ValuesError
+
+REMEMBER_BYTES = 256 * 2**20  # of layer scores that a Scorer keeps
+
+
+def read_source(
+    split: SplitView, layer: str, source: Source = "product", rows: slice = slice(None)
+) -> NDArray[np.float32]:
+    """Return what goes under the sigmoid for these rows of a layer, (rows, neurons).
+
+    Raises:
+        ValuesError: NaN or infinity, naming layer, split and row.
+    """
+    view = split[layer]
+    activation = view.activation[rows] if source != "gradient" else None
+    gradient = view.gradient[rows] if source != "activation" else None
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = select_source(activation, gradient, source)  # type: ignore[arg-type]
+    if not np.isfinite(values).all():
+        row, neuron = np.argwhere(~np.isfinite(values))[0]
+        raise ValuesError(
+            f"layer {layer!r}, split {split.name}, row {int(row) + (rows.start or 0)}, neuron {int(neuron)}:"
+            f" the {source} is {values[row, neuron]}; extract the split again with --force {split.name}"
+        )
+    return np.ascontiguousarray(values)
+
+
+def check_layers(cache: Cache, layers: Sequence[str]) -> None:
+    """Refuse parameters for layers that the cache does not hold.
+
+    Raises:
+        ParamsError: naming the layer, the cache and what it holds.
+    """
+    held = [spec.name for spec in cache.header.layers]
+    for layer in layers:
+        if layer not in held:
+            raise ParamsError(
+                f"layer {layer!r} is not in {cache.path}; it holds {', '.join(held)};"
+                f" extract it into another cache with --layers {layer}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class FittedLayer:
+    """A layer's coverage: where its bins are and how full they got."""
+
+    params: LayerParams
+    borders: NDArray[np.float32]  # (bins,)
+    counts: NDArray[np.int32]  # (neurons, bins - 1)
+
+    def score(self, products: NDArray[np.float32]) -> NDArray[np.float64]:  # (samples, neurons) → (samples,)
+        """Return the mean over neurons of the table at each sample's bins."""
+        filled = fill_rows(products, self.borders, self.counts, self.params.saturation)
+        return layer_score(filled, self.counts.shape[0], self.params.saturation)
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Everything that turns a sample's states into its score."""
+
+    layers: Mapping[str, FittedLayer]
+
+    def score(self, split: SplitView, block: int = 4096) -> NDArray[np.float64]:
+        """Return the score of every sample of a split, (rows,), reading `block` rows at a time."""
+        scores = np.empty(split.rows)
+        for start in range(0, split.rows, block):
+            rows = slice(start, min(start + block, split.rows))
+            layer_scores = [
+                fitted.score(read_source(split, name, fitted.params.source, rows))
+                for name, fitted in self.layers.items()
+            ]
+            scores[rows] = combine_layers(np.stack(layer_scores), self.weights)
+        return scores
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """(layers,), as given."""
+        return np.array([fitted.params.weight for fitted in self.layers.values()])
+
+
+def fit_coverage(cache: Cache, params: NacParams) -> Coverage:
+    """Count the training states of every layer.
+
+    Raises:
+        ParamsError: a layer is not in the cache.
+    """
+    check_layers(cache, list(params.layers))
+    fitted = {}
+    for name, layer in params.layers.items():
+        borders = product_borders(bin_edges(layer.bins, layer.edges), layer.alpha)
+        train = sort_columns(read_source(cache["id/train"], name, layer.source))
+        fitted[name] = FittedLayer(layer, borders, count_sorted(train, borders))
+    return Coverage(fitted)
+
+
+def score_splits(cache: Cache, params: NacParams, splits: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """Return split → scores (rows,); larger = more like the training data."""
+    coverage = fit_coverage(cache, params)
+    return {name: coverage.score(cache[name]) for name in splits}
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """One layer's columns, sorted once."""
+
+    train: NDArray[np.float32]  # (neurons, n_train)
+    queries: NDArray[np.float32]  # (neurons, n_query)
+    ranks: NDArray[np.uint16] | NDArray[np.uint32]  # (neurons, n_query)
+
+
+class Scorer:
+    """Scores of the search's splits under ever new parameters.
+
+    A layer's scores are remembered per (layer, bins, alpha, saturation, edges, source): a trial that repeats them costs
+    a weighted sum.
+    """
+
+    def __init__(self, cache: Cache, layers: Sequence[str], splits: Sequence[str]) -> None:
+        """Read and sort these layers of id/train and of `splits`."""
+        check_layers(cache, layers)
+        self.layers = tuple(layers)
+        self.train_rows = cache["id/train"].rows
+        self.rows: dict[str, slice] = {}
+        for name in splits:
+            start = max((rows.stop for rows in self.rows.values()), default=0)
+            self.rows[name] = slice(start, start + cache[name].rows)
+        self._cache = cache
+        self._indexes: dict[tuple[str, Source], _Index] = {}
+        self._remembered: OrderedDict[tuple[str, LayerParams], NDArray[np.float64]] = OrderedDict()
+        self._room = REMEMBER_BYTES
+
+    def index(self, layer: str, source: Source = "product") -> _Index:
+        """Return a layer's sorted columns, made when first needed."""
+        if (layer, source) not in self._indexes:
+            train = sort_columns(read_source(self._cache["id/train"], layer, source))
+            evaluated = np.concatenate([read_source(self._cache[name], layer, source) for name in self.rows])
+            self._indexes[layer, source] = _Index(train, sort_columns(evaluated), rank_columns(evaluated))
+        return self._indexes[layer, source]
+
+    def layer_scores(self, layer: str, params: LayerParams) -> NDArray[np.float64]:
+        """Return one layer's scores of all splits, (samples,); weight plays no part."""
+        key = (layer, replace(params, weight=1.0))
+        found = self._remembered.get(key)
+        if found is not None:
+            self._remembered.move_to_end(key)
+            return found
+        index = self.index(layer, params.source)
+        borders = product_borders(bin_edges(params.bins, params.edges), params.alpha)
+        filled = fill_ranked(index.train, index.queries, index.ranks, borders, params.saturation)
+        scores = layer_score(filled, index.train.shape[0], params.saturation)
+        self._remember(key, scores)
+        return scores
+
+    def scores(self, params: NacParams) -> NDArray[np.float64]:
+        """Return the scores of all splits, (samples,); `rows` says which are whose."""
+        layer_scores = np.stack([self.layer_scores(name, layer) for name, layer in params.layers.items()])
+        return combine_layers(layer_scores, np.array([layer.weight for layer in params.layers.values()]))
+
+    def _remember(self, key: tuple[str, LayerParams], scores: NDArray[np.float64]) -> None:
+        self._remembered[key] = scores
+        self._room -= scores.nbytes
+        while self._room < 0:
+            _, oldest = self._remembered.popitem(last=False)
+            self._room += oldest.nbytes

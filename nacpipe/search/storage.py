@@ -1,0 +1,87 @@
+"""Where a study is kept: a journal file by default, any RDB by URL.
+
+A journal is lines of JSON, appended under a lock. Two things that Optuna's own file lock does not survive are mended
+here: a process killed while it holds the lock (the kernel drops a flock with its process; nobody waits 30 s), and a
+last line torn by a full disk or a power cut (the next append would glue to it and make the study unreadable for ever;
+here the torn tail is cut off under the lock before anything is appended).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+from nacpipe.errors import StudyError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class TailMendingLock:
+    """An exclusive flock on the journal itself; taking it cuts off a torn last line."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._held: list[int] = []
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            _cut_torn_tail(handle)
+        except BaseException:
+            os.close(handle)
+            raise
+        self._held.append(handle)
+        return True
+
+    def release(self) -> None:
+        """Give the lock back."""
+        os.close(self._held.pop())
+
+
+def _cut_torn_tail(handle: int) -> None:
+    size = os.fstat(handle).st_size
+    if size == 0 or os.pread(handle, 1, size - 1) == b"\n":
+        return
+    start = size
+    while start > 0:  # the last line end before the torn tail
+        step = min(start, 1 << 16)
+        found = os.pread(handle, step, start - step).rfind(b"\n")
+        if found >= 0:
+            os.ftruncate(handle, start - step + found + 1)
+            return
+        start -= step
+    os.ftruncate(handle, 0)
+
+
+def open_storage(where: str) -> BaseStorage:
+    """Open a journal file (a path) or a database (a URL with `://`).
+
+    Raises:
+        StudyError: it cannot be opened, naming it.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        if "://" in where:
+            return RDBStorage(where)
+        if not Path(where).parent.is_dir():
+            raise StudyError(f"the folder of the study {where} is not there")
+        if fcntl is None:
+            return JournalStorage(JournalFileBackend(where, lock_obj=JournalFileOpenLock(where)))
+        lock = TailMendingLock(where)
+        lock.acquire()  # mends the tail before the first reading
+        lock.release()
+        return JournalStorage(JournalFileBackend(where, lock_obj=lock))  # type: ignore[arg-type]
+    except StudyError:
+        raise
+    except Exception as error:  # every database driver has errors of its own
+        line = (str(error).splitlines() or [""])[0]
+        raise StudyError(f"the study's storage {where} cannot be opened: {type(error).__name__}: {line}") from error

@@ -1,0 +1,334 @@
+"""The search as an Optuna study: open, go on, record, report.
+
+Every evaluated combination is a trial with its parameters, value, duration and checks. A trial is recorded whole, in
+one append, after it was evaluated; killed at any moment a search loses the trial it was computing and nothing else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+import nacpipe
+from nacpipe.artifact import beside_cache
+from nacpipe.cache import Cache, open_cache
+from nacpipe.core.baselines import energy
+from nacpipe.core.kernels import set_threads
+from nacpipe.core.metrics import auroc, fpr95
+from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.core.provenance import SEARCH_SPLITS, diff, fingerprint
+from nacpipe.core.published import published_params
+from nacpipe.errors import InputError, ParamsError, StudyError
+from nacpipe.search.scoring import Scorer, check_layers
+from nacpipe.search.space import Space, measure_space, to_json
+from nacpipe.search.storage import open_storage
+from nacpipe.search.strategy import Strategy
+from nacpipe.search.weights import fisher_weights
+
+OVERFIT_POINTS = 0.03  # below Energy's id/val-against-id/subtrain AUROC: NAC knows its training data too well
+FIELDS = ("bins", "alpha", "saturation", "weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchRequest:
+    """What someone asks for."""
+
+    cache: Path
+    trials: int = 2000
+    """Completed trials that the study shall have, whatever was done before."""
+    timeout: float | None = None
+    """Seconds for this command."""
+    seed: int = 1
+    layers: tuple[str, ...] = ()
+    """Names; none means all that the cache holds."""
+    threads: int | None = None
+    storage: str | None = None
+    """A journal file or a database URL; none means X.study.log beside the cache."""
+    study: str = "nac"
+    """The study's name in its storage; the seed is added to it."""
+
+    @property
+    def study_name(self) -> str:
+        """A study per seed: another seed is another search in the same storage."""
+        return f"{self.study}-seed{self.seed}"
+
+    @property
+    def where(self) -> str:
+        """The storage."""
+        return self.storage or str(beside_cache(str(self.cache), ".study.log"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checks:
+    """What is measured of every trial, fractions."""
+
+    val_auroc: float
+    val_fpr95: float
+    subtrain_auroc: float | None
+    """id/val as ID against id/subtrain as if it were OOD; None where the cache has no id/subtrain."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchResult:
+    """What a study has found so far."""
+
+    params: NacParams
+    checks: Checks
+    energy_subtrain: float | None
+    """Energy's id/val-against-id/subtrain AUROC: how well the network itself knows its training data."""
+    energy_val: float
+    """Energy's AUROC of id/val against ood/val."""
+    alone: Mapping[str, float]
+    """Layer → the best validation AUROC that it reached alone, where it was tried."""
+    trials: int
+    seconds: float
+    """Wall time of all sessions of the study."""
+    seed: int
+    ended: str
+    """trials, timeout or interrupted."""
+
+    @property
+    def overfits(self) -> bool:
+        """True where NAC tells training images from others markedly better than the network's own Energy does."""
+        subtrain, own = self.checks.subtrain_auroc, self.energy_subtrain
+        return subtrain is not None and own is not None and subtrain < own - OVERFIT_POINTS
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the `result` section of params.json."""
+        return {
+            "val_auroc": self.checks.val_auroc,
+            "val_fpr95": self.checks.val_fpr95,
+            "subtrain_auroc": self.checks.subtrain_auroc,
+            "energy_val_auroc": self.energy_val,
+            "energy_subtrain_auroc": self.energy_subtrain,
+            "overfits": self.overfits,
+            "alone": dict(self.alone),
+            "trials": self.trials,
+            "seconds": round(self.seconds, 3),
+            "seed": self.seed,
+            "ended": self.ended,
+        }
+
+
+class Search:
+    """A study opened on its cache, ready to run or to be looked at."""
+
+    def __init__(self, request: SearchRequest, *, create: bool = True) -> None:
+        """Open cache and study.
+
+        Raises:
+            StudyError: the study was made with another cache, or with `create=False` there is none.
+            CacheError: the cache is not there or not finished.
+        """
+        if request.trials < 1:
+            raise InputError(f"trials is {request.trials}; it must be at least 1")
+        if request.timeout is not None and request.timeout <= 0:
+            raise InputError(f"timeout is {request.timeout}; it must be above 0 seconds")
+        set_threads(request.threads)
+        self.request = request
+        self.cache = open_cache(request.cache)
+        self.layers = request.layers or tuple(spec.name for spec in self.cache.header.layers)
+        check_layers(self.cache, self.layers)
+        splits = [name for name in SEARCH_SPLITS[1:] if name != "id/subtrain" or name in self.cache]
+        self.scorer = Scorer(self.cache, self.layers, splits)
+        self.published = _published(self.cache, self.layers)
+        identity = self.cache.search_identity(SEARCH_SPLITS, self.layers)
+        self.study = self._open(identity, create)
+
+    def _open(self, identity: dict[str, Any], create: bool) -> optuna.Study:
+        request = self.request
+        if not create and "://" not in request.where and not Path(request.where).exists():
+            raise StudyError(f"there is no study {request.where}; start one with: nacpipe search {request.cache}")
+        storage = open_storage(request.where)
+        names = optuna.get_all_study_names(storage)
+        bound = {"fingerprint": fingerprint(identity), "identity": identity}
+        for name in names:
+            attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
+            if name == request.study_name or "://" not in request.where:
+                _check_bound(request, name, attributes, bound)
+        if request.study_name in names:
+            return optuna.load_study(study_name=request.study_name, storage=storage)
+        if not create:
+            raise StudyError(f"{request.where} holds no study {request.study_name}; it holds {', '.join(names) or 'none'}")
+        study = optuna.create_study(study_name=request.study_name, storage=storage, direction="maximize")
+        for key, value in {**bound, "seed": request.seed, "nacpipe": nacpipe.__version__}.items():
+            study.set_user_attr(key, value)
+        return study
+
+    def space(self) -> Space:
+        """Return every layer's ranges, from its training products."""
+        return {
+            layer: measure_space(layer, self.scorer.index(layer).train, self.scorer.train_rows)
+            for layer in self.layers
+        }
+
+    def completed(self) -> list[FrozenTrial]:
+        """Return the study's completed trials, oldest first."""
+        trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return sorted(trials, key=lambda trial: trial.number)
+
+    def run(self, progress: Callable[[int, float], None] = lambda done, best: None) -> SearchResult:
+        """Go on until the study has the trials asked for, or the time is up; Ctrl-C ends it too.
+
+        Args:
+            progress: called after every trial with the completed trials and the best value.
+        """
+        started = time.monotonic()
+        strategy, ended = Strategy(self.space(), self.request.seed, self.weigh, self.published), "trials"
+        for trial in self.completed():
+            strategy.tell(trial_params(trial, self.layers), float(trial.value or 0.0))
+        distributions = _distributions(strategy.space, self.published)
+        seconds = float(self.study.user_attrs.get("seconds", 0.0))
+        try:
+            while strategy.told < self.request.trials:
+                if self.request.timeout is not None and time.monotonic() - started >= self.request.timeout:
+                    ended = "timeout"
+                    break
+                begun = datetime.datetime.now()
+                proposal = strategy.ask()
+                checks = self.measure(proposal.params)
+                trial = optuna.trial.create_trial(
+                    value=checks.val_auroc,
+                    params=_flatten(proposal.params),
+                    distributions=distributions,
+                    user_attrs={
+                        "phase": proposal.phase,
+                        "val_fpr95": checks.val_fpr95,
+                        "subtrain_auroc": checks.subtrain_auroc,
+                    },
+                )
+                trial.datetime_start, trial.datetime_complete = begun, datetime.datetime.now()
+                self.study.add_trial(trial)
+                strategy.tell(proposal.params, checks.val_auroc)
+                progress(strategy.told, strategy.value)
+        except KeyboardInterrupt:
+            ended = "interrupted"
+        self.study.set_user_attr("seconds", seconds + time.monotonic() - started)
+        return self.result(ended)
+
+    def measure(self, params: NacParams) -> Checks:
+        """Score the search's splits under these parameters."""
+        used = {name: layer for name, layer in params.layers.items() if layer.weight > 0}
+        return self._checks(self.scorer.scores(NacParams(layers=used)))
+
+    def weigh(self, layers: Mapping[str, LayerParams]) -> NDArray[np.float64]:
+        """Return weights for these layers, (layers,), in closed form from id/val and ood/val."""
+        scores = np.stack([self.scorer.layer_scores(name, layer) for name, layer in layers.items()])
+        return fisher_weights(scores[:, self.scorer.rows["id/val"]], scores[:, self.scorer.rows["ood/val"]])
+
+    def result(self, ended: str) -> SearchResult:
+        """Return what the study has found so far.
+
+        Raises:
+            StudyError: no trial is complete.
+        """
+        trials = self.completed()
+        if not trials:
+            raise StudyError(f"study {self.request.where} has no completed trial yet; go on with: {self.command()}")
+        best = max(trials, key=lambda trial: (trial.value, -trial.number))
+        alone: dict[str, float] = {}
+        for trial in trials:
+            layer = str(trial.user_attrs.get("phase", "")).removeprefix("layer ")
+            if layer in self.layers and trial.value is not None:
+                alone[layer] = max(alone.get(layer, 0.0), trial.value)
+        params = trial_params(best, self.layers)
+        own = self._checks(self._energy())
+        return SearchResult(
+            params=params,
+            checks=self.measure(params),
+            energy_subtrain=own.subtrain_auroc,
+            energy_val=own.val_auroc,
+            alone=alone,
+            trials=len(trials),
+            seconds=float(self.study.user_attrs.get("seconds", 0.0)),
+            seed=self.request.seed,
+            ended=ended,
+        )
+
+    def made_by(self) -> dict[str, Any]:
+        """Return what params.json says of its making."""
+        return {
+            "nacpipe": nacpipe.__version__,
+            "cache": self.cache.path,
+            "fingerprint": self.study.user_attrs["fingerprint"],
+            "study": self.request.where,
+            "study_name": self.request.study_name,
+            "space": to_json(self.space()),
+        }
+
+    def command(self) -> str:
+        """Return the command that goes on."""
+        given = [f"--seed {self.request.seed}"] if self.request.seed != 1 else []
+        given += [f"--storage {self.request.storage}"] if self.request.storage else []
+        given += [f"--study {self.request.study}"] if self.request.study != "nac" else []
+        given += [f"--layers {','.join(self.request.layers)}"] if self.request.layers else []
+        return " ".join(["nacpipe search", str(self.request.cache), f"--trials {self.request.trials}", *given])
+
+    def _checks(self, scores: NDArray[np.float64]) -> Checks:
+        split = {name: scores[rows] for name, rows in self.scorer.rows.items()}
+        subtrain = split.get("id/subtrain")
+        return Checks(
+            val_auroc=auroc(split["id/val"], split["ood/val"]),
+            val_fpr95=fpr95(split["id/val"], split["ood/val"]),
+            subtrain_auroc=None if subtrain is None else auroc(split["id/val"], subtrain),
+        )
+
+    def _energy(self) -> NDArray[np.float64]:
+        return np.concatenate([energy(np.asarray(self.cache[name].logits[:])) for name in self.scorer.rows])
+
+
+def trial_params(trial: FrozenTrial, layers: tuple[str, ...]) -> NacParams:
+    """Return a trial's parameters as a record."""
+    return NacParams(
+        layers={
+            layer: LayerParams(**{field: trial.params[f"{layer}.{field}"] for field in FIELDS}) for layer in layers
+        }
+    )
+
+
+def _flatten(params: NacParams) -> dict[str, Any]:
+    return {f"{name}.{field}": getattr(layer, field) for name, layer in params.layers.items() for field in FIELDS}
+
+
+def _distributions(space: Space, published: NacParams | None) -> dict[str, BaseDistribution]:
+    """What Optuna records: the space, widened to hold the published parameters too."""
+    found: dict[str, BaseDistribution] = {}
+    for name, layer in space.items():
+        layer = layer.including(published.layers[name]) if published else layer
+        found[f"{name}.bins"] = IntDistribution(*layer.bins, log=True)
+        found[f"{name}.alpha"] = FloatDistribution(*layer.alpha, log=True)
+        found[f"{name}.saturation"] = IntDistribution(*layer.saturation, log=True)
+        found[f"{name}.weight"] = FloatDistribution(0.0, 1.0)
+    return found
+
+
+def _published(cache: Cache, layers: tuple[str, ...]) -> NacParams | None:
+    identity = cache.header.identity
+    try:
+        found = published_params(str(identity.get("benchmark")), str(identity.get("family")), layers)
+    except ParamsError:
+        return None
+    return NacParams(layers={layer: found.layers[layer] for layer in layers})
+
+
+def _check_bound(request: SearchRequest, name: str, stored: Mapping[str, Any], bound: Mapping[str, Any]) -> None:
+    """Refuse a study that was made from other states: its trials' values would mean nothing here."""
+    if stored.get("fingerprint") in (None, bound["fingerprint"]):
+        return
+    differences = diff(stored.get("identity", {}), bound["identity"])
+    if name != request.study_name and all(phrase.startswith("layers") for phrase in differences):
+        return  # the same states, other layers: a neighbour, not a stranger
+    raise StudyError(
+        f"study {name} in {request.where} was made with another cache than {request.cache}:"
+        f" {'; '.join(differences)}. Give another --storage FILE"
+    )

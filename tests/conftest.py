@@ -1,0 +1,151 @@
+"""What several rooms' tests share: the reference data's place, a small cache of random numbers, one torch thread."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from numpy.typing import NDArray
+
+from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
+
+settings.register_profile("here", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of checkpoints, images and reference outputs beside the checkout, or $NACPIPE_SHARED."""
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    path = Path(os.environ.get("NACPIPE_SHARED", beside))
+    if not path.is_dir():
+        pytest.skip(f"the reference data are not at {path}; set NACPIPE_SHARED to their folder")
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine torch's threads spin for each other, many times longer than this little work takes."""
+    import torch  # here alone: the search side's tests must not need it
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- a small cache ----------------------------------------------------------------------------------------------------
+
+CLASSES, BLOCK_ROWS = 3, 16
+LAYERS = (
+    LayerSpec(name="avgpool", path="avgpool", pooling="sum-nchw", neurons=6),
+    LayerSpec(name="layer1", path="layer1", pooling="sum-nchw", neurons=4),
+)
+ROWS = {  # neither a whole number of blocks nor all the same
+    "id/train": 60,
+    "id/subtrain": 33,
+    "id/val": 40,
+    "id/test": 50,
+    "ood/val": 37,
+    "ood/near/letters": 35,
+    "ood/far/textures": 20,
+}
+
+
+@pytest.fixture(scope="session")
+def make_cache() -> Callable[..., Cache]:
+    """The function `build_cache`, since test modules cannot import a conftest."""
+    return build_cache
+
+
+def build_cache(
+    path: Path,
+    *,
+    rows: Mapping[str, int] | None = None,
+    seed: int = 0,
+    identity: Mapping[str, object] | None = None,
+) -> Cache:
+    """Write a finished cache of a made-up network of 3 classes and open it; the same arguments, the same values.
+
+    The network ends as a ResNet does: `layer1` (4 neurons) → … → `avgpool` (6 neurons after a ReLU, about a third of
+    them 0) = `features` → a linear classifier. Two neurons of `avgpool` stand for each class. ID samples gather around
+    their class, one in twenty under another's label; OOD samples belong to none and spread wider, far ones more than
+    near ones. With bins 20, saturation 5, alpha 0.5, each layer alone tells every OOD set from ID with an AUROC between
+    0.7 and 0.95. `avgpool`'s gradient is the true one, (softmax − ⅓) · weight; `layer1`'s is random.
+
+    Args:
+        path: where to; nothing must be there.
+        rows: split → samples, beside or instead of `ROWS`; 0 leaves a split out.
+        seed: of every random number; the classifier does not depend on it.
+        identity: values beside or instead of the root's identity.
+    """
+    centres = np.repeat(2.0 * np.eye(CLASSES), 2, axis=1)
+    weight, bias = (centres - 0.5).astype(np.float32), np.array([0.1, 0.0, -0.1], np.float32)
+    header = Header(
+        identity={
+            "benchmark": "digits",
+            "architecture": "made_up",
+            "family": "made_up",
+            "weights": hashlib.sha256(b"made up").hexdigest(),
+            "transform": {"resize": 28, "crop": 28, "mean": [0.5], "std": [0.5]},
+            "dtype": "float32",
+            **(identity or {}),
+        },
+        information={"nacpipe": "0.0.0", "command": f"nacpipe extract digits --cache {path}"},
+        block_rows=BLOCK_ROWS,
+        layers=LAYERS,
+        classes=CLASSES,
+        features=6,
+    )
+    writer = CacheWriter(path, header)
+    writer.write_classifier(weight, bias)
+    for number, (name, count) in enumerate({**ROWS, **(rows or {})}.items()):
+        if count == 0:
+            continue
+        rng = np.random.RandomState([seed, number])
+        arrays = _draw_split(rng, name, count, centres, weight, bias)
+        writer.prepare(name, count, {"list": f"{name.replace('/', '_')}.txt", "sha256": _sha256(name)})
+        for block, start in enumerate(range(0, count, BLOCK_ROWS)):
+            writer.write_block(name, block, {key: a[start : start + BLOCK_ROWS] for key, a in arrays.items()})
+        writer.seal(name)
+    return open_cache(path)
+
+
+def _draw_split(
+    rng: np.random.RandomState,
+    name: str,
+    rows: int,
+    centres: NDArray[np.float64],  # (classes, 6)
+    weight: NDArray[np.float32],  # (classes, 6)
+    bias: NDArray[np.float32],  # (classes,)
+) -> dict[str, NDArray[np.generic]]:
+    label = np.arange(rows) % CLASSES
+    middle, spread, wider = centres[label], 0.5, 1.0
+    label[7::20] = (label[7::20] + 1) % CLASSES  # every twentieth sample is misclassified
+    if name.startswith("ood/"):
+        wider = 3.0 if name.startswith("ood/far/") else 1.8
+        middle, spread, label = np.full((rows, 6), 0.5), 0.5 * wider, np.full(rows, -1)
+    features = np.maximum(middle + spread * rng.randn(rows, 6), 0).astype(np.float32)
+    logits = features @ weight.T + bias
+    softmax = np.exp(logits - logits.max(axis=1, keepdims=True))
+    softmax /= softmax.sum(axis=1, keepdims=True)
+    arrays = {
+        "avgpool/activation": features,
+        "avgpool/gradient": (softmax - 1 / CLASSES) @ weight,
+        "layer1/activation": wider * np.maximum(rng.randn(rows, 4) + 0.5, 0),
+        "layer1/gradient": 0.1 * wider * rng.randn(rows, 4),
+        "features": features,
+        "logits": logits,
+    }
+    floats: dict[str, NDArray[np.generic]] = {key: array.astype(np.float32) for key, array in arrays.items()}
+    return {**floats, "label": label.astype(np.int64), "index": np.arange(rows)}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,278 @@
+"""Image lists, and what is said about images that are not there or cannot be read."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+from torchvision.transforms import functional as vision
+
+from nacpipe.core.benchmarks import Transform, find_benchmark
+from nacpipe.errors import ImageError, InputError
+from nacpipe.network import digits
+from nacpipe.network.images import ImageSet, build_transform, load_batches, open_images, parse_list
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CIFAR10 = find_benchmark("cifar10")
+
+
+@pytest.fixture(autouse=True)
+def _pillow_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's switch for truncated images is global."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+
+
+def picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    width, height = size
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3), np.uint8))
+
+
+def write_list(root: Path, name: str, content: str) -> None:
+    folder = root / "benchmark_imglist/cifar10"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(content)
+
+
+def write_image(root: Path, name: str, content: bytes | Image.Image) -> Path:
+    file = root / "images_classic" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        content.save(file, quality=95)
+    return file
+
+
+def open_val(root: Path, allow_truncated: bool = False) -> ImageSet:
+    images = open_images(
+        CIFAR10, CIFAR10.split("id/val"), root, train_images=10, train_seed=1, allow_truncated=allow_truncated
+    )
+    assert images is not None
+    return images
+
+
+# --- lists ------------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_integers_minus_one_or_in_a_dictionary() -> None:
+    content = b"a/1.png 3\nb/2.JPEG -1\nc.png {'label': 7, 'other': 'x y'}\nd.png {\"soft\": [1]}\n"
+    names, labels = parse_list(content, "list.txt")
+    assert names == ["a/1.png", "b/2.JPEG", "c.png", "d.png"]
+    assert labels.tolist() == [3, -1, 7, -1]
+    assert labels.dtype == np.int64
+
+
+def test_line_ends_and_empty_lines_at_the_end_do_not_matter() -> None:
+    names, labels = parse_list(b"a.png 1\r\n b.png  2 \r\n\r\n\n", "list.txt")
+    assert (names, labels.tolist()) == (["a.png", "b.png"], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a.png 1\nb.png\n", r"^line 2 of list\.txt is not 'path label': 'b\.png'$"),
+        (b"a.png one\n", r"^line 1 of list\.txt is not 'path label': 'a\.png one'$"),
+        (b"a.png 1.5\n", r"^line 1 of list\.txt is not 'path label'"),
+        (b"a.png True\n", r"^line 1 of list\.txt is not 'path label'"),
+        (b"a.png {'label': '3'}\n", r"^line 1 of list\.txt is not 'path label'"),
+        (b"a.png 1\nb.png 2\n\nc.png 3\n", r"^line 3 of list\.txt is not 'path label': ''$"),
+        (b"a.png __import__('os').getcwd()\n", r"^line 1 of list\.txt is not 'path label'"),
+        (b"my picture.png 3\n", r"^line 1 of list\.txt is not 'path label'"),
+        (b"", r"^list\.txt lists no images$"),
+        (b"\n \n", r"^list\.txt lists no images$"),
+        (b"a.png 1\n\xff.png 1\n", r"^list\.txt is not UTF-8 text: invalid start byte at byte 8$"),
+        (b"a.png 1\n../b.png 2\n", r"^line 2 of list\.txt leaves the image folder: '\.\./b\.png'$"),
+        (b"a/../../b.png 2\n", r"^line 1 of list\.txt leaves the image folder: 'a/\.\./\.\./b\.png'$"),
+        (b"/etc/passwd 2\n", r"^line 1 of list\.txt leaves the image folder: '/etc/passwd'$"),
+        (b"a\x00.png 2\n", r"^line 1 of list\.txt leaves the image folder: 'a\\x00\.png'$"),
+    ],
+)
+def test_bad_lists_are_refused_by_line(content: bytes, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        parse_list(content, "list.txt")
+
+
+@pytest.mark.xfail(strict=True, raises=(OverflowError, TypeError), reason="reported: these lines raise something else")
+@pytest.mark.parametrize("label", [b"99999999999999999999", b"{[]: 1}"])
+def test_odd_labels_are_refused_by_line_too(label: bytes) -> None:
+    with pytest.raises(ImageError, match=r"^line 1 of list\.txt is not 'path label'"):
+        parse_list(b"a.png " + label, "list.txt")
+
+
+def test_long_lines_are_cut_in_messages() -> None:
+    with pytest.raises(ImageError, match=r"'path label': 'x{80}'$"):
+        parse_list(b"x" * 500, "list.txt")
+
+
+def test_a_set_knows_its_list(tmp_path: Path) -> None:
+    write_list(tmp_path, "val_cifar10.txt", "a.png 4\nb.png 2\n")
+    images = open_val(tmp_path)
+    content = (tmp_path / "benchmark_imglist/cifar10/val_cifar10.txt").read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    assert images.identity() == {"list": "val_cifar10.txt", "sha256": sha256}
+    assert (images.name, images.labels.tolist(), images.index.tolist()) == ("id/val", [4, 2], [0, 1])
+    assert open_images(CIFAR10, CIFAR10.split("id/test"), tmp_path, train_images=1, train_seed=1) is None
+
+
+def open_train(root: Path, count: int) -> ImageSet:
+    images = open_images(CIFAR10, CIFAR10.split("id/train"), root, train_images=count, train_seed=1)
+    assert images is not None
+    return images
+
+
+def test_training_images_are_chosen_and_the_choice_is_part_of_the_identity(tmp_path: Path) -> None:
+    write_list(tmp_path, "main_train_cifar10.txt", "".join(f"{i}.png {i % 10}\n" for i in range(40)))
+    images = open_train(tmp_path, 20)
+    assert np.bincount(images.labels[images.index]).tolist() == [2] * 10
+    assert {"images": 20, "seed": 1}.items() <= images.identity().items()
+    assert images.notes == ()
+    assert open_train(tmp_path, 45).notes == ("id/train: 40 of the 45 images asked for, the same number of each class",)
+    assert open_train(tmp_path, 3).notes == ("id/train: 3 images cannot cover 10 classes; chosen unbalanced",)
+
+
+def test_without_main_train_the_train_list_is_used_and_said(tmp_path: Path) -> None:
+    write_list(tmp_path, "train_cifar10.txt", "".join(f"{i}.png {i}\n" for i in range(10)))
+    images = open_train(tmp_path, 10)
+    assert images.identity()["list"] == "train_cifar10.txt"
+    assert images.notes == ("id/train: there is no main_train_cifar10.txt, so train_cifar10.txt is used",)
+    write_list(tmp_path, "main_train_cifar10.txt", "0.png 0\n")
+    assert open_train(tmp_path, 10).source == "main_train_cifar10.txt"
+
+
+def test_training_labels_out_of_range_name_the_list(tmp_path: Path) -> None:
+    write_list(tmp_path, "main_train_cifar10.txt", "a.png 0\nb.png 10\n")
+    with pytest.raises(InputError, match=r"^main_train_cifar10\.txt: training labels must lie in 0 … 9; found 10$"):
+        open_train(tmp_path, 2)
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def test_missing_images_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
+    write_image(tmp_path, "a.png", picture(0))
+    write_list(tmp_path, "val_cifar10.txt", "a.png 0\nx/b.png 1\nc.png 2\n")
+    images = open_val(tmp_path)
+    message = r"images_classic/x/b\.png \(line 2 of .*/benchmark_imglist/cifar10/val_cifar10\.txt\)$"
+    with pytest.raises(ImageError, match=r"^2 listed images are not there; the first is .*" + message):
+        images.check()
+    with pytest.raises(ImageError, match=r"^image is not there: .*" + message):
+        images.open(1)
+    write_list(tmp_path, "val_cifar10.txt", "a.png 0\n")
+    open_val(tmp_path).check()
+
+
+def test_what_is_no_image_is_refused_by_name(tmp_path: Path) -> None:
+    write_image(tmp_path, "text.png", b"not an image at all")
+    write_image(tmp_path, "empty.png", b"")
+    (tmp_path / "images_classic/folder.png").mkdir()
+    write_list(tmp_path, "val_cifar10.txt", "text.png 0\nempty.png 1\nfolder.png 2\n")
+    images = open_val(tmp_path)
+    for row, name in enumerate(["text", "empty", "folder"]):
+        message = rf"^image cannot be read: .*/images_classic/{name}\.png \(line {row + 1} of .*val_cifar10\.txt\): .+"
+        with pytest.raises(ImageError, match=message):
+            images.open(row)
+
+
+@pytest.mark.xfail(strict=True, reason="reported: the message shows Pillow's stream and its address in memory")
+def test_messages_do_not_show_addresses_in_memory(tmp_path: Path) -> None:
+    write_image(tmp_path, "text.png", b"not an image at all")
+    write_list(tmp_path, "val_cifar10.txt", "text.png 0\n")
+    with pytest.raises(ImageError, match=r"image cannot be read") as caught:
+        open_val(tmp_path).open(0)
+    assert "0x" not in str(caught.value)
+    assert "BytesIO" not in str(caught.value)
+
+
+@pytest.fixture
+def truncated(tmp_path: Path) -> Path:
+    """A data root whose only image is a JPEG without its last third."""
+    file = write_image(tmp_path, "cut.jpg", picture(1, (64, 64)))
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) * 2 // 3])
+    write_list(tmp_path, "val_cifar10.txt", "cut.jpg 0\n")
+    return tmp_path
+
+
+def test_truncated_images_are_refused_with_the_way_out(truncated: Path) -> None:
+    message = (
+        r"^image cannot be read: .*cut\.jpg \(line 1 of .*val_cifar10\.txt\): image file is truncated \(\d+ bytes not"
+        r" processed\); --allow-truncated loads it as OpenOOD does$"
+    )
+    with pytest.raises(ImageError, match=message):
+        open_val(truncated).open(0)
+
+
+def test_truncated_images_load_when_allowed_and_only_then(truncated: Path) -> None:
+    whole = np.asarray(picture(1, (64, 64)), int)
+    image = np.asarray(open_val(truncated, allow_truncated=True).open(0), int)
+    assert image.shape == (64, 64, 3)
+    assert np.abs(image[:32] - whole[:32]).mean() < 50  # noise survives a JPEG roughly
+    assert (image[-8:] == 128).all()  # what is not there is grey
+    with pytest.raises(ImageError, match="truncated"):
+        open_val(truncated).open(0)
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (48, 80), (28, 28)])
+def test_transform_is_torchvisions_step_by_step(size: tuple[int, int]) -> None:
+    """OpenOOD's test transform: resize (bilinear, the short side), centre crop, to tensor, normalise."""
+    image = picture(3, size)
+    steps = vision.resize(image, [32], vision.InterpolationMode.BILINEAR)
+    steps = vision.to_tensor(vision.center_crop(steps, [32, 32]))
+    expected = vision.normalize(steps, [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
+    assert torch.equal(build_transform(CIFAR10.transform)(image), expected)
+
+
+def test_transform_by_hand() -> None:
+    """An image of the right size is only divided by 255, shifted and scaled; grey and transparent ones become RGB."""
+    transform = build_transform(Transform(resize=2, crop=2, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0)))
+    pixels = np.array([[[0, 51, 102], [255, 204, 153]], [[1, 2, 3], [4, 5, 6]]], np.uint8)
+    expected = (pixels / 255 - [0.5, 0.25, 0.0]) / [0.5, 0.25, 1.0]
+    found = transform(Image.fromarray(pixels))
+    np.testing.assert_allclose(found.permute(1, 2, 0).numpy(), expected, rtol=1e-5, atol=1e-6)
+    grey = transform(Image.fromarray(np.full((2, 2), 51, np.uint8)))
+    np.testing.assert_allclose(grey[:, 0, 0].numpy(), (0.2 - np.array([0.5, 0.25, 0])) / [0.5, 0.25, 1], rtol=1e-5)
+    assert torch.equal(transform(Image.fromarray(pixels).convert("RGBA")), found)
+
+
+def test_packaged_images_come_as_they_are() -> None:
+    benchmark = find_benchmark("digits")
+    images = open_images(benchmark, benchmark.split("id/val"), Path("nowhere"), train_images=1, train_seed=1)
+    assert images is not None
+    raw, labels = digits.load_set("val")
+    expected = (raw[5] / 255 - 0.1307) / 0.3081
+    found = build_transform(benchmark.transform)(images.open(5))
+    np.testing.assert_allclose(found[0].numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert (images.labels == labels).all()
+    images.check()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_come_in_order_whatever_the_workers(tmp_path: Path, workers: int) -> None:
+    for i in range(11):
+        write_image(tmp_path, f"{i}.png", Image.new("RGB", (32, 32), (i, i, i)))
+    write_list(tmp_path, "val_cifar10.txt", "".join(f"{i}.png 0\n" for i in range(11)))
+    transform = build_transform(Transform(resize=32, crop=32, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255)))
+    batches = [range(0, 3), range(3, 4), range(8, 11), range(4, 8)]
+    loaded = list(load_batches(open_val(tmp_path), batches, transform, workers))
+    found = [batch[:, 0, 0, 0].round().int().tolist() for batch in loaded]
+    assert found == [[0, 1, 2], [3], [8, 9, 10], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_stops_the_batches_by_name(tmp_path: Path, workers: int) -> None:
+    write_image(tmp_path, "a.png", picture(0))
+    write_image(tmp_path, "b.png", b"no")
+    write_list(tmp_path, "val_cifar10.txt", "a.png 0\nb.png 0\n")
+    transform = build_transform(CIFAR10.transform)
+    batches = load_batches(open_val(tmp_path), [range(0, 1), range(1, 2)], transform, workers)
+    assert torch.equal(next(batches), transform(picture(0))[None])
+    with pytest.raises(ImageError, match=r"^image cannot be read: .*b\.png \(line 2 of "):
+        next(batches)

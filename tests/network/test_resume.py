@@ -1,0 +1,145 @@
+"""Extraction that was stopped goes on with the same command and ends with the same values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from nacpipe.cache import Cache, CacheWriter, open_cache
+from nacpipe.errors import CacheError, IdentityError, ImageError
+from nacpipe.network import extract as extraction
+from nacpipe.network.extract import ExtractRequest, extract, plan_extraction
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BLOCKS = 3 + 2 + 3 + 1 + 2 + 1  # of 16 rows: train, subtrain, val, test, tin, mnist
+
+
+def values_of(cache: Cache) -> dict[str, NDArray[Any]]:
+    return {f"{name}/{key}": np.asarray(cache[name].array(key)[:]) for name in cache for key in cache.header.arrays()}
+
+
+def assert_equal(cache: Cache, other: Cache) -> None:
+    found, expected = values_of(cache), values_of(other)
+    assert set(found) == set(expected)
+    for key, array in expected.items():
+        np.testing.assert_array_equal(found[key], array, err_msg=key)
+
+
+class Crash(Exception):
+    """Not one of nacpipe's."""
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 4, 9])
+def test_the_same_command_after_a_crash_gives_the_same_values(
+    finished: Cache, request_: ExtractRequest, calls: int
+) -> None:
+    """Crash again and again, each time after this many blocks, until it is through."""
+    left = 0
+
+    def crash(_split: str, _rows: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Crash
+
+    crashes = 0
+    while True:
+        left = calls
+        try:
+            extract(plan_extraction(request_), crash)
+            break
+        except Crash:
+            crashes += 1
+    assert crashes == BLOCKS // calls
+    assert_equal(open_cache(request_.cache), finished)
+    for name, split in open_cache(request_.cache).items():
+        assert split.attributes["digest"] == finished[name].attributes["digest"]
+
+
+def test_blocks_that_are_done_are_not_run_again(request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    extract(plan_extraction(request_))
+    monkeypatch.setattr(extraction, "load_batches", lambda *_: pytest.fail("nothing was left to do"))
+    extract(plan_extraction(request_))
+
+
+def test_progress_tells_every_row_once(request_: ExtractRequest) -> None:
+    told: list[tuple[str, int]] = []
+    extract(plan_extraction(replace(request_, splits=("id/val", "ood/far/mnist"))), lambda *call: told.append(call))
+    assert told == [("id/val", 16), ("id/val", 16), ("id/val", 8), ("ood/far/mnist", 3)]
+
+
+def test_split_added_later_leaves_the_others_alone(finished: Cache, request_: ExtractRequest) -> None:
+    extract(plan_extraction(replace(request_, splits=("id/val",))))
+    assert list(open_cache(request_.cache)) == ["id/val"]
+    extract(plan_extraction(request_))
+    assert_equal(open_cache(request_.cache), finished)
+
+
+def test_force_extracts_anew(finished: Cache, request_: ExtractRequest) -> None:
+    small = replace(request_, train_images=10, splits=("id/train", "id/val"))
+    extract(plan_extraction(small))
+    assert open_cache(request_.cache)["id/train"].rows == 10
+    with pytest.raises(IdentityError, match="images: stored 10, now 45"):
+        plan_extraction(request_)
+    extract(plan_extraction(replace(request_, force=("id/train",))))
+    assert_equal(open_cache(request_.cache), finished)
+
+
+def test_bad_image_stops_and_keeps_what_was_done(request_: ExtractRequest, root: Path) -> None:
+    bad = root / "images_classic/val_cifar10/37.png"
+    good = bad.read_bytes()
+    bad.write_bytes(b"no image")
+    try:
+        with pytest.raises(ImageError, match=r"37\.png \(line 38 of .*val_cifar10\.txt\)"):
+            extract(plan_extraction(replace(request_, splits=("id/val",))))
+    finally:
+        bad.write_bytes(good)
+    assert open_cache(request_.cache).peek("id/val").marks().tolist() == [True, True, False]
+    with pytest.raises(CacheError, match=r"finish it with: nacpipe extract cifar10 --again$"):
+        open_cache(request_.cache)["id/val"]
+
+
+def test_rows_without_their_mark_are_written_again(
+    finished: Cache, request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between a block's rows and its mark, in the second block of the first split."""
+    whole = CacheWriter._open
+    marks = 0
+
+    def open_until_second_mark(writer: CacheWriter, path: str) -> Any:
+        nonlocal marks
+        marks += path.endswith("/blocks")
+        if marks == 2:
+            raise Crash
+        return whole(writer, path)
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(CacheWriter, "_open", open_until_second_mark)
+        extract(plan_extraction(request_))
+    plan = plan_extraction(request_)
+    assert plan.splits[0].todo == (1, 2)
+    extract(plan)
+    assert_equal(open_cache(request_.cache), finished)
+
+
+def test_a_split_that_only_lacks_its_seal_is_sealed(
+    finished: Cache, request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(_writer: CacheWriter, _name: str) -> None:
+        raise Crash
+
+    only = replace(request_, splits=("ood/val",))
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(CacheWriter, "seal", crash)
+        extract(plan_extraction(only))
+    plan = plan_extraction(only)
+    assert (plan.splits[0].state, plan.todo_rows) == ("to seal", 0)
+    extract(plan)
+    digest = open_cache(request_.cache)["ood/val"].attributes["digest"]
+    assert digest == finished["ood/val"].attributes["digest"]

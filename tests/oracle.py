@@ -1,0 +1,157 @@
+"""The paper and design §3 once more, in slow and plain lines, for the package to be compared with.
+
+Nothing is taken from nacpipe. Everything is float64 and written from the definitions: states by a sigmoid, bins by
+comparing a state with every edge, AUROC by comparing every pair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.integer[Any]]
+
+
+# --- neuron activation coverage ---------------------------------------------------------------------------------------
+
+
+def log_half(points: int) -> list[float]:
+    """log_1000 of evenly spaced numbers from 1 to √1000."""
+    return [math.log(u) / math.log(1000.0) for u in np.linspace(1.0, math.sqrt(1000.0), points)]
+
+
+def bin_edges(bins: int, kind: str = "log") -> Floats:
+    """The M edges of design §3; for odd M the lower half has one edge more than the upper."""
+    if kind == "linear":
+        edges = [i / (bins - 1) for i in range(bins)]
+        edges[-1] = math.nextafter(1.0, 2.0)
+        return np.array(edges)
+    low = log_half(bins // 2 + bins % 2)
+    high = [1.0 - value for value in reversed(log_half(bins // 2))]
+    high[-1] += 0.01
+    return np.array([*low[:-1], *high, 1.2])
+
+
+def states(products: NDArray[np.float32], alpha: float) -> Floats:
+    """sigmoid(alpha · x), float64."""
+    with np.errstate(over="ignore"):
+        return 1.0 / (1.0 + np.exp(-alpha * products.astype(np.float64)))
+
+
+def bins_of(states: Floats, edges: Floats) -> Ints:
+    """The k with edges[k] ≤ s < edges[k + 1], for every state."""
+    inside = (edges[:-1] <= states[..., None]) & (states[..., None] < edges[1:])
+    assert (inside.sum(axis=-1) == 1).all(), "a state in no bin or in two"
+    return np.asarray(inside.argmax(axis=-1))
+
+
+def count(bins: Ints, n_bins: int) -> Ints:  # (samples, neurons) → (neurons, n_bins)
+    """κ: how many samples fell in each bin of each neuron."""
+    counts = np.zeros((bins.shape[1], n_bins), np.int64)
+    for sample in bins:
+        for neuron, k in enumerate(sample):
+            counts[neuron, k] += 1
+    return counts
+
+
+def table(counts: Ints, saturation: int) -> Floats:
+    """Φ = min(κ / r, 1)."""
+    return np.array([[min(c / saturation, 1.0) for c in row] for row in counts])
+
+
+def layer_score(table: Floats, bins: Ints) -> Floats:  # (neurons, n_bins), (samples, neurons) → (samples,)
+    """The mean over neurons of the table at the sample's bin."""
+    return np.array([math.fsum(table[i, k] for i, k in enumerate(sample)) / len(sample) for sample in bins])
+
+
+def score_layer(
+    train: NDArray[np.float32],  # (n_train, neurons), products
+    products: NDArray[np.float32],  # (samples, neurons)
+    *,
+    bins: int,
+    saturation: int,
+    alpha: float,
+    edges: str = "log",
+) -> Floats:
+    """A layer's score of every sample, from beginning to end."""
+    borders = bin_edges(bins, edges)
+    counts = count(bins_of(states(train, alpha), borders), bins - 1)
+    return layer_score(table(counts, saturation), bins_of(states(products, alpha), borders))
+
+
+def weighted_score(layer_scores: Sequence[Floats], weights: Sequence[float]) -> Floats:
+    """Σ_layers weight · layer score, weights normalised to sum 1."""
+    total = math.fsum(weights)
+    return np.array(
+        [
+            math.fsum(w / total * s for w, s in zip(weights, sample, strict=True))
+            for sample in zip(*layer_scores, strict=True)
+        ]
+    )
+
+
+def in_doubt(products: NDArray[np.float32], alpha: float, edges: Floats) -> NDArray[np.bool_]:
+    """Where rounding may decide the bin: products within 1e-6 of a border, relatively, or ±tiny around the border 0."""
+    inner = edges[(edges > 0) & (edges < 1)]
+    borders = np.log(inner / (1 - inner)) / alpha
+    x = products.astype(np.float64)
+    near = (np.abs(x[..., None] - borders) <= 1e-6 * np.abs(borders)).any(axis=-1)
+    return np.asarray((near | (np.abs(alpha * x) < 1e-12)) & (x != 0))  # a product of exactly 0 has the state ½ exactly
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def auroc(id_scores: Floats, ood_scores: Floats) -> float:
+    """The share of pairs where the ID sample scores higher, ties half."""
+    won = 0.0
+    for a in id_scores:
+        for b in ood_scores:
+            won += 1.0 if a > b else 0.5 if a == b else 0.0
+    return won / (len(id_scores) * len(ood_scores))
+
+
+def fpr95(id_scores: Floats, ood_scores: Floats) -> float:
+    """Walk the thresholds upwards; stop at the first that flags at least 95 % of OOD; the share of ID it flags."""
+    for threshold in sorted({*id_scores, *ood_scores}):
+        flagged = sum(score <= threshold for score in ood_scores)
+        if 100 * flagged >= 95 * len(ood_scores):
+            return float(sum(score <= threshold for score in id_scores) / len(id_scores))
+    raise AssertionError("the highest threshold flags everything")
+
+
+def aupr(positive: Floats, negative: Floats) -> float:
+    """Walk the thresholds downwards from (recall 0, precision 1); the trapezoid under precision over recall."""
+    area, recall, precision = 0.0, 0.0, 1.0
+    for threshold in sorted({*positive, *negative}, reverse=True):
+        true = sum(score >= threshold for score in positive)
+        false = sum(score >= threshold for score in negative)
+        now_recall, now_precision = true / len(positive), true / (true + false)
+        area += (now_recall - recall) * (now_precision + precision) / 2
+        recall, precision = now_recall, now_precision
+    return float(area)
+
+
+# --- the training subset ----------------------------------------------------------------------------------------------
+
+
+def choose_balanced(labels: Sequence[int], classes: int, count: int, seed: int) -> list[int]:
+    """Design §5: per class, in order of first appearance, its rows shuffled with the seed, the first ones kept."""
+    if count < classes:
+        rows = list(range(len(labels)))
+        np.random.RandomState(seed).shuffle(rows)
+        return rows[:count]
+    by_class: dict[int, list[int]] = {}
+    for row, label in enumerate(labels):
+        by_class.setdefault(label, []).append(row)
+    keep = min(count // classes, *(len(rows) for rows in by_class.values()))
+    chosen = []
+    for rows in by_class.values():
+        np.random.RandomState(seed).shuffle(rows)
+        chosen += rows[:keep]
+    return chosen
