@@ -64,6 +64,17 @@ def write_params(path: str | Path, params: NacParams, **sections: Mapping[str, A
         raise InputError(f"{target} cannot be written: {error.strerror or error}") from None
 
 
+def check_writable(path: str | Path) -> None:
+    """Refuse an output file that could not be written, before any work is done for it.
+
+    Raises:
+        InputError: its folder is not there or not writable.
+    """
+    folder = Path(path).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{path} cannot be written: {folder} is not a folder that can be written to")
+
+
 def beside_cache(cache: str, suffix: str) -> Path:
     """Return the file beside a cache: `X.zarr` → `X` + suffix."""
     path = Path(cache)

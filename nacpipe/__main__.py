@@ -1,0 +1,5 @@
+"""`python -m nacpipe`."""
+
+from nacpipe.cli import main
+
+main()

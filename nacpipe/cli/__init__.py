@@ -1,0 +1,5 @@
+"""The command line: options → records → one call → print. Wings are imported inside the commands."""
+
+from nacpipe.cli.door import main
+
+__all__ = ["main"]

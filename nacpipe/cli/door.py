@@ -1,0 +1,81 @@
+"""The door: the group of commands, and where errors become one line and an exit code.
+
+0 done · 1 a NacError or the operating system's refusal · 2 wrong usage · 130 interrupted
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from nacpipe import __version__
+from nacpipe.cli.evaluate import evaluate
+from nacpipe.cli.extract import extract
+from nacpipe.cli.inspect import inspect
+from nacpipe.cli.run import run
+from nacpipe.cli.search import search
+from nacpipe.errors import NacError
+
+
+class Door(click.Group):
+    """A group whose commands' errors are dressed."""
+
+    def main(self, args: Any = None, *rest: Any, **more: Any) -> Any:
+        """Run, remembering the command line: caches and messages name it as the way to go on."""
+        given = list(sys.argv[1:] if args is None else args)
+        return super().main(given, *rest, obj=shlex.join(["nacpipe", *given]), **more)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; a NacError becomes one line on stderr and exit code 1."""
+        previous = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return super().invoke(ctx)
+        except NacError as error:
+            if ctx.params.get("debug"):
+                raise
+            self._refuse(error.one_line())
+        except OSError as error:
+            if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
+                raise
+            self._refuse(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        except KeyboardInterrupt:
+            click.echo(f"\nnacpipe: interrupted; what was written is safe, go on with: {ctx.obj}", err=True)
+            sys.exit(130)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    @staticmethod
+    def _refuse(line: str) -> NoReturn:
+        click.echo(f"nacpipe: {line}", err=True)
+        sys.exit(1)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@click.command(cls=Door, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="nacpipe")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Tell which images a trained classifier should not be trusted on.
+
+    Neuron Activation Coverage (NAC-UE, ICLR 2024): extract a network's states once, search the parameters on the CPU,
+    evaluate on out-of-distribution sets.
+
+    \b
+    nacpipe run digits                      # everything, on the packaged benchmark
+    nacpipe extract cifar10 --model resnet20 --checkpoint resnet20.th --data-root data
+    nacpipe search cache/cifar10-resnet20.zarr
+    nacpipe evaluate cache/cifar10-resnet20.zarr
+    """
+
+
+for _command in (extract, search, evaluate, inspect, run):
+    main.add_command(_command)

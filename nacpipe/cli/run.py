@@ -1,0 +1,45 @@
+"""`nacpipe run`: extract, search and evaluate in one command."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from nacpipe.cli.extract import extract_options, extract_plan, make_request
+from nacpipe.cli.search import DEFAULT_TRIALS
+from nacpipe.cli.show import note
+
+
+@click.command()
+@extract_options
+@click.option("--trials", type=int, default=DEFAULT_TRIALS, show_default=True, help="Completed trials to reach.")
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="The search's seed.")
+@click.pass_obj
+def run(command: str, trials: int, seed: int, **asked: Any) -> None:
+    """Extract BENCHMARK's states, search the parameters, and print the table, in one command.
+
+    Stopped at any moment, the same command goes on where it was.
+
+    \b
+    nacpipe run digits
+    nacpipe run cifar10 --model resnet20 --checkpoint resnet20.th --data-root data
+    """
+    from nacpipe.cache import open_cache
+    from nacpipe.cli.evaluate import print_evaluation
+    from nacpipe.cli.search import run_search
+    from nacpipe.errors import InputError
+    from nacpipe.network.extract import plan_extraction
+    from nacpipe.search.evaluate import evaluate
+    from nacpipe.search.study import Search, SearchRequest
+
+    if trials < 1:
+        raise InputError(f"trials is {trials}; it must be at least 1")
+    request = make_request(command, **asked)
+    plan = plan_extraction(request)
+    for text in plan.notes:
+        note(text)
+    extract_plan(plan)
+    result = run_search(Search(SearchRequest(cache=request.cache, trials=trials, seed=seed)), None)
+    click.echo("")
+    print_evaluation(evaluate(open_cache(request.cache), result.params))

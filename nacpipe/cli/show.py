@@ -1,0 +1,102 @@
+"""What people see: tables on stdout, progress and notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def split_names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Turn `a,b` into ("a", "b")."""
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if value else ()
+
+
+def note(text: str) -> None:
+    """Say something to a person, beside the result."""
+    click.echo(printable(text), err=True)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON to stdout."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def printable(text: str) -> str:
+    """Make control characters of foreign names visible."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Print aligned columns; the first `left` are aligned to the left, a row of no cells is a blank line."""
+    widths = [max(len(row[i]) for row in [columns, *rows] if row) for i in range(len(columns))]
+    for row in [columns, *rows]:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))]
+        click.echo(printable("  ".join(cells).rstrip()))
+
+
+def print_frame(frame: pd.DataFrame, output: str) -> None:
+    """Print a frame as json (a list of rows), csv or markdown."""
+    if output == "json":
+        print_json(json.loads(frame.to_json(orient="records", double_precision=15)))
+    elif output == "csv":
+        click.echo(frame.to_csv(index=False), nl=False)
+    else:
+        cells = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
+        click.echo("| " + " | ".join(frame.columns) + " |")
+        click.echo("|" + "|".join(" --- " for _ in frame.columns) + "|")
+        for row in cells:
+            click.echo("| " + " | ".join(row) + " |")
+
+
+def output_options(command: Any) -> Any:
+    """Add --json, --csv and --markdown to a command as `output`."""
+    for name in ("markdown", "csv", "json"):
+        command = click.option(f"--{name}", "output", flag_value=name, help=f"Print {name.upper()}.")(command)
+    return command
+
+
+def format_bytes(count: int) -> str:
+    """12345678 → 11.8 MiB."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+class Progress:
+    """One line on stderr that is written over; silent where stderr is not a terminal."""
+
+    def __init__(self, total: int) -> None:
+        """Count up to `total`."""
+        self.total = total
+        self.done = 0
+        self._started = time.monotonic()
+        self._shown = 0.0
+        self._on = sys.stderr.isatty()
+
+    def step(self, count: int, text: str) -> None:
+        """Count on and show the text, the rate and the time left."""
+        self.done += count
+        now = time.monotonic()
+        if not self._on or (now - self._shown < 0.1 and self.done < self.total):
+            return
+        self._shown = now
+        rate = self.done / max(now - self._started, 1e-9)
+        left = max(self.total - self.done, 0) / max(rate, 1e-9)
+        line = f"{text}  {self.done}/{self.total}  {rate:.0f}/s  {int(left // 60)}:{int(left % 60):02d} left"
+        sys.stderr.write(f"\r\x1b[K{printable(line)}" + ("\n" if self.done >= self.total else ""))
+        sys.stderr.flush()

@@ -1,0 +1,123 @@
+"""How well scores tell ID from OOD, per set and on the mean: NAC beside baselines from the cached logits.
+
+OpenOOD's two tasks: `ood` has id/test as ID; `fsood` (full spectrum) has id/test and all csid sets together. Near and
+far means are unweighted means over their sets. OpenOOD prints AUPR-IN and AUPR-OUT under each other's name (its issue
+211); here each stands under its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from nacpipe.artifact import beside_cache, read_params
+from nacpipe.cache import Cache
+from nacpipe.core.baselines import LOGIT_BASELINES
+from nacpipe.core.metrics import accuracy, detect
+from nacpipe.core.params import NacParams
+from nacpipe.core.published import published_params
+from nacpipe.errors import InputError, ParamsError
+from nacpipe.search.scoring import fit_coverage
+
+METRICS = ("fpr95", "auroc", "aupr_in", "aupr_out")
+Scores = Mapping[str, NDArray[np.float64]]  # method → (samples,)
+
+
+def evaluate(cache: Cache, params: NacParams | None) -> pd.DataFrame:
+    """Return one row per task, OOD set and method, and one per group's mean.
+
+    Columns: task (ood, fsood), group (near, far), dataset (a set's name or "mean"), method, fpr95, auroc, aupr_in,
+    aupr_out, accuracy (of the network on the task's ID samples), n_id, n_ood; all metrics are fractions.
+
+    Args:
+        cache: a cache with id/test and at least one sealed near or far set.
+        params: NAC's parameters; None evaluates the baselines alone.
+
+    Raises:
+        InputError: there is nothing to evaluate.
+        ParamsError: a layer is not in the cache.
+    """
+    sets = [name for name in cache if name.startswith(("ood/near/", "ood/far/")) and cache.peek(name).sealed]
+    if not sets:
+        raise InputError(f"{cache.path} holds no finished near or far set; add them with: {cache.command()}")
+    csid = [name for name in cache if name.startswith("csid/") and cache.peek(name).sealed]
+    scores = score_methods(cache, params, ["id/test", *csid, *sets])
+    rows = []
+    for task, id_splits in {"ood": ["id/test"], "fsood": ["id/test", *csid]}.items():
+        if task == "fsood" and not csid:
+            continue
+        correct = _accuracy(cache, id_splits)
+        for method in scores:
+            id_scores = np.concatenate([scores[method][name] for name in id_splits])
+            for name in sets:
+                ood_scores = scores[method][name]
+                rows.append(
+                    {
+                        "task": task,
+                        "group": name.split("/")[1],
+                        "dataset": name.split("/")[2],
+                        "method": method,
+                        **asdict(detect(id_scores, ood_scores)),
+                        "accuracy": correct,
+                        "n_id": id_scores.size,
+                        "n_ood": ood_scores.size,
+                    }
+                )
+    frame = pd.DataFrame(rows)
+    return _with_means(frame)[["task", "group", "dataset", "method", *METRICS, "accuracy", "n_id", "n_ood"]]
+
+
+def score_methods(
+    cache: Cache, params: NacParams | None, splits: Iterable[str]
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Return method → split → scores (rows,), NAC first where there are parameters."""
+    names = list(splits)
+    coverage = fit_coverage(cache, params) if params else None
+    found: dict[str, dict[str, NDArray[np.float64]]] = {}
+    if coverage:
+        found["NAC"] = {name: coverage.score(cache[name]) for name in names}
+    logits = {name: np.asarray(cache[name].logits[:]) for name in names}
+    for method, baseline in LOGIT_BASELINES.items():
+        found[method] = {name: baseline(logits[name]) for name in names}
+    return found
+
+
+def find_params(cache: Cache, choice: str | None) -> NacParams:
+    """Return the parameters to use: a file's, the paper's (`published`), or those that a search left beside the cache.
+
+    Raises:
+        ParamsError: there are none, saying how to get some.
+    """
+    if choice == "published":
+        identity = cache.header.identity
+        layers = [spec.name for spec in cache.header.layers]
+        return published_params(str(identity.get("benchmark")), str(identity.get("family")), layers)
+    if choice is not None:
+        return read_params(choice)
+    beside = beside_cache(cache.path, ".params.json")
+    if not beside.exists():
+        raise ParamsError(
+            f"there is no {beside}; make it with: nacpipe search {cache.path}, or give --params FILE or --params published"
+        )
+    return read_params(beside)
+
+
+def _accuracy(cache: Cache, splits: list[str]) -> float:
+    """Over all ID samples of a task together."""
+    logits = np.concatenate([np.asarray(cache[name].logits[:]) for name in splits])
+    return accuracy(logits, np.concatenate([cache[name].label for name in splits]))
+
+
+def _with_means(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add each group's unweighted mean over its sets after its sets; n_ood is then their total."""
+    parts = []
+    for (task, group), rows in frame.groupby(["task", "group"], sort=False):
+        means = rows.groupby("method", sort=False).agg(
+            {**dict.fromkeys([*METRICS, "accuracy"], "mean"), "n_id": "first", "n_ood": "sum"}
+        )
+        parts += [rows, means.reset_index().assign(task=task, group=group, dataset="mean")]
+    return pd.concat(parts, ignore_index=True)
