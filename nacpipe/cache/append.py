@@ -107,7 +107,7 @@ class CacheWriter:
         group.update_attributes({"sealed": True, "digest": split_digest(group, attributes)})
 
     def drop(self, name: str) -> None:
-        """Remove a split: its seal first, then its marks, then the rest, so that a half-removed one is never trusted."""
+        """Remove a split: first its seal, then its marks, then the rest; a half-removed one is never trusted."""
         if name not in self.root:
             return
         group = self.root[name]

@@ -1,8 +1,8 @@
 """What a cache holds: names, shapes, chunks and codecs of format version 1 (cache/README.md).
 
-    block 0                    block 1                    last block
-    ├── block_rows rows ──┤    ├── block_rows rows ──┤    ├─ the rest ─┤
-    one chunk per array and block; blocks[i] = 1 once every array of block i is written
+block 0                    block 1                    last block
+├── block_rows rows ──┤    ├── block_rows rows ──┤    ├─ the rest ─┤
+one chunk per array and block; blocks[i] = 1 once every array of block i is written
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Header:
         raise InputError(f"layer {name!r} is not in this cache; it holds {', '.join(s.name for s in self.layers)}")
 
     def arrays(self) -> dict[str, tuple[int, str]]:
-        """Return every array of a split but `blocks`: its path in the split → (width, dtype); width 0 is one-dimensional."""
+        """Return a split's arrays but `blocks`: path in the split → (width, dtype); width 0 is one-dimensional."""
         found = {f"{s.name}/{what}": (s.neurons, "float32") for s in self.layers for what in ("activation", "gradient")}
         if self.features:
             found["features"] = (self.features, "float32")
@@ -141,7 +141,7 @@ def count_blocks(rows: int, block_rows: int) -> int:
 
 
 def create_array(group: zarr.Group, path: str, rows: int, width: int, dtype: str, block_rows: int) -> zarr.Array[Any]:
-    """Create one array of a split: chunks of (block_rows, width), Blosc zstd with bit shuffle, CRC32C on every chunk."""
+    """Create one array of a split: chunks of (block_rows, width), Blosc zstd with bit shuffle, CRC32C on each."""
     kind = np.dtype(dtype)
     return group.create_array(
         path,
@@ -174,7 +174,7 @@ def create_marks(group: zarr.Group, blocks: int) -> zarr.Array[Any]:
 
 
 def find_splits(group: zarr.Group, prefix: str = "") -> list[str]:
-    """Return the names of all splits below a group: the groups with a `rows` attribute, in the order people read them."""
+    """Return the names of all splits below a group (groups with a `rows` attribute) in the order people read them."""
     found: list[str] = []
     for name, child in group.groups():
         path = f"{prefix}{name}"

@@ -33,7 +33,9 @@ def open_root(path: str, *, mode: Literal["r", "r+"]) -> tuple[zarr.Group, Heade
     try:
         root = zarr.open_group(path, mode=mode, zarr_format=3, use_consolidated=False)
     except (FileNotFoundError, zarr.errors.GroupNotFoundError):
-        raise CacheError(f"there is no cache at {path}; make one with: nacpipe extract BENCHMARK --cache {path}") from None
+        raise CacheError(
+            f"there is no cache at {path}; make one with: nacpipe extract BENCHMARK --cache {path}"
+        ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise FormatError(f"{path} cannot be read as a Zarr group ({type(error).__name__}: {error})") from error
     try:
@@ -134,7 +136,9 @@ class Cache(Mapping[str, SplitView]):
         self._root = root
         with warnings.catch_warnings():
             # A killed writer may leave `.partial` files beside the groups; the next extract removes them.
-            warnings.filterwarnings("ignore", message="Object at .* is not recognized as a component of a Zarr hierarchy")
+            warnings.filterwarnings(
+                "ignore", message="Object at .* is not recognized as a component of a Zarr hierarchy"
+            )
             self._names = find_splits(root)
 
     def __getitem__(self, name: str) -> SplitView:
@@ -177,7 +181,8 @@ class Cache(Mapping[str, SplitView]):
         group = self._root.get("classifier")
         if group is None or not group.attrs.get("written"):
             return None
-        return np.asarray(group["weight"][:]), np.asarray(group["bias"][:])
+        weight, bias = (self._root[f"classifier/{name}"] for name in ("weight", "bias"))
+        return np.asarray(weight[:]), np.asarray(bias[:])  # type: ignore[index]
 
     def search_identity(self, splits: tuple[str, ...], layers: tuple[str, ...]) -> dict[str, Any]:
         """Return the identity of these splits and layers, which a study is bound to."""

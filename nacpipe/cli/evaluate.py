@@ -17,7 +17,9 @@ _TITLES = {"ood": "OOD: ID is id/test", "fsood": "FS-OOD: ID is id/test and csid
 
 @click.command()
 @click.argument("cache", type=click.Path(path_type=Path))
-@click.option("--params", "choice", metavar="FILE", help="A file, or published; default: what search left beside X.zarr.")
+@click.option(
+    "--params", "choice", metavar="FILE", help="A file, or published; default: what search left beside X.zarr."
+)
 @output_options
 def evaluate(cache: Path, choice: str | None, output: str | None) -> None:
     """Print FPR@95, AUROC, AUPR-IN and AUPR-OUT for every OOD set in CACHE, NAC beside MSP, MaxLogit and Energy.

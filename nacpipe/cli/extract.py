@@ -44,7 +44,7 @@ def extract_options(command: Any) -> Any:
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
 @click.pass_obj
-def extract(command: str, dry_run: bool, as_json: bool, **asked: Any) -> None:
+def extract(command: str, /, dry_run: bool, as_json: bool, **asked: Any) -> None:
     """Run a network over BENCHMARK's images once and write its states to a cache.
 
     Stopped at any moment, the same command goes on where it was.

@@ -16,7 +16,7 @@ from nacpipe.cli.show import note
 @click.option("--trials", type=int, default=DEFAULT_TRIALS, show_default=True, help="Completed trials to reach.")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="The search's seed.")
 @click.pass_obj
-def run(command: str, trials: int, seed: int, **asked: Any) -> None:
+def run(command: str, /, trials: int, seed: int, **asked: Any) -> None:
     """Extract BENCHMARK's states, search the parameters, and print the table, in one command.
 
     Stopped at any moment, the same command goes on where it was.

@@ -97,23 +97,34 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
         print_json({**result.params.to_json(), "result": result.to_json(), "made_by": search.made_by()})
     else:
         rows = [
-            (name, str(p.bins), str(p.saturation), f"{p.alpha:.4g}", f"{p.weight:.4f}", _percent(result.alone.get(name)))
+            (
+                name,
+                str(p.bins),
+                str(p.saturation),
+                f"{p.alpha:.4g}",
+                f"{p.weight:.4f}",
+                _percent(result.alone.get(name)),
+            )
             for name, p in result.params.layers.items()
         ]
         print_table(("layer", "bins", "saturation", "alpha", "weight", "alone, AUROC %"), rows)
         checks = result.checks
-        click.echo(f"\nid/val against ood/val: AUROC {_percent(checks.val_auroc)} %, FPR@95 {_percent(checks.val_fpr95)} %"
-                   f" (Energy's AUROC {_percent(result.energy_val)} %)")  # fmt: skip
+        click.echo(
+            f"\nid/val against ood/val: AUROC {_percent(checks.val_auroc)} % (Energy's {_percent(result.energy_val)} %),"
+            f" FPR@95 {_percent(checks.val_fpr95)} %"
+        )
         if checks.subtrain_auroc is None:
             click.echo("overfitting check: the cache has no id/subtrain")
         else:
-            click.echo(f"overfitting check, id/val against id/subtrain: AUROC {_percent(checks.subtrain_auroc)} %"
-                       f" (50 is ideal; Energy's {_percent(result.energy_subtrain)} %)")  # fmt: skip
+            click.echo(
+                f"overfitting check, id/val against id/subtrain: AUROC {_percent(checks.subtrain_auroc)} %"
+                f" (50 is ideal; Energy's {_percent(result.energy_subtrain)} %)"
+            )
         click.echo(f"{result.trials} trials in {result.seconds:.1f} s, seed {result.seed}, {search.request.where}")
     if result.overfits:
         note(
-            "warning: NAC tells training images from others more than 3 points better than Energy does; the coverage may"
-            " be overfitted: more --train-images, fewer bins or a higher saturation help"
+            "warning: NAC tells training images from others more than 3 points better than Energy does; the coverage"
+            " may be overfitted: more --train-images, fewer bins or a higher saturation help"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which sets of images a benchmark is made of, and how its images are prepared. Plain records; nothing is opened here."""
+"""Which sets of images a benchmark is made of, and how its images are prepared. Plain records; nothing is opened."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ For one neuron i and one sample x:
     state     ẑ = sigmoid(alpha · z · ∂D_KL(u ‖ p)/∂z)            "neuron activation state", section 3.1
     counts    κ(ẑ) = training samples in the bin that holds ẑ     the histogram
     table     Φ(ẑ) = min(κ(ẑ) / saturation, 1)                    the coverage function
-    score     S(x) = Σ_layers weight · mean_i Φ_i(ẑ_i(x))         NAC-UE, section 3.2; larger = more like the training data
+    score     S(x) = Σ_layers weight · mean_i Φ_i(ẑ_i(x))         NAC-UE, section 3.2; larger = more like training data
 
 How it is computed here. The sigmoid is monotonic, so a bin of states is an interval of *products* x = z · ∂D_KL/∂z:
 
@@ -35,18 +35,18 @@ LOG_BASE = 1000.0  # b of design §3; the authors' `logspace(1e3, M)`
 
 
 def bin_edges(bins: int, kind: Edges = "log") -> NDArray[np.float64]:
-    """Return the `bins` edges M of the M − 1 bins, ascending float64; a state s is in bin k when edges[k] ≤ s < edges[k+1].
+    """Return the edges of M − 1 bins, (bins,) ascending float64; state s is in bin k when edges[k] ≤ s < edges[k+1].
 
     `log` is fine near 0 and 1 (where sigmoids crowd) and coarse near ½, symmetric about ½, which is itself an edge:
 
-        bins=10   0   .16 .. .43 .5 .57 .. .84     1.01  1.2      u = linspace(1, √b, h), l = log_b(u), r = 1 − l reversed
+        bins=10   0   .16 .. .43 .5 .57 .. .84     1.01  1.2    u = linspace(1, √b, h), l = log_b(u), r = 1 − l reversed
                   └─ l without its last ─┘ └ r, last + 0.01 ┘
 
-    For odd M, which the authors' code cannot do, the lower half gets the extra edge: l has one point more than r, ½ stays
-    an edge, and the zero products of a ReLU keep falling into the first bin of the upper half
+    For odd M, which the authors' code cannot do, the lower half gets the extra edge: l has one point more than r, ½
+    stays an edge, and the zero products of a ReLU keep falling into the first bin of the upper half
     (docs/decisions/odd-bins.md).
 
-    `linear` is linspace(0, 1, M) with the last edge above 1, so that the state 1 has a bin (the authors' code loses it).
+    `linear` is linspace(0, 1, M) with the last edge above 1, so that the state 1 has a bin (the authors' loses it).
 
     Raises:
         ParamsError: fewer than 4 bins or an unknown kind.

@@ -15,8 +15,8 @@ A trial (`fill_ranked`) lays its borders over both ascending rows at once:
 Compiled code is cached on disk by numba, beside this file or, where that cannot be written, in the user's cache folder;
 its index is keyed by processor, so a copied cache is never stale.
 
-Threads are numba's own work queue: OpenMP's threads spin while they wait, and where two searches share a machine's cores
-each takes five times as long. The work queue must not be entered twice at once, hence the lock.
+Threads are numba's own work queue: OpenMP's threads spin while they wait, and where two searches share a machine's
+cores each takes five times as long. The work queue must not be entered twice at once, hence the lock.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if "NUMBA_THREADING_LAYER" not in os.environ:
 _ENTERED = threading.Lock()
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(cache=True, inline="always")
 def _first_at_least(row, start, border):  # type: ignore[no-untyped-def]
     """The first place ≥ start in the ascending row whose value is ≥ border; gallops, since the next border is near."""
     n = row.size
@@ -58,9 +58,9 @@ def _first_at_least(row, start, border):  # type: ignore[no-untyped-def]
     return high
 
 
-@njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(parallel=True, cache=True, nogil=True)
 def _fill_ranked(train, queries, ranks, borders, saturation, chunks):  # type: ignore[no-untyped-def]
-    neurons, n_train = train.shape
+    neurons = train.shape[0]
     n_query = queries.shape[1]
     partial = np.zeros((chunks, n_query), np.int64)
     per_chunk = (neurons + chunks - 1) // chunks
@@ -94,7 +94,7 @@ def _fill_ranked(train, queries, ranks, borders, saturation, chunks):  # type: i
     return partial
 
 
-@njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(parallel=True, cache=True, nogil=True)
 def _count_sorted(train, borders):  # type: ignore[no-untyped-def]
     neurons = train.shape[0]
     counts = np.zeros((neurons, borders.size - 1), np.int32)
@@ -108,7 +108,7 @@ def _count_sorted(train, borders):  # type: ignore[no-untyped-def]
     return counts
 
 
-@njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(parallel=True, cache=True, nogil=True)
 def _fill_rows(products, borders, counts, saturation):  # type: ignore[no-untyped-def]
     rows, neurons = products.shape
     filled = np.zeros(rows, np.int64)
@@ -181,4 +181,5 @@ def rank_columns(products: NDArray[np.float32]) -> NDArray[np.uint16] | NDArray[
 
 def set_threads(threads: int | None) -> None:
     """Let the loops use this many cores (all by default)."""
-    numba.set_num_threads(min(threads or numba.config.NUMBA_NUM_THREADS, numba.config.NUMBA_NUM_THREADS))
+    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(min(threads or most, most))

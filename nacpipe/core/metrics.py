@@ -1,7 +1,7 @@
 """Detection metrics from two vectors of scores, by OpenOOD v1.5's conventions; fractions, never percent.
 
-A score is larger for samples that look like the training data, so a detector *flags* a sample whose score is at or below
-its threshold. Every distinct score is a threshold and ties count as ties.
+A score is larger for samples that look like the training data, so a detector *flags* a sample whose score is at or
+below its threshold. Every distinct score is a threshold and ties count as ties.
 """
 
 from __future__ import annotations

@@ -150,15 +150,11 @@ def plan_extraction(request: ExtractRequest) -> Plan:
         blocks = count_blocks(int(images.index.size), header.block_rows)
         sealed, marks = done.get(images.name, (False, np.zeros(blocks, bool)))
         todo = () if sealed else tuple(int(b) for b in np.flatnonzero(~marks))
-        plans.append(
-            SplitPlan(images=images, todo=todo, blocks=blocks, sealed=sealed, drop=images.name in forced)
-        )
+        plans.append(SplitPlan(images=images, todo=todo, blocks=blocks, sealed=sealed, drop=images.name in forced))
     for plan in plans:
         if plan.todo:
             plan.images.check()
-    return Plan(
-        request=request, header=header, network=network, exists=exists, splits=tuple(plans), notes=tuple(notes)
-    )
+    return Plan(request=request, header=header, network=network, exists=exists, splits=tuple(plans), notes=tuple(notes))
 
 
 def extract(plan: Plan, progress: Callable[[str, int], None] = lambda split, rows: None) -> None:
@@ -224,7 +220,7 @@ def find_device(name: str) -> torch.device:
 
 
 def _pin_arithmetic() -> None:
-    """Let convolutions on the CPU sum in the same order on every x86 machine (docs/decisions/same-values-everywhere.md).
+    """Let convolutions on the CPU sum in the same order on every x86 machine (docs/decisions/same-values.md).
 
     Otherwise processors with AVX-512 round differently, a ReLU near 0 flips, and a resumed cache differs in its
     gradients by 1e-3. The variable is read at a process's first convolution; someone who set it has chosen.
@@ -235,7 +231,8 @@ def _pin_arithmetic() -> None:
 def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
     """Open the lists of the wanted splits; leave out, and say so, what nobody asked for by name and is not there."""
     benchmark = find_benchmark(request.benchmark)
-    sets, notes = [], []
+    sets: list[ImageSet] = []
+    notes: list[str] = []
     wanted = [s for s in benchmark.splits if not request.splits or s.name in request.splits or s.name in request.force]
     for split in wanted:
         images = open_images(

@@ -94,7 +94,9 @@ def open_images(
         if train_images < benchmark.classes:
             notes.append(f"id/train: {train_images} images cannot cover {benchmark.classes} classes; chosen unbalanced")
         elif index.size < train_images:
-            notes.append(f"id/train: {index.size} of the {train_images} images asked for, the same number of each class")
+            notes.append(
+                f"id/train: {index.size} of the {train_images} images asked for, the same number of each class"
+            )
     return ImageSet(
         name=split.name,
         source=source,
@@ -192,7 +194,7 @@ def build_transform(transform: Transform) -> Callable[[Image.Image], Tensor]:
             transforms.Normalize(transform.mean, transform.std),
         ]
     )
-    return lambda image: steps(image.convert(mode))  # type: ignore[no-any-return]
+    return lambda image: steps(image.convert(mode))
 
 
 def load_batches(

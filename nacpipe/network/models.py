@@ -218,7 +218,7 @@ def load_weights(module: nn.Module, state: StateDict, renames: Mapping[str, str]
 
 
 def hash_weights(state: Mapping[str, Tensor]) -> str:
-    """Return the sha256 (hex) of a state dict's names, types, shapes and values; batch counters, which do nothing, apart."""
+    """Return the sha256 (hex) of a state dict's names, types, shapes and values, without its idle batch counters."""
     digest = hashlib.sha256()
     for key in sorted(state):
         if key.endswith("num_batches_tracked"):
@@ -242,7 +242,8 @@ def measure_layers(network: Network, names: tuple[str, ...]) -> tuple[tuple[Laye
     with Taps(network.module, draft, network.model.classifier) as taps:
         tapped = taps(blank)
     layers = tuple(
-        LayerSpec(name=s.name, path=s.path, pooling=s.pooling, neurons=tapped.activation[s.name].shape[1]) for s in draft
+        LayerSpec(name=s.name, path=s.path, pooling=s.pooling, neurons=tapped.activation[s.name].shape[1])
+        for s in draft
     )
     features = 0 if tapped.features is None else tapped.features.shape[1]
     return layers, tapped.logits.shape[1], features

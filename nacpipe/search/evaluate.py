@@ -101,7 +101,8 @@ def find_params(cache: Cache, choice: str | None) -> NacParams:
     beside = beside_cache(cache.path, ".params.json")
     if not beside.exists():
         raise ParamsError(
-            f"there is no {beside}; make it with: nacpipe search {cache.path}, or give --params FILE or --params published"
+            f"there is no {beside}; make it with: nacpipe search {cache.path},"
+            " or give --params FILE or --params published"
         )
     return read_params(beside)
 

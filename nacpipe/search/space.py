@@ -1,8 +1,8 @@
 """Where the search looks: per layer a range of bins, saturation and alpha.
 
 Alpha's useful range follows the data. A sigmoid tells states apart where |alpha · product| lies between about 0.1 (all
-states near ½) and 30 (all states 0 or 1), so a layer whose products are a thousand times larger wants an alpha a thousand
-times smaller; published parameters do not transfer between networks.
+states near ½) and 30 (all states 0 or 1), so a layer whose products are a thousand times larger wants an alpha a
+thousand times smaller; published parameters do not transfer between networks.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ here the torn tail is cut off under the lock before anything is appended).
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import optuna
@@ -17,10 +18,8 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from nacpipe.errors import StudyError
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 
 class TailMendingLock:
@@ -74,7 +73,7 @@ def open_storage(where: str) -> BaseStorage:
             return RDBStorage(where)
         if not Path(where).parent.is_dir():
             raise StudyError(f"the folder of the study {where} is not there")
-        if fcntl is None:
+        if sys.platform == "win32":
             return JournalStorage(JournalFileBackend(where, lock_obj=JournalFileOpenLock(where)))
         lock = TailMendingLock(where)
         lock.acquire()  # mends the tail before the first reading

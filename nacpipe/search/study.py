@@ -159,7 +159,9 @@ class Search:
         if request.study_name in names:
             return optuna.load_study(study_name=request.study_name, storage=storage)
         if not create:
-            raise StudyError(f"{request.where} holds no study {request.study_name}; it holds {', '.join(names) or 'none'}")
+            raise StudyError(
+                f"{request.where} holds no study {request.study_name}; it holds {', '.join(names) or 'none'}"
+            )
         study = optuna.create_study(study_name=request.study_name, storage=storage, direction="maximize")
         for key, value in {**bound, "seed": request.seed, "nacpipe": nacpipe.__version__}.items():
             study.set_user_attr(key, value)
@@ -168,8 +170,7 @@ class Search:
     def space(self) -> Space:
         """Return every layer's ranges, from its training products."""
         return {
-            layer: measure_space(layer, self.scorer.index(layer).train, self.scorer.train_rows)
-            for layer in self.layers
+            layer: measure_space(layer, self.scorer.index(layer).train, self.scorer.train_rows) for layer in self.layers
         }
 
     def completed(self) -> list[FrozenTrial]:
@@ -290,9 +291,7 @@ class Search:
 def trial_params(trial: FrozenTrial, layers: tuple[str, ...]) -> NacParams:
     """Return a trial's parameters as a record."""
     return NacParams(
-        layers={
-            layer: LayerParams(**{field: trial.params[f"{layer}.{field}"] for field in FIELDS}) for layer in layers
-        }
+        layers={layer: LayerParams(**{field: trial.params[f"{layer}.{field}"] for field in FIELDS}) for layer in layers}
     )
 
 

@@ -1,0 +1,66 @@
+# nacpipe's targets; `make` prints them. Everything runs in .venv, which is built when it is not there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+BENCHMARK ?= digits
+MODEL ?= $(if $(filter digits,$(BENCHMARK)),digits_cnn,)
+CHECKPOINT ?=
+DATA_ROOT ?=
+CACHE ?= cache/$(BENCHMARK)-$(MODEL).zarr
+LAYERS ?=
+TRAIN_IMAGES ?=
+TRIALS ?=
+
+EXTRACT_OPTIONS = $(BENCHMARK) --cache $(CACHE) \
+	$(if $(MODEL),--model $(MODEL)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) \
+	$(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(LAYERS),--layers $(LAYERS)) \
+	$(if $(TRAIN_IMAGES),--train-images $(TRAIN_IMAGES))
+
+.PHONY: help demo extract search evaluate test check format lint types wheel clean
+
+help: ## print this
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@echo
+	@echo "BENCHMARK=$(BENCHMARK) MODEL=$(MODEL) CHECKPOINT= DATA_ROOT= CACHE=$(CACHE) LAYERS= TRAIN_IMAGES= TRIALS="
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY) ## extract, search, evaluate on the packaged benchmark
+	$(MAKE) --no-print-directory extract search evaluate BENCHMARK=digits
+
+extract: $(READY) ## stage 1: run the network once, write its states to CACHE
+	$(BIN)/python stages/extract.py $(EXTRACT_OPTIONS)
+
+search: $(READY) ## stage 2: tune the parameters against CACHE
+	$(BIN)/python stages/search.py $(CACHE) $(if $(TRIALS),--trials $(TRIALS)) $(if $(LAYERS),--layers $(LAYERS))
+
+evaluate: $(READY) ## the table: NAC beside baselines
+	$(BIN)/nacpipe evaluate $(CACHE)
+
+test: $(READY) ## all tests
+	$(BIN)/python -m pytest
+
+check: $(READY) lint types test ## format, lint, types, house rules, tests: what CI runs
+
+format: $(READY) ## put the code in form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+wheel: $(READY) ## build the wheel
+	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+clean: ## remove what is built, caches of states excepted
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
