@@ -110,7 +110,7 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
         print_table(("layer", "bins", "saturation", "alpha", "weight", "alone, AUROC %"), rows)
         checks = result.checks
         click.echo(
-            f"\nid/val against ood/val: AUROC {_percent(checks.val_auroc)} % (Energy's {_percent(result.energy_val)} %),"
+            f"\nid/val against ood/val: AUROC {_percent(checks.val_auroc)} % (Energy {_percent(result.energy_val)} %),"
             f" FPR@95 {_percent(checks.val_fpr95)} %"
         )
         if checks.subtrain_auroc is None:

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import oracle
 from nacpipe.core.coverage import (
     bin_edges,
     combine_layers,
@@ -19,6 +18,7 @@ from nacpipe.core.coverage import (
     select_source,
 )
 from nacpipe.errors import ParamsError
+from tests import oracle
 
 BINS = (4, 5, 6, 7, 10, 49, 50, 500, 1001)
 ALPHAS = st.floats(1e-30, 1e30)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-import oracle
 from nacpipe.core import kernels
 from nacpipe.core.coverage import bin_edges, coverage_table, layer_score, product_borders
 from nacpipe.core.kernels import count_sorted, fill_ranked, fill_rows, rank_columns, sort_columns
+from tests import oracle
 
 Products = NDArray[np.float32]  # (samples, neurons)
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import auc, precision_recall_curve, roc_auc_score, roc_curve
 
-import oracle
 from nacpipe.core.metrics import Detection, Scores, accuracy, detect
 from nacpipe.errors import ValuesError
+from tests import oracle
 
 # Few distinct values, so that ties are common, mixed with any.
 SCORES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(-5, 5), min_size=1, max_size=45).map(np.array)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import oracle
 from nacpipe.core.subset import choose_balanced
 from nacpipe.errors import InputError
+from tests import oracle
 
 
 @given(

@@ -1,0 +1,209 @@
+"""One trial's scoring, nacpipe's way and the plain way, side by side in one run.
+
+Measured: the time from new parameters for every layer to the AUROC of id/val against ood/val, without any file. nacpipe
+indexes a layer once (not in the trial's time); the plain way, in torch, compares every state with every edge: float32
+states, float64 edges, batches of 128, (batch, bins, neurons). Before timing, both must give the same scores; only states
+within float32 rounding of an edge may fall into the neighbouring bin, and they are counted. Products are made up
+(ReLU activation × signed gradient, 7 % exact zeros, |alpha · product| about 0.1 … 15), parameters are the published ones
+with alpha moved by a percent or so before every trial. Alternates both ways; prints minimum and median.
+
+    python bench/trial.py [--repeats 5]       CIFAR-10, ResNet-18: the ratio; bar 1/300
+    python bench/trial.py --sizes imagenet    ImageNet, ResNet-50: ms per trial; bar 60 ms
+    python bench/trial.py --sizes vit         ImageNet, ViT-B/16, 50,000 training images: index time, memory, ms per trial
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nacpipe.core.coverage import bin_edges, combine_layers, layer_score, product_borders
+from nacpipe.core.kernels import fill_ranked, rank_columns, sort_columns
+from nacpipe.core.metrics import auroc
+from nacpipe.core.params import LayerParams
+from nacpipe.core.published import PUBLISHED
+
+Floats = NDArray[np.float32]
+BATCH = 128
+ROUNDING = 2e-7  # a few float32 steps of a state near 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    published: tuple[str, str]
+    neurons: tuple[int, ...]
+    train: int
+    val: int
+    ood: int
+    subtrain: int = 1000  # scored in every trial too: the check for overfitting
+    keep: int = 1000  # rows of each side that the check against the plain way sees
+
+    @property
+    def evaluated(self) -> int:
+        return self.val + self.ood + self.subtrain
+
+
+SIZES = {
+    "cifar10": Sizes(
+        published=("cifar10", "resnet"), neurons=(512, 256, 128, 64), train=1000, val=1000, ood=1000, keep=3000
+    ),
+    "imagenet": Sizes(published=("imagenet", "resnet"), neurons=(2048, 1024, 512, 256), train=1000, val=5000, ood=1763),
+    "vit": Sizes(published=("imagenet", "vit"), neurons=(768,) * 4, train=50_000, val=5000, ood=1763, keep=500),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    params: LayerParams
+    train: Floats  # (keep, neurons): products as they come, for the plain way
+    evaluated: Floats  # (keep, neurons)
+    index: tuple[Floats, Floats, NDArray[np.uint16] | NDArray[np.uint32]]  # sorted train, sorted evaluated, ranks
+
+
+def draw_products(random: np.random.Generator, rows: int, neurons: int, alpha: float) -> Floats:  # (rows, neurons)
+    """ReLU-like activations times signed gradients, in pieces, so that drawing takes no memory of note."""
+    products = np.empty((rows, neurons), np.float32)
+    for start in range(0, rows, 1024):
+        part = products[start : start + 1024]
+        activation = np.maximum(random.standard_normal(part.shape, np.float32) + np.float32(1.5), 0)
+        steepness = np.exp(0.7 * random.standard_normal((len(part), 1), np.float32))
+        part[:] = activation * random.standard_normal(part.shape, np.float32) * steepness / np.float32(alpha)
+    return products
+
+
+def build_layers(sizes: Sizes, random: np.random.Generator) -> tuple[list[Layer], float]:
+    """Return the layers and the seconds that indexing took."""
+    layers, seconds = [], 0.0
+    for neurons, params in zip(sizes.neurons, PUBLISHED[sizes.published].layers.values(), strict=True):
+        train = draw_products(random, sizes.train, neurons, params.alpha)
+        evaluated = draw_products(random, sizes.evaluated, neurons, params.alpha)
+        evaluated[sizes.val : sizes.val + sizes.ood] *= np.float32(1.5)  # OOD samples spread wider
+        started = time.perf_counter()
+        index = (sort_columns(train), sort_columns(evaluated), rank_columns(evaluated))
+        seconds += time.perf_counter() - started
+        kept = (train[: sizes.keep].copy(), evaluated[: sizes.keep].copy())
+        layers.append(Layer(params=params, train=kept[0], evaluated=kept[1], index=index))
+    return layers, seconds
+
+
+def score(layers: list[Layer]) -> NDArray[np.float64]:  # (samples,)
+    """What nacpipe does in a trial: search/scoring.py's path."""
+    scores = []
+    for layer in layers:
+        params, (train, queries, ranks) = layer.params, layer.index
+        borders = product_borders(bin_edges(params.bins, params.edges), params.alpha)
+        filled = fill_ranked(train, queries, ranks, borders, params.saturation)
+        scores.append(layer_score(filled, train.shape[0], params.saturation))
+    return combine_layers(np.stack(scores), np.ones(len(layers)))
+
+
+def score_plainly(layers: list[Layer]) -> NDArray[np.float64]:  # (samples,)
+    """The same by comparing every state with every edge, as the authors do."""
+    total = torch.zeros(len(layers[0].evaluated))
+    for layer in layers:
+        params = layer.params
+        edges = torch.from_numpy(bin_edges(params.bins, params.edges))[:, None]  # (bins, 1) float64
+        lower, upper = edges[:-1], edges[1:]
+
+        def inside(products: Floats, alpha: float, lower: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
+            states = torch.sigmoid(alpha * torch.from_numpy(products))[:, None]  # (batch, 1, neurons) float32
+            return (states >= lower) & (states < upper)  # (batch, bins - 1, neurons)
+
+        counts = torch.zeros(params.bins - 1, layer.train.shape[1])
+        for start in range(0, len(layer.train), BATCH):
+            counts += inside(layer.train[start : start + BATCH], params.alpha, lower, upper).sum(dim=0)
+        table = (counts / params.saturation).clamp(max=1.0)
+        for start in range(0, len(layer.evaluated), BATCH):
+            rows = slice(start, start + BATCH)
+            found = (inside(layer.evaluated[rows], params.alpha, lower, upper) * table).sum(dim=1)
+            total[rows] += found.mean(dim=1) / len(layers)
+    return total.double().numpy()
+
+
+def move_alpha(layers: list[Layer], random: np.random.Generator) -> list[Layer]:
+    """New parameters for every layer."""
+    return [replace(e, params=replace(e.params, alpha=e.params.alpha * random.lognormal(0.0, 0.01))) for e in layers]
+
+
+def index_again(layer: Layer, columns: NDArray[np.bool_]) -> Layer:
+    """The kept rows of these neurons, as a layer of their own."""
+    train, evaluated = layer.train[:, columns], layer.evaluated[:, columns]
+    index = (sort_columns(train), sort_columns(evaluated), rank_columns(evaluated))
+    return Layer(params=layer.params, train=train, evaluated=evaluated, index=index)
+
+
+def check(layers: list[Layer]) -> str:
+    """Refuse to time two ways that do not give the same; return what was found."""
+    every, clean, exceptions = [], [], 0
+    for layer in layers:
+        edges = bin_edges(layer.params.bins, layer.params.edges)
+        borders, unlike = product_borders(edges, layer.params.alpha), np.zeros(layer.train.shape[1], bool)
+        for products in (layer.train, layer.evaluated):
+            states = torch.sigmoid(layer.params.alpha * torch.from_numpy(products)).double().numpy()
+            plain = np.searchsorted(edges, states, side="right")
+            other = plain != np.searchsorted(borders, products, side="right")
+            assert (np.abs(states[other, None] - edges) < ROUNDING).any(axis=1).all(), "a state away from any edge"
+            exceptions += int(other.sum())
+            unlike |= other.any(axis=0)
+        every.append(index_again(layer, np.ones_like(unlike)))
+        clean.append(index_again(layer, ~unlike))
+    gaps = [float(np.abs(score(some) - score_plainly(some)).max()) for some in (clean, every)]
+    assert gaps[0] < 1e-6, f"scores differ by {gaps[0]}"
+    states = sum(layer.train.size + layer.evaluated.size for layer in layers)
+    return (
+        f"same scores: to {gaps[0]:.1e} (float32 sums) without, {gaps[1]:.1e} with the neurons of {exceptions} states"
+        f" of {states} that lie within float32 rounding of an edge"
+    )
+
+
+def clock(function: Callable[[list[Layer]], NDArray[np.float64]], layers: list[Layer], sizes: Sizes) -> float:
+    """Seconds of one trial, the AUROC included."""
+    started = time.perf_counter()
+    scores = function(layers)
+    auroc(scores[: sizes.val], scores[sizes.val : sizes.val + sizes.ood])
+    return time.perf_counter() - started
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", choices=SIZES, default="cifar10")
+    parser.add_argument("--repeats", type=int, default=5)
+    asked = parser.parse_args()
+    sizes, random = SIZES[asked.sizes], np.random.default_rng(0)
+    few = Sizes(published=sizes.published, neurons=(2,) * 4, train=9, val=9, ood=9)
+    score(build_layers(few, random)[0])  # compiled, or loaded from numba's cache
+    before = resident_bytes()
+    layers, seconds = build_layers(sizes, random)
+    raw = 4 * sum(sizes.neurons) * (sizes.train + sizes.evaluated)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    print(f"{asked.sizes}: {sizes.neurons} neurons, {sizes.train} training and {sizes.evaluated} evaluated samples")
+    print(f"index: {seconds:.2f} s, peak memory {peak / raw:.2f} × the products' {raw / 2**20:.0f} MiB (float32)")
+    print(check(layers))
+    fast: list[float] = []
+    slow: list[float] = []
+    for _ in range(asked.repeats):
+        fast += [clock(score, move_alpha(layers, random), sizes) for _ in range(10)]
+        if asked.sizes == "cifar10":
+            slow.append(clock(score_plainly, move_alpha(layers, random), sizes))
+    print(f"nacpipe: {1e3 * min(fast):.2f} ms per trial, median {1e3 * median(fast):.2f} ({len(fast)} trials)")
+    if slow:
+        print(f"plain:   {1e3 * min(slow):.0f} ms per trial, median {1e3 * median(slow):.0f} ({len(slow)} trials)")
+        print(f"ratio:   1/{min(slow) / min(fast):.0f} of the minima, 1/{median(slow) / median(fast):.0f} of the medians")
+
+
+if __name__ == "__main__":
+    main()
