@@ -149,3 +149,9 @@ def _draw_split(
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """One finished cache for all tests that only read it: what a test writes belongs under its own `tmp_path`."""
+    return build_cache(tmp_path_factory.mktemp("small") / "small.zarr")

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nacpipe.cli.show import format_bytes, print_json, print_table
+from nacpipe.cli.show import format_bytes, note, print_json, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from nacpipe.cache import Cache
+
+SHOWN_BINS = 40  # lines a person reads
 
 
 @click.command()
@@ -91,8 +93,11 @@ def _inspect_layer(
         return
     _print_numbers(values)
     if bins is not None:
-        click.echo("\ncoverage built from id/train; states per bin, mean over neurons")
-        _print_numbers(bins)
+        click.echo("\ncoverage built from id/train: states per bin, means over neurons")
+        fullest = bins.nlargest(SHOWN_BINS, "count").sort_values("bin")
+        _print_numbers(fullest)
+        if len(bins) > SHOWN_BINS:
+            note(f"the {SHOWN_BINS} fullest of {len(bins)} bins that hold any; --json has all")
 
 
 def _print_numbers(frame: pd.DataFrame) -> None:
