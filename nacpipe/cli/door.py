@@ -40,6 +40,10 @@ class Door(click.Group):
             if ctx.params.get("debug"):
                 raise
             self._refuse(error.one_line())
+        except click.UsageError as error:
+            where = error.ctx.command_path if error.ctx else "nacpipe"
+            click.echo(f"nacpipe: {error.format_message()} See: {where} --help", err=True)
+            sys.exit(2)
         except OSError as error:
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise

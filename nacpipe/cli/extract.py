@@ -78,12 +78,14 @@ def extract(command: str, /, dry_run: bool, as_json: bool, **asked: Any) -> None
 def make_request(command: str, **asked: Any) -> ExtractRequest:
     """Fill in what depends on the benchmark: its network and the cache's place."""
     from nacpipe.core.benchmarks import find_benchmark
+    from nacpipe.errors import InputError
     from nacpipe.network.extract import ExtractRequest, name_cache
+    from nacpipe.network.models import MODELS
 
     benchmark = find_benchmark(asked["benchmark"])
     if asked["model"] is None:
         if not benchmark.packaged:
-            raise click.UsageError("Missing option '--model'.")
+            raise InputError(f"{benchmark.name} needs a network: --model NAME; known: {', '.join(MODELS)}")
         asked["model"] = "digits_cnn"
     if asked["cache"] is None:
         asked["cache"] = name_cache(benchmark.name, asked["model"])

@@ -25,6 +25,7 @@ def run(command: str, /, trials: int, seed: int, **asked: Any) -> None:
     nacpipe run digits
     nacpipe run cifar10 --model resnet20 --checkpoint resnet20.th --data-root data
     """
+    from nacpipe.artifact import beside_cache
     from nacpipe.cache import open_cache
     from nacpipe.cli.evaluate import print_evaluation
     from nacpipe.cli.search import run_search
@@ -40,6 +41,7 @@ def run(command: str, /, trials: int, seed: int, **asked: Any) -> None:
     for text in plan.notes:
         note(text)
     extract_plan(plan)
-    result = run_search(Search(SearchRequest(cache=request.cache, trials=trials, seed=seed)), None)
+    search = Search(SearchRequest(cache=request.cache, trials=trials, seed=seed))
+    result = run_search(search, beside_cache(str(request.cache), ".params.json"))
     click.echo("")
     print_evaluation(evaluate(open_cache(request.cache), result.params))

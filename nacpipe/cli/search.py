@@ -52,8 +52,12 @@ def search(
     nacpipe search cache/digits-digits_cnn.zarr --trials 5000 --timeout 600
     nacpipe search cache/digits-digits_cnn.zarr --status
     """
+    from nacpipe.artifact import beside_cache, check_writable
     from nacpipe.search.study import Search, SearchRequest
 
+    target = output or beside_cache(str(cache), ".params.json")
+    if not (status or dry_run):
+        check_writable(target)
     request = SearchRequest(
         cache=cache, trials=trials, timeout=timeout, seed=seed, layers=layers, threads=threads, storage=storage,
         study=study,
@@ -65,15 +69,13 @@ def search(
         result = found.result("stopped")
         print_result(result, found, as_json)
     else:
-        run_search(found, output, as_json)
+        run_search(found, target, as_json)
 
 
-def run_search(search: Search, output: Path | None, as_json: bool = False) -> SearchResult:
-    """Run a search with progress on stderr, write params.json, print what was found."""
-    from nacpipe.artifact import beside_cache, check_writable, write_params
+def run_search(search: Search, target: Path, as_json: bool = False) -> SearchResult:
+    """Run a search with progress on stderr, write the parameters to `target`, print what was found."""
+    from nacpipe.artifact import beside_cache, write_params
 
-    target = output or beside_cache(str(search.request.cache), ".params.json")
-    check_writable(target)
     done = len(search.completed())
     if done >= search.request.trials:
         note(f"the study has {done} completed trials already; more with --trials N")
@@ -87,7 +89,8 @@ def run_search(search: Search, output: Path | None, as_json: bool = False) -> Se
     if result.ended == "timeout":
         note(f"time is up; go on with: {search.command()}")
     else:
-        note(f"next: nacpipe evaluate {search.request.cache}" + (f" --params {output}" if output else ""))
+        beside = beside_cache(str(search.request.cache), ".params.json")
+        note(f"next: nacpipe evaluate {search.request.cache}" + (f" --params {target}" if target != beside else ""))
     return result
 
 

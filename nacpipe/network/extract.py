@@ -131,7 +131,7 @@ def plan_extraction(request: ExtractRequest) -> Plan:
     sets, notes = _open_sets(request)
     network = load_network(model, benchmark, request.checkpoint, find_device(request.device))
     header = _header(request, network)
-    exists = request.cache.exists()
+    exists = (request.cache / "zarr.json").exists()
     done: dict[str, tuple[bool, NDArray[np.bool_]]] = {}
     if exists:
         cache = open_cache(request.cache)

@@ -124,10 +124,10 @@ class Search:
     """A study opened on its cache, ready to run or to be looked at."""
 
     def __init__(self, request: SearchRequest, *, create: bool = True) -> None:
-        """Open cache and study.
+        """Open cache and study; with `create=False` nothing is written and a study that is not there stays so.
 
         Raises:
-            StudyError: the study was made with another cache, or with `create=False` there is none.
+            StudyError: the study was made with another cache.
             CacheError: the cache is not there or not finished.
         """
         if request.trials < 1:
@@ -145,10 +145,10 @@ class Search:
         identity = self.cache.search_identity(SEARCH_SPLITS, self.layers)
         self.study = self._open(identity, create)
 
-    def _open(self, identity: dict[str, Any], create: bool) -> optuna.Study:
+    def _open(self, identity: dict[str, Any], create: bool) -> optuna.Study | None:
         request = self.request
         if not create and "://" not in request.where and not Path(request.where).exists():
-            raise StudyError(f"there is no study {request.where}; start one with: nacpipe search {request.cache}")
+            return None
         storage = open_storage(request.where)
         names = optuna.get_all_study_names(storage)
         bound = {"fingerprint": fingerprint(identity), "identity": identity}
@@ -159,9 +159,7 @@ class Search:
         if request.study_name in names:
             return optuna.load_study(study_name=request.study_name, storage=storage)
         if not create:
-            raise StudyError(
-                f"{request.where} holds no study {request.study_name}; it holds {', '.join(names) or 'none'}"
-            )
+            return None
         study = optuna.create_study(study_name=request.study_name, storage=storage, direction="maximize")
         for key, value in {**bound, "seed": request.seed, "nacpipe": nacpipe.__version__}.items():
             study.set_user_attr(key, value)
@@ -175,6 +173,8 @@ class Search:
 
     def completed(self) -> list[FrozenTrial]:
         """Return the study's completed trials, oldest first."""
+        if self.study is None:
+            return []
         trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return sorted(trials, key=lambda trial: trial.number)
 
@@ -184,6 +184,7 @@ class Search:
         Args:
             progress: called after every trial with the completed trials and the best value.
         """
+        assert self.study is not None
         started = time.monotonic()
         strategy, ended = Strategy(self.space(), self.request.seed, self.weigh, self.published), "trials"
         for trial in self.completed():
@@ -234,8 +235,11 @@ class Search:
             StudyError: no trial is complete.
         """
         trials = self.completed()
-        if not trials:
-            raise StudyError(f"study {self.request.where} has no completed trial yet; go on with: {self.command()}")
+        if self.study is None or not trials:
+            raise StudyError(
+                f"there is no completed trial of {self.request.study_name} in {self.request.where};"
+                f" start or go on with: {self.command()}"
+            )
         best = max(trials, key=lambda trial: (trial.value, -trial.number))
         alone: dict[str, float] = {}
         for trial in trials:
@@ -258,6 +262,7 @@ class Search:
 
     def made_by(self) -> dict[str, Any]:
         """Return what params.json says of its making."""
+        assert self.study is not None
         return {
             "nacpipe": nacpipe.__version__,
             "cache": self.cache.path,
