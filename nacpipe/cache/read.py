@@ -95,12 +95,12 @@ class SplitView(Mapping[str, LayerView]):
     @cached_property
     def label(self) -> NDArray[np.int64]:
         """(rows,) class numbers, −1 for OOD."""
-        return np.asarray(self.array("label")[:])
+        return self.read("label")
 
     @cached_property
     def index(self) -> NDArray[np.int64]:
         """(rows,) positions in the image list."""
-        return np.asarray(self.array("index")[:])
+        return self.read("index")
 
     def array(self, path: str) -> zarr.Array[Any]:
         """Return an array of this split.
@@ -114,6 +114,20 @@ class SplitView(Mapping[str, LayerView]):
             raise CacheError(f"{self._cache.path}: {self.name}/{path} is not in the store") from None
         assert isinstance(array, zarr.Array)
         return array
+
+    def read(self, path: str, rows: slice = slice(None)) -> NDArray[Any]:
+        """Return rows of an array.
+
+        Raises:
+            CacheError: a chunk is damaged, naming the array.
+        """
+        try:
+            return np.asarray(self.array(path)[rows])
+        except (ValueError, RuntimeError) as error:  # crc32c says ValueError, Blosc RuntimeError
+            raise CacheError(
+                f"{self._cache.path}: {self.name}/{path} is damaged ({error}); extract the split again with:"
+                f" {self._cache.command()} --force {self.name}"
+            ) from error
 
     def marks(self) -> NDArray[np.bool_]:
         """Return which blocks are written, (blocks,) bool; none where the split was only begun."""

@@ -10,7 +10,7 @@ import click
 from nacpipe.cli.show import Progress, format_bytes, note, print_json, print_table, split_names
 
 if TYPE_CHECKING:
-    from nacpipe.network.extract import ExtractRequest, Plan
+    from nacpipe.network.plan import ExtractRequest, Plan
 
 
 def extract_options(command: Any) -> Any:
@@ -53,7 +53,7 @@ def extract(command: str, /, dry_run: bool, as_json: bool, **asked: Any) -> None
     nacpipe extract digits
     nacpipe extract cifar10 --model resnet20 --checkpoint resnet20.th --data-root data --dry-run
     """
-    from nacpipe.network.extract import plan_extraction
+    from nacpipe.network.plan import plan_extraction
 
     request = make_request(command, **asked)
     plan = plan_extraction(request)
@@ -79,8 +79,8 @@ def make_request(command: str, **asked: Any) -> ExtractRequest:
     """Fill in what depends on the benchmark: its network and the cache's place."""
     from nacpipe.core.benchmarks import find_benchmark
     from nacpipe.errors import InputError
-    from nacpipe.network.extract import ExtractRequest, name_cache
     from nacpipe.network.models import MODELS
+    from nacpipe.network.plan import ExtractRequest, name_cache
 
     benchmark = find_benchmark(asked["benchmark"])
     if asked["model"] is None:
@@ -102,7 +102,7 @@ def extract_plan(plan: Plan) -> None:
 
 def print_plan(plan: Plan, as_json: bool) -> None:
     """Print what would be done."""
-    from nacpipe.network.extract import total_bytes
+    from nacpipe.network.plan import total_bytes
 
     rows = [
         {

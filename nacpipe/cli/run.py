@@ -30,9 +30,10 @@ def run(command: str, /, trials: int, seed: int, **asked: Any) -> None:
     from nacpipe.cli.evaluate import print_evaluation
     from nacpipe.cli.search import run_search
     from nacpipe.errors import InputError
-    from nacpipe.network.extract import plan_extraction
+    from nacpipe.network.plan import plan_extraction
     from nacpipe.search.evaluate import evaluate
-    from nacpipe.search.study import Search, SearchRequest
+    from nacpipe.search.result import SearchRequest
+    from nacpipe.search.study import Search
 
     if trials < 1:
         raise InputError(f"trials is {trials}; it must be at least 1")

@@ -10,7 +10,8 @@ import click
 from nacpipe.cli.show import Progress, note, print_json, print_table, split_names
 
 if TYPE_CHECKING:
-    from nacpipe.search.study import Search, SearchResult
+    from nacpipe.search.result import SearchResult
+    from nacpipe.search.study import Search
 
 DEFAULT_TRIALS = 2000
 
@@ -53,7 +54,8 @@ def search(
     nacpipe search cache/digits-digits_cnn.zarr --status
     """
     from nacpipe.artifact import beside_cache, check_writable
-    from nacpipe.search.study import Search, SearchRequest
+    from nacpipe.search.result import SearchRequest
+    from nacpipe.search.study import Search
 
     target = output or beside_cache(str(cache), ".params.json")
     if not (status or dry_run):

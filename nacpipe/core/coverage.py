@@ -37,10 +37,10 @@ LOG_BASE = 1000.0  # b of design §3; the authors' `logspace(1e3, M)`
 def bin_edges(bins: int, kind: Edges = "log") -> NDArray[np.float64]:
     """Return the edges of M − 1 bins, (bins,) ascending float64; state s is in bin k when edges[k] ≤ s < edges[k+1].
 
-    `log` is fine near 0 and 1 (where sigmoids crowd) and coarse near ½, symmetric about ½, which is itself an edge:
+    `log` is fine near ½, where small products crowd, and coarse near 0 and 1; symmetric about ½, itself an edge:
 
-        bins=10   0   .16 .. .43 .5 .57 .. .84     1.01  1.2    u = linspace(1, √b, h), l = log_b(u), r = 1 − l reversed
-                  └─ l without its last ─┘ └ r, last + 0.01 ┘
+        bins=10   0  .312 .404 .460  .5 .540 .596 .688 1.01  1.2   u = linspace(1, √b, h), l = log_b(u), r = 1 − l back
+                  └─ l without last ─┘  └ r, last + 0.01 ┘
 
     For odd M, which the authors' code cannot do, the lower half gets the extra edge: l has one point more than r, ½
     stays an edge, and the zero products of a ReLU keep falling into the first bin of the upper half

@@ -139,7 +139,7 @@ def fill_ranked(
     borders: NDArray[np.float32],  # (bins,)
     saturation: int,
 ) -> NDArray[np.int64]:
-    """Return Σ over neurons of min(count, saturation) at each indexed sample's bins, (n_query,) int64."""
+    """Return Σ over neurons of min(count, saturation) at each indexed sample's bins, (n_query,) int64; finite input."""
     chunks = min(train.shape[0], 4 * numba.get_num_threads())
     with _ENTERED:
         partial = _fill_ranked(train, queries, ranks, borders, saturation, chunks)

@@ -10,6 +10,7 @@ import ast
 import hashlib
 import io
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,8 +47,8 @@ class ImageSet:
     """(list's rows,)"""
     index: NDArray[np.int64]
     """(rows,): positions in the list of the samples to extract, in order."""
-    check: Callable[[], None]
-    """Raise ImageError for the first file that is not there."""
+    check: Callable[[NDArray[np.int64]], None]
+    """Raise ImageError for the first of these positions whose file is not there."""
     choice: dict[str, Any]
     """How `index` was chosen, for the cache's identity; empty where it is the whole list."""
     notes: tuple[str, ...] = ()
@@ -110,13 +111,13 @@ def open_images(
     )
 
 
-_Opened = tuple[Callable[[int], Image.Image], NDArray[np.int64], str, Callable[[], None]]
+_Opened = tuple[Callable[[int], Image.Image], NDArray[np.int64], str, Callable[[NDArray[np.int64]], None]]
 
 
 def _packaged(source: str) -> _Opened:
     images, labels = digits.load_set(source)
     sha256 = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    return lambda row: Image.fromarray(images[row]), labels, sha256, lambda: None
+    return lambda row: Image.fromarray(images[row]), labels, sha256, lambda rows: None
 
 
 def _listed(path: Path, folder: Path, allow_truncated: bool) -> _Opened:
@@ -126,8 +127,8 @@ def _listed(path: Path, folder: Path, allow_truncated: bool) -> _Opened:
     def where(row: int) -> str:
         return f"{folder / names[row]} (line {row + 1} of {path})"
 
-    def check() -> None:
-        missing = [row for row, name in enumerate(names) if not os.path.isfile(folder / name)]
+    def check(rows: NDArray[np.int64]) -> None:
+        missing = [row for row in rows.tolist() if not os.path.isfile(folder / names[row])]
         if missing:
             raise ImageError(f"{len(missing)} listed images are not there; the first is {where(missing[0])}")
 
@@ -140,7 +141,7 @@ def _listed(path: Path, folder: Path, allow_truncated: bool) -> _Opened:
             raise ImageError(f"image is not there: {where(row)}") from None
         except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             hint = "; --allow-truncated loads it as OpenOOD does" if "truncated" in str(error) else ""
-            what = str(error).replace(str(io.BytesIO), "").splitlines()[0][:120]
+            what = re.sub(r" <_io.BytesIO object at \w+>", "", str(error) or type(error).__name__).splitlines()[0][:120]
             raise ImageError(f"image cannot be read: {where(row)}: {what}{hint}") from error
 
     return open_one, labels, hashlib.sha256(content).hexdigest(), check
@@ -170,9 +171,9 @@ def parse_list(content: bytes, source: str) -> tuple[list[str], NDArray[np.int64
         try:
             extra = ast.literal_eval(label.strip())
             value = extra.get("label", -1) if isinstance(extra, dict) else extra
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 2**31:
                 raise ValueError
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             raise ImageError(f"line {number} of {source} is not 'path label': {line.strip()[:80]!r}") from None
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             raise ImageError(f"line {number} of {source} leaves the image folder: {name[:80]!r}")

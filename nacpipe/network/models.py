@@ -173,13 +173,13 @@ def read_checkpoint(path: Path) -> StateDict:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"checkpoint {path} holds more than tensors and is not loaded, since that could run code: save its"
-            f" state_dict alone ({_first_line(error)})"
+            f"checkpoint {path} is no checkpoint, or holds more than tensors and is not loaded, since that could run"
+            f" code: save its state_dict alone"
         ) from error
+    except Exception as error:  # a damaged file can make torch raise anything
+        raise CheckpointError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not (isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values())):

@@ -28,6 +28,9 @@ POOLINGS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+_DIMENSIONS = {"sum-nchw": (2, 4), "sum-nhwc": (2, 4), "sum-tokens": (3,), "class-token": (3,), "none": (2,)}
+
+
 @dataclass(frozen=True, slots=True)
 class Tapped:
     """What one batch of n images gave."""
@@ -90,6 +93,9 @@ class Taps:
             if gradient is None:
                 raise InputError(f"layer {spec.name!r} has no influence on the logits")
             pooled[spec.name] = POOLINGS[spec.pooling](gradient)
+        for spec in self.layers:
+            if (output := self._outputs[spec.name]).dim() not in _DIMENSIONS[spec.pooling]:
+                raise InputError(f"layer {spec.name!r} gives {tuple(output.shape)}, which {spec.pooling} does not pool")
         return Tapped(
             activation={s.name: POOLINGS[s.pooling](self._outputs[s.name].detach()) for s in self.layers},
             gradient=pooled,

@@ -80,7 +80,7 @@ def score_methods(
     found: dict[str, dict[str, NDArray[np.float64]]] = {}
     if coverage:
         found["NAC"] = {name: coverage.score(cache[name]) for name in names}
-    logits = {name: np.asarray(cache[name].logits[:]) for name in names}
+    logits = {name: cache[name].read("logits") for name in names}
     for method, baseline in LOGIT_BASELINES.items():
         found[method] = {name: baseline(logits[name]) for name in names}
     return found
@@ -109,7 +109,7 @@ def find_params(cache: Cache, choice: str | None) -> NacParams:
 
 def _accuracy(cache: Cache, splits: list[str]) -> float:
     """Over all ID samples of a task together."""
-    logits = np.concatenate([np.asarray(cache[name].logits[:]) for name in splits])
+    logits = np.concatenate([cache[name].read("logits") for name in splits])
     return accuracy(logits, np.concatenate([cache[name].label for name in splits]))
 
 

@@ -59,11 +59,12 @@ def describe_layer(cache: Cache, split: str, layer: str, params: LayerParams | N
     Columns: value, zeros (share), nan (count), then quantiles q0 … q100. With parameters a row for the states
     themselves, sigmoid(alpha · source), too.
     """
-    view = cache[split][layer]
-    activation, gradient = np.asarray(view.activation[:]), np.asarray(view.gradient[:])
-    values = {"activation": activation, "gradient": gradient, "product": activation * gradient}
-    if params is not None:
-        with np.errstate(over="ignore"):
+    opened = cache[split]
+    opened[layer]  # refuses a layer that is not there
+    activation, gradient = opened.read(f"{layer}/activation"), opened.read(f"{layer}/gradient")
+    with np.errstate(over="ignore", invalid="ignore"):  # a look at infinities is what this is for
+        values = {"activation": activation, "gradient": gradient, "product": activation * gradient}
+        if params is not None:
             values["state"] = 1.0 / (1.0 + np.exp(-params.alpha * values[params.source].astype(np.float64)))
     rows = []
     for name, array in values.items():

@@ -32,9 +32,9 @@ def read_source(
     Raises:
         ValuesError: NaN or infinity, naming layer, split and row.
     """
-    view = split[layer]
-    activation = view.activation[rows] if source != "gradient" else None
-    gradient = view.gradient[rows] if source != "activation" else None
+    split[layer]  # refuses a layer that is not there
+    activation = split.read(f"{layer}/activation", rows) if source != "gradient" else None
+    gradient = split.read(f"{layer}/gradient", rows) if source != "activation" else None
     with np.errstate(over="ignore", invalid="ignore"):
         values = select_source(activation, gradient, source)  # type: ignore[arg-type]
     if not np.isfinite(values).all():

@@ -61,8 +61,14 @@ def _cut_torn_tail(handle: int) -> None:
     os.ftruncate(handle, 0)
 
 
-def open_storage(where: str) -> BaseStorage:
-    """Open a journal file (a path) or a database (a URL with `://`).
+def is_there(where: str) -> bool:
+    """Return False for a journal or SQLite file that opening would make; of other databases nothing is known."""
+    file = where.removeprefix("sqlite:///")
+    return "://" in file or Path(file).exists()
+
+
+def open_storage(where: str, *, write: bool = True) -> BaseStorage:
+    """Open a journal file (a path) or a database (a URL with `://`); only to look, a journal's torn tail is left.
 
     Raises:
         StudyError: it cannot be opened, naming it.
@@ -76,8 +82,9 @@ def open_storage(where: str) -> BaseStorage:
         if sys.platform == "win32":
             return JournalStorage(JournalFileBackend(where, lock_obj=JournalFileOpenLock(where)))
         lock = TailMendingLock(where)
-        lock.acquire()  # mends the tail before the first reading
-        lock.release()
+        if write:
+            lock.acquire()  # mends the tail before the first reading
+            lock.release()
         return JournalStorage(JournalFileBackend(where, lock_obj=lock))  # type: ignore[arg-type]
     except StudyError:
         raise

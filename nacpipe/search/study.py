@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.trial import FrozenTrial, TrialState
 
 import nacpipe
-from nacpipe.artifact import beside_cache
 from nacpipe.cache import Cache, open_cache
 from nacpipe.core.baselines import energy
 from nacpipe.core.kernels import set_threads
@@ -29,95 +27,14 @@ from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.core.provenance import SEARCH_SPLITS, diff, fingerprint
 from nacpipe.core.published import published_params
 from nacpipe.errors import InputError, ParamsError, StudyError
+from nacpipe.search.result import Checks, SearchRequest, SearchResult
 from nacpipe.search.scoring import Scorer, check_layers
 from nacpipe.search.space import Space, measure_space, to_json
-from nacpipe.search.storage import open_storage
+from nacpipe.search.storage import is_there, open_storage
 from nacpipe.search.strategy import Strategy
 from nacpipe.search.weights import fisher_weights
 
-OVERFIT_POINTS = 0.03  # below Energy's id/val-against-id/subtrain AUROC: NAC knows its training data too well
 FIELDS = ("bins", "alpha", "saturation", "weight")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchRequest:
-    """What someone asks for."""
-
-    cache: Path
-    trials: int = 2000
-    """Completed trials that the study shall have, whatever was done before."""
-    timeout: float | None = None
-    """Seconds for this command."""
-    seed: int = 1
-    layers: tuple[str, ...] = ()
-    """Names; none means all that the cache holds."""
-    threads: int | None = None
-    storage: str | None = None
-    """A journal file or a database URL; none means X.study.log beside the cache."""
-    study: str = "nac"
-    """The study's name in its storage; the seed is added to it."""
-
-    @property
-    def study_name(self) -> str:
-        """A study per seed: another seed is another search in the same storage."""
-        return f"{self.study}-seed{self.seed}"
-
-    @property
-    def where(self) -> str:
-        """The storage."""
-        return self.storage or str(beside_cache(str(self.cache), ".study.log"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checks:
-    """What is measured of every trial, fractions."""
-
-    val_auroc: float
-    val_fpr95: float
-    subtrain_auroc: float | None
-    """id/val as ID against id/subtrain as if it were OOD; None where the cache has no id/subtrain."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchResult:
-    """What a study has found so far."""
-
-    params: NacParams
-    checks: Checks
-    energy_subtrain: float | None
-    """Energy's id/val-against-id/subtrain AUROC: how well the network itself knows its training data."""
-    energy_val: float
-    """Energy's AUROC of id/val against ood/val."""
-    alone: Mapping[str, float]
-    """Layer → the best validation AUROC that it reached alone, where it was tried."""
-    trials: int
-    seconds: float
-    """Wall time of all sessions of the study."""
-    seed: int
-    ended: str
-    """trials, timeout or interrupted."""
-
-    @property
-    def overfits(self) -> bool:
-        """True where NAC tells training images from others markedly better than the network's own Energy does."""
-        subtrain, own = self.checks.subtrain_auroc, self.energy_subtrain
-        return subtrain is not None and own is not None and subtrain < own - OVERFIT_POINTS
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the `result` section of params.json."""
-        return {
-            "val_auroc": self.checks.val_auroc,
-            "val_fpr95": self.checks.val_fpr95,
-            "subtrain_auroc": self.checks.subtrain_auroc,
-            "energy_val_auroc": self.energy_val,
-            "energy_subtrain_auroc": self.energy_subtrain,
-            "overfits": self.overfits,
-            "alone": dict(self.alone),
-            "trials": self.trials,
-            "seconds": round(self.seconds, 3),
-            "seed": self.seed,
-            "ended": self.ended,
-        }
 
 
 class Search:
@@ -142,34 +59,36 @@ class Search:
         splits = [name for name in SEARCH_SPLITS[1:] if name != "id/subtrain" or name in self.cache]
         self.scorer = Scorer(self.cache, self.layers, splits)
         self.published = _published(self.cache, self.layers)
+        self._space = {  # before the study is made: a layer that tells nothing is refused here
+            layer: measure_space(layer, self.scorer.index(layer).train, self.scorer.train_rows) for layer in self.layers
+        }
         identity = self.cache.search_identity(SEARCH_SPLITS, self.layers)
         self.study = self._open(identity, create)
 
     def _open(self, identity: dict[str, Any], create: bool) -> optuna.Study | None:
         request = self.request
-        if not create and "://" not in request.where and not Path(request.where).exists():
+        if not create and not is_there(request.where):
             return None
-        storage = open_storage(request.where)
+        storage = open_storage(request.where, write=create)
         names = optuna.get_all_study_names(storage)
-        bound = {"fingerprint": fingerprint(identity), "identity": identity}
+        bound = {"identity": identity, "fingerprint": fingerprint(identity)}
         for name in names:
             attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
             if name == request.study_name or "://" not in request.where:
                 _check_bound(request, name, attributes, bound)
-        if request.study_name in names:
-            return optuna.load_study(study_name=request.study_name, storage=storage)
-        if not create:
+        if not create and request.study_name not in names:
             return None
-        study = optuna.create_study(study_name=request.study_name, storage=storage, direction="maximize")
-        for key, value in {**bound, "seed": request.seed, "nacpipe": nacpipe.__version__}.items():
-            study.set_user_attr(key, value)
+        study = optuna.create_study(
+            study_name=request.study_name, storage=storage, direction="maximize", load_if_exists=True
+        )
+        if create and "fingerprint" not in study.user_attrs:  # new, or its maker was killed before the last of these
+            for key, value in {"seed": request.seed, "nacpipe": nacpipe.__version__, **bound}.items():
+                study.set_user_attr(key, value)
         return study
 
     def space(self) -> Space:
         """Return every layer's ranges, from its training products."""
-        return {
-            layer: measure_space(layer, self.scorer.index(layer).train, self.scorer.train_rows) for layer in self.layers
-        }
+        return self._space
 
     def completed(self) -> list[FrozenTrial]:
         """Return the study's completed trials, oldest first."""
@@ -214,6 +133,8 @@ class Search:
                 strategy.tell(proposal.params, checks.val_auroc)
                 progress(strategy.told, strategy.value)
         except KeyboardInterrupt:
+            if strategy.told == 0:
+                raise  # there is nothing to report
             ended = "interrupted"
         self.study.set_user_attr("seconds", seconds + time.monotonic() - started)
         return self.result(ended)
@@ -290,7 +211,7 @@ class Search:
         )
 
     def _energy(self) -> NDArray[np.float64]:
-        return np.concatenate([energy(np.asarray(self.cache[name].logits[:])) for name in self.scorer.rows])
+        return np.concatenate([energy(self.cache[name].read("logits")) for name in self.scorer.rows])
 
 
 def trial_params(trial: FrozenTrial, layers: tuple[str, ...]) -> NacParams:

@@ -27,7 +27,8 @@ EXTRACT = """
 import sys
 from pathlib import Path
 import torch
-from nacpipe.network.extract import ExtractRequest, extract, plan_extraction
+from nacpipe.network.extract import extract
+from nacpipe.network.plan import ExtractRequest, plan_extraction
 
 torch.set_num_threads(1)
 shared, cache = Path(sys.argv[1]), Path(sys.argv[2])

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.errors import CacheError, IdentityError, ImageError
 from nacpipe.network import extract as extraction
-from nacpipe.network.extract import ExtractRequest, extract, plan_extraction
+from nacpipe.network.extract import extract
+from nacpipe.network.plan import ExtractRequest, plan_extraction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

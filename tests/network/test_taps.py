@@ -243,7 +243,6 @@ def test_layers_that_cannot_be_tapped_are_refused(layer: LayerSpec, message: str
         taps(images_for(1, 6))
 
 
-@pytest.mark.xfail(strict=True, reason="reported: the docstring promises a refusal, but any shape is pooled somehow")
 @pytest.mark.parametrize(("path", "pooling"), [("embed", "sum-nchw"), ("embed", "none"), ("swap", "class-token")])
 def test_a_pooling_that_does_not_fit_the_output_is_refused(path: str, pooling: str) -> None:
     network = freeze(Tokens().double())
