@@ -9,6 +9,7 @@
     │   ├── FormatError      written by a version of the format that this nacpipe cannot read
     │   ├── IdentityError    the cache was made from something else (weights, layers, lists, …)
     │   └── ValuesError      NaN or infinity among the cached values
+    ├── DownloadError        an archive cannot be fetched or unpacked, or lacks files
     ├── StudyError           a search cannot start or go on
     └── MissingExtra         an optional package is needed; the message says how to install it
 
@@ -57,6 +58,10 @@ class IdentityError(CacheError):
 
 class ValuesError(CacheError):
     """NaN or infinity among the cached values."""
+
+
+class DownloadError(NacError):
+    """An archive cannot be fetched or unpacked, or lacks files."""
 
 
 class StudyError(NacError):

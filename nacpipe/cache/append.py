@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import zarr
+from numcodecs import BitRound
 from numpy.typing import NDArray
 
-from nacpipe.cache.layout import Header, count_blocks, create_array, create_marks
+from nacpipe.cache.layout import ALL_BITS, Header, count_blocks, create_array, create_marks
 from nacpipe.cache.read import open_root
 from nacpipe.cache.seal import split_digest
 from nacpipe.core.provenance import diff
@@ -29,8 +30,13 @@ from nacpipe.errors import CacheError, IdentityError
 class CacheWriter:
     """A cache opened for writing. Opening one that exists checks that it was made from the same things."""
 
-    def __init__(self, path: str | Path, header: Header) -> None:
+    def __init__(self, path: str | Path, header: Header, *, first: bool = True) -> None:
         """Open the cache at `path`, or create it.
+
+        Args:
+            path: where it is.
+            header: what it is made from.
+            first: False for a process that joins others: it creates nothing and tidies nothing up.
 
         Raises:
             IdentityError: it was made from something else; the message says what differs.
@@ -42,7 +48,8 @@ class CacheWriter:
         if (root / "zarr.json").exists():
             self.root, self.header = open_root(self.path, mode="r+")
             check_identity(self.path, self.header, header)
-            _remove_partials(root, "**/*.partial")
+            if first:
+                _remove_partials(root, "**/*.partial")
         elif root.is_file() or any(not entry.match("zarr.*.partial") for entry in root.glob("*")):
             raise CacheError(f"{self.path} is there already and is not a cache; give another --cache")
         else:
@@ -71,25 +78,33 @@ class CacheWriter:
             if path not in group:
                 if "/" in path:
                     group.require_group(path.split("/")[0])
-                create_array(group, path, rows, width, dtype, self.header.block_rows)
+                create_array(group, path, rows, width, dtype, self.header)
         if "blocks" not in group:  # last: marks of arrays that are not there would be lies
             create_marks(group, count_blocks(rows, self.header.block_rows))
         return np.asarray(group["blocks"][:], dtype=bool)  # type: ignore[index]
 
     def write_block(self, name: str, block: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Write one block of a split: every array's rows (rows in block, …), then the block's mark."""
+        """Write one block of a split, or one shard's blocks: every array's rows (rows, …), then the marks.
+
+        Args:
+            name: the split.
+            block: the block, or the first of a shard.
+            arrays: everything of `Header.arrays`; activations, gradients and features are rounded to `keep_bits` here.
+        """
         expected = self.header.arrays()
         if set(arrays) != set(expected):
             raise CacheError(f"{name}, block {block}: got arrays {sorted(arrays)}, expected {sorted(expected)}")
         start = block * self.header.block_rows
+        count = self.header.shard_blocks
         for path, data in arrays.items():
             target = self._open(f"{name}/{path}")
-            stop = min(start + self.header.block_rows, target.shape[0])
+            stop = min(start + count * self.header.block_rows, target.shape[0])
             expected_shape = (stop - start, *target.shape[1:])
             if data.shape != expected_shape:  # zarr would broadcast
                 raise CacheError(f"{name}/{path}, block {block}: got shape {data.shape}, expected {expected_shape}")
-            target[start:stop] = data
-        self._open(f"{name}/blocks")[block : block + 1] = 1
+            rounded = self.header.keep_bits < ALL_BITS and target.dtype.kind == "f" and path != "logits"
+            target[start:stop] = round_mantissa(data, self.header.keep_bits) if rounded else data
+        self._open(f"{name}/blocks")[block : block + count] = 1
 
     def seal(self, name: str) -> None:
         """Seal a split whose blocks are all marked.
@@ -104,7 +119,9 @@ class CacheWriter:
             raise CacheError(f"{self.path}: {name} has {int((done == 0).sum())} of {done.size} blocks to write")
         attributes = dict(group.attrs)
         # One write, where attrs.update makes one per key: killed in between, it would be sealed without a digest.
-        group.update_attributes({"sealed": True, "digest": split_digest(group, attributes)})
+        group.update_attributes(
+            {"sealed": True, "digest": split_digest(group, attributes, sharded=self.header.shard_blocks > 1)}
+        )
 
     def drop(self, name: str) -> None:
         """Remove a split: first its seal, then its marks, then the rest; a half-removed one is never trusted."""
@@ -149,6 +166,12 @@ def check_identity(path: str, stored: Header, wanted: Header) -> None:
         raise IdentityError(
             f"{path} was made from something else: {'; '.join(differences)}. Give another --cache, or the same options"
         )
+
+
+def round_mantissa(values: NDArray[np.float32], keep_bits: int) -> NDArray[np.float32]:
+    """Return float32 values rounded to `keep_bits` bits of mantissa, which compress better; zeros stay zeros."""
+    encoded = BitRound(keepbits=keep_bits).encode(np.array(values, np.float32))
+    return np.asarray(encoded).view(np.float32).reshape(values.shape)
 
 
 def _remove_partials(path: Path, pattern: str) -> None:

@@ -19,6 +19,7 @@ from nacpipe.errors import FormatError, InputError
 
 FORMAT_VERSION = 1
 BLOCK_ROWS = 512
+ALL_BITS = 23  # of a float32's mantissa
 
 # Never a legal value, so that a chunk that is not there cannot be mistaken for data: zarr reads it as the fill value.
 MISSING_INT = np.iinfo(np.int64).min
@@ -54,11 +55,15 @@ class Header:
     """Width of `logits`."""
     features: int
     """Width of `features`, the input of the last linear layer; 0 where the network has none."""
+    keep_bits: int = ALL_BITS
+    """Bits of the mantissa that activations, gradients and features keep; all 23 unless rounded to save room."""
+    shard_blocks: int = 1
+    """Blocks in one stored object; a shard has one writer."""
 
     def whole_identity(self) -> dict[str, Any]:
-        """Identity with the layers in it: everything about the root that must match."""
+        """Identity with the layers and precision in it: everything about the root that must match."""
         layers = {spec.name: {"path": spec.path, "pooling": spec.pooling} for spec in self.layers}
-        return {**self.identity, "layers": layers}
+        return {**self.identity, "layers": layers, "keep_bits": self.keep_bits}
 
     def layer(self, name: str) -> LayerSpec:
         """Return the layer of that name.
@@ -94,6 +99,8 @@ class Header:
             ],
             "classes": self.classes,
             "features": self.features,
+            "keep_bits": self.keep_bits,
+            "shard_blocks": self.shard_blocks,
         }
 
     @classmethod
@@ -119,6 +126,8 @@ class Header:
                 layers=tuple(LayerSpec(**layer) for layer in attributes["layers"]),
                 classes=int(attributes["classes"]),
                 features=int(attributes["features"]),
+                keep_bits=int(attributes["keep_bits"]),
+                shard_blocks=int(attributes["shard_blocks"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"the cache's attributes are damaged ({type(error).__name__}: {error})") from error
@@ -140,13 +149,16 @@ def count_blocks(rows: int, block_rows: int) -> int:
     return -(-rows // block_rows)
 
 
-def create_array(group: zarr.Group, path: str, rows: int, width: int, dtype: str, block_rows: int) -> zarr.Array[Any]:
+def create_array(group: zarr.Group, path: str, rows: int, width: int, dtype: str, header: Header) -> zarr.Array[Any]:
     """Create one array of a split: chunks of (block_rows, width), Blosc zstd with bit shuffle, CRC32C on each."""
     kind = np.dtype(dtype)
+    chunk = (header.block_rows, width) if width else (header.block_rows,)
+    shard = (header.block_rows * header.shard_blocks, *chunk[1:]) if header.shard_blocks > 1 else None
     return group.create_array(
         path,
         shape=(rows, width) if width else (rows,),
-        chunks=(block_rows, width) if width else (block_rows,),
+        chunks=chunk,
+        shards=shard,
         dtype=dtype,
         serializer=BytesCodec(),
         compressors=(

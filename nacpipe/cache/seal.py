@@ -1,8 +1,9 @@
 """The seal of a split: one digest over its metadata and its chunks' checksums.
 
-Every chunk ends in the CRC32C of its bytes, so the digest reads four bytes a chunk, and all of every zarr.json but the
-split's own (which holds the digest; of that, the attributes without it). A chunk that was deleted, added or exchanged
-changes the digest; one whose bytes changed is refused by its own checksum when it is read.
+Every chunk ends in the CRC32C of its bytes, so the digest reads four bytes a chunk (all of a shard, which ends in the
+checksum of its index alone), and all of every zarr.json but the split's own, which holds the digest; of that, the
+attributes without it. A chunk that was deleted, added or exchanged changes the digest; one whose bytes changed is
+refused by its own checksum when it is read.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from zarr.core.sync import sync
 _AT_ONCE = 64  # reads in flight
 
 
-def split_digest(group: zarr.Group, attributes: Mapping[str, Any]) -> str:
+def split_digest(group: zarr.Group, attributes: Mapping[str, Any], *, sharded: bool = False) -> str:
     """Return the sha256 (hex) of a split's metadata and chunk checksums, given the attributes to seal."""
-    return sync(_digest(group, attributes))
+    return sync(_digest(group, attributes, sharded))
 
 
-async def _digest(group: zarr.Group, attributes: Mapping[str, Any]) -> str:
+async def _digest(group: zarr.Group, attributes: Mapping[str, Any], sharded: bool) -> str:
     store, prefix = group.store, f"{group.path}/"
     own = f"{prefix}zarr.json"
     keys = sorted([k async for k in store.list_prefix(prefix) if k != own and not k.endswith(".partial")])
     gate = asyncio.Semaphore(_AT_ONCE)
 
     async def line(key: str) -> str:
-        wanted = None if key.endswith("zarr.json") else SuffixByteRequest(4)
+        wanted = None if sharded or key.endswith("zarr.json") else SuffixByteRequest(4)
         async with gate:
             buffer = await store.get(key, default_buffer_prototype(), wanted)
         content = b"" if buffer is None else buffer.to_bytes()

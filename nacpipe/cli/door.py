@@ -14,11 +14,14 @@ from typing import Any, NoReturn
 import click
 
 from nacpipe import __version__
+from nacpipe.cli.data import data
 from nacpipe.cli.evaluate import evaluate
 from nacpipe.cli.extract import extract
 from nacpipe.cli.inspect import inspect
+from nacpipe.cli.models import layers, models
 from nacpipe.cli.run import run
 from nacpipe.cli.search import search
+from nacpipe.cli.show import printable
 from nacpipe.errors import NacError
 
 
@@ -56,7 +59,7 @@ class Door(click.Group):
 
     @staticmethod
     def _refuse(line: str) -> NoReturn:
-        click.echo(f"nacpipe: {line}", err=True)
+        click.echo(printable(f"nacpipe: {line}".replace("\n", " ")), err=True)
         sys.exit(1)
 
 
@@ -81,5 +84,5 @@ def main(debug: bool) -> None:
     """
 
 
-for _command in (extract, search, evaluate, inspect, run):
+for _command in (extract, search, evaluate, inspect, run, data, models, layers):
     main.add_command(_command)

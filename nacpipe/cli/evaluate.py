@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from nacpipe.cli.show import output_options, print_frame, print_table
+from nacpipe.cli.show import note, output_options, print_frame, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +37,8 @@ def evaluate(cache: Path, choice: str | None, output: str | None) -> None:
 
     opened = open_cache(cache)
     frame = evaluate_cache(opened, find_params(opened, choice))
+    if "note" in frame.attrs:
+        note(frame.attrs["note"])
     if output:
         print_frame(frame, output)
     else:
@@ -48,7 +51,7 @@ def print_evaluation(frame: pd.DataFrame) -> None:
         first = rows.iloc[0]
         click.echo(
             ("\n" if number else "")
-            + f"{_TITLES[str(task)]} ({first['n_id']} images, accuracy {100 * first['accuracy']:.2f} %); all in percent"
+            + f"{_TITLES[str(task)]} ({first['n_id']} images, accuracy {_percent(first['accuracy'])} %); all in percent"
         )
         lines: list[tuple[str, ...]] = []
         for (group, dataset), block in rows.groupby(["group", "dataset"], sort=False):
@@ -58,8 +61,12 @@ def print_evaluation(frame: pd.DataFrame) -> None:
                     (
                         f"{group} {dataset}" if place == 0 else "",
                         str(row.method),
-                        *(f"{100 * value:.2f}" for value in (row.fpr95, row.auroc, row.aupr_in, row.aupr_out)),
+                        *(_percent(value) for value in (row.fpr95, row.auroc, row.aupr_in, row.aupr_out)),
                         str(row.n_ood),
                     )
                 )
         print_table(("set", "method", "FPR@95", "AUROC", "AUPR-IN", "AUPR-OUT", "images"), lines, left=2)
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.2f}"

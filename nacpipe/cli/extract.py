@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,19 +11,38 @@ import click
 from nacpipe.cli.show import Progress, format_bytes, note, print_json, print_table, split_names
 
 if TYPE_CHECKING:
-    from nacpipe.network.plan import ExtractRequest, Plan
+    from nacpipe.network.plan import Plan
+    from nacpipe.network.ranks import Ranks
+    from nacpipe.network.request import ExtractRequest
+
+
+def _split_pools(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Turn `avgpool=none` into ("avgpool", "none")."""
+    pools = []
+    for value in values:
+        layer, _, kind = value.rpartition("=")
+        if not (layer and kind):
+            raise click.BadParameter(f"{value!r} is not LAYER=KIND, such as layer3=sum-nchw")
+        pools.append((layer, kind))
+    return tuple(pools)
 
 
 def extract_options(command: Any) -> Any:
     """Add the options that say what to extract; `run` has them too."""
     options = [
         click.argument("benchmark"),
-        click.option("--model", metavar="NAME", help="The network; for digits: digits_cnn."),
-        click.option("--checkpoint", type=click.Path(path_type=Path), help="The network's weights."),
-        click.option("--layers", callback=split_names, metavar="A,B", help="Layers to tap; default: the paper's four."),
-        click.option("--data-root", type=click.Path(path_type=Path), default=Path("data"), show_default=True,
-                     help="Folder with benchmark_imglist/ and the images."),
-        click.option("--cache", type=click.Path(path_type=Path), help="Default: cache/BENCHMARK-MODEL.zarr."),
+        click.option("--model", metavar="NAME", help="The network (nacpipe models); for digits: digits_cnn."),
+        click.option("--checkpoint", type=click.Path(path_type=Path),
+                     help="The network's weights; a folder of runs s0, s1, … makes one cache each."),
+        click.option("--layers", callback=split_names, metavar="A,B",
+                     help="Layers to tap, by alias or module path; default: the paper's four."),
+        click.option("--pool", "pools", multiple=True, callback=_split_pools, metavar="LAYER=KIND",
+                     help="sum-nchw, sum-nhwc, sum-tokens, class-token or none; again for each layer."),
+        click.option("--data-root", type=click.Path(path_type=Path),
+                     help="Folder with benchmark_imglist/ and the images; default: data, or what FILE.toml says."),
+        click.option("--cache", type=click.Path(path_type=Path),
+                     help="Default: cache/BENCHMARK-MODEL.zarr. Of several runs each adds -s0, … before .zarr,"
+                     " or stands for {run}."),
         click.option("--train-images", type=int, default=1000, show_default=True,
                      help="Images of id/train, the same number of each class."),
         click.option("--train-seed", type=int, default=1, show_default=True, help="Seed of their choice."),
@@ -33,6 +53,13 @@ def extract_options(command: Any) -> Any:
         click.option("--allow-truncated", is_flag=True, help="Load truncated images as OpenOOD does."),
         click.option("--workers", type=click.IntRange(0), default=2, show_default=True,
                      help="Threads that decode images."),
+        click.option("--autocast", default="none", show_default=True, metavar="none|bf16",
+                     help="Run the network in this type; states change in the third digit."),
+        click.option("--channels-last/--contiguous", default=None, help="Default: channels last on CUDA."),
+        click.option("--keep-bits", type=int, default=23, show_default=True,
+                     help="Mantissa bits to store; 10 need half the room."),
+        click.option("--shard-blocks", type=int, default=1, show_default=True,
+                     help="Blocks in one stored object, for caches of very many files."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -47,61 +74,104 @@ def extract_options(command: Any) -> Any:
 def extract(command: str, /, dry_run: bool, as_json: bool, **asked: Any) -> None:
     """Run a network over BENCHMARK's images once and write its states to a cache.
 
-    Stopped at any moment, the same command goes on where it was.
+    BENCHMARK is digits, cifar10, cifar100, imagenet200, imagenet, or your own FILE.toml. Stopped at any moment, the
+    same command goes on where it was.
 
     \b
     nacpipe extract digits
     nacpipe extract cifar10 --model resnet20 --checkpoint resnet20.th --data-root data --dry-run
+    nacpipe extract cifar10 --model resnet18_32x32 --checkpoint results/cifar10_resnet18_32x32_base_e100_lr0.1_default
+    nacpipe extract my.toml --model resnet18 --checkpoint mine.pth
     """
     from nacpipe.network.plan import plan_extraction
 
-    request = make_request(command, **asked)
-    plan = plan_extraction(request)
-    for text in plan.notes:
-        note(text)
+    requests = make_requests(command, **asked)
     if dry_run:
-        print_plan(plan, as_json)
+        print_plans([plan_extraction(request, dry=True) for request in requests], as_json)
         return
-    extract_plan(plan)
+    if not extract_requests(requests):
+        return  # another process of the same torchrun says the rest
     from nacpipe.cache import open_cache
     from nacpipe.cli.inspect import print_splits
     from nacpipe.search.inspection import summarise_splits
 
-    frame = summarise_splits(open_cache(request.cache))
+    frames = {str(request.cache): summarise_splits(open_cache(request.cache)) for request in requests}
     if as_json:
-        print_json({"cache": str(request.cache), "splits": frame.to_dict("records")})
+        made = [{"cache": cache, "splits": frame.to_dict("records")} for cache, frame in frames.items()]
+        print_json(made if len(made) > 1 else made[0])
         return
-    print_splits(frame)
-    note(f"next: nacpipe search {request.cache}")
+    for cache, frame in frames.items():
+        if len(frames) > 1:
+            click.echo(f"{cache}")
+        print_splits(frame)
+        note(f"next: nacpipe search {cache}")
 
 
-def make_request(command: str, **asked: Any) -> ExtractRequest:
-    """Fill in what depends on the benchmark: its network and the cache's place."""
-    from nacpipe.core.benchmarks import find_benchmark
+def make_requests(command: str, **asked: Any) -> list[ExtractRequest]:
+    """Fill in what depends on the benchmark, its network and the cache's place; one request for each training run."""
+    from nacpipe.data.own import open_benchmark
+    from nacpipe.data.runs import find_runs, name_run
     from nacpipe.errors import InputError
-    from nacpipe.network.models import MODELS
-    from nacpipe.network.plan import ExtractRequest, name_cache
+    from nacpipe.network.models import MODELS, plain_name
+    from nacpipe.network.request import ExtractRequest, name_cache
 
-    benchmark = find_benchmark(asked["benchmark"])
+    benchmark = open_benchmark(asked["benchmark"])
     if asked["model"] is None:
         if not benchmark.packaged:
             raise InputError(f"{benchmark.name} needs a network: --model NAME; known: {', '.join(MODELS)}")
         asked["model"] = "digits_cnn"
     if asked["cache"] is None:
-        asked["cache"] = name_cache(benchmark.name, asked["model"])
-    return ExtractRequest(command=command, **asked)
+        asked["cache"] = name_cache(benchmark.name, plain_name(asked["model"]))
+    checkpoint = asked["checkpoint"]
+    if checkpoint is None or not checkpoint.is_dir():
+        return [ExtractRequest(command=command, **asked)]
+    return [
+        ExtractRequest(
+            command=command, **{**asked, "checkpoint": file, "cache": Path(name_run(str(asked["cache"]), run))}
+        )
+        for run, file in find_runs(checkpoint).items()
+    ]
 
 
-def extract_plan(plan: Plan) -> None:
-    """Extract with progress on stderr."""
+def extract_requests(requests: Sequence[ExtractRequest]) -> bool:
+    """Plan and extract with progress on stderr; return whether this process is the one that speaks."""
+    from nacpipe.network.ranks import join_ranks, leave_ranks
+
+    ranks = join_ranks()
+    try:
+        for request in requests:
+            _extract_one(request, ranks)
+    finally:
+        leave_ranks()
+    return ranks.first
+
+
+def _extract_one(request: ExtractRequest, ranks: Ranks) -> None:
     from nacpipe.network.extract import extract as run_plan
+    from nacpipe.network.plan import plan_extraction
 
-    progress = Progress(plan.todo_rows)
-    run_plan(plan, lambda split, rows: progress.step(rows, f"extract {split}"))
+    plan = plan_extraction(request, ranks=ranks)
+    for text in plan.notes if ranks.first else ():
+        note(text)
+    progress = Progress(plan.todo_rows(ranks) if ranks.first else 0)
+    run_plan(plan, lambda split, rows: progress.step(rows, f"extract {split}"), ranks)
 
 
-def print_plan(plan: Plan, as_json: bool) -> None:
-    """Print what would be done."""
+def print_plans(plans: Sequence[Plan], as_json: bool) -> None:
+    """Print what would be done, cache by cache."""
+    for text in dict.fromkeys(text for plan in plans for text in plan.notes):
+        note(text)
+    described = [_describe_plan(plan) for plan in plans]
+    if as_json:
+        print_json(described if len(described) > 1 else described[0])
+        return
+    for number, (plan, about) in enumerate(zip(plans, described, strict=True)):
+        if number:
+            click.echo("")
+        _print_plan(plan, about["splits"])
+
+
+def _describe_plan(plan: Plan) -> dict[str, Any]:
     from nacpipe.network.plan import total_bytes
 
     rows = [
@@ -112,24 +182,30 @@ def print_plan(plan: Plan, as_json: bool) -> None:
             "blocks": s.blocks,
             "blocks_to_write": len(s.todo),
             "bytes": total_bytes(plan, [s]),
+            "missing": len(s.images.missing()) if s.todo else 0,
             "state": s.state,
         }
         for s in plan.splits
     ]
-    if as_json:
-        print_json({"cache": str(plan.request.cache), "exists": plan.exists, "splits": rows, "notes": plan.notes})
-        return
+    return {"cache": str(plan.request.cache), "exists": plan.exists, "splits": rows, "notes": plan.notes}
+
+
+def _print_plan(plan: Plan, rows: Sequence[dict[str, Any]]) -> None:
+    from nacpipe.network.ranks import Ranks
+
     print_table(
-        ("split", "list", "rows", "blocks", "to write", "raw", "state"),
+        ("split", "list", "rows", "missing", "blocks", "to write", "raw", "state"),
         [
             (
-                str(r["split"]), str(r["list"]), str(r["rows"]), str(r["blocks"]), str(r["blocks_to_write"]),
-                format_bytes(int(str(r["bytes"]))), str(r["state"]),
+                r["split"], r["list"], str(r["rows"]), str(r["missing"] or ""), str(r["blocks"]),
+                str(r["blocks_to_write"]), format_bytes(r["bytes"]), r["state"],
             )
             for r in rows
         ],
         left=2,
     )  # fmt: skip
     layers = ", ".join(f"{s.name} ({s.neurons})" for s in plan.header.layers)
-    click.echo(f"\n{plan.request.cache}: {'goes on' if plan.exists else 'new'}, {plan.todo_rows} images to run")
-    click.echo(f"layers (neurons): {layers}; device {plan.network.device}, batches of {plan.request.batch_size}")
+    click.echo(
+        f"\n{plan.request.cache}: {'goes on' if plan.exists else 'new'}, {plan.todo_rows(Ranks())} images to run"
+    )
+    click.echo(f"layers (neurons): {layers}; device {plan.request.device}, batches of {plan.request.batch_size}")

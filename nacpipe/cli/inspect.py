@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +84,7 @@ def _inspect_layer(
         given = find_params(cache, choice)
         if layer not in given.layers:
             raise ParamsError(f"{choice} has no parameters for layer {layer!r}; it has {', '.join(given.layers)}")
-        params = given.layers[layer]
+        params = replace(given.layers[layer], weight=1.0)  # a layer of weight 0 can be looked at too
         bins = describe_bins(fit_coverage(cache, NacParams(layers={layer: params})), layer)
     elif alpha is not None:
         params = LayerParams(bins=50, saturation=1, alpha=alpha)

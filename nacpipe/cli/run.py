@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from nacpipe.cli.extract import extract_options, extract_plan, make_request
+from nacpipe.cli.extract import extract_options, extract_requests, make_requests
 from nacpipe.cli.search import DEFAULT_TRIALS
-from nacpipe.cli.show import note
 
 
 @click.command()
@@ -30,18 +29,20 @@ def run(command: str, /, trials: int, seed: int, **asked: Any) -> None:
     from nacpipe.cli.evaluate import print_evaluation
     from nacpipe.cli.search import run_search
     from nacpipe.errors import InputError
-    from nacpipe.network.plan import plan_extraction
     from nacpipe.search.evaluate import evaluate
     from nacpipe.search.result import SearchRequest
     from nacpipe.search.study import Search
 
     if trials < 1:
         raise InputError(f"trials is {trials}; it must be at least 1")
-    request = make_request(command, **asked)
-    plan = plan_extraction(request)
-    for text in plan.notes:
-        note(text)
-    extract_plan(plan)
+    requests = make_requests(command, **asked)
+    if len(requests) > 1:
+        raise InputError(
+            f"checkpoint {asked['checkpoint']} is a folder of {len(requests)} runs; name one of them, or make a cache"
+            " of each with: nacpipe extract"
+        )
+    extract_requests(requests)
+    request = requests[0]
     search = Search(SearchRequest(cache=request.cache, trials=trials, seed=seed))
     result = run_search(search, beside_cache(str(request.cache), ".params.json"))
     click.echo("")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from nacpipe.errors import InputError
 
@@ -30,13 +32,21 @@ class Split:
     name: str
     """`id/train`, `id/subtrain`, `id/val`, `id/test`, `csid/NAME`, `ood/val`, `ood/near/NAME` or `ood/far/NAME`."""
     source: str
-    """The image list's file name, or the packaged set's name."""
+    """The image list's file name, the folder of class folders, torchvision's class, or the packaged set's name."""
+    kind: Literal["list", "folders", "torchvision"] = "list"
+    """What `source` is, where the benchmark is not packaged."""
     folder: str = ""
-    """The folder below the data root that the list's paths start from."""
+    """The folder below the data root that the list's paths start from, or that torchvision's data set is in."""
     fallback: str = ""
     """The list to use where `source` is not there, which is said aloud."""
     optional: bool = False
     """Left out without an error, and said so, when its list is not there and nobody asked for it by name."""
+    untouched: bool = False
+    """The images have their size already: neither resized nor cropped, only normalised (ImageNet-C)."""
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Of torchvision's class, beside its root."""
+    download: bool = False
+    """Whether torchvision may fetch a data set that is not there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +59,12 @@ class Benchmark:
     splits: tuple[Split, ...]
     packaged: bool = False
     """True where the images come with Python packages and no data root is needed."""
+    root: str = "data"
+    """The data root, when nobody gives another."""
+    lists: str = ""
+    """The folder below the data root that holds the image lists."""
+    class_names: tuple[str, ...] = ()
+    """Class folder → label, its place here; where there are none, those of id/train in alphabetical order."""
 
     def split(self, name: str) -> Split:
         """Return the split of that name.
@@ -64,25 +80,60 @@ class Benchmark:
         )
 
 
-def _openood(name: str, *, near: dict[str, str], far: dict[str, str], csid: dict[str, str]) -> tuple[Split, ...]:
-    """OpenOOD's layout for a CIFAR benchmark: lists under benchmark_imglist/NAME, images under images_classic."""
+def _openood(
+    name: str,
+    classes: int,
+    transform: Transform,
+    *,
+    images: str,
+    val: str,
+    near: tuple[str, ...],
+    far: tuple[str, ...],
+    csid: Mapping[str, str],
+) -> Benchmark:
+    """OpenOOD's layout: lists under benchmark_imglist/NAME, images in one folder, `textures` always in the classic."""
 
-    def one(split: str, source: str, **more: str | bool) -> Split:
-        return Split(name=split, source=source, folder="images_classic", **more)  # type: ignore[arg-type]
+    def one(split: str, source: str, **more: Any) -> Split:
+        folder = "images_classic" if split.endswith("/textures") else images
+        return Split(name=split, source=source, folder=folder, **more)
 
-    return (
-        one("id/train", f"main_train_{name}.txt", fallback=f"train_{name}.txt"),
-        one("id/subtrain", f"sub_train_{name}.txt", optional=True),
-        one("id/val", f"val_{name}.txt"),
-        one("id/test", f"test_{name}.txt"),
-        *(one(f"csid/{key}", source, optional=True) for key, source in csid.items()),
-        one("ood/val", "val_tin.txt"),
-        *(one(f"ood/near/{key}", source, optional=True) for key, source in near.items()),
-        *(one(f"ood/far/{key}", source, optional=True) for key, source in far.items()),
+    return Benchmark(
+        name=name,
+        classes=classes,
+        transform=transform,
+        lists=f"benchmark_imglist/{name}",
+        splits=(
+            one("id/train", f"main_train_{name}.txt", fallback=f"train_{name}.txt"),
+            one("id/subtrain", f"sub_train_{name}.txt", optional=True),
+            one("id/val", f"val_{name}.txt"),
+            one("id/test", f"test_{name}.txt"),
+            *(one(f"csid/{k}", v, optional=True, untouched=k == "imagenet_c") for k, v in csid.items()),
+            one("ood/val", f"val_{val}.txt"),
+            *(one(f"ood/near/{key}", f"test_{key}.txt", optional=True) for key in near),
+            *(one(f"ood/far/{key}", f"test_{key}.txt", optional=True) for key in far),
+        ),
     )
 
 
-_CIFAR_FAR = {key: f"test_{key}.txt" for key in ("mnist", "svhn", "texture", "places365")}
+def _cifar(name: str, classes: int, transform: Transform, other: str, csid: Mapping[str, str]) -> Benchmark:
+    far = ("mnist", "svhn", "texture", "places365")
+    return _openood(
+        name, classes, transform, images="images_classic", val="tin", near=(other, "tin"), far=far, csid=csid
+    )
+
+
+def _imagenet(name: str, classes: int) -> Benchmark:
+    return _openood(
+        name,
+        classes,
+        Transform(resize=256, crop=224, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        images="images_largescale",
+        val="openimage_o",
+        near=("ssb_hard", "ninco"),
+        far=("inaturalist", "textures", "openimage_o"),
+        csid={f"imagenet_{kind}": f"test_{name}_{kind}.txt" for kind in ("v2", "c", "r")},
+    )
+
 
 BENCHMARKS: dict[str, Benchmark] = {
     b.name: b
@@ -107,17 +158,22 @@ BENCHMARKS: dict[str, Benchmark] = {
                 }.items()
             ),
         ),
-        Benchmark(
-            name="cifar10",
-            classes=10,
-            transform=Transform(resize=32, crop=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
-            splits=_openood(
-                "cifar10",
-                near={"cifar100": "test_cifar100.txt", "tin": "test_tin.txt"},
-                far=_CIFAR_FAR,
-                csid={"cifar10c": "test_cifar10c.txt"},
-            ),
+        _cifar(
+            "cifar10",
+            10,
+            Transform(resize=32, crop=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+            other="cifar100",
+            csid={"cifar10c": "test_cifar10c.txt"},  # cinic10 is listed too, but is no part of FS-OOD: left out
         ),
+        _cifar(
+            "cifar100",
+            100,
+            Transform(resize=32, crop=32, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761)),
+            other="cifar10",
+            csid={},
+        ),
+        _imagenet("imagenet200", 200),
+        _imagenet("imagenet", 1000),
     )
 }
 
@@ -129,5 +185,5 @@ def find_benchmark(name: str) -> Benchmark:
         InputError: it is not known.
     """
     if name not in BENCHMARKS:
-        raise InputError(f"benchmark {name!r} is not known; known: {', '.join(BENCHMARKS)}")
+        raise InputError(f"benchmark {name!r} is not known; known: {', '.join(BENCHMARKS)}, or your own FILE.toml")
     return BENCHMARKS[name]

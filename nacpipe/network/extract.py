@@ -1,11 +1,16 @@
 """Extraction: batches → append → seal, obeying a plan.
 
-Memory is one block of pooled numbers and a few batches of images, whatever the number of images.
+    threads     decode ── decode ── decode ──▶ a few batches ahead
+    network              forward, backward ── forward, backward ──▶
+    writer                                    block k ──────▶ block k + 1
+
+Memory is two blocks of pooled numbers and a few batches of images, whatever the number of images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,53 +18,94 @@ import torch
 from numpy.typing import NDArray
 
 from nacpipe.cache import CacheWriter
+from nacpipe.errors import InputError
 from nacpipe.network.images import build_transform, load_batches
-from nacpipe.network.models import classifier_weights
-from nacpipe.network.plan import Plan
+from nacpipe.network.load import classifier_weights
+from nacpipe.network.plan import Plan, SplitPlan
+from nacpipe.network.ranks import Ranks
 from nacpipe.network.taps import Taps
 
+Arrays = dict[str, NDArray[Any]]
 
-def extract(plan: Plan, progress: Callable[[str, int], None] = lambda split, rows: None) -> None:
+
+def extract(
+    plan: Plan,
+    progress: Callable[[str, int], None] = lambda split, rows: None,
+    ranks: Ranks = Ranks(),  # noqa: B008 (a frozen record)
+) -> None:
     """Do what the plan says. Killed at any moment, the same command goes on; blocks that are marked are never redone.
 
     Args:
         plan: from `plan_extraction`.
         progress: called with a split's name and the rows just written.
+        ranks: this process among those that share the cache.
 
     Raises:
         ImageError: an image cannot be read, naming file, list and line.
+        InputError: not even one image fits the device's memory.
     """
-    writer = CacheWriter(plan.request.cache, plan.header)
-    network = plan.network
-    weight, bias = classifier_weights(network)
-    writer.write_classifier(weight.numpy(), bias.numpy())
-    transform = build_transform(network.transform)
-    with Taps(network.module, plan.header.layers, network.model.classifier) as taps:
+    ranks.wait()  # all have planned before anything changes
+    if ranks.first:
+        writer = CacheWriter(plan.request.cache, plan.header)
+        if (weights := classifier_weights(plan.network)) is not None:
+            writer.write_classifier(*(w.numpy() for w in weights))
+    ranks.wait()
+    if not ranks.first:
+        writer = CacheWriter(plan.request.cache, plan.header, first=False)
+    with plan.taps() as taps, ThreadPoolExecutor(1) as pool:
         for split in plan.splits:
             if split.sealed:
                 continue
             name = split.images.name
-            if split.drop:
-                writer.drop(name)
-            writer.prepare(name, split.rows, split.images.identity())
-            batches = [batch for block in split.todo for batch in plan.batches(split, block)]
-            loaded = load_batches(split.images, batches, transform, plan.request.workers)
-            for block in split.todo:
-                parts = [_run(taps, next(loaded), network.device) for _ in plan.batches(split, block)]
-                rows = plan.rows_of_block(split, block)
-                index = split.images.index[rows.start : rows.stop]
-                arrays: dict[str, NDArray[Any]] = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
-                writer.write_block(name, block, {**arrays, "label": split.images.labels[index], "index": index})
-                progress(name, len(rows))
-            writer.seal(name)
+            if ranks.first:
+                if split.drop:
+                    writer.drop(name)
+                writer.prepare(name, split.rows, split.images.identity())
+            ranks.wait()
+            writing: Future[None] | None = None
+            for block, arrays in _run_blocks(plan, split, ranks, taps):
+                if writing is not None:
+                    writing.result()
+                writing = pool.submit(writer.write_block, name, block, arrays)
+                progress(name, arrays["index"].size)
+            if writing is not None:
+                writing.result()
+            ranks.wait()
+            if ranks.first:
+                writer.seal(name)
 
 
-def _run(taps: Taps, images: torch.Tensor, device: torch.device) -> dict[str, NDArray[np.float32]]:
-    """One batch through the network: array path → (n, width) float32 on the CPU."""
-    tapped = taps(images.to(device, non_blocking=True))
+def _run_blocks(plan: Plan, split: SplitPlan, ranks: Ranks, taps: Taps) -> Iterator[tuple[int, Arrays]]:
+    """Yield (first block, arrays) for every unit of this rank: a block, or a shard's blocks."""
+    units = ranks.share(plan.units(split))
+    batches = [batch for unit in units for batch in plan.batches(split, unit)]
+    transform = build_transform(plan.network.transform, split.images.untouched)
+    loaded = load_batches(split.images, batches, transform, plan.request.workers)
+    for unit in units:
+        parts = [part for _ in plan.batches(split, unit) for part in _run(taps, next(loaded), plan.network.device)]
+        rows = plan.rows_of_unit(split, unit)
+        index = split.images.index[rows.start : rows.stop]
+        arrays: Arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        yield unit, {**arrays, "label": split.images.labels[index], "index": index}
+
+
+def _run(taps: Taps, images: torch.Tensor, device: torch.device) -> Iterator[dict[str, NDArray[np.float32]]]:
+    """One batch through the network: array path → (n, width) float32 on the CPU; in halves where memory is short."""
+    try:
+        tapped = taps(images.to(device, non_blocking=True))
+    except torch.OutOfMemoryError:
+        if images.shape[0] == 1:
+            raise InputError(f"one image does not fit the memory of {device}; try --device cpu") from None
+        tapped = None  # let go of the error, which holds the tensors, before trying again
+    if tapped is None:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        for half in images.chunk(2):
+            yield from _run(taps, half, device)
+        return
     found = {f"{name}/activation": value for name, value in tapped.activation.items()}
     found |= {f"{name}/gradient": value for name, value in tapped.gradient.items()}
     found["logits"] = tapped.logits
     if tapped.features is not None:
         found["features"] = tapped.features
-    return {path: value.float().cpu().numpy() for path, value in found.items()}
+    yield {path: value.float().cpu().numpy() for path, value in found.items()}

@@ -1,21 +1,18 @@
-"""Image lists in OpenOOD's form, and packaged sets, as deterministic batches.
+"""Images of lists, class folders, torchvision's data sets and packaged sets, as deterministic batches.
 
-A list's lines are `path label`: the path below the split's image folder, the label an integer (−1 for OOD) or a Python
-dictionary with a `label`. Order is the list's order; nothing is shuffled, dropped or repeated.
+Order is the list's order; nothing is shuffled, dropped or repeated.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import io
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +24,10 @@ from torchvision import transforms
 
 from nacpipe.core.benchmarks import Benchmark, Split, Transform
 from nacpipe.core.subset import choose_balanced
+from nacpipe.data.lists import ImageList, read_list
 from nacpipe.errors import ImageError, InputError
 from nacpipe.network import digits
+from nacpipe.network.vision import open_vision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,25 +37,42 @@ class ImageSet:
     name: str
     """The split's name."""
     source: str
-    """The list's file name, or the packaged set's name."""
+    """The list's file name, the folder, torchvision's class, or the packaged set's name."""
     sha256: str
-    """Of the list's bytes, or of the packaged images."""
+    """Of the list's bytes, of the packaged images, or of the labels of torchvision's data set."""
     open: Callable[[int], Image.Image]
     """Position in the list → the decoded image."""
     labels: NDArray[np.int64]
     """(list's rows,)"""
     index: NDArray[np.int64]
     """(rows,): positions in the list of the samples to extract, in order."""
-    check: Callable[[NDArray[np.int64]], None]
-    """Raise ImageError for the first of these positions whose file is not there."""
-    choice: dict[str, Any]
-    """How `index` was chosen, for the cache's identity; empty where it is the whole list."""
+    listed: ImageList | None = None
+    """Where the files are; None where the images are not in files of their own."""
+    untouched: bool = False
+    """Neither resized nor cropped, only normalised."""
+    choice: dict[str, Any] = field(default_factory=dict)
+    """What else is part of the cache's identity: how `index` was chosen, torchvision's arguments."""
     notes: tuple[str, ...] = ()
     """What to say aloud."""
 
     def identity(self) -> dict[str, Any]:
         """Return what the cache remembers of this set."""
         return {"list": self.source, "sha256": self.sha256, **self.choice}
+
+    def missing(self) -> list[int]:
+        """Return the positions in the list of those samples to extract whose file is not there."""
+        return [] if self.listed is None else self.listed.missing(self.index.tolist())
+
+    def check(self, rows: NDArray[np.int64]) -> None:
+        """Refuse positions whose file is not there.
+
+        Raises:
+            ImageError: counts the missing files and names the first.
+        """
+        if self.listed is not None and (missing := self.listed.missing(rows.tolist())):
+            raise ImageError(
+                f"{len(missing)} listed images are not there; the first is {self.listed.where(missing[0])}"
+            )
 
 
 def open_images(
@@ -74,24 +90,30 @@ def open_images(
         ImageError: the list is malformed, naming file and line.
     """
     notes: list[str] = []
-    source = split.source
+    source, listed, choice = split.source, None, dict[str, Any]()
     if benchmark.packaged:
-        open_one, labels, sha256, check = _packaged(source)
+        open_one, labels, sha256 = _packaged(source)
+    elif split.kind == "torchvision":
+        vision = open_vision(split, data_root)
+        open_one, labels, sha256 = vision.open, vision.labels, vision.sha256
+        choice |= {"arguments": dict(split.arguments), "length": int(labels.size)}
     else:
-        path = data_root / "benchmark_imglist" / benchmark.name / source
-        if not path.is_file() and split.fallback:
-            source, path = split.fallback, path.with_name(split.fallback)
-            notes.append(f"{split.name}: there is no {split.source}, so {source} is used")
-        if not path.is_file():
+        listed = read_list(benchmark, split, data_root)
+        if listed is None:
             return None
-        open_one, labels, sha256, check = _listed(path, data_root / split.folder, allow_truncated)
-    index, choice = np.arange(labels.size), {}
+        open_one, labels, sha256 = _opener(listed, allow_truncated), listed.labels, listed.sha256
+        if listed.source != source:
+            notes.append(f"{split.name}: there is no {source}, so {listed.source} is used")
+            source = listed.source
+    if split.untouched:
+        choice["untouched"] = True
+    index = np.arange(labels.size)
     if split.name == "id/train":
         try:
             index = choose_balanced(labels, benchmark.classes, train_images, train_seed)
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
-        choice = {"images": train_images, "seed": train_seed}
+        choice |= {"images": train_images, "seed": train_seed}
         if train_images < benchmark.classes:
             notes.append(f"id/train: {train_images} images cannot cover {benchmark.classes} classes; chosen unbalanced")
         elif index.size < train_images:
@@ -105,46 +127,36 @@ def open_images(
         open=open_one,
         labels=labels,
         index=index,
-        check=check,
+        listed=listed,
+        untouched=split.untouched,
         choice=choice,
         notes=tuple(notes),
     )
 
 
-_Opened = tuple[Callable[[int], Image.Image], NDArray[np.int64], str, Callable[[NDArray[np.int64]], None]]
+_Opener = Callable[[int], Image.Image]
 
 
-def _packaged(source: str) -> _Opened:
+def _packaged(source: str) -> tuple[_Opener, NDArray[np.int64], str]:
     images, labels = digits.load_set(source)
     sha256 = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    return lambda row: Image.fromarray(images[row]), labels, sha256, lambda rows: None
+    return lambda row: Image.fromarray(images[row]), labels, sha256
 
 
-def _listed(path: Path, folder: Path, allow_truncated: bool) -> _Opened:
-    content = path.read_bytes()
-    names, labels = parse_list(content, str(path))
-
-    def where(row: int) -> str:
-        return f"{folder / names[row]} (line {row + 1} of {path})"
-
-    def check(rows: NDArray[np.int64]) -> None:
-        missing = [row for row in rows.tolist() if not os.path.isfile(folder / names[row])]
-        if missing:
-            raise ImageError(f"{len(missing)} listed images are not there; the first is {where(missing[0])}")
-
+def _opener(listed: ImageList, allow_truncated: bool) -> _Opener:
     def open_one(row: int) -> Image.Image:
         try:
-            image = Image.open(io.BytesIO((folder / names[row]).read_bytes()))
+            image = Image.open(io.BytesIO(listed.file(row).read_bytes()))
             _load(image, allow_truncated)
             return image
         except FileNotFoundError:
-            raise ImageError(f"image is not there: {where(row)}") from None
+            raise ImageError(f"image is not there: {listed.where(row)}") from None
         except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             hint = "; --allow-truncated loads it as OpenOOD does" if "truncated" in str(error) else ""
             what = re.sub(r" <_io.BytesIO object at \w+>", "", str(error) or type(error).__name__).splitlines()[0][:120]
-            raise ImageError(f"image cannot be read: {where(row)}: {what}{hint}") from error
+            raise ImageError(f"image cannot be read: {listed.where(row)}: {what}{hint}") from error
 
-    return open_one, labels, hashlib.sha256(content).hexdigest(), check
+    return open_one
 
 
 def _load(image: Image.Image, allow_truncated: bool) -> None:
@@ -152,45 +164,16 @@ def _load(image: Image.Image, allow_truncated: bool) -> None:
     image.load()
 
 
-def parse_list(content: bytes, source: str) -> tuple[list[str], NDArray[np.int64]]:
-    """Return the paths and labels (rows,) of an image list.
-
-    Raises:
-        ImageError: a line has another form, or its path leaves the image folder; names list and line.
-    """
-    names: list[str] = []
-    labels: list[int] = []
-    try:
-        lines = content.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ImageError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    while lines and not lines[-1].strip():
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        name, _, label = line.strip().partition(" ")
-        try:
-            extra = ast.literal_eval(label.strip())
-            value = extra.get("label", -1) if isinstance(extra, dict) else extra
-            if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 2**31:
-                raise ValueError
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            raise ImageError(f"line {number} of {source} is not 'path label': {line.strip()[:80]!r}") from None
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
-            raise ImageError(f"line {number} of {source} leaves the image folder: {name[:80]!r}")
-        names.append(name)
-        labels.append(value)
-    if not names:
-        raise ImageError(f"{source} lists no images")
-    return names, np.asarray(labels, dtype=np.int64)
-
-
-def build_transform(transform: Transform) -> Callable[[Image.Image], Tensor]:
-    """Return image → (channels, crop, crop) float32: OpenOOD's test transform."""
+def build_transform(transform: Transform, untouched: bool = False) -> Callable[[Image.Image], Tensor]:
+    """Return image → (channels, crop, crop) float32: OpenOOD's test transform, without resize and crop if untouched."""
     mode = "L" if len(transform.mean) == 1 else "RGB"
+    geometry = [
+        transforms.Resize(transform.resize, interpolation=transforms.InterpolationMode.BILINEAR),
+        transforms.CenterCrop(transform.crop),
+    ]
     steps = transforms.Compose(  # not transforms.v2, whose scaling to 0 … 1 differs in the last bit
         [
-            transforms.Resize(transform.resize, interpolation=transforms.InterpolationMode.BILINEAR),
-            transforms.CenterCrop(transform.crop),
+            *([] if untouched else geometry),
             transforms.ToTensor(),
             transforms.Normalize(transform.mean, transform.std),
         ]
@@ -207,7 +190,11 @@ def load_batches(
     """Yield one tensor (n, channels, height, width) per batch, in order, decoding ahead on `workers` threads."""
 
     def decode(batch: range) -> Tensor:
-        return torch.stack([transform(images.open(int(images.index[row]))) for row in batch])
+        found = [transform(images.open(int(images.index[row]))) for row in batch]
+        if len({image.shape for image in found}) > 1:  # untouched sets alone
+            sizes = sorted({"×".join(str(side) for side in image.shape[:0:-1]) for image in found})
+            raise ImageError(f"{images.name} is untouched, but its images differ in size: {', '.join(sizes)}")
+        return torch.stack(found)
 
     if workers == 0:
         yield from map(decode, batches)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import pickle
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
-import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
-from nacpipe.cache import LayerSpec
-from nacpipe.core.benchmarks import IMAGENET_MEAN, IMAGENET_STD, Benchmark, Transform
-from nacpipe.errors import CheckpointError, InputError
+from nacpipe.core.benchmarks import IMAGENET_MEAN, IMAGENET_STD, Transform
+from nacpipe.errors import InputError
+from nacpipe.network.custom import build_from_file, build_timm, read_timm, timm_transform
 from nacpipe.network.digits_cnn import DigitsCNN
 from nacpipe.network.resnets import CifarResNet, ResNet18For32
-from nacpipe.network.taps import Taps, freeze
-
-StateDict = dict[str, Tensor]
+from nacpipe.network.weights import Weights, read_checkpoint, torchvision_weights
+from nacpipe.network.wrapped import WRAPPERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,32 +28,29 @@ class Model:
     family: str
     """Published parameters are keyed by it: resnet, vit, …"""
     build: Callable[[int], nn.Module]
-    """Number of classes → the network, weights random."""
-    layers: Mapping[str, tuple[str, str]]
-    """Alias → (module path, pooling)."""
-    default: tuple[str, ...]
+    """Number of classes → the network, weights random (or its own: `unasked`)."""
+    layers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Alias → (module path, pooling). Other modules are tapped by their paths."""
+    default: tuple[str, ...] = ()
     """The layers tapped when nobody chooses: the paper's four."""
-    classifier: str = "fc"
-    """Path of the last linear layer."""
+    classifier: str | None = "fc"
+    """Path of the last linear layer; None where there is none."""
+    outputs: str = "logits"
+    """Or features: embeddings that no class can be read from, treated as if they were logits for the gradient."""
     transform: Transform | None = None
-    """The network's own preparation of images; None means the benchmark's."""
+    """The network's own preparation of images; None means its weights' or the benchmark's."""
     renames: Mapping[str, str] = field(default_factory=dict)
     """Prefixes of checkpoint keys → prefixes of ours."""
-    packaged: str = ""
-    """File of weights that ships with the package."""
-
-    def choose_layers(self, names: tuple[str, ...]) -> dict[str, tuple[str, str]]:
-        """Return alias → (path, pooling) for the given aliases, or for the default ones if there are none.
-
-        Raises:
-            InputError: an alias is not known, or given twice.
-        """
-        for name in names:
-            if name not in self.layers:
-                raise InputError(f"layer {name!r} is not known for {self.name}; known: {', '.join(self.layers)}")
-            if names.count(name) > 1:
-                raise InputError(f"layer {name!r} is given twice")
-        return {name: self.layers[name] for name in names or self.default}
+    weights: Mapping[str, Weights] = field(default_factory=dict)
+    """Name → published weights; a checkpoint can be given by such a name."""
+    unasked: str | None = None
+    """The weights taken when nobody gives a checkpoint; None: one must be given."""
+    asked: str = ""
+    """What --model has to be given, where that is more than the name."""
+    known: bool = True
+    """False for networks that are not in the table; then `classifier` is looked for by running the network."""
+    benchmark: str = "imagenet"
+    """Whose images it is shown with when nobody says (`nacpipe layers`)."""
 
 
 def _resnet_layers(stages: int) -> dict[str, tuple[str, str]]:
@@ -77,19 +70,40 @@ def _cifar_resnet(depth: int) -> Model:
         default=_FOUR,
         transform=Transform(resize=32, crop=32, mean=IMAGENET_MEAN, std=IMAGENET_STD),
         renames={"linear.": "fc."},
+        benchmark="cifar10",
+    )
+
+
+def _torchvision(
+    name: str, family: str, layers: dict[str, tuple[str, str]], default: tuple[str, ...], classifier: str
+) -> Model:
+    return Model(
+        name=name,
+        family=family,
+        build=lambda classes: torchvision.models.get_model(name, weights=None, num_classes=classes),
+        layers=layers,
+        default=default,
+        classifier=classifier,
+        weights=torchvision_weights(name),
     )
 
 
 def _torchvision_resnet(name: str) -> Model:
-    layers = {**_resnet_layers(4), "maxpool": ("maxpool", "sum-nchw")}
-    return Model(
-        name=name,
-        family="resnet",
-        build=lambda classes: torchvision.models.get_model(name, weights=None, num_classes=classes),
-        layers=layers,
-        default=_FOUR,
-    )
+    return _torchvision(name, "resnet", {**_resnet_layers(4), "maxpool": ("maxpool", "sum-nchw")}, _FOUR, "fc")
 
+
+_VIT_LAYERS = {
+    "conv_proj": ("conv_proj", "sum-nchw"),
+    **{f"layer_{i}": (f"encoder.layers.encoder_layer_{i}.ln_2", "sum-tokens") for i in range(12)},
+    "layer_norm": ("encoder.ln", "class-token"),
+}
+_SWIN_LAYERS = {
+    "conv_proj": ("features.0", "sum-nhwc"),
+    **{f"layer_{i}": (f"features.{i}.{5 if i == 5 else 1}.mlp.0", "sum-nhwc") for i in (1, 3, 5, 7)},
+    **{f"patch_{i}": (f"features.{i}", "sum-nhwc") for i in (2, 4, 6)},
+    "layer_norm": ("norm", "sum-nhwc"),
+    "avgpool": ("avgpool", "sum-nchw"),
+}
 
 MODELS: dict[str, Model] = {
     m.name: m
@@ -100,7 +114,9 @@ MODELS: dict[str, Model] = {
             build=lambda classes: DigitsCNN(),
             layers={k: v for k, v in _resnet_layers(3).items() if k != "conv1"},
             default=_FOUR,
-            packaged="digits_cnn.safetensors",
+            weights={"packaged": Weights(partial(read_checkpoint, Path(__file__).with_name("digits_cnn.safetensors")))},
+            unasked="packaged",
+            benchmark="digits",
         ),
         *(_cifar_resnet(depth) for depth in (20, 32, 44, 56)),
         Model(
@@ -109,161 +125,76 @@ MODELS: dict[str, Model] = {
             build=ResNet18For32,
             layers=_resnet_layers(4),
             default=_FOUR,
+            benchmark="cifar10",
         ),
         _torchvision_resnet("resnet18"),
         _torchvision_resnet("resnet50"),
+        _torchvision("vit_b_16", "vit", _VIT_LAYERS, ("layer_norm", "layer_11", "layer_10", "layer_9"), "heads.head"),
+        # The paper has no Swin: these are the ResNet's four in its place.
+        _torchvision("swin_t", "swin", _SWIN_LAYERS, ("avgpool", "layer_5", "layer_3", "layer_1"), "head"),
     )
 }
+BACKBONES = ("resnet18_32x32", "resnet18", "resnet50")  # OpenOOD's, which it wraps in WRAPPERS
 
 
 def find_model(name: str) -> Model:
-    """Return the row of that name.
+    """Return the row of that name, `BACKBONE+SCHEME`, `timm:NAME` or `path/to/file.py:function`.
 
     Raises:
         InputError: there is none.
     """
-    if name not in MODELS:
-        raise InputError(f"model {name!r} is not known; known: {', '.join(MODELS)}")
-    return MODELS[name]
-
-
-@dataclass(frozen=True, slots=True)
-class Network:
-    """A network with its weights, frozen and on its device, ready to be tapped."""
-
-    model: Model
-    module: nn.Module
-    weights_sha256: str
-    """Over names, types, shapes and values of the state dict: the same for the same weights in any file."""
-    transform: Transform
-    device: torch.device
-
-
-def load_network(model: Model, benchmark: Benchmark, checkpoint: Path | None, device: torch.device) -> Network:
-    """Build a network and load its weights.
-
-    Raises:
-        CheckpointError: the file is not there, is no checkpoint, or does not fit, naming the keys.
-        InputError: no checkpoint was given and none ships with the package.
-    """
-    module = model.build(benchmark.classes)
-    transform = model.transform or benchmark.transform
-    channels = next(module.parameters()).shape[1]
-    if channels != len(transform.mean):
-        raise InputError(
-            f"{model.name} takes images of {channels} channels, benchmark {benchmark.name} has {len(transform.mean)}"
+    backbone, _, scheme = name.partition("+")
+    path, _, function = name.rpartition(":")
+    if name in MODELS:
+        return MODELS[name]
+    if backbone in BACKBONES and scheme in WRAPPERS:
+        return _wrap(MODELS[backbone], scheme)
+    if name.startswith("timm:"):
+        known = name.removeprefix("timm:")
+        return Model(
+            name=name,
+            family="timm",
+            build=partial(build_timm, known),
+            weights={"pretrained": Weights(partial(read_timm, known), partial(timm_transform, known))},
+            unasked="pretrained",
+            known=False,
         )
-    if checkpoint is None:
-        if not model.packaged:
-            raise InputError(f"{model.name} has no packaged weights; give them with --checkpoint FILE")
-        checkpoint = Path(__file__).with_name(model.packaged)
-    load_weights(module, read_checkpoint(checkpoint), model.renames, str(checkpoint))
-    return Network(model, freeze(module).to(device), hash_weights(module.state_dict()), transform, device)
+    if path.endswith(".py"):
+        return Model(
+            name=f"{Path(path).name}:{function}",  # in whatever folder it is
+            asked=name,
+            family="custom",
+            build=lambda classes: build_from_file(Path(path), function),
+            weights={"its own": Weights(None)},
+            unasked="its own",
+            known=False,
+        )
+    if name.endswith(".py"):
+        raise InputError(f"model {name!r} names no function; give {name}:FUNCTION, which returns the network")
+    if backbone in MODELS and scheme:
+        raise InputError(
+            f"model {name!r} is not known; {', '.join(BACKBONES)} can be followed by +{', +'.join(WRAPPERS)}"
+        )
+    raise InputError(f"model {name!r} is not known; known: {', '.join(MODELS)}; see too: nacpipe models")
 
 
-def read_checkpoint(path: Path) -> StateDict:
-    """Read a state dict from a `.safetensors` file or a `torch.save` file, never unpickling code.
-
-    Raises:
-        CheckpointError: it cannot be read, or holds no state dict.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} is not there")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"checkpoint {path} is no checkpoint, or holds more than tensors and is not loaded, since that could run"
-            f" code: save its state_dict alone"
-        ) from error
-    except Exception as error:  # a damaged file can make torch raise anything
-        raise CheckpointError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not (isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values())):
-        raise CheckpointError(f"checkpoint {path} holds no state dict (a dictionary of tensors)")
-    return dict(content)
+def plain_name(name: str) -> str:
+    """Return a model's name as part of a file's: without folders and colons."""
+    return re.sub(r"[^\w.+-]+", "-", name.rpartition("/")[2])
 
 
-def load_weights(module: nn.Module, state: StateDict, renames: Mapping[str, str], source: str) -> None:
-    """Load a state dict into a network, key by key.
-
-    `module.` prefixes (of DataParallel) are dropped; checkpoints from before torch counted batches in batch norms load.
-
-    Raises:
-        CheckpointError: keys are missing, left over, or of another shape, naming them.
-    """
-    ours: StateDict = {}
-    for key, value in state.items():
-        key = key.removeprefix("module.")
-        for old, new in renames.items():
-            key = new + key.removeprefix(old) if key.startswith(old) else key
-        ours[key] = value
-    wanted = module.state_dict()
-    problems = {
-        "it lacks": [k for k in wanted if k not in ours and not k.endswith("num_batches_tracked")],
-        "it has left over": [k for k in ours if k not in wanted],
-        "of another shape": [
-            f"{k} ({_shape(ours[k])} for {_shape(wanted[k])})"
-            for k in wanted
-            if k in ours and ours[k].shape != wanted[k].shape
-        ],
-    }
-    if any(problems.values()):
-        said = "; ".join(f"{what} {_some(keys)}" for what, keys in problems.items() if keys)
-        raise CheckpointError(f"checkpoint {source} does not fit the network: {said}")
-    module.load_state_dict(ours, strict=False)
-
-
-def hash_weights(state: Mapping[str, Tensor]) -> str:
-    """Return the sha256 (hex) of a state dict's names, types, shapes and values, without its idle batch counters."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        if key.endswith("num_batches_tracked"):
-            continue
-        array = state[key].detach().cpu().contiguous().numpy()
-        digest.update(f"{key} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def measure_layers(network: Network, names: tuple[str, ...]) -> tuple[tuple[LayerSpec, ...], int, int]:
-    """Run one blank image and return the chosen layers with their neurons, the classes, and the width of the features.
-
-    Raises:
-        InputError: a layer is not known or cannot be tapped.
-    """
-    chosen = network.model.choose_layers(names)
-    draft = [LayerSpec(name=n, path=path, pooling=pooling, neurons=0) for n, (path, pooling) in chosen.items()]
-    side = network.transform.crop
-    blank = torch.zeros(1, len(network.transform.mean), side, side, device=network.device)
-    with Taps(network.module, draft, network.model.classifier) as taps:
-        tapped = taps(blank)
-    layers = tuple(
-        LayerSpec(name=s.name, path=s.path, pooling=s.pooling, neurons=tapped.activation[s.name].shape[1])
-        for s in draft
+def _wrap(row: Model, scheme: str) -> Model:
+    """The row of a backbone in a training scheme's network: the same aliases, behind `backbone.`."""
+    wrapper = WRAPPERS[scheme]
+    layers = {alias: (f"backbone.{path}", pooling) for alias, (path, pooling) in row.layers.items() if alias != "fc"}
+    if wrapper.classifier is not None:
+        layers["fc"] = (wrapper.classifier, "none")
+    return replace(
+        row,
+        name=f"{row.name}+{scheme}",
+        build=lambda classes: wrapper(row.build(classes), classes),
+        layers=layers,
+        classifier=wrapper.classifier,
+        outputs=wrapper.outputs,
+        weights={},
     )
-    features = 0 if tapped.features is None else tapped.features.shape[1]
-    return layers, tapped.logits.shape[1], features
-
-
-def classifier_weights(network: Network) -> tuple[Tensor, Tensor]:
-    """Return the last linear layer's weight (classes, features) and bias (classes,)."""
-    linear = network.module.get_submodule(network.model.classifier)
-    assert isinstance(linear, nn.Linear)
-    bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
-    return linear.weight.detach().cpu(), bias.detach().cpu()
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-
-
-def _shape(tensor: Tensor) -> str:
-    return "×".join(str(n) for n in tensor.shape) or "scalar"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -5,53 +5,28 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from numpy.typing import NDArray
 
-import nacpipe
-from nacpipe.cache import Header, open_cache
+from nacpipe.cache import Header, LayerSpec, open_cache
 from nacpipe.cache.append import check_identity
-from nacpipe.cache.layout import BLOCK_ROWS, check_layer_names, count_blocks
-from nacpipe.core.benchmarks import Split, find_benchmark
+from nacpipe.cache.layout import check_layer_names, count_blocks
 from nacpipe.core.provenance import diff
-from nacpipe.errors import IdentityError, ImageError, InputError
+from nacpipe.data.lists import list_path
+from nacpipe.data.own import choose_root, open_benchmark
+from nacpipe.errors import IdentityError, ImageError
 from nacpipe.network.images import ImageSet, open_images
-from nacpipe.network.models import Network, find_model, load_network, measure_layers
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExtractRequest:
-    """What someone asks for."""
-
-    benchmark: str
-    model: str
-    cache: Path
-    checkpoint: Path | None = None
-    layers: tuple[str, ...] = ()
-    """Aliases; none means the model's default four."""
-    data_root: Path = Path("data")
-    train_images: int = 1000
-    train_seed: int = 1
-    batch_size: int = 128
-    device: str = "auto"
-    splits: tuple[str, ...] = ()
-    """Names; none means every split whose list is there."""
-    force: tuple[str, ...] = ()
-    """Splits to drop and extract again."""
-    allow_truncated: bool = False
-    workers: int = 2
-    """Threads that decode images."""
-    command: str = ""
-    """The command line, remembered so that errors can name it."""
+from nacpipe.network.layers import measure_layers
+from nacpipe.network.load import Network, blank_network, load_network
+from nacpipe.network.models import find_model
+from nacpipe.network.ranks import Ranks
+from nacpipe.network.request import AUTOCAST, ExtractRequest, find_device, make_header, pin_arithmetic
+from nacpipe.network.taps import Taps, find_direct
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,53 +63,82 @@ class Plan:
     request: ExtractRequest
     header: Header
     network: Network = field(repr=False)
+    direct: Set[str]
+    """Layers that are the classifier's input themselves."""
     exists: bool
     """Whether the cache is there already."""
     splits: tuple[SplitPlan, ...]
     notes: tuple[str, ...]
     """What to say aloud: sets left out, lists that stand in for others."""
 
-    def rows_of_block(self, split: SplitPlan, block: int) -> range:
-        """Return a block's rows."""
-        start = block * self.header.block_rows
-        return range(start, min(start + self.header.block_rows, split.rows))
+    def units(self, split: SplitPlan) -> list[int]:
+        """Return what is written at once, by its first block: blocks, or the shards that have an unmarked block."""
+        shard = self.header.shard_blocks
+        return sorted({block - block % shard for block in split.todo})
 
-    def batches(self, split: SplitPlan, block: int) -> list[range]:
-        """Return a block's batches; none crosses a block, so resuming keeps every boundary."""
-        rows = self.rows_of_block(split, block)
-        size = self.request.batch_size
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
+    def rows_of_unit(self, split: SplitPlan, unit: int) -> range:
+        """Return a unit's rows."""
+        start, size = unit * self.header.block_rows, self.header.block_rows * self.header.shard_blocks
+        return range(start, min(start + size, split.rows))
 
-    @property
-    def todo_rows(self) -> int:
-        """Samples still to be run through the network."""
-        return sum(len(self.rows_of_block(s, b)) for s in self.splits for b in s.todo)
+    def batches(self, split: SplitPlan, unit: int) -> list[range]:
+        """Return a unit's batches; none crosses a block, so resuming and sharing keep every boundary."""
+        rows, block, size = self.rows_of_unit(split, unit), self.header.block_rows, self.request.batch_size
+        blocks = [rows[i : i + block] for i in range(0, len(rows), block)]
+        return [b[i : i + size] for b in blocks for i in range(0, len(b), size)]
+
+    def todo_rows(self, ranks: Ranks) -> int:
+        """Return the samples that this rank still has to run through the network."""
+        return sum(len(self.rows_of_unit(s, unit)) for s in self.splits for unit in ranks.share(self.units(s)))
+
+    def taps(self) -> Taps:
+        """Return hooks on the network's layers, as the request wants them run."""
+        request, network = self.request, self.network
+        return Taps(
+            network.module,
+            self.header.layers,
+            network.model.classifier,
+            direct=self.direct,
+            autocast=AUTOCAST[request.autocast],
+        )
 
 
-def plan_extraction(request: ExtractRequest) -> Plan:
+def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks = Ranks()) -> Plan:  # noqa: B008
     """Decide what to do; reads lists, weights and the cache's marks, changes nothing.
+
+    Args:
+        request: what is asked for.
+        dry: the plan will only be looked at: no weights are loaded, and images that are not there are counted, not
+            refused.
+        ranks: this process among those that share the cache.
 
     Raises:
         InputError: an unknown benchmark, model, layer or split, or a file that is not there.
         IdentityError: the cache was made from something else.
     """
-    _pin_arithmetic()
-    benchmark = find_benchmark(request.benchmark)
+    pin_arithmetic()
+    request.check()
+    benchmark = open_benchmark(request.benchmark)
     model = find_model(request.model)
-    if request.batch_size < 1:
-        raise InputError(f"batch-size is {request.batch_size}; it must be at least 1")
     for name in (*request.splits, *request.force):
         benchmark.split(name)
-    check_layer_names(list(model.choose_layers(request.layers)))
+    check_layer_names(list(request.layers))
     sets, notes = _open_sets(request)
-    network = load_network(model, benchmark, request.checkpoint, find_device(request.device))
-    header = _header(request, network)
+    if dry:
+        network = blank_network(model, benchmark, request.checkpoint)
+    else:
+        network = load_network(model, benchmark, request.checkpoint, find_device(request.device, ranks.local))
+    layers, classes, features, said = measure_layers(network, request.layers, request.pools)
+    notes += said
+    header = make_header(request, network, layers, classes, features)
     exists = (request.cache / "zarr.json").exists()
     done: dict[str, tuple[bool, NDArray[np.bool_]]] = {}
     if exists:
         cache = open_cache(request.cache)
+        if dry:  # whatever weights there are
+            header = replace(header, identity={**header.identity, "weights": cache.header.identity["weights"]})
         check_identity(cache.path, cache.header, header)
-        header = replace(header, block_rows=cache.header.block_rows)
+        header = replace(header, block_rows=cache.header.block_rows, shard_blocks=cache.header.shard_blocks)
         for images in sets:
             if images.name in cache and images.name not in request.force:
                 split = cache.peek(images.name)
@@ -149,40 +153,36 @@ def plan_extraction(request: ExtractRequest) -> Plan:
         sealed, marks = done.get(images.name, (False, np.zeros(blocks, bool)))
         todo = () if sealed else tuple(int(b) for b in np.flatnonzero(~marks))
         plans.append(SplitPlan(images=images, todo=todo, blocks=blocks, sealed=sealed, drop=images.name in forced))
-    for plan in plans:
-        if plan.todo:
-            plan.images.check(plan.images.index)
-    return Plan(request=request, header=header, network=network, exists=exists, splits=tuple(plans), notes=tuple(notes))
+    direct: Set[str] = frozenset()
+    if not dry:
+        for plan in plans:
+            if plan.todo:
+                plan.images.check(plan.images.index)
+        direct = _prepare(request, network, layers)
+    return Plan(
+        request=request,
+        header=header,
+        network=network,
+        direct=direct,
+        exists=exists,
+        splits=tuple(plans),
+        notes=tuple(notes),
+    )
 
 
-def find_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU.
-
-    Raises:
-        InputError: this machine does not have it.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0][:120]}") from None
-    return device
-
-
-def _pin_arithmetic() -> None:
-    """Let convolutions on the CPU sum in the same order on every x86 machine (docs/decisions/same-values.md).
-
-    Otherwise processors with AVX-512 round differently, a ReLU near 0 flips, and a resumed cache differs in its
-    gradients by 1e-3. The variable is read at a process's first convolution; someone who set it has chosen.
-    """
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+def _prepare(request: ExtractRequest, network: Network, layers: Sequence[LayerSpec]) -> Set[str]:
+    """Put the network in its memory format and try which layers are the classifier's input."""
+    if request.channels_last_on(network.device):
+        network.module.to(memory_format=torch.channels_last)
+    side = network.transform.crop
+    noise = torch.randn(2, len(network.transform.mean), side, side, generator=torch.Generator().manual_seed(0))
+    return find_direct(network.module, layers, network.model.classifier, noise.to(network.device))
 
 
 def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
     """Open the lists of the wanted splits; leave out, and say so, what nobody asked for by name and is not there."""
-    benchmark = find_benchmark(request.benchmark)
+    benchmark = open_benchmark(request.benchmark)
+    root = choose_root(benchmark, request.data_root)
     sets: list[ImageSet] = []
     notes: list[str] = []
     wanted = [s for s in benchmark.splits if not request.splits or s.name in request.splits or s.name in request.force]
@@ -190,7 +190,7 @@ def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
         images = open_images(
             benchmark,
             split,
-            request.data_root,
+            root,
             train_images=request.train_images,
             train_seed=request.train_seed,
             allow_truncated=request.allow_truncated,
@@ -201,13 +201,10 @@ def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
         elif split.optional and not request.splits:
             notes.append(f"{split.name}: left out, its list is not there ({split.source})")
         else:
-            raise _missing_list(request, split)
+            path = list_path(benchmark, split, root)
+            what = "folder of images" if split.kind == "folders" else "image list"
+            raise ImageError(f"{split.name}: there is no {what} {path}; say where the data is with --data-root DIR")
     return sets, notes
-
-
-def _missing_list(request: ExtractRequest, split: Split) -> ImageError:
-    path = request.data_root / "benchmark_imglist" / request.benchmark / split.source
-    return ImageError(f"{split.name}: there is no image list {path}; say where the data is with --data-root DIR")
 
 
 def _check_images(path: str, images: ImageSet, stored: Any) -> None:
@@ -216,51 +213,6 @@ def _check_images(path: str, images: ImageSet, stored: Any) -> None:
             f"{path}: {images.name} was made from other images: {'; '.join(differences)}. Give the same options, or"
             f" extract it again with --force {images.name}"
         )
-
-
-def _header(request: ExtractRequest, network: Network) -> Header:
-    layers, classes, features = measure_layers(network, request.layers)
-    transform = network.transform
-    return Header(
-        identity={
-            "benchmark": request.benchmark,
-            "architecture": network.model.name,
-            "family": network.model.family,
-            "weights": network.weights_sha256,
-            "transform": {
-                "resize": transform.resize,
-                "crop": transform.crop,
-                "mean": list(transform.mean),
-                "std": list(transform.std),
-            },
-            "dtype": "float32",
-        },
-        information={
-            "nacpipe": nacpipe.__version__,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "device": str(network.device),
-            "batch_size": request.batch_size,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "checkpoint": "packaged" if request.checkpoint is None else request.checkpoint.name,
-            "data_root": str(request.data_root),
-            "command": request.command,
-        },
-        block_rows=_block_rows(request.batch_size),
-        layers=layers,
-        classes=classes,
-        features=features,
-    )
-
-
-def _block_rows(batch_size: int) -> int:
-    """The largest whole number of batches within the usual block, or one batch where that is larger."""
-    return max(BLOCK_ROWS // batch_size, 1) * batch_size
-
-
-def name_cache(benchmark: str, model: str) -> Path:
-    """Return where a cache goes when nobody says."""
-    return Path("cache") / f"{benchmark}-{model}.zarr"
 
 
 def total_bytes(plan: Plan, splits: Sequence[SplitPlan]) -> int:

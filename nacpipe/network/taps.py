@@ -10,7 +10,8 @@ gradient are pooled separately. No model's or layer's name is known here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,6 @@ POOLINGS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "class-token": lambda x: x[:, 0],  # (n, tokens, units) → (n, units)
     "none": lambda x: x,  # (n, units)
 }
-
 
 _DIMENSIONS = {"sum-nchw": (2, 4), "sum-nhwc": (2, 4), "sum-tokens": (3,), "class-token": (3,), "none": (2,)}
 
@@ -48,17 +48,39 @@ class Tapped:
 class Taps:
     """Hooks on a network's layers, for as long as the `with` block lasts."""
 
-    def __init__(self, network: nn.Module, layers: Sequence[LayerSpec], classifier: str | None) -> None:
-        """Tap `layers` of `network`; `classifier` is the path of the last linear layer.
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: Sequence[LayerSpec],
+        classifier: str | None,
+        *,
+        direct: Set[str] = frozenset(),
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        """Tap `layers` of `network`.
+
+        Args:
+            network: ready to be tapped (`freeze`).
+            layers: what to tap.
+            classifier: path of the last linear layer, where there is one.
+            direct: layers that are the classifier's input themselves (`find_direct`). Where all are, gradients come in
+                closed form, (softmax − 1/classes) · W, and no backward pass runs.
+            autocast: a half type that the network runs in; what is returned is float32 all the same.
 
         Raises:
             InputError: a path leads to no module, naming layer and path.
         """
-        self.network, self.layers = network, layers
+        self.network, self.layers, self.autocast = network, layers, autocast
         modules = dict(network.named_modules())
         for spec in layers:
             if spec.path not in modules:
                 raise InputError(f"layer {spec.name!r}: the network has no module {spec.path!r}")
+        self._linear: nn.Module | None = None
+        if classifier is not None:
+            if classifier not in modules:
+                raise InputError(f"the network has no module {classifier!r} to be its classifier")
+            if {spec.name for spec in layers} <= direct:
+                self._linear = modules[classifier]
         self._outputs: dict[str, Tensor] = {}
         self._features: Tensor | None = None
         self._handles = [modules[s.path].register_forward_hook(self._keep(s)) for s in layers]
@@ -80,35 +102,48 @@ class Taps:
         """
         self._outputs.clear()
         self._features = None
-        with torch.enable_grad():
+        device = images.device.type
+        half = nullcontext() if self.autocast is None else torch.autocast(device, dtype=self.autocast)
+        with torch.set_grad_enabled(self._linear is None), half:
             logits = self.network(images)
         if missing := [s.name for s in self.layers if s.name not in self._outputs]:
             raise InputError(f"layer {missing[0]!r} did not run in a forward pass")
-        outputs = [self._outputs[s.name] for s in self.layers]
-        with torch.no_grad():
-            start = logits.softmax(dim=1) - 1.0 / logits.shape[1]  # d loss / d logits
-        gradients = torch.autograd.grad(logits, outputs, grad_outputs=start, allow_unused=True)
-        pooled: dict[str, Tensor] = {}
-        for spec, gradient in zip(self.layers, gradients, strict=True):
-            if gradient is None:
-                raise InputError(f"layer {spec.name!r} has no influence on the logits")
-            pooled[spec.name] = POOLINGS[spec.pooling](gradient)
         for spec in self.layers:
             if (output := self._outputs[spec.name]).dim() not in _DIMENSIONS[spec.pooling]:
                 raise InputError(f"layer {spec.name!r} gives {tuple(output.shape)}, which {spec.pooling} does not pool")
+        with torch.no_grad():
+            start = _wide(logits).softmax(dim=1) - 1.0 / logits.shape[1]  # d loss / d logits, (n, classes)
         return Tapped(
-            activation={s.name: POOLINGS[s.pooling](self._outputs[s.name].detach()) for s in self.layers},
-            gradient=pooled,
-            logits=logits.detach(),
-            features=None if self._features is None else torch.flatten(self._features.detach(), 1),
+            activation={s.name: _pool(s, self._outputs[s.name].detach()) for s in self.layers},
+            gradient=self._gradients(logits, start),
+            logits=_wide(logits.detach()),
+            features=None if self._features is None else _wide(torch.flatten(self._features.detach(), 1)),
         )
+
+    def _gradients(self, logits: Tensor, start: Tensor) -> dict[str, Tensor]:
+        if self._linear is not None:
+            weight = self._linear.weight
+            assert isinstance(weight, Tensor)
+            closed = start @ _wide(weight)  # (n, classes) · (classes, d)
+            return {spec.name: closed for spec in self.layers}
+        outputs = [self._outputs[s.name] for s in self.layers]
+        found = torch.autograd.grad(logits, outputs, grad_outputs=start.to(logits.dtype), allow_unused=True)
+        self._outputs.clear()
+        pooled: dict[str, Tensor] = {}
+        for spec, gradient in zip(self.layers, found, strict=True):
+            if gradient is None:
+                raise InputError(f"layer {spec.name!r} has no influence on the logits")
+            pooled[spec.name] = _pool(spec, gradient)
+        return pooled
 
     def _keep(self, spec: LayerSpec) -> Callable[[nn.Module, object, object], Tensor]:
         def hook(_module: nn.Module, _inputs: object, output: object) -> Tensor:
             if not isinstance(output, Tensor):
                 raise InputError(f"layer {spec.name!r} returns {type(output).__name__}, not one tensor")
             # The first tap starts the graph: parameters need no gradient, so nothing below it was recorded.
-            kept = output if output.requires_grad else output.detach().requires_grad_()
+            kept = output
+            if self._linear is None and not output.requires_grad:
+                kept = output.detach().requires_grad_()
             self._outputs[spec.name] = kept
             return kept
 
@@ -116,6 +151,37 @@ class Taps:
 
     def _keep_features(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._features = inputs[0]
+
+
+def find_direct(network: nn.Module, layers: Sequence[LayerSpec], classifier: str | None, images: Tensor) -> Set[str]:
+    """Return the names of the layers that are the classifier's input themselves, as they are pooled.
+
+    Told by trying: the pooled activation equals the input, and the closed form the gradient of a backward pass.
+    """
+    if classifier is None:
+        return frozenset()
+    with Taps(network, layers, classifier) as taps:
+        tapped = taps(images)
+    weight = network.get_submodule(classifier).weight
+    if not isinstance(weight, Tensor) or tapped.features is None or weight.shape[0] != tapped.logits.shape[1]:
+        return frozenset()
+    closed = (tapped.logits.softmax(dim=1) - 1.0 / tapped.logits.shape[1]) @ weight
+    return frozenset(
+        spec.name
+        for spec in layers
+        if tapped.activation[spec.name].shape == tapped.features.shape == closed.shape
+        and torch.equal(tapped.activation[spec.name], tapped.features)
+        and torch.allclose(tapped.gradient[spec.name], closed, rtol=1e-3, atol=1e-6)
+    )
+
+
+def _pool(spec: LayerSpec, values: Tensor) -> Tensor:
+    return POOLINGS[spec.pooling](_wide(values))
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Half types as float32, so that sums and softmax do not lose digits; float32 and float64 as they are."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def freeze(network: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ far means are unweighted means over their sets. OpenOOD prints AUPR-IN and AUPR-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
@@ -24,6 +25,7 @@ from nacpipe.errors import InputError, ParamsError
 from nacpipe.search.scoring import fit_coverage
 
 METRICS = ("fpr95", "auroc", "aupr_in", "aupr_out")
+NO_LOGITS = f"accuracy, {', '.join(LOGIT_BASELINES)} are left empty: what this network gives are features, not logits"
 Scores = Mapping[str, NDArray[np.float64]]  # method → (samples,)
 
 
@@ -31,7 +33,8 @@ def evaluate(cache: Cache, params: NacParams | None) -> pd.DataFrame:
     """Return one row per task, OOD set and method, and one per group's mean.
 
     Columns: task (ood, fsood), group (near, far), dataset (a set's name or "mean"), method, fpr95, auroc, aupr_in,
-    aupr_out, accuracy (of the network on the task's ID samples), n_id, n_ood; all metrics are fractions.
+    aupr_out, accuracy (of the network on the task's ID samples), n_id, n_ood; all metrics are fractions. Where the
+    network gives features and not logits (CIDER, NPOS), what needs logits is NaN, and `frame.attrs["note"]` says why.
 
     Args:
         cache: a cache with id/test and at least one sealed near or far set.
@@ -50,36 +53,48 @@ def evaluate(cache: Cache, params: NacParams | None) -> pd.DataFrame:
     for task, id_splits in {"ood": ["id/test"], "fsood": ["id/test", *csid]}.items():
         if task == "fsood" and not csid:
             continue
-        correct = _accuracy(cache, id_splits)
-        for method in scores:
-            id_scores = np.concatenate([scores[method][name] for name in id_splits])
+        correct = _accuracy(cache, id_splits) if has_logits(cache) else math.nan
+        for method in dict.fromkeys([*scores, *LOGIT_BASELINES]):
             for name in sets:
-                ood_scores = scores[method][name]
+                metrics = dict.fromkeys(METRICS, math.nan)
+                if method in scores:
+                    id_scores = np.concatenate([scores[method][split] for split in id_splits])
+                    metrics = asdict(detect(id_scores, scores[method][name]))
                 rows.append(
                     {
                         "task": task,
                         "group": name.split("/")[1],
                         "dataset": name.split("/")[2],
                         "method": method,
-                        **asdict(detect(id_scores, ood_scores)),
+                        **metrics,
                         "accuracy": correct,
-                        "n_id": id_scores.size,
-                        "n_ood": ood_scores.size,
+                        "n_id": sum(cache[split].rows for split in id_splits),
+                        "n_ood": cache[name].rows,
                     }
                 )
-    frame = pd.DataFrame(rows)
-    return _with_means(frame)[["task", "group", "dataset", "method", *METRICS, "accuracy", "n_id", "n_ood"]]
+    frame = _with_means(pd.DataFrame(rows))
+    frame = frame[["task", "group", "dataset", "method", *METRICS, "accuracy", "n_id", "n_ood"]]
+    if not has_logits(cache):
+        frame.attrs["note"] = NO_LOGITS
+    return frame
+
+
+def has_logits(cache: Cache) -> bool:
+    """Return whether the network's outputs are logits; features are stored under the same name otherwise."""
+    return bool(cache.header.identity.get("outputs", "logits") == "logits")
 
 
 def score_methods(
     cache: Cache, params: NacParams | None, splits: Iterable[str]
 ) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Return method → split → scores (rows,), NAC first where there are parameters."""
+    """Return method → split → scores (rows,), NAC first where there are parameters; no baselines without logits."""
     names = list(splits)
     coverage = fit_coverage(cache, params) if params else None
     found: dict[str, dict[str, NDArray[np.float64]]] = {}
     if coverage:
         found["NAC"] = {name: coverage.score(cache[name]) for name in names}
+    if not has_logits(cache):
+        return found
     logits = {name: cache[name].read("logits") for name in names}
     for method, baseline in LOGIT_BASELINES.items():
         found[method] = {name: baseline(logits[name]) for name in names}

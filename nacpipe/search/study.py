@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,13 +48,14 @@ class Search:
         """
         if request.trials < 1:
             raise InputError(f"trials is {request.trials}; it must be at least 1")
-        if request.timeout is not None and request.timeout <= 0:
+        if request.timeout is not None and not request.timeout > 0:  # nor NaN
             raise InputError(f"timeout is {request.timeout}; it must be above 0 seconds")
         set_threads(request.threads)
         self.request = request
         self.cache = open_cache(request.cache)
-        self.layers = request.layers or tuple(spec.name for spec in self.cache.header.layers)
-        check_layers(self.cache, self.layers)
+        check_layers(self.cache, request.layers)
+        held = [spec.name for spec in self.cache.header.layers]  # in the cache's order, whatever the order given
+        self.layers = tuple(name for name in held if name in request.layers or not request.layers)
         splits = [name for name in SEARCH_SPLITS[1:] if name != "id/subtrain" or name in self.cache]
         self.scorer = Scorer(self.cache, self.layers, splits)
         self.published = _published(self.cache, self.layers)
@@ -76,11 +76,12 @@ class Search:
             attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
             if name == request.study_name or "://" not in request.where:
                 _check_bound(request, name, attributes, bound)
-        if not create and request.study_name not in names:
+        if request.study_name in names:
+            study = optuna.load_study(study_name=request.study_name, storage=storage)
+        elif create:
+            study = optuna.create_study(study_name=request.study_name, storage=storage, direction="maximize")
+        else:
             return None
-        study = optuna.create_study(
-            study_name=request.study_name, storage=storage, direction="maximize", load_if_exists=True
-        )
         if create and "fingerprint" not in study.user_attrs:  # new, or its maker was killed before the last of these
             for key, value in {"seed": request.seed, "nacpipe": nacpipe.__version__, **bound}.items():
                 study.set_user_attr(key, value)

@@ -112,4 +112,5 @@ def test_a_search_is_bound_to_its_splits_and_layers_alone(tmp_path: Path, make_c
         **small.header.identity,
         "layers": {"layer1": {"path": "layer1", "pooling": "sum-nchw"}},
         "splits": {"id/val": small["id/val"].images},
+        "keep_bits": 23,
     }

@@ -37,6 +37,66 @@ def test_cifar10_is_openoods() -> None:
     assert benchmark.transform.std == (0.2470, 0.2435, 0.2616)
 
 
+def test_cifar100_is_openoods() -> None:
+    benchmark = find_benchmark("cifar100")
+    assert {split.name: split.source for split in benchmark.splits} == {
+        "id/train": "main_train_cifar100.txt",
+        "id/subtrain": "sub_train_cifar100.txt",
+        "id/val": "val_cifar100.txt",
+        "id/test": "test_cifar100.txt",
+        "ood/val": "val_tin.txt",
+        "ood/near/cifar10": "test_cifar10.txt",
+        "ood/near/tin": "test_tin.txt",
+        "ood/far/mnist": "test_mnist.txt",
+        "ood/far/svhn": "test_svhn.txt",
+        "ood/far/texture": "test_texture.txt",
+        "ood/far/places365": "test_places365.txt",
+    }
+    assert {split.folder for split in benchmark.splits} == {"images_classic"}
+    assert benchmark.split("id/train").fallback == "train_cifar100.txt"
+    assert (benchmark.classes, benchmark.lists, benchmark.root) == (100, "benchmark_imglist/cifar100", "data")
+    assert (benchmark.transform.resize, benchmark.transform.crop) == (32, 32)
+    assert benchmark.transform.mean == (0.5071, 0.4867, 0.4408)
+    assert benchmark.transform.std == (0.2675, 0.2565, 0.2761)
+
+
+IMAGENET = {  # after the benchmark's name in OpenOOD's lists: its classes, its csid sets' lists
+    "imagenet200": (200, ["test_imagenet200_v2.txt", "test_imagenet200_c.txt", "test_imagenet200_r.txt"]),
+    "imagenet": (1000, ["test_imagenet_v2.txt", "test_imagenet_c.txt", "test_imagenet_r.txt"]),
+}
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_the_imagenets_are_openoods(name: str) -> None:
+    benchmark = find_benchmark(name)
+    classes, csid = IMAGENET[name]
+    assert {split.name: split.source for split in benchmark.splits} == {
+        "id/train": f"main_train_{name}.txt",
+        "id/subtrain": f"sub_train_{name}.txt",
+        "id/val": f"val_{name}.txt",
+        "id/test": f"test_{name}.txt",
+        "csid/imagenet_v2": csid[0],
+        "csid/imagenet_c": csid[1],
+        "csid/imagenet_r": csid[2],
+        "ood/val": "val_openimage_o.txt",
+        "ood/near/ssb_hard": "test_ssb_hard.txt",
+        "ood/near/ninco": "test_ninco.txt",
+        "ood/far/inaturalist": "test_inaturalist.txt",
+        "ood/far/textures": "test_textures.txt",
+        "ood/far/openimage_o": "test_openimage_o.txt",
+    }
+    folders = {split.name: split.folder for split in benchmark.splits}
+    assert folders.pop("ood/far/textures") == "images_classic"
+    assert set(folders.values()) == {"images_largescale"}
+    assert [split.name for split in benchmark.splits if split.untouched] == ["csid/imagenet_c"]
+    assert [s.name for s in benchmark.splits if not s.optional] == ["id/train", "id/val", "id/test", "ood/val"]
+    assert benchmark.split("id/train").fallback == f"train_{name}.txt"
+    assert (benchmark.classes, benchmark.lists) == (classes, f"benchmark_imglist/{name}")
+    assert (benchmark.transform.resize, benchmark.transform.crop) == (256, 224)
+    assert benchmark.transform.mean == (0.485, 0.456, 0.406)
+    assert benchmark.transform.std == (0.229, 0.224, 0.225)
+
+
 def test_digits_holds_every_packaged_set() -> None:
     benchmark = find_benchmark("digits")
     assert {split.name: split.source for split in benchmark.splits} == {
@@ -65,7 +125,10 @@ def test_every_benchmark_can_be_searched(name: str) -> None:
 
 
 def test_unknown_benchmark_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"^benchmark 'cifar11' is not known; known: digits, cifar10"):
+    with pytest.raises(
+        InputError,
+        match=r"^benchmark 'cifar11' is not known; known: digits, cifar10, cifar100, imagenet200, imagenet, or ",
+    ):
         find_benchmark("cifar11")
 
 

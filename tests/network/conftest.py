@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from nacpipe.cache import Cache, open_cache
-from nacpipe.network import plan as extraction
+from nacpipe.network import request as extraction
 from nacpipe.network.extract import extract
 from nacpipe.network.models import find_model
-from nacpipe.network.plan import ExtractRequest, plan_extraction
+from nacpipe.network.plan import plan_extraction
+from nacpipe.network.request import ExtractRequest
 
 COUNTS = {  # list → images; blocks are of 16 rows here, batches of 8
     "main_train_cifar10.txt": 45,

@@ -16,8 +16,11 @@ from nacpipe.core.benchmarks import find_benchmark
 from nacpipe.errors import IdentityError, ImageError, InputError
 from nacpipe.network.extract import extract
 from nacpipe.network.images import build_transform
-from nacpipe.network.models import find_model, load_network
-from nacpipe.network.plan import ExtractRequest, Plan, plan_extraction, total_bytes
+from nacpipe.network.load import load_network
+from nacpipe.network.models import find_model
+from nacpipe.network.plan import Plan, plan_extraction, total_bytes
+from nacpipe.network.ranks import Ranks
+from nacpipe.network.request import ExtractRequest
 from nacpipe.network.taps import Taps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +53,7 @@ def test_plan_of_a_new_cache(request_: ExtractRequest) -> None:
     plan = plan_extraction(request_)
     assert states(plan) == dict.fromkeys(ROWS, "new")
     assert {split.images.name: split.rows for split in plan.splits} == ROWS
-    assert plan.todo_rows == sum(ROWS.values())
+    assert plan.todo_rows(Ranks()) == sum(ROWS.values())
     assert (plan.exists, plan.header.block_rows) == (False, 16)
     assert {spec.name: spec.neurons for spec in plan.header.layers} == LAYERS
     assert plan.header.row_bytes() == 4 * (2 * sum(LAYERS.values()) + 64 + 10) + 2 * 8
@@ -84,17 +87,17 @@ def test_plan_goes_on_where_the_cache_ends(request_: ExtractRequest) -> None:
     done = {"id/train": "done", "id/subtrain": "done", "id/val": "from block 2"}
     assert states(plan) == {**dict.fromkeys(ROWS, "new"), **done}
     assert plan.exists
-    assert plan.todo_rows == 8 + ROWS["id/test"] + ROWS["ood/val"] + ROWS["ood/far/mnist"]
+    assert plan.todo_rows(Ranks()) == 8 + ROWS["id/test"] + ROWS["ood/val"] + ROWS["ood/far/mnist"]
     assert next(s for s in plan.splits if s.images.name == "id/val").todo == (2,)
 
 
 def test_plan_of_chosen_and_forced_splits(finished: Cache, request_: ExtractRequest) -> None:
     there = replace(request_, cache=Path(finished.path))
     assert states(plan_extraction(there)) == dict.fromkeys(ROWS, "done")
-    assert plan_extraction(there).todo_rows == 0
+    assert plan_extraction(there).todo_rows(Ranks()) == 0
     plan = plan_extraction(replace(there, splits=("id/val",), force=("ood/val",)))
     assert states(plan) == {"id/val": "done", "ood/val": "again"}
-    assert plan.todo_rows == 21
+    assert plan.todo_rows(Ranks()) == 21
     assert states(plan_extraction(replace(request_, splits=("id/test", "id/val")))) == {
         "id/val": "new",
         "id/test": "new",
@@ -199,7 +202,7 @@ def test_another_list_is_refused(finished: Cache, request_: ExtractRequest, root
         ({"layers": ("layer7",)}, InputError, r"^layer 'layer7' is not known for resnet20"),
         ({"splits": ("id/tset",)}, InputError, r"^split 'id/tset' is not part of benchmark cifar10"),
         ({"force": ("ood",)}, InputError, r"^split 'ood' is not part of benchmark cifar10"),
-        ({"batch_size": 0}, InputError, r"^batch-size is 0; it must be at least 1$"),
+        ({"batch_size": 0}, InputError, r"^batch-size is 0; it must lie between 1 and"),
         ({"train_images": 0}, InputError, r"^main_train_cifar10\.txt: train-images is 0; it must be at least 1$"),
         ({"device": "cuda:99"}, InputError, r"^device 'cuda:99' cannot be used here: "),
         ({"device": "fast"}, InputError, r"^device 'fast' cannot be used here: "),

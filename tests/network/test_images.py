@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torchvision.transforms import functional as vision
 from nacpipe.core.benchmarks import Transform, find_benchmark
 from nacpipe.errors import ImageError, InputError
 from nacpipe.network import digits
-from nacpipe.network.images import ImageSet, build_transform, load_batches, open_images, parse_list
+from nacpipe.network.images import ImageSet, build_transform, load_batches, open_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,56 +57,7 @@ def open_val(root: Path, allow_truncated: bool = False) -> ImageSet:
     return images
 
 
-# --- lists ------------------------------------------------------------------------------------------------------------
-
-
-def test_labels_are_integers_minus_one_or_in_a_dictionary() -> None:
-    content = b"a/1.png 3\nb/2.JPEG -1\nc.png {'label': 7, 'other': 'x y'}\nd.png {\"soft\": [1]}\n"
-    names, labels = parse_list(content, "list.txt")
-    assert names == ["a/1.png", "b/2.JPEG", "c.png", "d.png"]
-    assert labels.tolist() == [3, -1, 7, -1]
-    assert labels.dtype == np.int64
-
-
-def test_line_ends_and_empty_lines_at_the_end_do_not_matter() -> None:
-    names, labels = parse_list(b"a.png 1\r\n b.png  2 \r\n\r\n\n", "list.txt")
-    assert (names, labels.tolist()) == (["a.png", "b.png"], [1, 2])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"a.png 1\nb.png\n", r"^line 2 of list\.txt is not 'path label': 'b\.png'$"),
-        (b"a.png one\n", r"^line 1 of list\.txt is not 'path label': 'a\.png one'$"),
-        (b"a.png 1.5\n", r"^line 1 of list\.txt is not 'path label'"),
-        (b"a.png True\n", r"^line 1 of list\.txt is not 'path label'"),
-        (b"a.png {'label': '3'}\n", r"^line 1 of list\.txt is not 'path label'"),
-        (b"a.png 1\nb.png 2\n\nc.png 3\n", r"^line 3 of list\.txt is not 'path label': ''$"),
-        (b"a.png __import__('os').getcwd()\n", r"^line 1 of list\.txt is not 'path label'"),
-        (b"my picture.png 3\n", r"^line 1 of list\.txt is not 'path label'"),
-        (b"", r"^list\.txt lists no images$"),
-        (b"\n \n", r"^list\.txt lists no images$"),
-        (b"a.png 1\n\xff.png 1\n", r"^list\.txt is not UTF-8 text: invalid start byte at byte 8$"),
-        (b"a.png 1\n../b.png 2\n", r"^line 2 of list\.txt leaves the image folder: '\.\./b\.png'$"),
-        (b"a/../../b.png 2\n", r"^line 1 of list\.txt leaves the image folder: 'a/\.\./\.\./b\.png'$"),
-        (b"/etc/passwd 2\n", r"^line 1 of list\.txt leaves the image folder: '/etc/passwd'$"),
-        (b"a\x00.png 2\n", r"^line 1 of list\.txt leaves the image folder: 'a\\x00\.png'$"),
-    ],
-)
-def test_bad_lists_are_refused_by_line(content: bytes, message: str) -> None:
-    with pytest.raises(ImageError, match=message):
-        parse_list(content, "list.txt")
-
-
-@pytest.mark.parametrize("label", [b"99999999999999999999", b"{[]: 1}"])
-def test_odd_labels_are_refused_by_line_too(label: bytes) -> None:
-    with pytest.raises(ImageError, match=r"^line 1 of list\.txt is not 'path label'"):
-        parse_list(b"a.png " + label, "list.txt")
-
-
-def test_long_lines_are_cut_in_messages() -> None:
-    with pytest.raises(ImageError, match=r"'path label': 'x{80}'$"):
-        parse_list(b"x" * 500, "list.txt")
+# --- sets -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_set_knows_its_list(tmp_path: Path) -> None:
@@ -157,12 +109,14 @@ def test_missing_images_are_counted_and_the_first_is_named(tmp_path: Path) -> No
     write_list(tmp_path, "val_cifar10.txt", "a.png 0\nx/b.png 1\nc.png 2\n")
     images = open_val(tmp_path)
     message = r"images_classic/x/b\.png \(line 2 of .*/benchmark_imglist/cifar10/val_cifar10\.txt\)$"
+    assert images.missing() == [1, 2]
     with pytest.raises(ImageError, match=r"^2 listed images are not there; the first is .*" + message):
         images.check(images.index)
     with pytest.raises(ImageError, match=r"^image is not there: .*" + message):
         images.open(1)
     write_list(tmp_path, "val_cifar10.txt", "a.png 0\n")
     images = open_val(tmp_path)
+    assert images.missing() == []
     images.check(images.index)
 
 
@@ -239,6 +193,29 @@ def test_transform_by_hand() -> None:
     grey = transform(Image.fromarray(np.full((2, 2), 51, np.uint8)))
     np.testing.assert_allclose(grey[:, 0, 0].numpy(), (0.2 - np.array([0.5, 0.25, 0])) / [0.5, 0.25, 1], rtol=1e-5)
     assert torch.equal(transform(Image.fromarray(pixels).convert("RGBA")), found)
+
+
+def test_untouched_images_are_only_normalised(tmp_path: Path) -> None:
+    image = picture(3, (48, 80))
+    expected = vision.normalize(vision.to_tensor(image), [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
+    transform = build_transform(CIFAR10.transform, untouched=True)
+    assert torch.equal(transform(image), expected)
+    write_image(tmp_path, "a.png", picture(0, (32, 40)))
+    write_image(tmp_path, "b.png", picture(1, (32, 41)))
+    write_list(tmp_path, "val_cifar10.txt", "a.png 0\nb.png 0\n")
+    batches = load_batches(open_val(tmp_path), [range(1), range(2)], transform, 0)
+    assert next(batches).shape == (1, 3, 40, 32)
+    with pytest.raises(ImageError, match=r"^id/val is untouched, but its images differ in size: 32×40, 32×41$"):
+        next(batches)
+
+
+def test_being_untouched_is_part_of_the_identity(tmp_path: Path) -> None:
+    write_list(tmp_path, "val_cifar10.txt", "a.png 4\n")
+    split = replace(CIFAR10.split("id/val"), untouched=True)
+    images = open_images(CIFAR10, split, tmp_path, train_images=1, train_seed=1)
+    assert images is not None
+    assert images.untouched
+    assert images.identity() == {**open_val(tmp_path).identity(), "untouched": True}
 
 
 def test_packaged_images_come_as_they_are() -> None:

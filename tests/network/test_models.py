@@ -16,17 +16,11 @@ from torch import Tensor, nn
 from nacpipe.core.benchmarks import find_benchmark
 from nacpipe.errors import CheckpointError, InputError
 from nacpipe.network.images import build_transform
-from nacpipe.network.models import (
-    MODELS,
-    classifier_weights,
-    find_model,
-    hash_weights,
-    load_network,
-    load_weights,
-    measure_layers,
-    read_checkpoint,
-)
+from nacpipe.network.layers import measure_layers
+from nacpipe.network.load import blank_network, classifier_weights, load_network
+from nacpipe.network.models import MODELS, find_model
 from nacpipe.network.resnets import ResNet18For32
+from nacpipe.network.weights import hash_weights, load_weights, read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,7 +95,9 @@ def test_network_comes_frozen_with_the_transform_that_belongs_to_it(tmp_path: Pa
     assert not any(p.requires_grad for p in network.module.parameters())
     assert (network.transform.mean, network.transform.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert find_model("resnet18_32x32").transform is None  # OpenOOD's own: the benchmark's
-    weight, bias = classifier_weights(network)
+    classifier = classifier_weights(network)
+    assert classifier is not None
+    weight, bias = classifier
     assert torch.equal(weight, state["fc.weight"])
     assert torch.equal(bias, state["fc.bias"])
 
@@ -109,15 +105,15 @@ def test_network_comes_frozen_with_the_transform_that_belongs_to_it(tmp_path: Pa
 def test_packaged_network_needs_no_checkpoint() -> None:
     network = load_network(find_model("digits_cnn"), DIGITS, None, CPU)
     assert network.transform == DIGITS.transform
-    layers, classes, features = measure_layers(network, ())
+    layers, classes, features, notes = measure_layers(network, ())
     assert [(s.name, s.path, s.pooling, s.neurons) for s in layers] == [
         ("avgpool", "avgpool", "sum-nchw", 64),
         ("layer3", "layer3", "sum-nchw", 64),
         ("layer2", "layer2", "sum-nchw", 32),
         ("layer1", "layer1", "sum-nchw", 16),
     ]
-    assert (classes, features) == (10, 64)
-    (fc,), _, _ = measure_layers(network, ("fc",))
+    assert (classes, features, notes) == (10, 64, ())
+    (fc,) = measure_layers(network, ("fc",)).layers
     assert (fc.path, fc.pooling, fc.neurons) == ("fc", "none", 10)
 
 
@@ -236,26 +232,34 @@ def test_cifar_resnets_have_the_papers_sizes(depth: int, parameters: int) -> Non
     assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "resnet50"])
+@pytest.mark.parametrize("name", MODELS)
 def test_every_layer_of_the_table_can_be_tapped(name: str) -> None:
     model = find_model(name)
-    benchmark = DIGITS if name == "digits_cnn" else CIFAR10
-    module = model.build(benchmark.classes)
-    modules = dict(module.named_modules())
-    assert {path for path, _ in model.layers.values()} <= set(modules)
-    assert set(model.default) == {"avgpool", "layer1", "layer2", "layer3"}
-    assert isinstance(modules[model.classifier], nn.Linear)
-    assert modules[model.classifier].out_features == benchmark.classes
+    benchmark = find_benchmark(model.benchmark)
+    network = blank_network(model, benchmark, None)
+    measured = measure_layers(network, tuple(model.layers))
+    assert [(s.name, (s.path, s.pooling)) for s in measured.layers] == list(model.layers.items())
+    assert len(model.default) == 4
+    assert set(model.default) <= set(model.layers)
+    assert model.classifier is not None
+    assert isinstance(linear := network.module.get_submodule(model.classifier), nn.Linear)
+    assert (measured.classes, measured.features) == (benchmark.classes, linear.in_features)
+    assert linear.out_features == benchmark.classes
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(InputError, match=r"^model 'vgg' is not known; known: digits_cnn, resnet20, .*resnet50$"):
+    with pytest.raises(InputError, match=r"^model 'vgg' is not known; known: digits_cnn, .*; see too: nacpipe models$"):
         find_model("vgg")
-    message = r"^layer 'layer9' is not known for resnet20; known: conv1, layer1, layer2, layer3, avgpool, fc$"
-    with pytest.raises(InputError, match=message):
-        find_model("resnet20").choose_layers(("layer1", "layer9"))
+    network = blank_network(find_model("resnet20"), CIFAR10, None)
+    message = (
+        r"^layer 'layer9' is not known for resnet20; known: conv1, layer1, layer2, layer3, avgpool, fc, and the modules"
+        r" that this lists: nacpipe layers resnet20$"
+    )
+    for name in ("layer9", ""):
+        with pytest.raises(InputError, match=message.replace("layer9", name, 1)):
+            measure_layers(network, ("layer1", name))
     with pytest.raises(InputError, match=r"^layer 'fc' is given twice$"):
-        find_model("resnet20").choose_layers(("fc", "layer1", "fc"))
+        measure_layers(network, ("fc", "layer1", "fc"))
 
 
 def test_networks_that_do_not_fit_the_benchmark_are_refused() -> None:

@@ -28,7 +28,8 @@ import sys
 from pathlib import Path
 import torch
 from nacpipe.network.extract import extract
-from nacpipe.network.plan import ExtractRequest, plan_extraction
+from nacpipe.network.plan import plan_extraction
+from nacpipe.network.request import ExtractRequest
 
 torch.set_num_threads(1)
 shared, cache = Path(sys.argv[1]), Path(sys.argv[2])

@@ -14,7 +14,9 @@ from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.errors import CacheError, IdentityError, ImageError
 from nacpipe.network import extract as extraction
 from nacpipe.network.extract import extract
-from nacpipe.network.plan import ExtractRequest, plan_extraction
+from nacpipe.network.plan import plan_extraction
+from nacpipe.network.ranks import Ranks
+from nacpipe.network.request import ExtractRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,7 +142,7 @@ def test_a_split_that_only_lacks_its_seal_is_sealed(
         patch.setattr(CacheWriter, "seal", crash)
         extract(plan_extraction(only))
     plan = plan_extraction(only)
-    assert (plan.splits[0].state, plan.todo_rows) == ("to seal", 0)
+    assert (plan.splits[0].state, plan.todo_rows(Ranks())) == ("to seal", 0)
     extract(plan)
     digest = open_cache(request_.cache)["ood/val"].attributes["digest"]
     assert digest == finished["ood/val"].attributes["digest"]

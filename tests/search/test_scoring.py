@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import oracle
 from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import CacheError, InputError, ParamsError, ValuesError
 from nacpipe.search import scoring
 from nacpipe.search.scoring import Scorer, check_layers, fit_coverage, read_source, score_splits
+from tests import oracle
 
 SPLITS = ("id/subtrain", "id/val", "ood/val")
 

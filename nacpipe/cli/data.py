@@ -1,0 +1,165 @@
+"""`nacpipe data`: what images are there, fetching the others, cutting train lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nacpipe.cli.show import Progress, note, print_json, print_table, split_names
+
+if TYPE_CHECKING:
+    from nacpipe.core.benchmarks import Benchmark
+    from nacpipe.data.download import DownloadPlan
+
+_root = click.option(
+    "--data-root",
+    type=click.Path(path_type=Path),
+    help="Folder with benchmark_imglist/ and the images; default: data, or what FILE.toml says.",
+)
+
+
+@click.group()
+def data() -> None:
+    """See which images of a benchmark are there, and get the others.
+
+    \b
+    nacpipe data status cifar10 --data-root data
+    nacpipe data download cifar10 --data-root data
+    nacpipe data split-train cifar10 --count 1000 --seed 1
+    """
+
+
+@data.command()
+@click.argument("benchmark")
+@_root
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(benchmark: str, data_root: Path | None, as_json: bool) -> None:
+    """Print, set by set, what of BENCHMARK (a name, or your own FILE.toml) is there.
+
+    Looks for every listed file; opens none.
+
+    \b
+    nacpipe data status cifar10 --data-root data
+    """
+    from nacpipe.data.own import choose_root, open_benchmark
+
+    opened = open_benchmark(benchmark)
+    print_status(opened, choose_root(opened, data_root), as_json)
+
+
+@data.command()
+@click.argument("benchmark")
+@_root
+@click.option("--only", callback=split_names, metavar="A,B", help="Only these archives.")
+@click.option("--checkpoints", is_flag=True, help="OpenOOD's trained networks too.")
+@click.option("--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True,
+              help="Where the trained networks go.")  # fmt: skip
+@click.option("--mirror", metavar="URL", help="Fetch URL/NAME.zip instead of from Google Drive.")
+@click.option("--dry-run", is_flag=True, help="Print what would be fetched, and stop.")
+def download(
+    benchmark: str,
+    data_root: Path | None,
+    only: tuple[str, ...],
+    checkpoints: bool,
+    results: Path,
+    mirror: str | None,
+    dry_run: bool,
+) -> None:
+    """Fetch OpenOOD's archives for BENCHMARK, unpack them, and check that every listed file is there.
+
+    What is complete is left alone; stopped at any moment, the same command goes on. Needs gdown: pip install
+    'nacpipe[data]'.
+
+    \b
+    nacpipe data download cifar10 --data-root data --dry-run
+    nacpipe data download cifar10 --data-root data --only benchmark_imglist,mnist
+    nacpipe data download cifar10 --data-root data --checkpoints
+    """
+    from nacpipe.data.download import choose_archives, download_archives, plan_download, read_lists
+    from nacpipe.data.own import choose_root, open_benchmark
+    from nacpipe.errors import DownloadError
+
+    opened = open_benchmark(benchmark)
+    root = choose_root(opened, data_root)
+    archives = choose_archives(opened, only, checkpoints)
+    if dry_run:
+        lists = read_lists(opened, root)
+        _print_downloads([plan_download(opened, archive, lists, root, results, mirror) for archive in archives])
+        return
+    problems = download_archives(opened, archives, root, results, mirror=mirror, say=note, progress=_Unpacking())
+    print_status(opened, root, as_json=False)
+    if problems:
+        raise DownloadError("; ".join(problems))
+
+
+@data.command("split-train")
+@click.argument("benchmark")
+@_root
+@click.option("--count", type=int, default=1000, show_default=True, help="Images of sub_train, as many of each class.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=1, show_default=True, help="Of the choice.")
+@click.option("--force", is_flag=True, help="Write lists that are there anew.")
+def split_train(benchmark: str, data_root: Path | None, count: int, seed: int, force: bool) -> None:
+    """Cut BENCHMARK's train list into main_train and sub_train, by the authors' rule.
+
+    Coverage is built from main_train; on sub_train the search sees whether it overfits.
+
+    \b
+    nacpipe data split-train cifar10 --data-root data --count 1000 --seed 1
+    """
+    from nacpipe.data.own import choose_root, open_benchmark
+    from nacpipe.data.split import plan_split, write_split
+
+    opened = open_benchmark(benchmark)
+    split = plan_split(opened, choose_root(opened, data_root), count, seed)
+    write_split(split, force)
+    print_table(
+        ("list", "images"),
+        [(str(split.main), str(len(split.main_lines))), (str(split.sub), str(len(split.sub_lines)))],
+    )
+
+
+def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
+    """Print one line per set, and what to do next."""
+    from nacpipe.data.archives import has_archives
+    from nacpipe.data.status import survey
+
+    sets = survey(benchmark, root)
+    if as_json:
+        print_json(
+            [
+                {"split": s.split, "list": s.source, "images": s.images, "missing": s.missing, "state": s.state}
+                for s in sets
+            ]
+        )
+        return
+    rows = [(s.split, s.source, s.state, str(s.images or ""), str(s.missing or "")) for s in sets]
+    print_table(("split", "list", "state", "images", "missing"), rows, left=3)
+    for s in sets:
+        if s.missing:
+            note(f"{s.split}: {s.missing} of {s.images} images are not there, the first {s.first}")
+    if has_archives(benchmark.name):
+        lacking = [s.split for s in sets if not s.complete and s.split != "id/subtrain"]
+        if lacking:
+            note(f"get what is missing: nacpipe data download {benchmark.name} --data-root {root}")
+        elif not next(s for s in sets if s.split == "id/subtrain").complete:
+            note(f"make the list of id/subtrain: nacpipe data split-train {benchmark.name} --data-root {root}")
+
+
+def _print_downloads(plans: list[DownloadPlan]) -> None:
+    rows = [(p.archive.name, p.state, str(p.target), p.url) for p in plans]
+    print_table(("archive", "state", "into", "from"), rows, left=4)
+    note("sizes are not known before an archive is fetched")
+
+
+class _Unpacking:
+    """Progress over archives that come one after another, each with its own total."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None or done < self._bar.done:
+            self._bar = Progress(total)
+        self._bar.step(done - self._bar.done, "unpack, bytes")

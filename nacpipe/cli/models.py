@@ -1,0 +1,106 @@
+"""`nacpipe models` and `nacpipe layers`: which networks there are, and where they can be tapped."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from nacpipe.cli.show import note, print_json, print_table
+
+_OTHERS = {
+    "timm:NAME": "timm's network of that name with its weights, or yours; pip install 'nacpipe[timm]'",
+    "path/to/file.py:function": "your own: the function returns a torch.nn.Module, with its weights",
+}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def models(as_json: bool) -> None:
+    """Print the networks that --model takes, and what their weights can be called.
+
+    --checkpoint takes a file or one of those names. Checkpoints of AugMix, PixMix, RegMixup, DeepAugment, Stylized,
+    RandAugment and LogitNorm are those of the plain network; schemes with layers of their own follow a plus sign.
+
+    \b
+    nacpipe models
+    nacpipe models --json
+    """
+    from nacpipe.network.models import BACKBONES, MODELS, find_model
+    from nacpipe.network.wrapped import WRAPPERS
+
+    wrapped = [find_model(f"{backbone}+{scheme}") for scheme in WRAPPERS for backbone in BACKBONES]
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": model.name,
+                    "family": model.family,
+                    "outputs": model.outputs,
+                    "default": list(model.default),
+                    "layers": {a: {"path": p, "pooling": pooling} for a, (p, pooling) in model.layers.items()},
+                    "weights": list(model.weights),
+                }
+                for model in (*MODELS.values(), *wrapped)
+            ]
+        )
+        return
+    print_table(
+        ("model", "family", "layers tapped unless others are asked for", "weights by name"),
+        [(m.name, m.family, ", ".join(m.default), ", ".join(m.weights) or "–") for m in MODELS.values()],
+        left=4,
+    )
+    click.echo("")
+    print_table(
+        ("training scheme", "outputs", "networks"),
+        [
+            (f"+{scheme}", wrapper.outputs, ", ".join(f"{backbone}+{scheme}" for backbone in BACKBONES))
+            for scheme, wrapper in WRAPPERS.items()
+        ],
+        left=3,
+    )
+    click.echo("")
+    print_table(("others", "what"), list(_OTHERS.items()), left=2)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--benchmark", metavar="NAME", help="Whose images and classes; default: those the network is made for.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def layers(model: str, benchmark: str | None, as_json: bool) -> None:
+    """Print the modules of MODEL that --layers takes: outputs' shapes, pooling, neurons.
+
+    No weights are needed. A pooling with a question mark is a guess from the output's shape; --pool sets another.
+
+    \b
+    nacpipe layers vit_b_16
+    nacpipe layers networks.py:build --benchmark cifar10
+    """
+    from nacpipe.data.own import open_benchmark
+    from nacpipe.network.layers import list_layers
+    from nacpipe.network.load import blank_network
+    from nacpipe.network.models import find_model
+
+    row = find_model(model)
+    network = blank_network(row, open_benchmark(benchmark or row.benchmark), None)
+    found = list_layers(network)
+    if as_json:
+        print_json([{**asdict(layer), "default": layer.name in row.default} for layer in found])
+        return
+    print_table(
+        ("layer", "module", "output", "pooling", "neurons", ""),
+        [
+            (
+                layer.name,
+                "" if layer.name == layer.path else layer.path,
+                "×".join(str(n) for n in layer.shape),
+                layer.pooling + ("?" if layer.guessed else ""),
+                str(layer.neurons),
+                f"the last of {layer.runs} runs" if layer.runs > 1 else "",
+            )
+            for layer in found
+        ],
+        left=4,
+    )
+    side = network.transform.crop
+    note(f"images of {side}×{side}; tapped by default: {', '.join(row.default) or '–'}")

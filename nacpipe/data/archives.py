@@ -1,0 +1,96 @@
+"""OpenOOD's archives on Google Drive: which a benchmark needs, and where each belongs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nacpipe.errors import InputError
+
+DRIVE = "https://drive.google.com/uc?id="
+LISTS = "benchmark_imglist"
+
+# fmt: off
+_CLASSIC = {
+    "cifar10": "1Co32RiiWe16lTaiOU6JMMnyUYS41IlO1",
+    "cifar100": "1PGKheHUsf29leJPPGuXqzLBMwl8qMF8_",
+    "tin": "1PZ-ixyx52U989IKsMA2OT-24fToTrelC",
+    "mnist": "1CCHAGWqA1KJTFFswuF9cbhmB-j98Y1Sb",
+    "svhn": "1DQfc11HOtB1nEwqS4pWUFp8vtQ3DczvI",
+    "texture": "1OSz1m3hHfVWbRdmMwKbUzoU8Hg9UKcam",
+    "places365": "1Ec-LRSTf6u5vEctKX9vRp9OA6tqnJ0Ay",
+    "cifar10c": "170DU_ficWWmbh6O2wqELxK9jxRiGhlJH",
+}
+_LARGE = {
+    "imagenet_1k": "1i1ipLDFARR-JZ9argXd2-0a6DXwVhXEj",
+    "ssb_hard": "1PzkA-WGG8Z18h0ooL_pDdz9cO-DCIouE",
+    "ninco": "1Z82cmvIB0eghTehxOGP5VTdLt7OD3nk6",
+    "inaturalist": "1zfLfMvoUD0CUlKNnkk7LgxZZBnTBipdj",
+    "openimage_o": "1VUFXnB_z70uHfdgJG2E_pjYOcEgqM7tE",
+    "imagenet_v2": "1akg2IiE22HcbvTBpwXQoD7tgfPCdkoho",
+    "imagenet_c": "1JeXL9YH4BO8gCJ631c5BHbaSsl-lekHt",
+    "imagenet_r": "1EzjMN2gq-bVV7lg-MEAdeuBuz-7jbGYU",
+}
+_CHECKPOINTS = {
+    "cifar10_res18_v1.5": "1byGeYxM_PlLjT72wZsMQvP6popJeWBgt",
+    "cifar100_res18_v1.5": "1s-1oNrRtmA0pGefxXJOUVRYpaoAML0C-",
+    "imagenet200_res18_v1.5": "1ddVmwc8zmzSjdLUO84EuV4Gz1c7vhIAs",
+    "imagenet_res50_v1.5": "15PdDMNRfnJ7f2oxW6lI-Ge4QJJH3Z0Fy",
+}
+_NEEDS = {
+    "cifar10": ("cifar10", "cifar100", "tin", "mnist", "svhn", "texture", "places365", "cifar10c"),
+    "cifar100": ("cifar100", "cifar10", "tin", "mnist", "svhn", "texture", "places365"),
+    "imagenet200": (*_LARGE, "texture"),
+    "imagenet": (*_LARGE, "texture"),
+}
+_TRAINED = dict(zip(_NEEDS, _CHECKPOINTS, strict=True))
+_NOTES = {
+    "imagenet_1k": "OpenOOD shares no ImageNet training images: put ILSVRC2012's in images_largescale/imagenet_1k/train"
+}
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Archive:
+    """A zip archive."""
+
+    name: str
+    drive: str
+    """Its id on Google Drive."""
+    folder: str
+    """Where it is unpacked: below the data root, or for checkpoints below the folder of results."""
+    checkpoints: bool = False
+    note: str = ""
+    """What to say when images that a list names are not in it."""
+
+    def url(self, mirror: str | None = None) -> str:
+        """Return where it is fetched from: Google Drive, or NAME.zip at a mirror."""
+        return f"{DRIVE}{self.drive}" if mirror is None else f"{mirror.rstrip('/')}/{self.name}.zip"
+
+
+def has_archives(benchmark: str) -> bool:
+    """Return whether OpenOOD has archives for a benchmark."""
+    return benchmark in _NEEDS
+
+
+def find_archives(benchmark: str) -> tuple[Archive, ...]:
+    """Return a benchmark's archives: the lists, then the images, last the checkpoints.
+
+    Raises:
+        InputError: OpenOOD has none for this benchmark.
+    """
+    if benchmark not in _NEEDS:
+        raise InputError(f"there is nothing to download for benchmark {benchmark}; there is for {', '.join(_NEEDS)}")
+    trained = _TRAINED[benchmark]
+    return (
+        Archive(name=LISTS, drive="1XKzBdWCqg3vPoj-D32YixJyJJ0hL63gP", folder=LISTS),
+        *(
+            Archive(
+                name=name,
+                drive=(_CLASSIC | _LARGE)[name],
+                folder=f"{'images_classic' if name in _CLASSIC else 'images_largescale'}/{name}",
+                note=_NOTES.get(name, ""),
+            )
+            for name in _NEEDS[benchmark]
+        ),
+        Archive(name=trained, drive=_CHECKPOINTS[trained], folder="", checkpoints=True),
+    )

@@ -1,0 +1,221 @@
+"""Fetch and unpack OpenOOD's archives, so that nothing half there ever looks whole.
+
+.download/NAME.zip         fetched, going on where it stopped
+images_X/.NAME.unpacking   unpacked whole, then moved into place: a new folder at once, into an old one file by file
+.download/NAME.done        the archive was unpacked whole; what lists still miss is not in it
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nacpipe.core.benchmarks import Benchmark, Split
+from nacpipe.data.archives import LISTS, Archive, find_archives
+from nacpipe.data.lists import ImageList, read_list
+from nacpipe.data.unpack import BrokenArchive, unpack
+from nacpipe.errors import DownloadError, InputError, MissingExtra
+
+Fetch = Callable[[str, Path], None]  # URL, file: go on with what is there of it, finish it, or raise
+Lists = Sequence[tuple[Split, ImageList | None]]
+STATES = ("complete", "unpacked before", "to unpack", "to fetch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownloadPlan:
+    """What is to be done with one archive."""
+
+    archive: Archive
+    url: str
+    zip: Path
+    target: Path
+    state: str
+    """One of `STATES`."""
+
+    @property
+    def done(self) -> Path:
+        """The mark that the archive was unpacked whole."""
+        return self.zip.with_suffix(".done")
+
+
+def choose_archives(benchmark: Benchmark, only: Sequence[str] = (), checkpoints: bool = False) -> list[Archive]:
+    """Return the archives to download: those named, or the lists and all images, and the checkpoints if asked for.
+
+    Raises:
+        InputError: one is not the benchmark's.
+    """
+    known = {archive.name: archive for archive in find_archives(benchmark.name)}
+    for name in only:
+        if name not in known:
+            raise InputError(f"archive {name!r} is not part of {benchmark.name}; it has {', '.join(known)}")
+    return [a for a in known.values() if (a.name in only if only else checkpoints or not a.checkpoints)]
+
+
+def read_lists(benchmark: Benchmark, root: Path) -> Lists:
+    """Read every list of a benchmark that is there, but for id/subtrain's, which is made here."""
+    return [(split, read_list(benchmark, split, root)) for split in benchmark.splits if split.name != "id/subtrain"]
+
+
+def plan_download(
+    benchmark: Benchmark, archive: Archive, lists: Lists, root: Path, results: Path, mirror: str | None = None
+) -> DownloadPlan:
+    """Decide what to do with one archive; looks for files, changes nothing."""
+    base = results if archive.checkpoints else root
+    draft = base / ".download" / f"{archive.name}.zip"
+    listed, missing, _ = count_missing(benchmark, archive, lists, root)
+    if listed and not missing:
+        state = "complete"
+    elif draft.with_suffix(".done").exists():
+        state = "unpacked before"
+    else:
+        state = "to unpack" if draft.exists() else "to fetch"
+    return DownloadPlan(archive=archive, url=archive.url(mirror), zip=draft, target=base / archive.folder, state=state)
+
+
+def download(
+    plan: DownloadPlan,
+    lists: Lists = (),
+    fetch: Fetch | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Do what the plan says; stopped at any moment, a new plan goes on.
+
+    Args:
+        plan: from `plan_download`.
+        lists: from `read_lists`; they tell whether an archive's one folder belongs to its paths.
+        fetch: gets a file from a URL; gdown when nobody gives another.
+        progress: called with the bytes unpacked and their total.
+
+    Raises:
+        DownloadError: the archive cannot be fetched, or is broken or not safe to unpack, and is set aside.
+        MissingExtra: gdown is not installed.
+    """
+    if plan.state in ("complete", "unpacked before"):
+        return
+    plan.zip.parent.mkdir(parents=True, exist_ok=True)
+    if plan.state == "to fetch":
+        (fetch or fetch_with_gdown)(plan.url, plan.zip)
+    beside = plan.target if plan.archive.checkpoints else plan.target.parent
+    draft = beside / f".{plan.archive.name}.unpacking"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        unpack(plan.zip, draft, progress)
+    except BrokenArchive as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        broken = plan.zip.with_suffix(".broken")
+        os.replace(plan.zip, broken)
+        error.add_note(f"it is kept as {broken}, the same command fetches it again")
+        raise
+    _place(_choose_top(plan, lists, draft), plan.target)
+    shutil.rmtree(draft, ignore_errors=True)
+    plan.done.write_text(f"{plan.url} was unpacked whole; remove this file to fetch it again\n")
+    plan.zip.unlink()
+
+
+def download_archives(
+    benchmark: Benchmark,
+    archives: Sequence[Archive],
+    root: Path,
+    results: Path,
+    *,
+    mirror: str | None = None,
+    fetch: Fetch | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """Download archives one after another and return, in words, what the lists name and they do not hold.
+
+    Raises:
+        DownloadError: one cannot be fetched or unpacked; those before it are in place.
+    """
+    problems = []
+    lists = read_lists(benchmark, root)
+    for archive in archives:
+        plan = plan_download(benchmark, archive, lists, root, results, mirror)
+        say(f"{archive.name}: {plan.state}" + (f" from {plan.url}" if plan.state == "to fetch" else ""))
+        download(plan, lists, fetch, progress)
+        if archive.name == LISTS:
+            lists = read_lists(benchmark, root)
+        total, missing, first = count_missing(benchmark, archive, lists, root)
+        if missing:
+            note = f" ({archive.note})" if archive.note else ""
+            problems.append(f"{archive.name}: {missing} of {total} listed files are not there, the first {first}{note}")
+    return problems
+
+
+def count_missing(benchmark: Benchmark, archive: Archive, lists: Lists, root: Path) -> tuple[int, int, str]:
+    """Return how many files of an archive the lists name, how many of them are not there, and the first.
+
+    Of the archive of lists, the lists are counted; of checkpoints, nothing is known.
+    """
+    if archive.name == LISTS:
+        gone = [f"{benchmark.lists}/{split.source}" for split, listed in lists if listed is None]
+        return len(lists), len(gone), gone[0] if gone else ""
+    total, missing, first = 0, 0, ""
+    for listed, rows in _rows_below(archive, lists, root):
+        gone_rows = listed.missing(rows)
+        first = first or (listed.where(gone_rows[0]) if gone_rows else "")
+        total, missing = total + len(rows), missing + len(gone_rows)
+    return total, missing, first
+
+
+def fetch_with_gdown(url: str, file: Path) -> None:
+    """Fetch a file with gdown, which knows Google Drive's ways and goes on where it stopped.
+
+    Raises:
+        MissingExtra: gdown is not installed.
+        DownloadError: it did not work.
+    """
+    try:
+        import gdown
+    except ModuleNotFoundError as error:
+        raise MissingExtra("downloads need gdown; install it with: pip install 'nacpipe[data]'") from error
+    try:
+        gdown.download(url=url, output=str(file), quiet=not sys.stderr.isatty(), resume=True)
+    except Exception as error:  # gdown raises its own, requests' and the system's errors
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise DownloadError(
+            f"{url} cannot be downloaded: {what}; what came is kept in {file.parent}, the same command goes on"
+        ) from error
+    if not file.is_file():
+        raise DownloadError(f"{url} cannot be downloaded: gdown left no {file}")
+
+
+def _rows_below(archive: Archive, lists: Lists, root: Path) -> Iterator[tuple[ImageList, list[int]]]:
+    """Yield, of every list, the positions whose files belong to an archive of images."""
+    for _, listed in lists:
+        if listed is not None and archive.folder and (root / archive.folder).is_relative_to(listed.folder):
+            prefix = f"{(root / archive.folder).relative_to(listed.folder).as_posix()}/"
+            yield listed, [row for row, name in enumerate(listed.names) if name.startswith(prefix)]
+
+
+def _choose_top(plan: DownloadPlan, lists: Lists, draft: Path) -> Path:
+    """Return what becomes the target: all that was unpacked, or the one folder of the target's name in it.
+
+    OpenOOD unpacks an archive of images as it is. One that holds its own folder once more is told by the lists.
+    """
+    inner = draft / plan.target.name
+    if plan.archive.checkpoints or {path.name for path in draft.iterdir()} - {"__MACOSX"} != {inner.name}:
+        return draft
+    if plan.archive.name == LISTS:
+        return inner
+    root = plan.zip.parent.parent
+    found = dict.fromkeys((draft, inner), 0)
+    for listed, rows in _rows_below(plan.archive, lists, root):
+        for top in found:
+            found[top] += sum((top / listed.file(row).relative_to(plan.target)).is_file() for row in rows)
+    return inner if found[inner] > found[draft] else draft
+
+
+def _place(source: Path, target: Path) -> None:
+    """Move what is not there yet: a folder at once where there is none, otherwise its children one by one."""
+    if not os.path.lexists(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(source, target)  # noqa: PTH104 (the folder appears at once)
+    elif source.is_dir() and target.is_dir():
+        for child in sorted(source.iterdir()):
+            _place(child, target / child.name)

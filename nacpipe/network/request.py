@@ -1,0 +1,154 @@
+"""What someone asks of an extraction, and what the cache will say it was made from."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+
+import nacpipe
+from nacpipe.cache import Header, LayerSpec
+from nacpipe.cache.layout import ALL_BITS, BLOCK_ROWS
+from nacpipe.data.own import choose_root, open_benchmark
+from nacpipe.errors import InputError
+from nacpipe.network.load import Network
+
+AUTOCAST: Mapping[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractRequest:
+    """What someone asks for."""
+
+    benchmark: str
+    model: str
+    cache: Path
+    checkpoint: Path | None = None
+    layers: tuple[str, ...] = ()
+    """Aliases or module paths; none means the model's default four."""
+    pools: tuple[tuple[str, str], ...] = ()
+    """(layer, pooling): instead of the table's or the guessed one."""
+    data_root: Path | None = None
+    """None means the benchmark's own: data, or what its file says."""
+    train_images: int = 1000
+    train_seed: int = 1
+    batch_size: int = 128
+    device: str = "auto"
+    splits: tuple[str, ...] = ()
+    """Names; none means every split whose list is there."""
+    force: tuple[str, ...] = ()
+    """Splits to drop and extract again."""
+    allow_truncated: bool = False
+    workers: int = 2
+    """Threads that decode images."""
+    autocast: str = "none"
+    """none or bf16: the type that the network runs in."""
+    channels_last: bool | None = None
+    """Memory format; None means on CUDA."""
+    keep_bits: int = ALL_BITS
+    """Bits of mantissa to keep of activations, gradients and features."""
+    shard_blocks: int = 1
+    """Blocks in one stored object."""
+
+    def channels_last_on(self, device: torch.device) -> bool:
+        """Return the memory format: as asked, or channels last on CUDA."""
+        return device.type == "cuda" if self.channels_last is None else self.channels_last
+
+    def check(self) -> None:
+        """Refuse numbers that make no sense.
+
+        Raises:
+            InputError: naming the option, the value and the limits.
+        """
+        limits = {"batch-size": (self.batch_size, 1, 1 << 20), "keep-bits": (self.keep_bits, 1, ALL_BITS)}
+        limits |= {"shard-blocks": (self.shard_blocks, 1, 1 << 16)}
+        for name, (value, low, high) in limits.items():
+            if not low <= value <= high:
+                raise InputError(f"{name} is {value}; it must lie between {low} and {high}")
+        if self.autocast not in AUTOCAST:
+            raise InputError(
+                f"autocast is {self.autocast!r}; known: {', '.join(AUTOCAST)} (in float16 most gradients would be 0)"
+            )
+
+    command: str = ""
+    """The command line, remembered so that errors can name it."""
+
+
+def make_header(
+    request: ExtractRequest, network: Network, layers: tuple[LayerSpec, ...], classes: int, features: int
+) -> Header:
+    """Return a new cache's header: what it is made from, and what is worth knowing about it."""
+    benchmark, transform = open_benchmark(request.benchmark), network.transform
+    return Header(
+        identity={
+            "benchmark": benchmark.name,
+            "architecture": network.model.name,
+            "family": network.model.family,
+            "weights": network.weights_sha256,
+            "transform": {
+                "resize": transform.resize,
+                "crop": transform.crop,
+                "mean": list(transform.mean),
+                "std": list(transform.std),
+            },
+            "dtype": "float32" if request.autocast == "none" else request.autocast,
+        },
+        information={
+            "nacpipe": nacpipe.__version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "device": str(network.device),
+            "batch_size": request.batch_size,
+            "channels_last": request.channels_last_on(network.device),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "checkpoint": "packaged" if request.checkpoint is None else request.checkpoint.name,
+            "data_root": str(choose_root(benchmark, request.data_root)),
+            "command": request.command,
+        },
+        block_rows=_block_rows(request.batch_size),
+        layers=layers,
+        classes=classes,
+        features=features,
+        keep_bits=request.keep_bits,
+        shard_blocks=request.shard_blocks,
+    )
+
+
+def _block_rows(batch_size: int) -> int:
+    """The largest whole number of batches within the usual block, or one batch where that is larger."""
+    return max(BLOCK_ROWS // batch_size, 1) * batch_size
+
+
+def name_cache(benchmark: str, model: str) -> Path:
+    """Return where a cache goes when nobody says."""
+    return Path("cache") / f"{benchmark}-{model}.zarr"
+
+
+def find_device(name: str, local: int = 0) -> torch.device:
+    """Return the device of that name; `auto` takes CUDA (each process its own), then MPS, then the CPU.
+
+    Raises:
+        InputError: this machine does not have it.
+    """
+    if name == "auto":
+        name = f"cuda:{local}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0][:120]}") from None
+    return device
+
+
+def pin_arithmetic() -> None:
+    """Let convolutions on the CPU sum in the same order on every x86 machine (docs/decisions/same-values.md).
+
+    Otherwise processors with AVX-512 round differently, a ReLU near 0 flips, and a resumed cache differs in its
+    gradients by 1e-3. The variable is read at a process's first convolution; someone who set it has chosen.
+    """
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")

@@ -1,0 +1,151 @@
+"""docs/own-benchmark.md, as it stands: its file and its commands on small made-up pictures and a random ResNet-20."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from nacpipe.cache import open_cache
+from nacpipe.cli import main
+from nacpipe.network.models import find_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs/own-benchmark.md").read_text("utf-8")
+CLASSES = ("circle", "square", "triangle")
+ROWS = {
+    "id/train": 30,
+    "id/val": 21,
+    "id/test": 15,
+    "csid/blurred": 8,
+    "ood/val": 18,
+    "ood/near/crosses": 9,
+    "ood/far/noise": 40,
+}
+
+
+def block(kind: str) -> str:
+    (found,) = re.findall(rf"^```{kind}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    return str(found)
+
+
+def nacpipe(*args: str) -> Result:
+    printed = CliRunner().invoke(main, list(args), prog_name="nacpipe")
+    assert printed.exit_code == 0, printed.stderr
+    return printed
+
+
+def draw(path: Path, rng: np.random.RandomState) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.randint(0, 256, (32, 32, 3), np.uint8)).save(path)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder with the page's file, pictures and weights."""
+    monkeypatch.chdir(tmp_path)
+    Path("shapes.toml").write_text(block("toml"))
+    rng, root = np.random.RandomState(0), Path("pictures")
+    for i in range(ROWS["id/train"]):
+        draw(root / "train" / CLASSES[i % 3] / f"{i}.png", rng)
+    for i in range(ROWS["csid/blurred"]):  # has no squares
+        draw(root / "blurred" / ("circle", "triangle")[i % 2] / f"{i}.png", rng)
+    for i in range(ROWS["ood/val"]):
+        draw(root / "stars" / f"{i}.png", rng)
+    (root / "lists").mkdir()
+    for name, split in {"val": "id/val", "test": "id/test", "crosses": "ood/near/crosses"}.items():
+        for i in range(ROWS[split]):
+            draw(root / "photos" / name / f"{i}.png", rng)
+        label = (lambda i: -1) if name == "crosses" else (lambda i: i % 3)
+        (root / f"lists/{name}.txt").write_text("".join(f"{name}/{i}.png {label(i)}\n" for i in range(ROWS[split])))
+    torch.manual_seed(0)
+    torch.save(find_model("resnet20").build(3).state_dict(), "shapes.pth")
+    return tmp_path
+
+
+def test_the_page_runs_as_it_stands(place: Path) -> None:
+    lines = block("sh").splitlines()
+    assert [line.split()[1] for line in lines] == ["data", "extract", "extract", "search", "evaluate"]
+    printed = []
+    for line in lines:
+        command = shlex.split(line)[1:]
+        printed.append(nacpipe(*command, *(["--trials", "3"] if command[0] == "search" else [])).stdout)
+    assert re.search(r"^ood/near/crosses +lists/crosses\.txt +complete +9$", printed[0], re.MULTILINE)
+    assert re.search(r"^ood/far/noise +FakeData +torchvision's", printed[0], re.MULTILINE)
+    assert re.search(r"^ood/far/noise +FakeData +40 +1 +1 ", printed[1], re.MULTILINE)
+    assert "near crosses" in printed[4]
+    assert "FS-OOD: ID is id/test and csid together (23 images" in printed[4]
+    cache = open_cache("cache/shapes-resnet20.zarr")
+    assert {name: cache[name].rows for name in cache} == ROWS
+    assert cache.header.identity["benchmark"] == "shapes"
+    assert cache.header.information["data_root"] == "pictures"
+    assert sorted(np.asarray(cache["csid/blurred"].label).tolist()) == [0] * 4 + [2] * 4
+    assert cache["id/test"].label.tolist() == [i % 3 for i in range(15)]
+    assert set(cache["ood/far/noise"].label.tolist()) == {-1}
+
+
+def test_a_set_that_comes_later_is_added_and_one_that_changes_is_refused(place: Path) -> None:
+    crosses = place / "pictures/lists/crosses.txt"
+    crosses.rename(crosses.with_suffix(".later"))
+    extract = ["extract", "shapes.toml", "--model", "resnet20", "--checkpoint", "shapes.pth"]
+    printed = nacpipe(*extract, "--splits", "id/train,id/val,ood/val")
+    assert "ood/near" not in printed.stdout
+    printed = nacpipe(*extract)
+    assert "ood/near/crosses: left out, its list is not there (lists/crosses.txt)" in printed.stderr
+    crosses.with_suffix(".later").rename(crosses)
+    cache = open_cache("cache/shapes-resnet20.zarr")
+    assert "ood/near/crosses" not in cache
+    nacpipe(*extract)
+    assert open_cache("cache/shapes-resnet20.zarr")["ood/near/crosses"].rows == 9
+
+    (place / "pictures/stars/0.png").rename(place / "pictures/stars/zero.png")
+    refused = CliRunner().invoke(main, extract)
+    assert refused.exit_code == 1
+    assert "ood/val was made from other images: sha256: stored " in refused.stderr
+    (place / "pictures/stars/zero.png").rename(place / "pictures/stars/0.png")
+    path = place / "shapes.toml"
+    path.write_text(path.read_text().replace("size = 40", "size = 40\nrandom_offset = 1"))
+    refused = CliRunner().invoke(main, extract)
+    assert "ood/far/noise was made from other images: arguments.random_offset: stored nothing, now 1" in refused.stderr
+
+
+def test_another_root_and_a_missing_set(place: Path) -> None:
+    extract = ["extract", "shapes.toml", "--model", "resnet20", "--checkpoint", "shapes.pth", "--dry-run", "--json"]
+    (place / "pictures").rename(place / "elsewhere")
+    refused = CliRunner().invoke(main, extract)
+    assert refused.exit_code == 1
+    assert refused.stderr == (
+        "nacpipe: id/train: there is no folder of images pictures/train; say where the data is with --data-root DIR\n"
+    )
+    plan = json.loads(nacpipe(*extract, "--data-root", "elsewhere").stdout)
+    assert {split["split"]: split["rows"] for split in plan["splits"]} == ROWS
+
+
+def test_untouched_images_keep_their_size(place: Path) -> None:
+    path = place / "shapes.toml"
+    path.write_text(path.read_text().replace('folders = "blurred"', 'folders = "blurred"\nuntouched = true'))
+    rng = np.random.RandomState(1)
+    pixels = rng.randint(0, 256, (8, 40, 48, 3), np.uint8)
+    for image, file in zip(pixels, sorted((place / "pictures/blurred").rglob("*.png")), strict=True):
+        Image.fromarray(image).save(file)
+    extract = ["extract", "shapes.toml", "--model", "resnet20", "--checkpoint", "shapes.pth", "--device", "cpu"]
+    nacpipe(*extract, "--splits", "csid/blurred")
+    network = find_model("resnet20").build(3).eval()
+    network.load_state_dict(torch.load("shapes.pth", weights_only=True))
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # the network's own
+    images = torch.from_numpy(((pixels / 255 - mean) / std).astype(np.float32)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = network(images).numpy()
+    split = open_cache("cache/shapes-resnet20.zarr")["csid/blurred"]
+    np.testing.assert_allclose(np.asarray(split.logits), expected, rtol=1e-4, atol=1e-5)
+    path.write_text(path.read_text().replace("untouched = true", ""))
+    refused = CliRunner().invoke(main, [*extract, "--splits", "csid/blurred"])
+    assert "csid/blurred was made from other images: untouched: stored true, now nothing" in refused.stderr

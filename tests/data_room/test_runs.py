@@ -1,0 +1,53 @@
+"""Folders of training runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nacpipe.data.runs import find_runs, name_run
+from nacpipe.errors import CheckpointError
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def test_runs_come_by_number_each_with_its_best(tmp_path: Path) -> None:
+    touch(tmp_path, "s0/best.ckpt", "s0/last.ckpt", "s2/net.pth", "s2/log.txt", "s10/best.ckpt")
+    touch(tmp_path, "summary/best.ckpt", "s1", "best.ckpt")  # no run folders
+    assert find_runs(tmp_path) == {
+        "s0": tmp_path / "s0/best.ckpt",
+        "s2": tmp_path / "s2/net.pth",
+        "s10": tmp_path / "s10/best.ckpt",
+    }
+
+
+def test_runs_that_do_not_say_which_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is a folder without run folders s0, s1, …; name a file in it$"):
+        find_runs(tmp_path)
+    touch(tmp_path, "s0/best.ckpt", "s1/a.ckpt", "s1/b.ckpt")
+    with pytest.raises(
+        CheckpointError, match=r"/s1 has no best\.ckpt, and not one checkpoint but 2: a\.ckpt, b\.ckpt$"
+    ):
+        find_runs(tmp_path)
+    (tmp_path / "s1/a.ckpt").unlink()
+    (tmp_path / "s1/b.ckpt").unlink()
+    with pytest.raises(CheckpointError, match=r"/s1 has no best\.ckpt, and not one checkpoint but 0: none$"):
+        find_runs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cache", "named"),
+    [
+        ("cache/cifar10-resnet18.zarr", "cache/cifar10-resnet18-s0.zarr"),
+        ("mine", "mine-s0.zarr"),
+        ("{run}/c.zarr", "s0/c.zarr"),
+        ("c{x}.zarr", "c{x}-s0.zarr"),
+    ],
+)
+def test_each_run_has_its_cache(cache: str, named: str) -> None:
+    assert name_run(cache, "s0") == named

@@ -1,0 +1,61 @@
+"""A cache of a network that gives features and not logits: what needs logits is empty, and says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from nacpipe.artifact import write_params
+from nacpipe.cache import Cache
+from nacpipe.cli import main
+from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.search.evaluate import METRICS, NO_LOGITS, evaluate, has_logits, score_methods
+
+PARAMS = NacParams(layers={"avgpool": LayerParams(bins=20, saturation=5, alpha=0.5)})
+
+
+@pytest.fixture(scope="module")
+def features(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("features") / "f.zarr", identity={"outputs": "features"})
+
+
+@pytest.fixture(scope="module")
+def logits(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("logits") / "l.zarr")
+
+
+def test_only_nac_is_scored(features: Cache, logits: Cache) -> None:
+    assert (has_logits(features), has_logits(logits)) == (False, True)
+    assert list(score_methods(features, PARAMS, ["id/test"])) == ["NAC"]
+    assert list(score_methods(features, None, ["id/test"])) == []
+
+
+def test_what_needs_logits_is_empty(features: Cache, logits: Cache) -> None:
+    found, other = evaluate(features, PARAMS), evaluate(logits, PARAMS)
+    assert found[["task", "group", "dataset", "method", "n_id", "n_ood"]].equals(
+        other[["task", "group", "dataset", "method", "n_id", "n_ood"]]
+    )
+    nac = found["method"] == "NAC"
+    assert found.loc[nac, list(METRICS)].equals(other.loc[nac, list(METRICS)])
+    assert found.loc[~nac, list(METRICS)].isna().all(axis=None)
+    assert found["accuracy"].isna().all()
+    assert other.notna().all(axis=None)
+    assert (found.attrs.get("note"), other.attrs.get("note")) == (NO_LOGITS, None)
+    assert evaluate(features, None)[list(METRICS)].isna().all(axis=None)
+
+
+def test_the_table_says_why(features: Cache, tmp_path: Path) -> None:
+    write_params(tmp_path / "p.json", PARAMS)
+    printed = CliRunner().invoke(main, ["evaluate", features.path, "--params", str(tmp_path / "p.json")])
+    assert printed.stderr == (
+        "accuracy, MSP, MaxLogit, Energy are left empty: what this network gives are features, not logits\n"
+    )
+    assert "accuracy – %)" in printed.stdout
+    assert next(line.split()[-5:-1] for line in printed.stdout.splitlines() if "Energy" in line) == ["–"] * 4
+    printed = CliRunner().invoke(main, ["evaluate", features.path, "--params", str(tmp_path / "p.json"), "--json"])
+    energy = next(row for row in json.loads(printed.stdout) if row["method"] == "Energy")
+    assert (energy["auroc"], energy["accuracy"]) == (None, None)

@@ -1,0 +1,41 @@
+"""What a search has found, as a record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.search.result import Checks, SearchRequest, SearchResult
+
+
+@pytest.mark.parametrize(
+    ("subtrain", "energys", "expected"),
+    [(0.40, 0.44, True), (0.42, 0.44, False), (0.44, 0.44, False), (0.5, 0.3, False), (None, 0.44, False),
+     (0.3, None, False)],
+)  # fmt: skip
+def test_the_overfitting_warning(subtrain: float | None, energys: float | None, expected: bool) -> None:
+    result = SearchResult(
+        params=NacParams(layers={"avgpool": LayerParams(bins=4, saturation=1, alpha=1.0)}),
+        checks=Checks(val_auroc=0.9, val_fpr95=0.1, subtrain_auroc=subtrain),
+        energy_subtrain=energys,
+        energy_val=0.8,
+        alone={},
+        trials=1,
+        seconds=1.23456,
+        seed=1,
+        ended="trials",
+    )
+    assert result.overfits is expected
+    assert result.to_json()["overfits"] is expected
+    assert result.to_json()["seconds"] == 1.235
+
+
+def test_names_and_places_of_a_study() -> None:
+    request = SearchRequest(cache=Path("somewhere/c.zarr"), seed=7)
+    assert request.study_name == "nac-seed7"
+    assert request.where == "somewhere/c.study.log"
+    assert SearchRequest(cache=Path("c"), study="mine").study_name == "mine-seed1"
+    assert SearchRequest(cache=Path("c")).where == "c.study.log"
+    assert SearchRequest(cache=Path("c"), storage="sqlite:///x.db").where == "sqlite:///x.db"

@@ -1,0 +1,140 @@
+"""Ranges of a layer's parameters: to the unit cube and back, from the data, wide enough."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.errors import ParamsError, ValuesError
+from nacpipe.search.space import BINS, LayerSpace, measure_space, to_json, with_weights
+
+UNITS = st.tuples(*[st.floats(0, 1)] * 3).map(np.array)
+WIDE = LayerSpace(bins=(4, 2000), saturation=(1, 1000), alpha=(1e-3, 1e4))
+
+
+@st.composite
+def spaces(draw: st.DrawFn) -> LayerSpace:
+    """Ranges of any width, empty ones included."""
+    bins, saturation = draw(st.integers(4, 5000)), draw(st.integers(1, 10**6))
+    alpha = 10.0 ** draw(st.floats(-20, 20))
+    return LayerSpace(
+        bins=(bins, bins + draw(st.integers(0, 5000))),
+        saturation=(saturation, saturation + draw(st.integers(0, 10**6))),
+        alpha=(alpha, alpha * draw(st.sampled_from([1.0, 2.0, 300.0, 1e12]))),
+    )
+
+
+@given(space=spaces(), unit=UNITS)
+def test_parameters_lie_inside_and_come_back_from_the_unit_cube(space: LayerSpace, unit: np.ndarray) -> None:
+    params = space.params(unit)
+    assert space.bins[0] <= params.bins <= space.bins[1]
+    assert space.saturation[0] <= params.saturation <= space.saturation[1]
+    assert space.alpha[0] <= params.alpha <= space.alpha[1]
+    assert params.weight == 1
+    assert ((space.unit(params) > -1e-9) & (space.unit(params) < 1 + 1e-9)).all()
+    again = space.params(space.unit(params))
+    assert (again.bins, again.saturation) == (params.bins, params.saturation)
+    assert again.alpha == pytest.approx(params.alpha, rel=1e-10)
+
+
+@given(unit=UNITS)
+def test_alpha_is_not_rounded_and_whole_numbers_are_by_half_at_most(unit: np.ndarray) -> None:
+    params = WIDE.params(unit)
+    assert WIDE.unit(params)[1] == pytest.approx(unit[1], abs=1e-12)
+    assert abs(params.bins - 4 * 500 ** unit[0]) <= 0.5 + 1e-9
+    assert abs(params.saturation - 1000 ** unit[2]) <= 0.5 + 1e-9
+
+
+def test_corners_and_the_middle() -> None:
+    """The order is bins, alpha, saturation, each on a logarithmic scale: the middle is the geometric mean."""
+    space = LayerSpace(bins=(4, 100), saturation=(1, 400), alpha=(0.5, 50.0))
+    assert space.params(np.zeros(3)) == LayerParams(bins=4, saturation=1, alpha=0.5)
+    assert space.params(np.ones(3)) == LayerParams(bins=100, saturation=400, alpha=50.0)
+    assert space.params(np.array([1.0, 0.0, 0.0])) == LayerParams(bins=100, saturation=1, alpha=0.5)
+    assert space.params(np.array([0.0, 1.0, 0.0])) == LayerParams(bins=4, saturation=1, alpha=50.0)
+    middle = space.params(np.full(3, 0.5))
+    assert (middle.bins, middle.saturation, middle.alpha) == (20, 20, pytest.approx(5.0))
+    assert space.params(np.array([-1.0, 2.0, 7.0])) == space.params(np.array([0.0, 1.0, 1.0]))
+
+
+def test_a_range_of_one_value_has_the_unit_0() -> None:
+    space = LayerSpace(bins=(7, 7), saturation=(3, 3), alpha=(2.0, 2.0))
+    assert space.params(np.full(3, 0.9)) == LayerParams(bins=7, saturation=3, alpha=2.0)
+    assert space.unit(space.params(np.full(3, 0.9))).tolist() == [0, 0, 0]
+
+
+@given(space=spaces(), bins=st.integers(4, 10**5), saturation=st.integers(1, 10**7), alpha=st.floats(1e-30, 1e30))
+def test_including_widens_only_where_it_must(space: LayerSpace, bins: int, saturation: int, alpha: float) -> None:
+    params = LayerParams(bins=bins, saturation=saturation, alpha=alpha)
+    wider = space.including(params)
+    for (low, high), (old_low, old_high), value in zip(
+        wider.ranges(), space.ranges(), (bins, alpha, saturation), strict=True
+    ):
+        assert low == min(old_low, value)
+        assert high == max(old_high, value)
+    assert wider.including(params) == wider
+
+
+def test_including_keeps_a_space_that_holds_them_already() -> None:
+    assert WIDE.including(LayerParams(bins=50, saturation=1000, alpha=1e-3)) == WIDE
+    assert WIDE.including(LayerParams(bins=5000, saturation=2000, alpha=1e-4)) == LayerSpace(
+        bins=(4, 5000), saturation=(1, 2000), alpha=(1e-4, 1e4)
+    )
+
+
+def test_ranges_are_measured_from_the_products_that_are_not_0() -> None:
+    """|product| is 1 … 101: the median is 51, the 99th percentile 100."""
+    sizes = np.arange(1, 102, dtype=np.float32)
+    products = np.concatenate([sizes * np.where(sizes % 2, 1, -1), np.zeros(50, np.float32)]).astype(np.float32)
+    space = measure_space("avgpool", products, train_rows=151)
+    assert space.bins == BINS == (4, 2000)
+    assert space.saturation == (1, 151)
+    assert space.alpha == (pytest.approx(0.1 / 100), pytest.approx(30 / 51))
+    assert measure_space("avgpool", products.reshape(1, -1), 151) == space
+
+
+@pytest.mark.parametrize("size", [1e-40, 1.0, 3e38])
+def test_products_of_any_one_size_leave_a_range(size: float) -> None:
+    space = measure_space("avgpool", np.full((3, 2), size, np.float32), train_rows=1)
+    size = float(np.float32(size))
+    assert space.alpha == (pytest.approx(0.1 / size), pytest.approx(30 / size))
+    assert space.saturation == (1, 2)
+    assert space.params(np.full(3, 0.5)).alpha == pytest.approx(np.sqrt(3) / size)
+
+
+def test_a_layer_that_is_0_everywhere_is_refused() -> None:
+    message = r"^layer 'layer1': every product of id/train is 0; leave it out with --layers$"
+    with pytest.raises(ValuesError, match=message):
+        measure_space("layer1", np.array([[0.0, -0.0]], np.float32), train_rows=10)
+
+
+def test_a_space_is_plain_json() -> None:
+    value = {"avgpool": {"bins": [4, 2000], "saturation": [1, 1000], "alpha": [1e-3, 1e4]}}
+    assert to_json({"avgpool": WIDE}) == value
+    assert json.loads(json.dumps(to_json({"avgpool": WIDE}))) == value
+
+
+@given(weights=st.lists(st.just(0.0) | st.floats(1e-6, 1e6), min_size=1, max_size=6).filter(any))
+def test_weights_are_normalised_in_the_order_of_the_layers(weights: list[float]) -> None:
+    layers = {f"layer{i}": LayerParams(bins=4 + i, saturation=1, alpha=1.0, weight=9.0) for i in range(len(weights))}
+    params = with_weights(layers, np.array(weights))
+    assert list(params.layers) == list(layers)
+    assert sum(layer.weight for layer in params.layers.values()) == pytest.approx(1.0)
+    for i, layer in enumerate(params.layers.values()):
+        assert layer.bins == 4 + i
+        assert layer.weight == pytest.approx(weights[i] / sum(weights))
+        assert (layer.weight == 0) == (weights[i] == 0)
+
+
+def test_as_many_weights_as_layers() -> None:
+    layers = {"avgpool": LayerParams(bins=4, saturation=1, alpha=1.0)}
+    assert with_weights(layers, np.array([5.0])) == NacParams(layers=layers)
+    with pytest.raises(ValueError, match="zip"):
+        with_weights(layers, np.ones(2))
+    with pytest.raises(ParamsError, match="every layer's weight is 0"), np.errstate(invalid="ignore"):
+        NacParams(layers={"avgpool": LayerParams(bins=4, saturation=1, alpha=1.0, weight=0.0)})

@@ -1,0 +1,289 @@
+"""The house rules: who imports whom, what the pure floor never does, sizes, docstrings, and what stays unimported."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nacpipe
+from nacpipe.cache import Cache
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "nacpipe").rglob("*.py"))
+STAGES = sorted((ROOT / "stages").glob("*.py"))
+
+# room → the rooms of nacpipe that it may import, besides itself; "nacpipe" is the package's own file, for __version__
+ROOMS = {
+    "errors": set(),
+    "core": {"errors"},
+    "cache": {"core", "errors"},
+    "artifact": {"core", "errors"},
+    "data": {"core", "errors"},
+    "network": {"cache", "artifact", "data", "core", "errors", "nacpipe"},
+    "search": {"cache", "artifact", "core", "errors", "nacpipe"},
+    "cli": {"network", "search", "data", "cache", "artifact", "core", "errors", "nacpipe"},
+    "__main__": {"cli"},
+    "nacpipe": set(),  # everything it names is imported when first used
+}
+# package → the only rooms that know it
+HEAVY = {
+    "zarr": {"cache"},
+    "numcodecs": {"cache"},
+    "torch": {"network"},
+    "torchvision": {"network"},
+    "safetensors": {"network"},
+    "PIL": {"network"},
+    "mlxtend": {"network"},
+    "sklearn": {"network"},
+    "skimage": {"network"},
+    "matplotlib": {"network"},
+    "gdown": {"data"},
+    "optuna": {"search"},
+    "pandas": {"search"},
+    "numba": {"core"},
+    "click": {"cli"},
+}
+SCRIPTS = {"network/digits_train.py"}  # run by hand, with options of its own
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(ROOT / "nacpipe").with_suffix("").parts
+    return "nacpipe" if parts == ("__init__",) else parts[0]
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
+def imports(node: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every module that is imported, anywhere but under `if TYPE_CHECKING`, with its line."""
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        children: list[ast.stmt] = node.orelse
+    else:
+        children = list(ast.iter_child_nodes(node))  # type: ignore[arg-type]
+    for child in children:
+        if isinstance(child, ast.Import):
+            yield from ((alias.name, child.lineno) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports are absolute"
+            assert child.module is not None
+            # `from nacpipe.cache import append` may name a module
+            yield from ((f"{child.module}.{alias.name}", child.lineno) for alias in child.names)
+        else:
+            yield from imports(child)
+
+
+def broken(path: Path, rule: str, line: int) -> str:
+    return f"{path.relative_to(ROOT)}:{line}: {rule}"
+
+
+def test_there_is_something_to_check() -> None:
+    assert {room_of(path) for path in FILES} == set(ROOMS)
+    assert STAGES
+
+
+def test_imports_run_one_way() -> None:
+    found = []
+    for path in FILES:
+        room = room_of(path)
+        for name, line in imports(parse(path)):
+            parts = name.split(".")
+            if parts[0] != "nacpipe":
+                continue
+            other = parts[1] if len(parts) > 1 and parts[1] in ROOMS else "nacpipe"
+            if other != room and other not in ROOMS[room]:
+                found.append(broken(path, f"{room} imports {other}", line))
+    assert not found
+
+
+def test_one_heavy_package_one_room() -> None:
+    found = []
+    for path in FILES:
+        room, name_of_file = room_of(path), path.relative_to(ROOT / "nacpipe").as_posix()
+        for name, line in imports(parse(path)):
+            package = name.split(".")[0]
+            if package in sys.stdlib_module_names or package in ("nacpipe", "__future__"):
+                continue
+            if package == "numpy":
+                allowed = room not in ("nacpipe", "__main__", "errors", "cli")
+            else:
+                assert package in HEAVY, broken(path, f"{package} is in no list; add it to HEAVY", line)
+                allowed = room in HEAVY[package] or (package == "click" and name_of_file in SCRIPTS)
+            if not allowed:
+                found.append(broken(path, f"{room} imports {package}", line))
+    assert not found
+
+
+def test_every_stage_is_a_door_to_the_command_line() -> None:
+    for path in STAGES:
+        assert [name for name, _ in imports(parse(path)) if name.startswith("nacpipe")] == ["nacpipe.cli.main"]
+
+
+# --- the pure floor ---------------------------------------------------------------------------------------------------
+
+IMPURE_MODULES = {
+    *("pathlib", "io", "tempfile", "shutil", "subprocess", "socket", "logging", "sys"),
+    *("time", "datetime", "random", "secrets", "uuid"),
+}
+IMPURE_CALLS = {"open", "print", "input", "exec", "eval", "breakpoint"}
+OWN_RANDOM = {"RandomState", "Generator", "default_rng", "SeedSequence", "PCG64"}  # objects with a state of their own
+FROM_DISK = {*("load", "save", "savez", "savez_compressed", "loadtxt", "savetxt", "fromfile", "tofile", "memmap")}
+
+
+def dotted(node: ast.expr) -> str:
+    """`np.random.seed` of the expression, or what can be told of it."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def test_core_opens_nothing_prints_nothing_and_has_no_clock() -> None:
+    found = []
+    for path in FILES:
+        if room_of(path) != "core":
+            continue
+        tree = parse(path)
+        for name, line in imports(tree):
+            package = name.split(".")[0]
+            if package in IMPURE_MODULES or (package == "os" and path.name != "kernels.py"):
+                found.append(broken(path, f"core imports {package}", line))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in IMPURE_CALLS:
+                found.append(broken(path, f"core calls {node.func.id}", node.lineno))
+            if not isinstance(node, ast.Attribute):
+                continue
+            what = dotted(node)
+            if what.startswith(("np.random.", "numpy.random.")) and what.split(".")[2] not in OWN_RANDOM:
+                found.append(broken(path, f"core uses {what}, a global state", node.lineno))
+            if what.split(".")[0] in ("np", "numpy") and node.attr in FROM_DISK:
+                found.append(broken(path, f"core uses {what}", node.lineno))
+            if what.startswith("os.") and what != "os.environ":  # numba's threading layer, in kernels.py
+                found.append(broken(path, f"core uses {what}", node.lineno))
+    assert not found
+
+
+# --- no pickle --------------------------------------------------------------------------------------------------------
+
+
+PICKLERS = {"cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def test_pickle_is_named_only_to_catch_its_errors() -> None:
+    found = []
+    for path in FILES:
+        tree = parse(path)
+        for name, line in imports(tree):
+            package = name.split(".")[0]
+            if package in PICKLERS or (package == "pickle" and name not in ("pickle", "pickle.UnpicklingError")):
+                found.append(broken(path, f"imports {name}", line))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                what = dotted(node)
+                if what.startswith("pickle.") and what != "pickle.UnpicklingError":
+                    found.append(broken(path, f"uses {what}", node.lineno))
+            if isinstance(node, ast.Call):
+                what, given = dotted(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+                if what == "torch.load" and given.get("weights_only") != "True":
+                    found.append(broken(path, "torch.load without weights_only=True", node.lineno))
+                if given.get("allow_pickle", "False") != "False":
+                    found.append(broken(path, f"{what} with allow_pickle", node.lineno))
+    assert not found
+
+
+# --- sizes and docstrings ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_file_past_300_lines_wants_a_second_room(path: Path) -> None:
+    assert len(path.read_text("utf-8").splitlines()) <= 300
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.name)
+def test_stages_are_doors(path: Path) -> None:
+    assert len(path.read_text("utf-8").splitlines()) <= 25
+    docstring = ast.get_docstring(parse(path)) or ""
+    for word in ("reads ", "writes ", "never ", "resumes "):
+        assert f"\n{word}" in docstring, f"{path.name} does not say what it {word.strip()}"
+    assert f"python stages/{path.name} " in docstring
+
+
+def undocumented(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
+    for child in node.body:
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not child.name.startswith("_"):
+            if ast.get_docstring(child) is None and child.name != "forward":  # torch's, what it does is the class
+                yield f"{prefix}{child.name}"
+            if isinstance(child, ast.ClassDef):
+                yield from undocumented(child, f"{prefix}{child.name}.")
+
+
+def test_everything_public_has_a_docstring() -> None:
+    found = []
+    for path in FILES:
+        tree = parse(path)
+        name = path.relative_to(ROOT).as_posix()
+        if ast.get_docstring(tree) is None:
+            found.append(name)
+        found += undocumented(tree, f"{name}: ")
+    assert not found
+
+
+# --- what stays unimported --------------------------------------------------------------------------------------------
+
+
+def python(code: str, *args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", "-c", code, *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=cwd)
+
+
+def test_the_search_wing_runs_without_torch(small_cache: Cache, tmp_path: Path) -> None:
+    code = """
+import sys
+for name in ("torch", "torchvision", "safetensors", "PIL"):
+    sys.modules[name] = None
+import nacpipe
+from nacpipe.search import evaluate, inspection, scoring, study
+for args in (["search", sys.argv[1], "--trials", "3", "--storage", "s.log", "--output", "p.json"],
+             ["evaluate", sys.argv[1], "--params", "p.json"], ["inspect", sys.argv[1]]):
+    from nacpipe.cli import main
+    main(args, standalone_mode=False)
+print(len(nacpipe.score_splits(nacpipe.open_cache(sys.argv[1]), nacpipe.read_params("p.json"), ["id/val"])["id/val"]))
+"""
+    done = python(code, small_cache.path, cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (0, "wrote p.json"), done.stderr
+    assert done.stdout.splitlines()[-1] == "40"
+
+
+@pytest.mark.parametrize(
+    "args", [[], ["--version"], ["--help"], *([name, "--help"] for name in ("search", "extract", "run"))]
+)
+def test_help_imports_nothing_heavy(args: list[str]) -> None:
+    code = """
+import sys
+from nacpipe.cli import main
+try:
+    main(sys.argv[1:], prog_name="nacpipe")
+except SystemExit:
+    pass
+print("found:", *sorted({name.split(".")[0] for name in sys.modules} & {*%r, "numpy"}))
+"""
+    done = python(code % sorted(set(HEAVY) - {"click"}), *args)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "found:"
+
+
+def test_every_public_name_resolves() -> None:
+    assert dir(nacpipe) == sorted(nacpipe.__all__)
+    for name in nacpipe.__all__:
+        value = getattr(nacpipe, name)
+        home = getattr(value, "__module__", None)
+        assert name == "__version__" or getattr(importlib.import_module(home), name) is value  # type: ignore[arg-type]
+    with pytest.raises(AttributeError, match="module 'nacpipe' has no attribute 'nosuch'"):
+        nacpipe.nosuch  # noqa: B018
