@@ -4,7 +4,7 @@ Measured: `nacpipe search CACHE` as a process of its own for every seed, its stu
 reading included. Numba's compiled code is on disk; --compile adds a run without it. Beside it, Optuna's TPESampler over
 the same ranges and the layers' weights, every trial scored by the same code and recorded in a journal too, for the same
 seconds; its clock starts after imports, reading and sorting, so it has the longer time. Test splits are not read. On a
-busy machine seconds grow; a search's trials and AUROC do not change.
+busy machine seconds grow; the time that all cores together were busy hardly does, trials and AUROC not at all.
 
     python bench/search.py CACHE [--seeds 1,2,3,4,5] [--tpe-seeds 1] [--trials 2000] [--compile]
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -21,49 +22,59 @@ import time
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import optuna
 
 from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.search.result import Checks, SearchRequest
 from nacpipe.search.storage import open_storage
-from nacpipe.search.study import Checks, Search, SearchRequest
+from nacpipe.search.study import Search
 
-COLUMNS = "seed      seconds   trials   val AUROC   FPR@95   subtrain AUROC   (%)"
+COLUMNS = "seed      seconds   on all cores   trials   val AUROC   FPR@95   subtrain AUROC   (%)"
+Times = tuple[float, float]
+Found = tuple[Times, int, Checks]
 
 
-def row(name: str, seconds: float, trials: int, checks: Checks) -> str:
+def row(name: str, times: Times, trials: int, checks: Checks) -> str:
     subtrain = float("nan") if checks.subtrain_auroc is None else 100 * checks.subtrain_auroc
     values = f"{100 * checks.val_auroc:9.3f}   {100 * checks.val_fpr95:6.2f}   {subtrain:14.2f}"
-    return f"{name:<8}   {seconds:6.2f}   {trials:6d}   {values}"
+    return f"{name:<8}   {times[0]:6.2f}   {times[1]:12.2f}   {trials:6d}   {values}"
 
 
-def run_search(
-    cache: Path, seed: int, trials: int, folder: Path, numba_cache: Path | None = None
-) -> tuple[float, Checks]:
-    """Return the seconds of a whole process and what it found."""
+def clock(who: int) -> Times:
+    """Seconds on the wall clock, and of all cores for this process or the ended ones that it started."""
+    used = resource.getrusage(who)
+    return time.perf_counter(), used.ru_utime + used.ru_stime
+
+
+def since(before: Times, after: Times) -> Times:
+    return after[0] - before[0], after[1] - before[1]
+
+
+def run_search(cache: Path, seed: int, trials: int, folder: Path, compiled: Path | None = None) -> Found:
+    """Return the times of a whole process, its trials and what it found."""
     output = folder / f"{seed}.params.json"
     command = [sys.executable, "-m", "nacpipe", "search", str(cache), "--seed", str(seed), "--trials", str(trials)]
     command += ["--storage", str(folder / f"{seed}.log"), "--output", str(output)]
-    env = {**os.environ, **({"NUMBA_CACHE_DIR": str(numba_cache)} if numba_cache else {})}
-    started = time.perf_counter()
+    env = {**os.environ, **({"NUMBA_CACHE_DIR": str(compiled)} if compiled else {})}
+    before = clock(resource.RUSAGE_CHILDREN)
     ran = subprocess.run(command, env=env, capture_output=True, text=True)
-    seconds = time.perf_counter() - started
+    times = since(before, clock(resource.RUSAGE_CHILDREN))
     assert ran.returncode == 0, ran.stderr
     result = json.loads(output.read_text())["result"]
-    assert result["trials"] == trials
-    return seconds, Checks(**{key: result[key] for key in ("val_auroc", "val_fpr95", "subtrain_auroc")})
+    return times, result["trials"], Checks(**{k: result[k] for k in ("val_auroc", "val_fpr95", "subtrain_auroc")})
 
 
-def run_tpe(cache: Path, seed: int, seconds: float, folder: Path) -> tuple[float, int, Checks]:
-    """Return the seconds, the trials and the best of joint TPE in this time."""
+def run_tpe(cache: Path, seed: int, seconds: float, folder: Path) -> Found:
+    """Return the times, the trials and the best of joint TPE in this many seconds."""
     search = Search(SearchRequest(cache=cache, storage=str(folder / "ranges.log")))
     space = search.space()
-    search.measure(
-        NacParams(layers={name: layer.params([0.5] * 3) for name, layer in space.items()})
-    )  # compiled by now
+    middle = {name: ranges.params(np.full(3, 0.5)) for name, ranges in space.items()}
+    search.measure(NacParams(layers=middle))  # every layer is read and sorted by now
     sampler, storage = optuna.samplers.TPESampler(seed=seed), open_storage(str(folder / f"tpe{seed}.log"))
     study = optuna.create_study(direction="maximize", sampler=sampler, storage=storage)
-    best, trials, started = Checks(val_auroc=0.0, val_fpr95=1.0, subtrain_auroc=None), 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
+    best, trials, before = Checks(val_auroc=0.0, val_fpr95=1.0, subtrain_auroc=None), 0, clock(resource.RUSAGE_SELF)
+    while time.perf_counter() - before[0] < seconds:
         trial = study.ask()
         layers = {}
         for name, ranges in space.items():
@@ -76,7 +87,7 @@ def run_tpe(cache: Path, seed: int, seconds: float, folder: Path) -> tuple[float
         checks = search.measure(NacParams(layers=layers))
         study.tell(trial, checks.val_auroc)
         best, trials = max(best, checks, key=lambda found: found.val_auroc), trials + 1
-    return time.perf_counter() - started, trials, best
+    return since(before, clock(resource.RUSAGE_SELF)), trials, best
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -92,22 +103,23 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="one more run, with numba's disk cache empty")
     asked = parser.parse_args()
     print(COLUMNS)
+    found: list[tuple[float, float, float]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = []
         for seed in asked.seeds:
-            seconds, checks = run_search(asked.cache, seed, asked.trials, folder)
-            found.append((seconds, checks.val_auroc))
-            print(row(str(seed), seconds, asked.trials, checks), flush=True)
+            times, trials, checks = run_search(asked.cache, seed, asked.trials, folder)
+            found.append((*times, 100 * checks.val_auroc))
+            print(row(str(seed), times, trials, checks), flush=True)
             if seed in asked.tpe_seeds:
-                print(row(f"{seed}, TPE", *run_tpe(asked.cache, seed, seconds, folder)), flush=True)
+                print(row(f"{seed}, TPE", *run_tpe(asked.cache, seed, times[0], folder)), flush=True)
         if asked.compile:
-            (folder / "again").mkdir()
-            seconds, checks = run_search(asked.cache, 1, asked.trials, folder / "again", folder / "numba")
-            print(row("1, anew", seconds, asked.trials, checks))
-    seconds_of, values = zip(*found, strict=True)
-    print(f"seconds: minimum {min(seconds_of):.2f}, median {median(seconds_of):.2f}", end="; ")
-    print(f"val AUROC: {100 * min(values):.3f} … {100 * max(values):.3f} %, median {100 * median(values):.3f} %")
+            (folder / "anew").mkdir()
+            print(row("1, anew", *run_search(asked.cache, 1, asked.trials, folder / "anew", folder / "numba")))
+    seconds, cores, values = zip(*found, strict=True)
+    print(
+        f"seconds: minimum {min(seconds):.2f}, median {median(seconds):.2f}, on all cores {median(cores):.2f}", end="; "
+    )
+    print(f"val AUROC: {min(values):.3f} … {max(values):.3f} %, median {median(values):.3f} %")
 
 
 if __name__ == "__main__":

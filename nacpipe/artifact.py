@@ -34,7 +34,7 @@ def read_params(path: str | Path) -> NacParams:
         return NacParams.from_json(json.loads(Path(path).read_text("utf-8")))
     except FileNotFoundError:
         raise ParamsError(f"there is no parameter file {path}; make one with: nacpipe search CACHE") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5,000 digits, …
         raise ParamsError(f"{path} cannot be read as JSON: {error}") from None
     except ParamsError as error:
         raise ParamsError(f"{path}: {error}") from None
@@ -71,6 +71,8 @@ def check_writable(path: str | Path) -> None:
         InputError: its folder is not there or not writable.
     """
     folder = Path(path).parent
+    if Path(path).is_dir():
+        raise InputError(f"{path} cannot be written: it is a folder; name a file in it")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"{path} cannot be written: {folder} is not a folder that can be written to")
 

@@ -58,8 +58,8 @@ def search(
     from nacpipe.search.study import Search
 
     target = output or beside_cache(str(cache), ".params.json")
-    if not (status or dry_run):
-        check_writable(target)
+    if output is not None and not (status or dry_run):
+        check_writable(output)
     request = SearchRequest(
         cache=cache, trials=trials, timeout=timeout, seed=seed, layers=layers, threads=threads, storage=storage,
         study=study,

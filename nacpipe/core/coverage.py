@@ -127,4 +127,7 @@ def combine_layers(
     total = float(weights.sum())
     if not (np.isfinite(total) and total > 0 and bool((weights >= 0).all())):
         raise ParamsError(f"weights are {weights.tolist()}; they must be ≥ 0, finite and not all 0")
-    return np.asarray((weights / total) @ layer_scores, dtype=np.float64)
+    scores = np.zeros(layer_scores.shape[1])
+    for share, layer in zip(weights / total, layer_scores, strict=True):
+        scores += share * layer  # not a matrix product: BLAS rounds a sample by its place among the others
+    return scores

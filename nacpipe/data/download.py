@@ -141,6 +141,8 @@ def download_archives(
         if archive.name == LISTS:
             lists = read_lists(benchmark, root)
         total, missing, first = count_missing(benchmark, archive, lists, root)
+        if not total and not archive.checkpoints:
+            problems.append(f"{archive.name}: no list names a file of it, so it is not checked; {LISTS} has the lists")
         if missing:
             note = f" ({archive.note})" if archive.note else ""
             problems.append(f"{archive.name}: {missing} of {total} listed files are not there, the first {first}{note}")

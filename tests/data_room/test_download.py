@@ -174,6 +174,13 @@ def test_what_an_archive_lacks_is_said_and_not_fetched_for_ever(tmp_path: Path, 
     assert states(tmp_path)["cifar10"] == "to fetch"
 
 
+def test_without_lists_nothing_is_called_checked(tmp_path: Path, mirror: Any) -> None:
+    problem = "mnist: no list names a file of it, so it is not checked; benchmark_imglist has the lists"
+    assert get(tmp_path, mirror, "mnist") == [problem]
+    assert get(tmp_path, mirror, "benchmark_imglist", "mnist") == []
+    assert states(tmp_path)["mnist"] == "complete"
+
+
 def test_missing_lists_are_said(tmp_path: Path, mirror: Any) -> None:
     mirror.files["benchmark_imglist.zip"] = pack({"benchmark_imglist/cifar10/val_cifar10.txt": b"cifar10/a.png 1\n"})
     (problem,) = get(tmp_path, mirror, "benchmark_imglist")

@@ -158,7 +158,10 @@ class Runs:
 
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "hook": Runs(tmp_path / "ran")}, tmp_path / "code.pth")
-    message = r"code\.pth is no checkpoint, or holds more than tensors and is not loaded, since that could run code: save its state_dict alone"
+    message = (
+        r"code\.pth is no checkpoint, or holds more than tensors and is not loaded, since that could run code:"
+        r" save its state_dict alone"
+    )
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(tmp_path / "code.pth")
     assert not (tmp_path / "ran").exists()
