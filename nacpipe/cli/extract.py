@@ -33,7 +33,8 @@ def extract_options(command: Any) -> Any:
         click.argument("benchmark"),
         click.option("--model", metavar="NAME", help="The network (nacpipe models); for digits: digits_cnn."),
         click.option("--checkpoint", type=click.Path(path_type=Path),
-                     help="The network's weights; a folder of runs s0, s1, … makes one cache each."),
+                     help="The network's weights: a file, a name from nacpipe models, or a folder of runs s0, s1, …:"
+                     " then a cache each."),
         click.option("--layers", callback=split_names, metavar="A,B",
                      help="Layers to tap, by alias or module path; default: the paper's four."),
         click.option("--pool", "pools", multiple=True, callback=_split_pools, metavar="LAYER=KIND",

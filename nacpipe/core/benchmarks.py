@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from nacpipe.errors import InputError
 
+INTERPOLATIONS = ("bilinear", "bicubic")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transform:
-    """RGB (or grey, for one channel), resize the short side (bilinear), centre crop, to tensor, normalise."""
+    """RGB (or grey, for one channel), resize the short side, centre crop, to tensor, normalise."""
 
     resize: int
     """Pixels of the short side."""
@@ -23,6 +24,8 @@ class Transform:
     """Per channel, of values in 0 … 1."""
     std: tuple[float, ...]
     """Per channel."""
+    interpolation: str = "bilinear"
+    """One of `INTERPOLATIONS`; OpenOOD's is bilinear."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

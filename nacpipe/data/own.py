@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from nacpipe.core.benchmarks import BENCHMARKS, Benchmark, Split, Transform, find_benchmark
+from nacpipe.core.benchmarks import BENCHMARKS, INTERPOLATIONS, Benchmark, Split, Transform, find_benchmark
 from nacpipe.errors import InputError
 
 MAX_BYTES, MAX_CLASSES, MAX_SIDE = 1 << 20, 1_000_000, 4096
@@ -160,8 +160,11 @@ def _transform(table: _Table) -> Transform:
         table.fail("std", f"has {len(std)} channels, mean has {len(mean)}")
     if min(std) <= 0:
         table.fail("std", f"is {list(std)}; it must be positive")
+    interpolation = table.take("interpolation", str, what := f"one of {', '.join(INTERPOLATIONS)}", "bilinear")
+    if interpolation not in INTERPOLATIONS:
+        table.fail("interpolation", f"is {_show(interpolation)}; it must be {what}")
     table.done()
-    return Transform(resize=resize, crop=crop, mean=mean, std=std)
+    return Transform(resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation)
 
 
 def _split(name: str, table: _Table) -> Split:

@@ -168,7 +168,7 @@ def build_transform(transform: Transform, untouched: bool = False) -> Callable[[
     """Return image → (channels, crop, crop) float32: OpenOOD's test transform, without resize and crop if untouched."""
     mode = "L" if len(transform.mean) == 1 else "RGB"
     geometry = [
-        transforms.Resize(transform.resize, interpolation=transforms.InterpolationMode.BILINEAR),
+        transforms.Resize(transform.resize, interpolation=transforms.InterpolationMode(transform.interpolation)),
         transforms.CenterCrop(transform.crop),
     ]
     steps = transforms.Compose(  # not transforms.v2, whose scaling to 0 … 1 differs in the last bit

@@ -124,6 +124,8 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         benchmark.split(name)
     check_layer_names(list(request.layers))
     sets, notes = _open_sets(request)
+    if not (dry or request.splits):
+        sets = _with_images(benchmark, sets, notes)
     if dry:
         network = blank_network(model, benchmark, request.checkpoint)
     else:
@@ -168,6 +170,17 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         splits=tuple(plans),
         notes=tuple(notes),
     )
+
+
+def _with_images(benchmark: Benchmark, sets: Sequence[ImageSet], notes: list[str]) -> list[ImageSet]:
+    """Leave out, and say so, the optional sets of which no image is there: lists come in one archive, images in many."""
+    kept = []
+    for images in sets:
+        if benchmark.split(images.name).optional and len(images.missing()) == images.index.size:
+            notes.append(f"{images.name}: left out, none of its {images.index.size} images is there")
+        else:
+            kept.append(images)
+    return kept
 
 
 def _prepare(request: ExtractRequest, network: Network, layers: Sequence[LayerSpec]) -> Set[str]:

@@ -17,7 +17,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from nacpipe.core.benchmarks import Transform
+from nacpipe.core.benchmarks import INTERPOLATIONS, Transform
 from nacpipe.errors import CheckpointError, InputError
 
 StateDict = dict[str, Tensor]
@@ -96,14 +96,17 @@ def _own_transform(member: Any) -> Transform:
 
 
 def make_transform(*, resize: int, crop: int, mean: list[float], std: list[float], interpolation: str) -> Transform:
-    """Return a published preparation of images as ours."""
-    more: dict[str, Any] = {} if interpolation == "bilinear" else {"interpolation": interpolation}
-    if more and "interpolation" not in Transform.__dataclass_fields__:
+    """Return a published preparation of images as ours.
+
+    Raises:
+        InputError: it resizes in a way that is not known here.
+    """
+    if interpolation not in INTERPOLATIONS:
         raise InputError(
-            f"these weights want images resized by {interpolation} interpolation, nacpipe resizes them bilinearly;"
+            f"these weights want images resized by {interpolation} interpolation; known: {', '.join(INTERPOLATIONS)};"
             " give the weights as a file with --checkpoint FILE to use the benchmark's transform"
         )
-    return Transform(resize=resize, crop=crop, mean=tuple(mean), std=tuple(std), **more)
+    return Transform(resize=resize, crop=crop, mean=tuple(mean), std=tuple(std), interpolation=interpolation)
 
 
 def load_weights(module: nn.Module, state: StateDict, renames: Mapping[str, str], source: str) -> None:

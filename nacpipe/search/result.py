@@ -60,7 +60,7 @@ class SearchResult:
     checks: Checks
     energy_subtrain: float | None
     """Energy's id/val-against-id/subtrain AUROC: how well the network itself knows its training data."""
-    energy_val: float
+    energy_val: float | None
     """Energy's AUROC of id/val against ood/val."""
     alone: Mapping[str, float]
     """Layer → the best validation AUROC that it reached alone, where it was tried."""

@@ -117,8 +117,8 @@ class Strategy:
             self.value, self.best = value, params
         if place.phase.startswith("layer") and self.best is not None:
             # What weighs nothing changes no value: the best carries every layer's best alone into the rounds.
-            held = {n: p if p.weight else replace(self._held(n), weight=0.0) for n, p in self.best.layers.items()}
-            self.best = NacParams(layers=held)
+            layers = {n: p if p.weight else replace(self._held(n), weight=0.0) for n, p in self.best.layers.items()}
+            self.best = NacParams(layers=layers)
         self.told += 1
 
     def _look_for(self, place: _Place, random: np.random.Generator) -> LayerParams:

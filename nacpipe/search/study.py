@@ -26,6 +26,7 @@ from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.core.provenance import SEARCH_SPLITS, diff, fingerprint
 from nacpipe.core.published import published_params
 from nacpipe.errors import InputError, ParamsError, StudyError
+from nacpipe.search.evaluate import has_logits
 from nacpipe.search.result import Checks, SearchRequest, SearchResult
 from nacpipe.search.scoring import Scorer, check_layers
 from nacpipe.search.space import Space, measure_space, to_json
@@ -169,12 +170,12 @@ class Search:
             if layer in self.layers and trial.value is not None:
                 alone[layer] = max(alone.get(layer, 0.0), trial.value)
         params = trial_params(best, self.layers)
-        own = self._checks(self._energy())
+        own = self._energy()
         return SearchResult(
             params=params,
             checks=self.measure(params),
-            energy_subtrain=own.subtrain_auroc,
-            energy_val=own.val_auroc,
+            energy_subtrain=own and own.subtrain_auroc,
+            energy_val=own and own.val_auroc,
             alone=alone,
             trials=len(trials),
             seconds=float(self.study.user_attrs.get("seconds", 0.0)),
@@ -211,8 +212,11 @@ class Search:
             subtrain_auroc=None if subtrain is None else auroc(split["id/val"], subtrain),
         )
 
-    def _energy(self) -> NDArray[np.float64]:
-        return np.concatenate([energy(self.cache[name].read("logits")) for name in self.scorer.rows])
+    def _energy(self) -> Checks | None:
+        """The same checks of Energy, where the network has logits."""
+        if not has_logits(self.cache):
+            return None
+        return self._checks(np.concatenate([energy(self.cache[name].read("logits")) for name in self.scorer.rows]))
 
 
 def trial_params(trial: FrozenTrial, layers: tuple[str, ...]) -> NacParams:

@@ -126,6 +126,7 @@ WRONG = {  # what stands in the file instead → the complaint
     ("resize = 36", "resize = 1000000"): "transform.resize: is 1000000; it must be a whole number from 1 to 4096",
     ("crop = 32", "crop = 40"): "transform.crop: is 40; it must be a whole number from 1 to 36",
     ("crop = 32", "crop = 32\nflip = true"): "transform.flip: is not known",
+    ("crop = 32", 'crop = 32\ninterpolation = "box"'): "transform.interpolation: is 'box'; it must be one of bilinear,",
     ("[0.5, 0.4, 1]", "[0.5, 0.4]"): "transform.mean: is [0.5, 0.4]; it must be one number per channel, 1 or 3",
     ("[0.5, 0.4, 1]", "[0.5, nan, 1]"): "transform.mean: is [0.5, nan, 1]; it must be one number per channel",
     ("[0.5, 0.4, 1]", "0.5"): "transform.mean: is 0.5; it must be one number per channel",

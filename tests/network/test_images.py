@@ -183,6 +183,13 @@ def test_transform_is_torchvisions_step_by_step(size: tuple[int, int]) -> None:
     assert torch.equal(build_transform(CIFAR10.transform)(image), expected)
 
 
+def test_bicubic_is_torchvisions() -> None:
+    image = picture(3, (48, 80))
+    steps = vision.center_crop(vision.resize(image, [32], vision.InterpolationMode.BICUBIC), [32, 32])
+    expected = vision.normalize(vision.to_tensor(steps), [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
+    assert torch.equal(build_transform(replace(CIFAR10.transform, interpolation="bicubic"))(image), expected)
+
+
 def test_transform_by_hand() -> None:
     """An image of the right size is only divided by 255, shifted and scaled; grey and transparent ones become RGB."""
     transform = build_transform(Transform(resize=2, crop=2, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0)))
