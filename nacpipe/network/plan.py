@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from nacpipe.cache import Header, LayerSpec, open_cache
 from nacpipe.cache.append import check_identity
 from nacpipe.cache.layout import check_layer_names, count_blocks
+from nacpipe.core.benchmarks import Benchmark
 from nacpipe.core.provenance import diff
 from nacpipe.data.lists import list_path
 from nacpipe.data.own import choose_root, open_benchmark
@@ -173,7 +174,7 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
 
 
 def _with_images(benchmark: Benchmark, sets: Sequence[ImageSet], notes: list[str]) -> list[ImageSet]:
-    """Leave out, and say so, the optional sets of which no image is there: lists come in one archive, images in many."""
+    """Leave out, and say so, optional sets without any image: lists come in one archive, images in many."""
     kept = []
     for images in sets:
         if benchmark.split(images.name).optional and len(images.missing()) == images.index.size:

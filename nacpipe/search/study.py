@@ -174,8 +174,8 @@ class Search:
         return SearchResult(
             params=params,
             checks=self.measure(params),
-            energy_subtrain=own and own.subtrain_auroc,
-            energy_val=own and own.val_auroc,
+            energy_subtrain=own.subtrain_auroc if own else None,
+            energy_val=own.val_auroc if own else None,
             alone=alone,
             trials=len(trials),
             seconds=float(self.study.user_attrs.get("seconds", 0.0)),
