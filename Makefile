@@ -19,6 +19,7 @@ EXTRACT_OPTIONS = $(BENCHMARK) --cache $(CACHE) \
 	$(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(LAYERS),--layers $(LAYERS)) \
 	$(if $(TRAIN_IMAGES),--train-images $(TRAIN_IMAGES))
 
+.NOTPARALLEL:
 .PHONY: help demo extract search evaluate test check format lint types wheel clean
 
 help: ## print this
@@ -35,6 +36,7 @@ demo: $(READY) ## extract, search, evaluate on the packaged benchmark
 	$(MAKE) --no-print-directory extract search evaluate BENCHMARK=digits
 
 extract: $(READY) ## stage 1: run the network once, write its states to CACHE
+	$(if $(MODEL),,$(error say which network: make extract BENCHMARK=$(BENCHMARK) MODEL=NAME CHECKPOINT=FILE))
 	$(BIN)/python stages/extract.py $(EXTRACT_OPTIONS)
 
 search: $(READY) ## stage 2: tune the parameters against CACHE

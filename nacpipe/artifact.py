@@ -40,6 +40,14 @@ def read_params(path: str | Path) -> NacParams:
         raise ParamsError(f"{path}: {error}") from None
 
 
+def read_fingerprint(path: str | Path) -> str | None:
+    """Return the fingerprint of the states that a file's parameters were found on; None where it does not say."""
+    data = json.loads(Path(path).read_text("utf-8"))
+    made_by = data.get("made_by") if isinstance(data, dict) else None
+    found = made_by.get("fingerprint") if isinstance(made_by, dict) else None
+    return found if isinstance(found, str) else None
+
+
 def write_params(path: str | Path, params: NacParams, **sections: Mapping[str, Any]) -> None:
     """Write parameters and further sections (`result`, `made_by`) whole or not at all.
 
@@ -80,4 +88,5 @@ def check_writable(path: str | Path) -> None:
 def beside_cache(cache: str, suffix: str) -> Path:
     """Return the file beside a cache: `X.zarr` → `X` + suffix."""
     path = Path(cache)
+    path = path if path.name else path.resolve()
     return path.with_name(path.name.removesuffix(".zarr") + suffix)

@@ -117,6 +117,13 @@ class CacheWriter:
         done = np.asarray(group["blocks"][:])  # type: ignore[index]
         if not done.all():
             raise CacheError(f"{self.path}: {name} has {int((done == 0).sum())} of {done.size} blocks to write")
+        for path in self.header.arrays():
+            array = self._open(f"{name}/{path}")
+            if array.nchunks_initialized < array.nchunks:
+                raise CacheError(
+                    f"{self.path}: {name}/{path} lacks {array.nchunks - array.nchunks_initialized} of its chunks;"
+                    f" extract the split again with --force {name}"
+                )
         attributes = dict(group.attrs)
         # One write, where attrs.update makes one per key: killed in between, it would be sealed without a digest.
         group.update_attributes(

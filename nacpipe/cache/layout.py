@@ -156,11 +156,12 @@ def create_array(group: zarr.Group, path: str, rows: int, width: int, dtype: str
     shard = (header.block_rows * header.shard_blocks, *chunk[1:]) if header.shard_blocks > 1 else None
     return group.create_array(
         path,
+        overwrite=True,
         shape=(rows, width) if width else (rows,),
         chunks=chunk,
         shards=shard,
         dtype=dtype,
-        serializer=BytesCodec(),
+        serializer=BytesCodec(endian="little"),
         compressors=(
             BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=kind.itemsize),
             Crc32cCodec(),
@@ -175,10 +176,11 @@ def create_marks(group: zarr.Group, blocks: int) -> zarr.Array[Any]:
     """Create `blocks`, one chunk per mark, so that several writers never touch the same file."""
     return group.create_array(
         "blocks",
+        overwrite=True,  # marks that a removal left behind must not come back to life
         shape=(blocks,),
         chunks=(1,),
         dtype="uint8",
-        serializer=BytesCodec(),
+        serializer=BytesCodec(endian="little"),
         compressors=(Crc32cCodec(),),
         fill_value=0,
         dimension_names=("block",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from nacpipe.cache.layout import Header, LayerSpec, count_blocks, find_splits
+from nacpipe.cache.layout import MISSING_INT, Header, LayerSpec, count_blocks, find_splits
 from nacpipe.errors import CacheError, FormatError, InputError, NacError
 
 
@@ -71,6 +72,9 @@ class SplitView(Mapping[str, LayerView]):
             raise InputError(f"{error} ({self._cache.path})") from None
         return LayerView(spec, self.array(f"{layer}/activation"), self.array(f"{layer}/gradient"))
 
+    def __contains__(self, layer: object) -> bool:
+        return any(spec.name == layer for spec in self._cache.header.layers)
+
     def __iter__(self) -> Iterator[str]:
         return (spec.name for spec in self._cache.header.layers)
 
@@ -112,33 +116,49 @@ class SplitView(Mapping[str, LayerView]):
             array = self._group[path]
         except KeyError:
             raise CacheError(f"{self._cache.path}: {self.name}/{path} is not in the store") from None
-        assert isinstance(array, zarr.Array)
+        except (ValueError, TypeError) as error:
+            raise self._damaged(path, error) from error
+        if not isinstance(array, zarr.Array):
+            raise self._damaged(path, "it is a group, not an array")
         return array
 
     def read(self, path: str, rows: slice = slice(None)) -> NDArray[Any]:
         """Return rows of an array.
 
         Raises:
-            CacheError: a chunk is damaged, naming the array.
+            CacheError: a chunk is damaged or not there, naming the array. (States may hold NaN of their own: scoring
+                refuses those by layer, split and row.)
         """
         try:
-            return np.asarray(self.array(path)[rows])
+            values = np.asarray(self.array(path)[rows])
         except (ValueError, RuntimeError) as error:  # crc32c says ValueError, Blosc RuntimeError
-            raise CacheError(
-                f"{self._cache.path}: {self.name}/{path} is damaged ({error}); extract the split again with:"
-                f" {self._cache.command()} --force {self.name}"
-            ) from error
+            raise self._damaged(path, error) from error
+        if values.dtype.kind == "i":
+            missing = values == MISSING_INT
+        elif path in ("logits", "features"):
+            missing = np.isnan(values).any(axis=1)
+        else:
+            return values
+        if missing.any():
+            raise self._damaged(path, f"row {int(np.argmax(missing)) + (rows.start or 0)} holds no value")
+        return values
+
+    def _damaged(self, path: str, what: object) -> CacheError:
+        return CacheError(
+            f"{self._cache.path}: {self.name}/{path} is damaged ({what}); extract the split again with:"
+            f" {self._cache.command()} --force {self.name}"
+        )
 
     def marks(self) -> NDArray[np.bool_]:
         """Return which blocks are written, (blocks,) bool; none where the split was only begun."""
         if "blocks" not in self._group:
             return np.zeros(count_blocks(self.rows, self._cache.header.block_rows), bool)
-        return np.asarray(self.array("blocks")[:], dtype=bool)
+        return self.read("blocks").astype(bool)
 
     def stored_bytes(self) -> int:
         """Return the bytes of the split's chunks as they are stored."""
         arrays = [*self._cache.header.arrays(), "blocks"]
-        return sum(int(self.array(path).nbytes_stored()) for path in arrays)
+        return sum(int(self.array(path).nbytes_stored()) for path in arrays if path in self._group)
 
 
 class Cache(Mapping[str, SplitView]):
@@ -153,7 +173,10 @@ class Cache(Mapping[str, SplitView]):
             warnings.filterwarnings(
                 "ignore", message="Object at .* is not recognized as a component of a Zarr hierarchy"
             )
-            self._names = find_splits(root)
+            try:
+                self._names = find_splits(root)
+            except (ValueError, TypeError, KeyError) as error:
+                raise CacheError(f"{path}: metadata below it is damaged ({error}); extract anew") from error
 
     def __getitem__(self, name: str) -> SplitView:
         split = self.peek(name)
@@ -181,7 +204,9 @@ class Cache(Mapping[str, SplitView]):
         """
         if name not in self._names:
             held = ", ".join(self._names) or "none"
-            raise InputError(f"split {name!r} is not in {self.path}; it holds {held}; add it with: {self.command()}")
+            close = difflib.get_close_matches(name, self._names, 1)
+            hint = f"did you mean {close[0]}?" if close else f"add it with: {self.command()}"
+            raise InputError(f"split {name!r} is not in {self.path}; it holds {held}; {hint}")
         group = self._root[name]
         assert isinstance(group, zarr.Group)
         return SplitView(self, name, group)

@@ -24,6 +24,8 @@ from nacpipe.cli.search import search
 from nacpipe.cli.show import printable
 from nacpipe.errors import NacError
 
+_EXTRACT = ("torch", "torchvision", "safetensors", "PIL")  # modules of the extra
+
 
 class Door(click.Group):
     """A group whose commands' errors are dressed."""
@@ -47,6 +49,10 @@ class Door(click.Group):
             where = error.ctx.command_path if error.ctx else "nacpipe"
             click.echo(f"nacpipe: {error.format_message()} See: {where} --help", err=True)
             sys.exit(2)
+        except ModuleNotFoundError as error:
+            if ctx.params.get("debug") or str(error.name).split(".")[0] not in _EXTRACT:
+                raise
+            self._refuse(f"this needs {error.name}; install it with: pip install 'nacpipe[extract]'")
         except OSError as error:
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise

@@ -36,7 +36,7 @@ def evaluate(cache: Path, choice: str | None, output: str | None) -> None:
     from nacpipe.search.evaluate import find_params
 
     opened = open_cache(cache)
-    frame = evaluate_cache(opened, find_params(opened, choice))
+    frame = evaluate_cache(opened, find_params(opened, choice, note))
     if "note" in frame.attrs:
         note(frame.attrs["note"])
     if output:
@@ -46,7 +46,7 @@ def evaluate(cache: Path, choice: str | None, output: str | None) -> None:
 
 
 def print_evaluation(frame: pd.DataFrame) -> None:
-    """Print one table per task, in percent."""
+    """Print one table per task, in percent, and how NAC compares with the best baseline."""
     for number, (task, rows) in enumerate(frame.groupby("task", sort=False)):
         first = rows.iloc[0]
         click.echo(

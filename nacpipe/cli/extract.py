@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,11 +47,13 @@ def extract_options(command: Any) -> Any:
                      " or stands for {run}."),
         click.option("--train-images", type=int, default=1000, show_default=True,
                      help="Images of id/train, the same number of each class."),
-        click.option("--train-seed", type=int, default=1, show_default=True, help="Seed of their choice."),
+        click.option("--train-seed", type=click.IntRange(0, 2**32 - 1), default=1, show_default=True,
+                     help="Seed of their choice."),
         click.option("--batch-size", type=int, default=128, show_default=True, help="Images at once."),
         click.option("--device", default="auto", show_default=True, help="cuda, mps, cpu, …"),
         click.option("--splits", callback=split_names, metavar="A,B", help="Only these; default: all that are there."),
-        click.option("--force", callback=split_names, metavar="A,B", help="Drop these splits and extract them again."),
+        click.option("--force", callback=split_names, metavar="A,B",
+                     help="Drop these finished splits and extract them again."),
         click.option("--allow-truncated", is_flag=True, help="Load truncated images as OpenOOD does."),
         click.option("--workers", type=click.IntRange(0), default=2, show_default=True,
                      help="Threads that decode images."),
@@ -71,8 +74,7 @@ def extract_options(command: Any) -> Any:
 @extract_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
-@click.pass_obj
-def extract(command: str, /, dry_run: bool, as_json: bool, **asked: Any) -> None:
+def extract(dry_run: bool, as_json: bool, **asked: Any) -> None:
     """Run a network over BENCHMARK's images once and write its states to a cache.
 
     BENCHMARK is digits, cifar10, cifar100, imagenet200, imagenet, or your own FILE.toml. Stopped at any moment, the
@@ -86,7 +88,7 @@ def extract(command: str, /, dry_run: bool, as_json: bool, **asked: Any) -> None
     """
     from nacpipe.network.plan import plan_extraction
 
-    requests = make_requests(command, **asked)
+    requests = make_requests(**asked)
     if dry_run:
         print_plans([plan_extraction(request, dry=True) for request in requests], as_json)
         return
@@ -108,7 +110,7 @@ def extract(command: str, /, dry_run: bool, as_json: bool, **asked: Any) -> None
         note(f"next: nacpipe search {cache}")
 
 
-def make_requests(command: str, **asked: Any) -> list[ExtractRequest]:
+def make_requests(**asked: Any) -> list[ExtractRequest]:
     """Fill in what depends on the benchmark, its network and the cache's place; one request for each training run."""
     from nacpipe.data.own import open_benchmark
     from nacpipe.data.runs import find_runs, name_run
@@ -123,6 +125,7 @@ def make_requests(command: str, **asked: Any) -> list[ExtractRequest]:
         asked["model"] = "digits_cnn"
     if asked["cache"] is None:
         asked["cache"] = name_cache(benchmark.name, plain_name(asked["model"]))
+    command = _canonical(asked)
     checkpoint = asked["checkpoint"]
     if checkpoint is None or not checkpoint.is_dir():
         return [ExtractRequest(command=command, **asked)]
@@ -132,6 +135,25 @@ def make_requests(command: str, **asked: Any) -> list[ExtractRequest]:
         )
         for run, file in find_runs(checkpoint).items()
     ]
+
+
+def _canonical(asked: dict[str, Any]) -> str:
+    """The command that makes or finishes this cache, whatever splits were asked for this time."""
+    usual = {option.name: option.default for option in extract.params}
+    words = ["nacpipe", "extract", str(asked["benchmark"])]
+    for name, value in asked.items():
+        if name in ("benchmark", "splits", "force", "workers") or value in (None, usual.get(name)) or value == ():
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if name == "pools":
+            words += [word for layer, kind in value for word in ("--pool", f"{layer}={kind}")]
+        elif name == "channels_last":
+            words.append(flag if value else "--contiguous")
+        elif value is True:
+            words.append(flag)
+        else:
+            words += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
 
 
 def extract_requests(requests: Sequence[ExtractRequest]) -> bool:

@@ -40,6 +40,8 @@ def inspect(
     from nacpipe.search.inspection import summarise_cache, summarise_splits
 
     opened = open_cache(cache)
+    if choice is not None and alpha is not None:
+        raise click.UsageError("Give --params or --alpha, not both.")
     if layer is not None and split is not None:
         _inspect_layer(opened, split, layer, choice, alpha, as_json)
         return
@@ -85,9 +87,11 @@ def _inspect_layer(
         if layer not in given.layers:
             raise ParamsError(f"{choice} has no parameters for layer {layer!r}; it has {', '.join(given.layers)}")
         params = replace(given.layers[layer], weight=1.0)  # a layer of weight 0 can be looked at too
-        bins = describe_bins(fit_coverage(cache, NacParams(layers={layer: params})), layer)
     elif alpha is not None:
-        params = LayerParams(bins=50, saturation=1, alpha=alpha)
+        params = LayerParams(bins=50, saturation=50, alpha=alpha)
+        note(f"coverage with {params.bins} bins and saturation {params.saturation}; others with --params FILE")
+    if params is not None:
+        bins = describe_bins(fit_coverage(cache, NacParams(layers={layer: params})), layer)
     values = describe_layer(cache, split, layer, params)
     if as_json:
         print_json({"values": values.to_dict("records"), "bins": None if bins is None else bins.to_dict("records")})

@@ -14,8 +14,7 @@ from nacpipe.cli.search import DEFAULT_TRIALS
 @extract_options
 @click.option("--trials", type=int, default=DEFAULT_TRIALS, show_default=True, help="Completed trials to reach.")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="The search's seed.")
-@click.pass_obj
-def run(command: str, /, trials: int, seed: int, **asked: Any) -> None:
+def run(trials: int, seed: int, **asked: Any) -> None:
     """Extract BENCHMARK's states, search the parameters, and print the table, in one command.
 
     Stopped at any moment, the same command goes on where it was.
@@ -24,7 +23,6 @@ def run(command: str, /, trials: int, seed: int, **asked: Any) -> None:
     nacpipe run digits
     nacpipe run cifar10 --model resnet20 --checkpoint resnet20.th --data-root data
     """
-    from nacpipe.artifact import beside_cache
     from nacpipe.cache import open_cache
     from nacpipe.cli.evaluate import print_evaluation
     from nacpipe.cli.search import run_search
@@ -35,7 +33,7 @@ def run(command: str, /, trials: int, seed: int, **asked: Any) -> None:
 
     if trials < 1:
         raise InputError(f"trials is {trials}; it must be at least 1")
-    requests = make_requests(command, **asked)
+    requests = make_requests(**asked)
     if len(requests) > 1:
         raise InputError(
             f"checkpoint {asked['checkpoint']} is a folder of {len(requests)} runs; name one of them, or make a cache"
@@ -44,6 +42,6 @@ def run(command: str, /, trials: int, seed: int, **asked: Any) -> None:
     extract_requests(requests)
     request = requests[0]
     search = Search(SearchRequest(cache=request.cache, trials=trials, seed=seed))
-    result = run_search(search, beside_cache(str(request.cache), ".params.json"))
+    result = run_search(search)
     click.echo("")
     print_evaluation(evaluate(open_cache(request.cache), result.params))

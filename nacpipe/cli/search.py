@@ -53,36 +53,39 @@ def search(
     nacpipe search cache/digits-digits_cnn.zarr --trials 5000 --timeout 600
     nacpipe search cache/digits-digits_cnn.zarr --status
     """
-    from nacpipe.artifact import beside_cache, check_writable
+    from nacpipe.artifact import check_writable
     from nacpipe.search.result import SearchRequest
     from nacpipe.search.study import Search
 
-    target = output or beside_cache(str(cache), ".params.json")
     if output is not None and not (status or dry_run):
         check_writable(output)
     request = SearchRequest(
         cache=cache, trials=trials, timeout=timeout, seed=seed, layers=layers, threads=threads, storage=storage,
-        study=study,
+        study=study, output=output,
     )  # fmt: skip
     found = Search(request, create=not (status or dry_run))
     if dry_run:
         _print_plan(found, as_json)
     elif status:
-        result = found.result("stopped")
-        print_result(result, found, as_json)
+        print_result(found.result("stopped"), found, as_json)
+        note(f"go on, or ask for more with --trials N: {found.command()}")
     else:
-        run_search(found, target, as_json)
+        run_search(found, as_json)
 
 
-def run_search(search: Search, target: Path, as_json: bool = False) -> SearchResult:
-    """Run a search with progress on stderr, write the parameters to `target`, print what was found."""
-    from nacpipe.artifact import beside_cache, write_params
+def run_search(search: Search, as_json: bool = False) -> SearchResult:
+    """Run a search with progress on stderr, write the parameters, print what was found."""
+    from nacpipe.artifact import write_params
+    from nacpipe.search.storage import only_runner
 
+    target = search.request.target
     done = len(search.completed())
     if done >= search.request.trials:
         note(f"the study has {done} completed trials already; more with --trials N")
-    progress = Progress(max(search.request.trials - done, 0))
-    result = search.run(lambda told, best: progress.step(1, f"search  best {100 * best:.2f} %"))
+    progress = Progress(search.request.trials, done)
+    with only_runner(search.request.where, search.request.study_name):
+        result = search.run(lambda told, best: progress.step(1, f"search  best {100 * best:.2f} %"))
+    _say_what_is_replaced(target, search)
     write_params(target, result.params, result=result.to_json(), made_by=search.made_by())
     print_result(result, search, as_json)
     note(f"wrote {target}")
@@ -91,9 +94,22 @@ def run_search(search: Search, target: Path, as_json: bool = False) -> SearchRes
     if result.ended == "timeout":
         note(f"time is up; go on with: {search.command()}")
     else:
-        beside = beside_cache(str(search.request.cache), ".params.json")
-        note(f"next: nacpipe evaluate {search.request.cache}" + (f" --params {target}" if target != beside else ""))
+        named = f" --params {target}" if search.request.output else ""
+        note(f"next: nacpipe evaluate {search.request.cache}{named}")
     return result
+
+
+def _say_what_is_replaced(target: Path, search: Search) -> None:
+    """Another study's result is not replaced without a word."""
+    import json
+
+    try:
+        before = json.loads(target.read_text("utf-8"))
+        name, value = before["made_by"]["study_name"], before["result"]["val_auroc"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if name != search.request.study_name:
+        note(f"{target} held the result of {name} ({_percent(value)} %); it is replaced, keep both with --output FILE")
 
 
 def print_result(result: SearchResult, search: Search, as_json: bool) -> None:

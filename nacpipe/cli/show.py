@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +27,16 @@ def note(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print JSON to stdout."""
-    click.echo(json.dumps(value, indent=2))
+    click.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def printable(text: str) -> str:
@@ -80,10 +90,10 @@ def _cell(value: Any) -> str:
 class Progress:
     """One line on stderr that is written over; silent where stderr is not a terminal."""
 
-    def __init__(self, total: int) -> None:
-        """Count up to `total`."""
+    def __init__(self, total: int, done: int = 0) -> None:
+        """Count from `done` up to `total`."""
         self.total = total
-        self.done = 0
+        self.done = self._before = done
         self._started = time.monotonic()
         self._shown = 0.0
         self._on = sys.stderr.isatty()
@@ -95,7 +105,7 @@ class Progress:
         if not self._on or (now - self._shown < 0.1 and self.done < self.total):
             return
         self._shown = now
-        rate = self.done / max(now - self._started, 1e-9)
+        rate = (self.done - self._before) / max(now - self._started, 1e-9)
         left = max(self.total - self.done, 0) / max(rate, 1e-9)
         line = f"{text}  {self.done}/{self.total}  {rate:.0f}/s  {int(left // 60)}:{int(left % 60):02d} left"
         sys.stderr.write(f"\r\x1b[K{printable(line)}" + ("\n" if self.done >= self.total else ""))

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
@@ -35,7 +37,19 @@ _ENTERED = threading.Lock()
 NEAR = 8  # places walked one by one before leaping: most bins hold fewer
 
 
-@njit(cache=True, inline="always")
+def _compiled(**options: Any) -> Callable[[Any], Any]:
+    """Compile, and keep the result on disk where any folder can be written to."""
+
+    def decorate(function: Any) -> Any:
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # numba found no folder: a read-only install and no home
+            return njit(**options)(function)
+
+    return decorate
+
+
+@_compiled(inline="always")
 def _first_at_least(row, start, border):  # type: ignore[no-untyped-def]
     """The first place ≥ start in the ascending row whose value is ≥ border: a few steps, then in leaps."""
     n = row.size
@@ -62,7 +76,7 @@ def _first_at_least(row, start, border):  # type: ignore[no-untyped-def]
     return high
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@_compiled(parallel=True, nogil=True)
 def _fill_ranked(train, queries, ranks, borders, saturation, chunks):  # type: ignore[no-untyped-def]
     neurons = train.shape[0]
     n_query = queries.shape[1]
@@ -98,7 +112,7 @@ def _fill_ranked(train, queries, ranks, borders, saturation, chunks):  # type: i
     return partial
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@_compiled(parallel=True, nogil=True)
 def _count_sorted(train, borders):  # type: ignore[no-untyped-def]
     neurons = train.shape[0]
     counts = np.zeros((neurons, borders.size - 1), np.int32)
@@ -112,7 +126,7 @@ def _count_sorted(train, borders):  # type: ignore[no-untyped-def]
     return counts
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@_compiled(parallel=True, nogil=True)
 def _fill_rows(products, borders, counts, saturation):  # type: ignore[no-untyped-def]
     rows, neurons = products.shape
     filled = np.zeros(rows, np.int64)

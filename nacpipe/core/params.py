@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
+import numpy as np
+
 from nacpipe.core.coverage import Edges, Source
 from nacpipe.errors import ParamsError
 
@@ -94,8 +96,8 @@ def _layer_from_json(name: str, entry: Any) -> LayerParams:
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())  # infinity and NaN are not
-    if isinstance(value, bool) or not whole:
+    fraction = isinstance(value, float | np.floating) and not float(value).is_integer()  # so are infinity and NaN
+    if not _is_number(value) or fraction:
         raise ParamsError(f"{name} is {value!r}; it must be a whole number")
     if not low <= value <= high:
         raise ParamsError(f"{name} is {value}; it must lie between {low} and {high}")
@@ -103,6 +105,10 @@ def _whole(name: str, value: Any, low: int, high: int) -> int:
 
 
 def _real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300 or not math.isfinite(value):
+    if not _is_number(value) or abs(value) > 1e300 or not math.isfinite(value):
         raise ParamsError(f"{name} is {value!r}; it must be a finite number")
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)

@@ -15,7 +15,7 @@ SEARCH_SPLITS = ("id/train", "id/subtrain", "id/val", "ood/val")
 
 
 def diff(stored: Identity, wanted: Identity) -> list[str]:
-    """Return one phrase per value that differs, deepest key first named: `weights: stored 3f2a…, now 9c1d…`."""
+    """Return one phrase per value that differs: `weights: stored 3f2a…, now 9c1d…`; nested keys are joined by dots."""
     phrases: list[str] = []
     for key in sorted({*stored, *wanted}):
         a, b = stored.get(key), wanted.get(key)

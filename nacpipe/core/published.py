@@ -33,13 +33,13 @@ PUBLISHED: dict[tuple[str, str], NacParams] = {  # each layer: bins, saturation,
 
 
 def published_params(benchmark: str, family: str, layers: Collection[str]) -> NacParams:
-    """Return the paper's parameters for these layers.
+    """Return the paper's parameters, where its layers are among these.
 
     Raises:
         ParamsError: the paper has none for this benchmark, family and choice of layers.
     """
     params = PUBLISHED.get((benchmark, family))
-    if params is None or set(params.layers) != set(layers):
+    if params is None or not set(params.layers) <= set(layers):
         known = "; ".join(f"{b} {f}: {', '.join(p.layers)}" for (b, f), p in PUBLISHED.items())
         raise ParamsError(
             f"the paper has no parameters for {benchmark}, {family}, layers {', '.join(layers)} (it has {known});"

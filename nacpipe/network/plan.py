@@ -136,6 +136,7 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     header = make_header(request, network, layers, classes, features)
     exists = (request.cache / "zarr.json").exists()
     done: dict[str, tuple[bool, NDArray[np.bool_]]] = {}
+    forced: list[str] = []
     if exists:
         cache = open_cache(request.cache)
         if dry:  # whatever weights there are
@@ -143,13 +144,14 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         check_identity(cache.path, cache.header, header)
         header = replace(header, block_rows=cache.header.block_rows, shard_blocks=cache.header.shard_blocks)
         for images in sets:
-            if images.name in cache and images.name not in request.force:
-                split = cache.peek(images.name)
-                _check_images(cache.path, images, split.images)
-                done[images.name] = (split.sealed, split.marks())
-        forced = [name for name in request.force if name in cache]
-    else:
-        forced = []
+            if images.name not in cache:
+                continue
+            split = cache.peek(images.name)
+            if images.name in request.force and (split.sealed or diff(split.images, images.identity())):
+                forced.append(images.name)  # one that is not finished goes on: it was dropped before
+                continue
+            _check_images(cache.path, images, split.images)
+            done[images.name] = (split.sealed, split.marks())
     plans = []
     for images in sets:
         blocks = count_blocks(int(images.index.size), header.block_rows)

@@ -42,7 +42,7 @@ class ExtractRequest:
     splits: tuple[str, ...] = ()
     """Names; none means every split whose list is there."""
     force: tuple[str, ...] = ()
-    """Splits to drop and extract again."""
+    """Finished splits to drop and extract again."""
     allow_truncated: bool = False
     workers: int = 2
     """Threads that decode images."""
@@ -154,3 +154,5 @@ def pin_arithmetic() -> None:
     gradients by 1e-3. The variable is read at a process's first convolution; someone who set it has chosen.
     """
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True

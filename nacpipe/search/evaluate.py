@@ -8,25 +8,26 @@ far means are unweighted means over their sets. OpenOOD prints AUPR-IN and AUPR-
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from nacpipe.artifact import beside_cache, read_params
+from nacpipe.artifact import beside_cache, read_fingerprint, read_params
 from nacpipe.cache import Cache
 from nacpipe.core.baselines import LOGIT_BASELINES
 from nacpipe.core.metrics import accuracy, detect
 from nacpipe.core.params import NacParams
+from nacpipe.core.provenance import SEARCH_SPLITS, fingerprint
 from nacpipe.core.published import published_params
 from nacpipe.errors import InputError, ParamsError
 from nacpipe.search.scoring import fit_coverage
 
 METRICS = ("fpr95", "auroc", "aupr_in", "aupr_out")
 NO_LOGITS = f"accuracy, {', '.join(LOGIT_BASELINES)} are left empty: what this network gives are features, not logits"
-Scores = Mapping[str, NDArray[np.float64]]  # method → (samples,)
 
 
 def evaluate(cache: Cache, params: NacParams | None) -> pd.DataFrame:
@@ -74,8 +75,11 @@ def evaluate(cache: Cache, params: NacParams | None) -> pd.DataFrame:
                 )
     frame = _with_means(pd.DataFrame(rows))
     frame = frame[["task", "group", "dataset", "method", *METRICS, "accuracy", "n_id", "n_ood"]]
-    if not has_logits(cache):
-        frame.attrs["note"] = NO_LOGITS
+    notes = [] if has_logits(cache) else [NO_LOGITS]
+    if unfinished := [name for name in cache if not cache.peek(name).sealed]:
+        notes.append(f"not finished, left out: {', '.join(unfinished)}; finish with: {cache.command()}")
+    if notes:
+        frame.attrs["note"] = ". ".join(notes)
     return frame
 
 
@@ -101,25 +105,48 @@ def score_methods(
     return found
 
 
-def find_params(cache: Cache, choice: str | None) -> NacParams:
+def find_params(cache: Cache, choice: str | None, warn: Callable[[str], None] = lambda text: None) -> NacParams:
     """Return the parameters to use: a file's, the paper's (`published`), or those that a search left beside the cache.
 
+    Args:
+        cache: the cache they are for.
+        choice: a file, `published`, or None.
+        warn: told where a file that was named was found on other states.
+
     Raises:
-        ParamsError: there are none, saying how to get some.
+        ParamsError: there are none, or those beside the cache were found on other states, saying what to do.
     """
     if choice == "published":
         identity = cache.header.identity
         layers = [spec.name for spec in cache.header.layers]
         return published_params(str(identity.get("benchmark")), str(identity.get("family")), layers)
     if choice is not None:
-        return read_params(choice)
+        params = read_params(choice)
+        if not _found_here(cache, params, choice):
+            warn(f"{choice} was found on other states than those of {cache.path}; it may fit them badly")
+        return params
     beside = beside_cache(cache.path, ".params.json")
     if not beside.exists():
         raise ParamsError(
             f"there is no {beside}; make it with: nacpipe search {cache.path},"
             " or give --params FILE or --params published"
         )
-    return read_params(beside)
+    params = read_params(beside)
+    if not _found_here(cache, params, beside):
+        raise ParamsError(
+            f"{beside} was found on other states than those of {cache.path} now; search again with:"
+            f" nacpipe search {cache.path}, or give --params {beside} to use it all the same"
+        )
+    return params
+
+
+def _found_here(cache: Cache, params: NacParams, path: str | Path) -> bool:
+    """False where the file says that it was found on other states; a file that says nothing is taken as it is."""
+    said = read_fingerprint(path)
+    layers = tuple(params.layers)
+    if not set(layers) <= {spec.name for spec in cache.header.layers}:
+        return True  # fitting refuses them by name
+    return said in (None, fingerprint(cache.search_identity(SEARCH_SPLITS, layers)))
 
 
 def _accuracy(cache: Cache, splits: list[str]) -> float:

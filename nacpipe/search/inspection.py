@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache
-from nacpipe.core.coverage import bin_edges
+from nacpipe.core.coverage import bin_edges, coverage_table
 from nacpipe.core.params import LayerParams
 from nacpipe.search.scoring import Coverage
 
@@ -56,8 +56,8 @@ def summarise_splits(cache: Cache, only: str | None = None) -> pd.DataFrame:
 def describe_layer(cache: Cache, split: str, layer: str, params: LayerParams | None = None) -> pd.DataFrame:
     """Return the distribution of a layer's activation, gradient and product over all samples and neurons of a split.
 
-    Columns: value, zeros (share), nan (count), then quantiles q0 … q100. With parameters a row for the states
-    themselves, sigmoid(alpha · source), too.
+    Columns: value, zeros (share), nan (count, infinities too), then quantiles q0 … q100. With parameters a row for the
+    states themselves, sigmoid(alpha · source), too.
     """
     opened = cache[split]
     opened[layer]  # refuses a layer that is not there
@@ -90,7 +90,7 @@ def describe_bins(coverage: Coverage, layer: str) -> pd.DataFrame:
     fitted = coverage.layers[layer]
     edges = bin_edges(fitted.params.bins, fitted.params.edges)
     counts: NDArray[np.int32] = fitted.counts
-    table = np.minimum(counts, fitted.params.saturation) / fitted.params.saturation
+    table = coverage_table(counts, fitted.params.saturation)
     frame = pd.DataFrame(
         {
             "bin": np.arange(counts.shape[1]),

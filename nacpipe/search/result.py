@@ -30,11 +30,18 @@ class SearchRequest:
     """A journal file or a database URL; none means X.study.log beside the cache."""
     study: str = "nac"
     """The study's name in its storage; the seed is added to it."""
+    output: Path | None = None
+    """Where the result goes; None means X.params.json beside the cache."""
 
     @property
     def study_name(self) -> str:
         """A study per seed: another seed is another search in the same storage."""
         return f"{self.study}-seed{self.seed}"
+
+    @property
+    def target(self) -> Path:
+        """The parameter file."""
+        return self.output or beside_cache(str(self.cache), ".params.json")
 
     @property
     def where(self) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -20,6 +22,8 @@ from nacpipe.errors import StudyError
 
 if sys.platform != "win32":
     import fcntl
+
+JOURNAL = b'{"op_code":'  # how Optuna's first line begins
 
 
 class TailMendingLock:
@@ -34,6 +38,7 @@ class TailMendingLock:
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
+            _check_journal(handle, self._path)
             _cut_torn_tail(handle)
         except BaseException:
             os.close(handle)
@@ -44,6 +49,38 @@ class TailMendingLock:
     def release(self) -> None:
         """Give the lock back."""
         os.close(self._held.pop())
+
+
+def _check_journal(handle: int, path: str) -> None:
+    """Refuse a file that is something else before a byte of it is cut or added."""
+    head = os.pread(handle, len(JOURNAL), 0)
+    if not JOURNAL.startswith(head):
+        raise StudyError(
+            f"{path} is not a study's journal; name another --storage FILE (a database is sqlite:///{path})"
+        )
+
+
+@contextmanager
+def only_runner(where: str, study: str) -> Iterator[None]:
+    """Hold a study in a journal for this process: two searches would try the same trials.
+
+    Raises:
+        StudyError: another process searches it now.
+    """
+    if "://" in where or sys.platform == "win32":
+        yield
+        return
+    path = f"{where}.{study}.running"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StudyError(f"study {study} in {where} is being searched by another process; wait for it") from None
+        yield
+        os.unlink(path)
+    finally:
+        os.close(handle)  # the kernel drops the lock, also of a process that was killed
 
 
 def _cut_torn_tail(handle: int) -> None:

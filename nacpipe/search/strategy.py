@@ -173,4 +173,5 @@ class Strategy:
 def _move(unit: NDArray[np.float64], step: float, random: np.random.Generator) -> NDArray[np.float64]:
     """A random step of some of the coordinates, kept inside the unit cube."""
     moves = random.random(unit.size) < 0.6
+    moves[random.integers(unit.size)] = True
     return np.clip(unit + np.where(moves, random.normal(0.0, step, unit.size), 0.0), 0.0, 1.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,10 +108,9 @@ class Search:
         assert self.study is not None
         started = time.monotonic()
         strategy, ended = Strategy(self.space(), self.request.seed, self.weigh, self.published), "trials"
-        for trial in self.completed():
-            strategy.tell(trial_params(trial, self.layers), float(trial.value or 0.0))
         distributions = _distributions(strategy.space, self.published)
-        seconds = float(self.study.user_attrs.get("seconds", 0.0))
+        seconds = self._learn(strategy)
+        shared = "://" in self.request.where  # others may add trials to a database while this runs
         try:
             while strategy.told < self.request.trials:
                 if self.request.timeout is not None and time.monotonic() - started >= self.request.timeout:
@@ -128,18 +127,28 @@ class Search:
                         "phase": proposal.phase,
                         "val_fpr95": checks.val_fpr95,
                         "subtrain_auroc": checks.subtrain_auroc,
+                        "seconds": seconds + time.monotonic() - started,
                     },
                 )
                 trial.datetime_start, trial.datetime_complete = begun, datetime.datetime.now()
                 self.study.add_trial(trial)
-                strategy.tell(proposal.params, checks.val_auroc)
+                if shared:
+                    self._learn(strategy)
+                else:
+                    strategy.tell(proposal.params, checks.val_auroc)
                 progress(strategy.told, strategy.value)
         except KeyboardInterrupt:
             if strategy.told == 0:
                 raise  # there is nothing to report
             ended = "interrupted"
-        self.study.set_user_attr("seconds", seconds + time.monotonic() - started)
         return self.result(ended)
+
+    def _learn(self, strategy: Strategy) -> float:
+        """Tell the strategy the completed trials it does not know; return the seconds that the study has taken."""
+        trials = self.completed()
+        for trial in trials[strategy.told :]:
+            strategy.tell(trial_params(trial, self.layers), float(trial.value or 0.0))
+        return _seconds(trials)
 
     def measure(self, params: NacParams) -> Checks:
         """Score the search's splits under these parameters."""
@@ -178,7 +187,7 @@ class Search:
             energy_val=own.val_auroc if own else None,
             alone=alone,
             trials=len(trials),
-            seconds=float(self.study.user_attrs.get("seconds", 0.0)),
+            seconds=_seconds(trials),
             seed=self.request.seed,
             ended=ended,
         )
@@ -201,6 +210,7 @@ class Search:
         given += [f"--storage {self.request.storage}"] if self.request.storage else []
         given += [f"--study {self.request.study}"] if self.request.study != "nac" else []
         given += [f"--layers {','.join(self.request.layers)}"] if self.request.layers else []
+        given += [f"--output {self.request.output}"] if self.request.output else []
         return " ".join(["nacpipe search", str(self.request.cache), f"--trials {self.request.trials}", *given])
 
     def _checks(self, scores: NDArray[np.float64]) -> Checks:
@@ -226,6 +236,11 @@ def trial_params(trial: FrozenTrial, layers: tuple[str, ...]) -> NacParams:
     )
 
 
+def _seconds(trials: Sequence[FrozenTrial]) -> float:
+    """Wall time of all sessions: every trial carries the sum so far, so a killed session's time is not lost."""
+    return max((float(trial.user_attrs.get("seconds", 0.0)) for trial in trials), default=0.0)
+
+
 def _flatten(params: NacParams) -> dict[str, Any]:
     return {f"{name}.{field}": getattr(layer, field) for name, layer in params.layers.items() for field in FIELDS}
 
@@ -248,6 +263,8 @@ def _published(cache: Cache, layers: tuple[str, ...]) -> NacParams | None:
         found = published_params(str(identity.get("benchmark")), str(identity.get("family")), layers)
     except ParamsError:
         return None
+    if set(found.layers) != set(layers):
+        return None
     return NacParams(layers={layer: found.layers[layer] for layer in layers})
 
 
@@ -258,6 +275,11 @@ def _check_bound(request: SearchRequest, name: str, stored: Mapping[str, Any], b
     differences = diff(stored.get("identity", {}), bound["identity"])
     if name != request.study_name and all(phrase.startswith("layers") for phrase in differences):
         return  # the same states, other layers: a neighbour, not a stranger
+    if all(phrase.startswith("layers") for phrase in differences):
+        raise StudyError(
+            f"study {name} in {request.where} searches other layers of this cache: {'; '.join(differences)}."
+            " Give another --study NAME"
+        )
     raise StudyError(
         f"study {name} in {request.where} was made with another cache than {request.cache}:"
         f" {'; '.join(differences)}. Give another --storage FILE"

@@ -201,8 +201,20 @@ def test_a_missing_chunk_reads_as_no_value_not_as_zeros(tmp_path: Path) -> None:
     found = split["layer1"].activation[:]
     assert np.isnan(found[16:32]).all()  # type: ignore[index]
     np.testing.assert_array_equal(found[:16], arrays["layer1/activation"][:16])  # type: ignore[index]
-    assert (split.label[32:] == np.iinfo(np.int64).min).all()
-    assert split.label[:32].tolist() == arrays["label"][:32].tolist()
+    assert (np.asarray(split.array("label")[32:]) == np.iinfo(np.int64).min).all()
+    assert split.read("label", slice(0, 32)).tolist() == arrays["label"][:32].tolist()
+    with pytest.raises(CacheError, match=r"id/val/label is damaged \(row 32 holds no value\); extract the split again"):
+        _ = split.label
+
+
+def test_a_missing_chunk_of_logits_is_refused_and_never_sealed(tmp_path: Path) -> None:
+    write(tmp_path / "c.zarr", draw())
+    (tmp_path / "c.zarr/id/val/logits/c/1/0").unlink()
+    with pytest.raises(CacheError, match=r"id/val/logits is damaged \(row 16 holds no value\)"):
+        open_cache(tmp_path / "c.zarr")["id/val"].read("logits")
+    writer = CacheWriter(tmp_path / "c.zarr", open_cache(tmp_path / "c.zarr").header)
+    with pytest.raises(CacheError, match=r"id/val/logits lacks 1 of its chunks; extract the split again with --force"):
+        writer.seal("id/val")
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:

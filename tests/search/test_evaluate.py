@@ -18,6 +18,7 @@ from nacpipe.cache import Cache, open_cache
 from nacpipe.cli import main
 from nacpipe.core import published
 from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.core.provenance import SEARCH_SPLITS, fingerprint
 from nacpipe.errors import InputError, ParamsError
 from nacpipe.search.evaluate import evaluate, find_params, score_methods
 from tests import oracle
@@ -230,3 +231,27 @@ def test_markdown_and_the_table(cache: Cache, frame: pd.DataFrame, params_file: 
     row = next(line for line in printed.stdout.splitlines() if line.startswith("near letters"))
     shown = [f"{100 * value:.2f}" for value in frame.loc[0, METRICS]]
     assert row.split() == ["near", "letters", "NAC", *shown, "35"]
+
+
+# --- whose parameters -------------------------------------------------------------------------------------------------
+
+
+def test_parameters_of_other_states_are_refused_beside_a_cache_and_said_elsewhere(
+    make_cache: Callable[..., Cache], tmp_path: Path
+) -> None:
+    cache, other = make_cache(tmp_path / "c.zarr"), make_cache(tmp_path / "o.zarr", identity={"weights": "b" * 64})
+    bound = fingerprint(cache.search_identity(SEARCH_SPLITS, ("avgpool",)))
+    params = NacParams(layers={"avgpool": LayerParams(bins=10, saturation=5, alpha=1.0)})
+    for name in ("c", "o"):
+        write_params(tmp_path / f"{name}.params.json", params, made_by={"fingerprint": bound})
+    said: list[str] = []
+    assert find_params(cache, None, said.append) == params
+    assert find_params(cache, str(tmp_path / "o.params.json"), said.append) == params
+    assert said == []
+    with pytest.raises(ParamsError, match=r"o\.params\.json was found on other states than those of .*o\.zarr now"):
+        find_params(other, None)
+    assert find_params(other, str(tmp_path / "o.params.json"), said.append) == params
+    assert len(said) == 1
+    assert "was found on other states than those of" in said[0]
+    write_params(tmp_path / "o.params.json", params)  # a file with just layers is accepted
+    assert find_params(other, None) == params

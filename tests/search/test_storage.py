@@ -20,7 +20,7 @@ import pytest
 from nacpipe.cache import Cache
 from nacpipe.errors import CacheError, StudyError
 from nacpipe.search.result import SearchRequest
-from nacpipe.search.storage import open_storage
+from nacpipe.search.storage import only_runner, open_storage
 from nacpipe.search.study import Search
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,11 @@ def request_(cache: Cache, where: object, **more: Any) -> SearchRequest:
 
 
 def trials_of(search: Search) -> Trials:
-    return [(trial.value, dict(trial.params), dict(trial.user_attrs)) for trial in search.completed()]
+    """Everything of a trial but its clock."""
+    return [
+        (trial.value, dict(trial.params), {k: v for k, v in trial.user_attrs.items() if k != "seconds"})
+        for trial in search.completed()
+    ]
 
 
 def run(request: SearchRequest) -> Search:
@@ -72,7 +76,7 @@ def test_every_trial_is_one_line(journal: Path) -> None:
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     trials = [line for line in lines if "datetime_complete" in line]
     assert len(trials) == TRIALS
-    assert len(lines) - TRIALS == 6  # the study, its four attributes, the seconds
+    assert len(lines) - TRIALS == 5  # the study and its four attributes
 
 
 @pytest.mark.parametrize("line", [0, 1, 3, 4, 5, 20, 34, -1])
@@ -213,7 +217,8 @@ def test_in_a_database_only_the_study_itself_must_be_the_caches_own(
 def test_the_same_cache_with_other_layers_is_a_neighbour(small_cache: Cache, journal: Path, tmp_path: Path) -> None:
     where = tmp_path / "s.log"
     shutil.copy(journal, where)
-    with pytest.raises(StudyError, match=r"another cache than .*: layers\.avgpool: stored \{.*\}, now nothing\. Give"):
+    message = r"searches other layers of this cache: layers\.avgpool: stored \{.*\}, now nothing\. Give another --study"
+    with pytest.raises(StudyError, match=message):
         Search(request_(small_cache, where, layers=("layer1",)))
     search = run(request_(small_cache, where, layers=("layer1",), study="one", trials=3))
     assert search.made_by()["study_name"] == "one-seed1"
@@ -267,3 +272,29 @@ def test_the_default_place_is_beside_the_cache(small_cache: Cache, tmp_path: Pat
     assert Search(more).command() == (
         f"nacpipe search {path} --trials 2 --seed 3 --storage {tmp_path}/x.log --study b --layers layer1"
     )
+
+
+# --- one search at a time, and nothing but journals -------------------------------------------------------------------
+
+
+def test_a_second_search_of_a_study_is_refused_while_the_first_runs(tmp_path: Path) -> None:
+    where = f"{tmp_path}/s.log"
+    with only_runner(where, "nac-seed1"):
+        with (
+            pytest.raises(StudyError, match="nac-seed1 in .* is being searched by another process"),
+            only_runner(where, "nac-seed1"),
+        ):
+            pass
+        with only_runner(where, "nac-seed2"):  # another study in the same journal
+            pass
+    with only_runner(where, "nac-seed1"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"SQLite format 3\x00 and more", b"notes\nof mine", b"{}\n"])
+def test_a_file_that_is_no_journal_is_left_as_it_is(small_cache: Cache, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "notes").write_bytes(content)
+    with pytest.raises(StudyError, match="notes is not a study's journal; name another --storage FILE"):
+        Search(request_(small_cache, tmp_path / "notes"))
+    assert (tmp_path / "notes").read_bytes() == content
