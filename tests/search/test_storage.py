@@ -281,7 +281,7 @@ def test_a_second_search_of_a_study_is_refused_while_the_first_runs(tmp_path: Pa
     where = f"{tmp_path}/s.log"
     with only_runner(where, "nac-seed1"):
         with (
-            pytest.raises(StudyError, match="nac-seed1 in .* is being searched by another process"),
+            pytest.raises(StudyError, match=r"nac-seed1 in .* is being searched by another process"),
             only_runner(where, "nac-seed1"),
         ):
             pass
