@@ -55,7 +55,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int
 def print_frame(frame: pd.DataFrame, output: str) -> None:
     """Print a frame as json (a list of rows), csv or markdown."""
     if output == "json":
-        print_json(json.loads(frame.to_json(orient="records", double_precision=15)))
+        print_json(frame.to_dict("records"))
     elif output == "csv":
         click.echo(frame.to_csv(index=False), nl=False)
     else:

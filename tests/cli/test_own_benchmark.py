@@ -13,9 +13,12 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from nacpipe.artifact import read_params
 from nacpipe.cache import open_cache
 from nacpipe.cli import main
+from nacpipe.core.metrics import detect
 from nacpipe.network.models import find_model
+from nacpipe.search.scoring import score_splits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,3 +152,27 @@ def test_untouched_images_keep_their_size(place: Path) -> None:
     path.write_text(path.read_text().replace("untouched = true", ""))
     refused = CliRunner().invoke(main, [*extract, "--splits", "csid/blurred"])
     assert "csid/blurred was made from other images: untouched: stored true, now nothing" in refused.stderr
+
+
+def test_your_own_network_on_your_own_benchmark(place: Path) -> None:
+    """Extract, search and evaluate, layers by module path, one pooling guessed and said, one given."""
+    (place / "mine.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef network():\n    torch.manual_seed(0)\n"
+        "    start = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]\n"
+        "    return nn.Sequential(*start, nn.Linear(6, 3))\n"
+    )
+    options = ["--model", "mine.py:network", "--layers", "0,2", "--pool", "2=sum-nchw", "--cache", "mine.zarr"]
+    options += ["--device", "cpu"]
+    extracted = nacpipe("extract", "shapes.toml", *options)
+    assert "sum-nchw" in extracted.stderr
+    cache = open_cache("mine.zarr")
+    assert [(s.name, s.path, s.pooling, s.neurons) for s in cache.header.layers] == [
+        ("0", "0", "sum-nchw", 6),
+        ("2", "2", "sum-nchw", 6),
+    ]
+    assert "5 trials in" in nacpipe("search", "mine.zarr", "--trials", "5").stdout
+    rows = json.loads(nacpipe("evaluate", "mine.zarr", "--json").stdout)
+    scores = score_splits(cache, read_params("mine.params.json"), ["id/test", "ood/near/crosses"])
+    expected = detect(scores["id/test"], scores["ood/near/crosses"]).auroc
+    cells = [r for r in rows if (r["task"], r["dataset"], r["method"]) == ("ood", "crosses", "NAC")]
+    assert [cell["auroc"] for cell in cells] == [expected]
