@@ -80,7 +80,9 @@ def _run_blocks(plan: Plan, split: SplitPlan, ranks: Ranks, taps: Taps) -> Itera
     units = ranks.share(plan.units(split))
     batches = [batch for unit in units for batch in plan.batches(split, unit)]
     transform = build_transform(plan.network.transform, split.images.untouched)
-    loaded = load_batches(split.images, batches, transform, plan.request.workers)
+    loaded = load_batches(
+        split.images, batches, transform, plan.request.workers, pin=plan.network.device.type == "cuda"
+    )
     for unit in units:
         parts = [part for _ in plan.batches(split, unit) for part in _run(taps, next(loaded), plan.network.device)]
         rows = plan.rows_of_unit(split, unit)
