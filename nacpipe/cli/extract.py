@@ -142,7 +142,9 @@ def _canonical(asked: dict[str, Any]) -> str:
     usual = {option.name: option.default for option in extract.params}
     words = ["nacpipe", "extract", str(asked["benchmark"])]
     for name, value in asked.items():
-        if name in ("benchmark", "splits", "force", "workers") or value in (None, usual.get(name)) or value == ():
+        said_elsewhere = name in ("benchmark", "splits", "force", "workers")
+        off = value is False and name != "channels_last"
+        if said_elsewhere or off or value in (None, (), usual.get(name)):
             continue
         flag = f"--{name.replace('_', '-')}"
         if name == "pools":
