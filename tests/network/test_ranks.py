@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -32,6 +33,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
+def children(parent: int) -> list[int]:
+    """The processes whose parent this is."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            number, _, rest = stat.read_text().partition(" ")
+            if int(rest.rpartition(")")[2].split()[1]) == parent:
+                found.append(int(number))
+    return found
+
+
 def same(a: Cache, b: Cache) -> bool:
     return list(a) == list(b) and all(
         np.array_equal(a[name].read(path), b[name].read(path)) for name in a for path in a.header.arrays()
@@ -58,9 +70,7 @@ def test_two_ranks_of_which_one_is_killed_make_the_cache_of_one(tmp_path: Path) 
     deadline = time.monotonic() + 120
     while not marks.is_dir() and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
-    children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
-    if children:
-        os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(max(children(running.pid)), signal.SIGKILL)
     running.communicate(timeout=120)
     assert running.returncode != 0, "the extraction ended before a rank could be killed"
     again = subprocess.run(two_ranks(shared, port + 1), env=environment(), capture_output=True, text=True)
