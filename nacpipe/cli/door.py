@@ -36,41 +36,52 @@ class Door(click.Group):
         return super().main(given, *rest, obj=shlex.join(["nacpipe", *given]), **more)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; a NacError becomes one line on stderr and exit code 1."""
-        previous = signal.getsignal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, _interrupt)
+        """Run a command; what goes wrong becomes one line on stderr and an exit code."""
+        interrupted: list[int] = []
+
+        def interrupt(number: int, _frame: FrameType | None) -> None:
+            interrupted.append(number)
+            raise KeyboardInterrupt
+
+        previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             return super().invoke(ctx)
-        except NacError as error:
-            if ctx.params.get("debug"):
-                raise
-            self._refuse(error.one_line())
-        except click.UsageError as error:
-            where = error.ctx.command_path if error.ctx else "nacpipe"
-            click.echo(f"nacpipe: {error.format_message()} See: {where} --help", err=True)
-            sys.exit(2)
-        except ModuleNotFoundError as error:
-            if ctx.params.get("debug") or str(error.name).split(".")[0] not in _EXTRACT:
-                raise
-            self._refuse(f"this needs {error.name}; install it with: pip install 'nacpipe[extract]'")
-        except OSError as error:
-            if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
-                raise
-            self._refuse(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
         except KeyboardInterrupt:
-            click.echo(f"\nnacpipe: interrupted; what was written is safe, go on with: {ctx.obj}", err=True)
-            sys.exit(130)
+            self._part(ctx)
+        except Exception as error:
+            if interrupted:  # a library that was being imported made an error of its own of it
+                self._part(ctx)
+            if ctx.params.get("debug") or (dressed := _dress(error)) is None:
+                raise
+            line, code = dressed
+            click.echo(printable(f"nacpipe: {line}".replace("\n", " ")), err=True)
+            sys.exit(code)
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     @staticmethod
-    def _refuse(line: str) -> NoReturn:
-        click.echo(printable(f"nacpipe: {line}".replace("\n", " ")), err=True)
-        sys.exit(1)
+    def _part(ctx: click.Context) -> NoReturn:
+        click.echo(f"\nnacpipe: interrupted; what was written is safe, go on with: {ctx.obj}", err=True)
+        sys.exit(130)
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _dress(error: Exception) -> tuple[str, int] | None:
+    """What a person is told and the exit code; None where the traceback is the better answer."""
+    match error:
+        case NacError():
+            return error.one_line(), 1
+        case click.UsageError():
+            where = error.ctx.command_path if error.ctx else "nacpipe"
+            return f"{error.format_message()} See: {where} --help", 2
+        case ModuleNotFoundError() if str(error.name).split(".")[0] in _EXTRACT:
+            return f"this needs {error.name}; install it with: pip install 'nacpipe[extract]'", 1
+        case BrokenPipeError():
+            return None
+        case OSError():
+            return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1
+        case _:
+            return None
 
 
 @click.command(cls=Door, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
