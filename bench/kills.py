@@ -33,8 +33,7 @@ from typing import Any
 
 from nacpipe.cache import open_cache
 
-SPLITS = ("id/train", "id/val", "ood/val", "ood/near/letters")
-TRIALS = 400
+SPLITS, TRIALS = ("id/train", "id/val", "ood/val", "ood/near/letters"), 400
 Process = subprocess.Popen[bytes]
 Stamps = dict[str, tuple[int, int] | None]  # file → what changes when it is written
 
@@ -88,7 +87,7 @@ class Extraction:
     def left(self) -> int:
         """Blocks and seals to be written."""
         files = [file for split in SPLITS if (file := self.out / split / "zarr.json").exists()]
-        sealed = sum(json.loads(file.read_text())["attributes"]["sealed"] for file in files)
+        sealed: int = sum(json.loads(file.read_text())["attributes"]["sealed"] for file in files)
         return len(SPLITS) - sealed + sum(not self.marked(block) for block in self.blocks)
 
     def look(self, before: Stamps) -> tuple[str, bool]:
@@ -105,12 +104,10 @@ class Searching:
         self.command = f"search {cache} --trials {TRIALS} --storage {self.out} --output {self.params}".split()
 
     def trials(self) -> list[dict[str, Any]]:
-        """Every recorded trial, without its times."""
         lines = self.out.read_bytes().splitlines(keepends=True) if self.out.exists() else []
         found = [json.loads(line) for line in lines if line.startswith(b'{"op_code":4,') and line.endswith(b"\n")]
-        for trial in found:
-            trial["user_attrs"].pop("seconds", None)  # the clock
-        return [{key: trial[key] for key in ("state", "value", "params", "user_attrs")} for trial in found]
+        kept, clock = ("state", "value", "params", "user_attrs"), {"seconds": None}  # all but times
+        return [{key: trial[key] for key in kept} | {"user_attrs": trial["user_attrs"] | clock} for trial in found]
 
     def read(self) -> dict[str, Any]:
         trials, result = self.trials(), json.loads(self.params.read_text())
