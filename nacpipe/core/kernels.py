@@ -15,8 +15,9 @@ A trial (`fill_ranked`) lays its borders over both ascending rows at once:
 Compiled code is cached on disk by numba, beside this file or, where that cannot be written, in the user's cache folder;
 its index is keyed by processor, so a copied cache is never stale.
 
-Threads are numba's own work queue: OpenMP's threads spin while they wait, and where two searches share a machine's
-cores each takes five times as long. The work queue must not be entered twice at once, hence the lock.
+A trial's neurons are shared out over plain threads. The other loops use numba's own work queue: OpenMP's threads spin
+while they wait, and where two searches share a machine's cores each takes five times as long. The work queue must not be
+entered twice at once, hence the lock.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -34,7 +38,7 @@ from numpy.typing import NDArray
 if "NUMBA_THREADING_LAYER" not in os.environ:
     numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
 _ENTERED = threading.Lock()
-NEAR = 8  # places walked one by one before leaping: most bins hold fewer
+LINE = 16  # float32 values in a cache line
 
 
 def _compiled(**options: Any) -> Callable[[Any], Any]:
@@ -50,66 +54,56 @@ def _compiled(**options: Any) -> Callable[[Any], Any]:
 
 
 @_compiled(inline="always")
-def _first_at_least(row, start, border):  # type: ignore[no-untyped-def]
-    """The first place ≥ start in the ascending row whose value is ≥ border: a few steps, then in leaps."""
-    n = row.size
-    near = min(n, start + NEAR)
-    while start < near and row[start] < border:
-        start += 1
-    if start == n or row[start] >= border:
-        return start
-    step = 1
-    low = start  # row[low] < border
-    high = start + 1
-    while high < n and row[high] < border:
-        low = high
-        step *= 2
-        high = low + step
-    if high > n:
-        high = n
-    while high - low > 1:
-        middle = (low + high) >> 1
-        if row[middle] < border:
-            low = middle
-        else:
-            high = middle
-    return high
+def _walk(row, line, border):  # type: ignore[no-untyped-def]
+    """The line of the ascending row that `border` falls in, from `line` on, and how many values are below the border.
+
+    Lines that are wholly below are stepped over by their last value; within a line the comparisons are counted, all of
+    them, since a branch at an unforeseeable place costs more than sixteen comparisons at once.
+    """
+    whole = row.size // LINE
+    while line < whole and row[line * LINE + LINE - 1] < border:
+        line += 1
+    below = np.int32(0)
+    start = line * LINE
+    if line < whole:
+        for t in range(LINE):
+            below += np.int32(row[start + t] < border)
+    else:
+        for place in range(start, row.size):
+            below += np.int32(row[place] < border)
+    return line, start + below
 
 
-@_compiled(parallel=True, nogil=True)
-def _fill_ranked(train, queries, ranks, borders, saturation, chunks):  # type: ignore[no-untyped-def]
-    neurons = train.shape[0]
-    n_query = queries.shape[1]
-    partial = np.zeros((chunks, n_query), np.int64)
-    per_chunk = (neurons + chunks - 1) // chunks
-    for chunk in prange(chunks):
-        entries = np.empty(n_query, np.int32)
-        filled = np.zeros(n_query, np.int32)
-        for neuron in range(chunk * per_chunk, min(neurons, (chunk + 1) * per_chunk)):
-            row, query = train[neuron], queries[neuron]
-            p = 0
-            q = 0
-            for k in range(1, borders.size):
-                border = borders[k]
-                p_next = _first_at_least(row, p, border)
-                q_next = _first_at_least(query, q, border)
-                entry = np.int32(min(p_next - p, saturation))
-                for place in range(q, q_next):
-                    entries[place] = entry
-                p = p_next
-                q = q_next
-                if q == n_query:
-                    break
-            rank = ranks[neuron]
-            for s in range(n_query):
-                filled[s] += entries[rank[s]]
-            if (neuron + 1) % 1024 == 0:  # int32 holds 1,024 neurons of up to two million counts
-                for s in range(n_query):
-                    partial[chunk, s] += filled[s]
-                    filled[s] = 0
+@_compiled(nogil=True)
+def _fill_ranked(train, queries, ranks, borders, saturation):  # type: ignore[no-untyped-def]
+    neurons, n_query = ranks.shape
+    entries = np.empty(n_query + LINE, np.int32)  # written a line at a time, hence the room behind
+    filled = np.zeros(n_query, np.int32)
+    total = np.zeros(n_query, np.int64)
+    for neuron in range(neurons):
+        row, query = train[neuron], queries[neuron]
+        p, q, train_line, query_line = 0, 0, 0, 0
+        for k in range(1, borders.size):
+            train_line, p_next = _walk(row, train_line, borders[k])
+            query_line, q_next = _walk(query, query_line, borders[k])
+            entry = np.int32(min(p_next - p, saturation))
+            for t in range(LINE):
+                entries[q + t] = entry
+            for place in range(q + LINE, q_next):
+                entries[place] = entry
+            p, q = p_next, q_next
+            if q == n_query:
+                break
+        rank = ranks[neuron]
         for s in range(n_query):
-            partial[chunk, s] += filled[s]
-    return partial
+            filled[s] += entries[rank[s]]
+        if (neuron + 1) % 1024 == 0:  # int32 holds 1,024 neurons of up to two million counts
+            for s in range(n_query):
+                total[s] += filled[s]
+                filled[s] = 0
+    for s in range(n_query):
+        total[s] += filled[s]
+    return total
 
 
 @_compiled(parallel=True, nogil=True)
@@ -118,9 +112,9 @@ def _count_sorted(train, borders):  # type: ignore[no-untyped-def]
     counts = np.zeros((neurons, borders.size - 1), np.int32)
     for neuron in prange(neurons):
         row = train[neuron]
-        p = 0
+        p, line = 0, 0
         for k in range(1, borders.size):
-            p_next = _first_at_least(row, p, borders[k])
+            line, p_next = _walk(row, line, borders[k])
             counts[neuron, k - 1] = p_next - p
             p = p_next
     return counts
@@ -154,10 +148,24 @@ def fill_ranked(
     saturation: int,
 ) -> NDArray[np.int64]:
     """Return Σ over neurons of min(count, saturation) at each indexed sample's bins, (n_query,) int64; finite input."""
-    chunks = min(train.shape[0], 4 * numba.get_num_threads())
-    with _ENTERED:
-        partial = _fill_ranked(train, queries, ranks, borders, saturation, chunks)
-    return np.asarray(partial.sum(axis=0))
+    threads = min(numba.get_num_threads(), train.shape[0])
+    cuts = [train.shape[0] * part // threads for part in range(threads + 1)]
+    parts = [slice(low, high) for low, high in pairwise(cuts)]
+
+    def fill(part: slice) -> NDArray[np.int64]:
+        return np.asarray(_fill_ranked(train[part], queries[part], ranks[part], borders, saturation))
+
+    others = [_helpers().submit(fill, part) for part in parts[1:]]
+    total = fill(parts[0])
+    for other in others:
+        total += other.result()
+    return total
+
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    """Threads beside the caller's. A trial takes milliseconds, and here numba's own often woke on one core."""
+    return ThreadPoolExecutor(max(_most_threads() - 1, 1), thread_name_prefix="nacpipe")
 
 
 def count_sorted(
@@ -199,5 +207,8 @@ def rank_columns(products: NDArray[np.float32]) -> NDArray[np.uint16] | NDArray[
 
 def set_threads(threads: int | None) -> None:
     """Let the loops use this many cores (all by default)."""
-    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    numba.set_num_threads(min(threads or most, most))
+    numba.set_num_threads(min(threads or _most_threads(), _most_threads()))
+
+
+def _most_threads() -> int:
+    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
@@ -219,3 +220,33 @@ def test_no_samples_are_filled_with_nothing() -> None:
     borders = product_borders(bin_edges(10), 1.0)
     assert fill_ranked(*index(train, none), borders, 5).tolist() == []
     assert fill_ranked(*index(none, train), borders, 5).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("n_train", [1, 15, 16, 17, 32, 50])
+@pytest.mark.parametrize("n_query", [1, 16, 33])
+def test_rows_that_end_anywhere_in_a_line(n_train: int, n_query: int) -> None:
+    """The walk goes by lines of sixteen values; what is left behind the last whole line counts too."""
+    random = np.random.RandomState(n_train * 100 + n_query)
+    train, queries = (random.randint(-4, 5, (n, 7)).astype(np.float32) for n in (n_train, n_query))
+    borders = np.array([-np.inf, -3, -1, 0, 0.5, 2, np.inf, np.inf], np.float32)
+    expected = np.zeros(n_query, np.int64)
+    for neuron in range(7):
+        of_train = np.searchsorted(borders, train[:, neuron], side="right") - 1
+        of_query = np.searchsorted(borders, queries[:, neuron], side="right") - 1
+        expected += np.minimum((of_train[:, None] == of_query[None, :]).sum(axis=0), 3)
+    indexed = kernels.sort_columns(train), kernels.sort_columns(queries), kernels.rank_columns(queries)
+    assert kernels.fill_ranked(*indexed, borders, 3).tolist() == expected.tolist()
+
+
+def test_callers_from_several_threads_do_not_mix() -> None:
+    random = np.random.RandomState(0)
+    indexed = [random.standard_normal((200, 40)).astype(np.float32) for _ in range(8)]
+    borders = np.array([-np.inf, -1, 0, 1, np.inf], np.float32)
+
+    def fill(values: NDArray[np.float32]) -> list[int]:
+        columns = kernels.sort_columns(values)
+        return [int(x) for x in kernels.fill_ranked(columns, columns, kernels.rank_columns(values), borders, 30)]
+
+    alone = [fill(values) for values in indexed]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(fill, indexed * 5)) == alone * 5
