@@ -228,6 +228,6 @@ class Cache(Mapping[str, SplitView]):
         whole = self.header.whole_identity()
         return {
             **whole,
-            "layers": {name: whole["layers"][name] for name in layers},
+            "layers": {name: whole["layers"].get(name, "held with every sample") for name in layers},  # or logits
             "splits": {name: dict(self.peek(name).images) for name in splits if name in self},
         }

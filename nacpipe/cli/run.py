@@ -7,14 +7,13 @@ from typing import Any
 import click
 
 from nacpipe.cli.extract import extract_options, extract_requests, make_requests
-from nacpipe.cli.search import DEFAULT_TRIALS
 
 
 @click.command()
 @extract_options
-@click.option("--trials", type=int, default=DEFAULT_TRIALS, show_default=True, help="Completed trials to reach.")
+@click.option("--trials", type=int, help="Completed trials to reach; default: 2000.")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="The search's seed.")
-def run(trials: int, seed: int, **asked: Any) -> None:
+def run(trials: int | None, seed: int, **asked: Any) -> None:
     """Extract BENCHMARK's states, search the parameters, and print the table, in one command.
 
     Stopped at any moment, the same command goes on where it was.
@@ -31,7 +30,7 @@ def run(trials: int, seed: int, **asked: Any) -> None:
     from nacpipe.search.result import SearchRequest
     from nacpipe.search.study import Search
 
-    if trials < 1:
+    if trials is not None and trials < 1:
         raise InputError(f"trials is {trials}; it must be at least 1")
     requests = make_requests(**asked)
     if len(requests) > 1:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,59 +14,53 @@ if TYPE_CHECKING:
     from nacpipe.search.result import SearchResult
     from nacpipe.search.study import Search
 
-DEFAULT_TRIALS = 2000
+SAMPLERS = ("layers", "tpe", "random", "grid", "nsga2", "cmaes")
 
 
 @click.command()
 @click.argument("cache", type=click.Path(path_type=Path))
-@click.option("--trials", type=int, default=DEFAULT_TRIALS, show_default=True, help="Completed trials to reach.")
+@click.option("--trials", type=int, help="Completed trials to reach; default: 2000, or all of a grid.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this time.")
+@click.option("--patience", type=int, metavar="N", help="Stop after N trials without improvement.")
+@click.option("--space", default="auto", show_default=True, help="auto, published (the paper's grid), or a TOML file.")
+@click.option("--sampler", type=click.Choice(SAMPLERS), help="Default: layers; for the published space its grid.")
+@click.option("--objective", type=click.Choice(("auroc", "fpr95", "both")), default="auroc", show_default=True)
+@click.option("--val", default="ood/val", show_default=True, metavar="SPLIT", help="The split that plays OOD.")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Another seed is another study.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes, sharing one index in memory.")
 @click.option("--threads", type=click.IntRange(1), help="Cores to use; default: all.")
-@click.option("--layers", callback=split_names, metavar="A,B", help="Layers to use; default: all in the cache.")
+@click.option("--layers", callback=split_names, metavar="A,B", help="Layers to use, logits too; default: the cache's.")
 @click.option("--storage", metavar="URL", help="Journal file or database URL; default: X.study.log beside X.zarr.")
 @click.option("--study", default="nac", show_default=True, help="The study's name in its storage.")
 @click.option("--output", type=click.Path(path_type=Path), help="Default: X.params.json beside X.zarr.")
 @click.option("--status", is_flag=True, help="Show the study as it is and run nothing.")
+@click.option("--explain", is_flag=True, help="Show what mattered in the study and run nothing.")
 @click.option("--dry-run", is_flag=True, help="Print layers, ranges and what would be run, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def search(
-    cache: Path,
-    trials: int,
-    timeout: float | None,
-    seed: int,
-    threads: int | None,
-    layers: tuple[str, ...],
-    storage: str | None,
-    study: str,
-    output: Path | None,
-    status: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def search(status: bool, explain: bool, dry_run: bool, as_json: bool, **asked: Any) -> None:
     """Find the parameters under which NAC best tells id/val from ood/val in CACHE.
 
-    CPU only; the network is not needed. The same command continues the same study until it has the trials asked for.
-    No test split is ever read.
+    CPU only; the network is not needed. The same command continues the same study until it has the trials asked for;
+    with a database's URL, also on other machines. No test split is ever read unless --val names one.
 
     \b
     nacpipe search cache/digits-digits_cnn.zarr
     nacpipe search cache/digits-digits_cnn.zarr --trials 5000 --timeout 600
-    nacpipe search cache/digits-digits_cnn.zarr --status
+    nacpipe search cache/digits-digits_cnn.zarr --explain
+    nacpipe search cache/digits-digits_cnn.zarr --storage postgresql://nac@db/studies --workers 8
     """
     from nacpipe.artifact import check_writable
     from nacpipe.search.result import SearchRequest
     from nacpipe.search.study import Search
 
-    if output is not None and not (status or dry_run):
-        check_writable(output)
-    request = SearchRequest(
-        cache=cache, trials=trials, timeout=timeout, seed=seed, layers=layers, threads=threads, storage=storage,
-        study=study, output=output,
-    )  # fmt: skip
-    found = Search(request, create=not (status or dry_run))
+    look = status or explain or dry_run
+    if asked["output"] is not None and not look:
+        check_writable(asked["output"])
+    found = Search(SearchRequest(**asked), create=not look)
     if dry_run:
         _print_plan(found, as_json)
+    elif explain:
+        print_explanation(found, as_json)
     elif status:
         print_result(found.result("stopped"), found, as_json)
         note(f"go on, or ask for more with --trials N: {found.command()}")
@@ -77,14 +72,22 @@ def run_search(search: Search, as_json: bool = False) -> SearchResult:
     """Run a search with progress on stderr, write the parameters, print what was found."""
     from nacpipe.artifact import write_params
     from nacpipe.search.storage import only_runner
+    from nacpipe.search.sweep import run
 
-    target = search.request.target
+    request, target = search.request, search.request.target
     done = len(search.completed())
-    if done >= search.request.trials:
+    if done >= search.trials:
         note(f"the study has {done} completed trials already; more with --trials N")
-    progress = Progress(search.request.trials, done)
-    with only_runner(search.request.where, search.request.study_name):
-        result = search.run(lambda told, best: progress.step(1, f"search  best {100 * best:.2f} %"))
+    if request.val.startswith(("id/test", "csid/", "ood/near/", "ood/far/")):
+        note(f"{request.val} is a test set: what is found on it says nothing about how well NAC does there")
+    best = {"auroc": "best", "fpr95": "best FPR@95", "both": "AUROC"}[request.objective]
+    progress = Progress(search.trials, done)
+
+    def show(told: int, value: float) -> None:
+        progress.step(told - progress.done, f"search  {best} {100 * value:.2f} %")
+
+    with only_runner(request.where, request.study_name):
+        result = run(search, show)
     _say_what_is_replaced(target, search)
     write_params(target, result.params, result=result.to_json(), made_by=search.made_by())
     print_result(result, search, as_json)
@@ -93,9 +96,11 @@ def run_search(search: Search, as_json: bool = False) -> SearchResult:
         raise KeyboardInterrupt
     if result.ended == "timeout":
         note(f"time is up; go on with: {search.command()}")
+    elif result.ended == "patience":
+        note(f"no improvement in {request.patience} trials; go on with a larger --patience: {search.command()}")
     else:
-        named = f" --params {target}" if search.request.output else ""
-        note(f"next: nacpipe evaluate {search.request.cache}{named}")
+        named = f" --params {target}" if request.output else ""
+        note(f"next: nacpipe evaluate {request.cache}{named}")
     return result
 
 
@@ -125,15 +130,22 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
                 f"{p.alpha:.4g}",
                 f"{p.weight:.4f}",
                 _percent(result.alone.get(name)),
+                *_choices(search, name, p),
             )
             for name, p in result.params.layers.items()
         ]
-        print_table(("layer", "bins", "saturation", "alpha", "weight", "alone, AUROC %"), rows)
+        extra = [field for field in ("source", "edges") if _chosen(search, field)]
+        print_table(("layer", "bins", "saturation", "alpha", "weight", "alone, AUROC %", *extra), rows)
         checks = result.checks
         click.echo(
-            f"\nid/val against ood/val: AUROC {_percent(checks.val_auroc)} % (Energy {_percent(result.energy_val)} %),"
-            f" FPR@95 {_percent(checks.val_fpr95)} %"
+            f"\nid/val against {search.request.val}: AUROC {_percent(checks.val_auroc)} %"
+            f" (Energy {_percent(result.energy_val)} %), FPR@95 {_percent(checks.val_fpr95)} %"
         )
+        if result.front is not None:
+            click.echo(
+                f"{result.front} trials are on the front of AUROC and FPR@95; this one is nearest the best of both,"
+                " each measured by its extent on the front"
+            )
         if checks.subtrain_auroc is None:
             click.echo("overfitting check: the cache has no id/subtrain")
         else:
@@ -149,25 +161,88 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
         )
 
 
+def print_explanation(search: Search, as_json: bool) -> None:
+    """Print what mattered in a study: per parameter, per layer, and its history."""
+    from nacpipe.search.explain import explain
+
+    found = explain(search)
+    if as_json:
+        print_json(found.to_json())
+        return
+    parameters = [
+        (
+            f"{row.layer}.{row.parameter}",
+            f"{row.value:.4g}" if isinstance(row.value, float) else str(row.value),
+            _percent(row.importance),
+            "" if math.isnan(row.low) else f"{row.low:.4g} … {row.high:.4g}",
+            "" if math.isnan(row.place) else _gauge(row.place) + " at the edge" * row.at_edge,
+        )
+        for row in found.parameters.itertuples()
+    ]
+    print_table(("parameter", "best", "importance %", "range", "place in it"), parameters, left=1)
+    click.echo("")
+    layers = [
+        (str(row.layer), f"{row.weight:.4f}", _percent(row.alone), _percent(row.without))
+        for row in found.layers.itertuples()
+    ]
+    print_table(("layer", "weight", "alone, AUROC %", "without it, AUROC %"), layers)
+    click.echo("")
+    click.echo(found.picture())
+
+
+def _gauge(place: float) -> str:
+    """Where a value stands in its range: |--x------|."""
+    spots = ["·"] * 11
+    spots[round(10 * min(max(place, 0.0), 1.0))] = "●"
+    return "".join(spots)
+
+
+def _chosen(search: Search, field: str) -> bool:
+    """True where a field is not the default everywhere."""
+    usual = {"source": "product", "edges": "log"}[field]
+    return any(getattr(layer, field).values != (usual,) for layer in search.space.values())
+
+
+def _choices(search: Search, name: str, params: Any) -> list[str]:
+    return [str(getattr(params, field)) for field in ("source", "edges") if _chosen(search, field)]
+
+
 def _print_plan(search: Search, as_json: bool) -> None:
     from nacpipe.search.space import to_json
 
     done = len(search.completed())
-    space = to_json(search.space())
+    space = to_json(search.space)
     if as_json:
-        print_json({"study": search.request.where, "done": done, "trials": search.request.trials, "space": space})
+        print_json({"study": search.request.where, "done": done, "trials": search.trials, "space": space})
         return
+    fields = ["bins", "saturation", "alpha"]
+    fields += [field for field in ("source", "edges") if _chosen(search, field)]
     print_table(
-        ("layer", "bins", "saturation", "alpha"),
+        ("layer", *fields, "weight"),
         [
-            (name, *(f"{low:.4g} … {high:.4g}" for low, high in (r["bins"], r["saturation"], r["alpha"])))
-            for name, r in space.items()
+            (name, *(_values(asked[field]) for field in fields), _values(asked["weight"]))
+            for name, asked in space.items()
         ],
+        left=1,
     )
     splits = ", ".join(f"{name} ({rows.stop - rows.start})" for name, rows in search.scorer.rows.items())
-    click.echo(f"\nid/train ({search.scorer.train_rows}) is counted; scored: {splits}")
-    click.echo(f"study {search.request.where}: {done} of {search.request.trials} trials done")
+    click.echo(f"\nid/train ({search.train_rows}) is counted; scored: {splits}")
+    click.echo(
+        f"study {search.request.study_name} in {search.request.where}: {done} of {search.trials} trials done,"
+        f" sampler {search.request.how}"
+    )
+
+
+def _values(given: Any) -> str:
+    """A field of a space, for a person."""
+    if isinstance(given, dict) and set(given) == {"low", "high"}:
+        return f"{given['low']:.4g} … {given['high']:.4g}"
+    if isinstance(given, dict):
+        return "; ".join(f"{source} {_values(value)}" for source, value in given.items())
+    return ", ".join(
+        f"{v:.4g}" if isinstance(v, float) else str(v) for v in (given if isinstance(given, list) else [given])
+    )
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2f}"
+    return "–" if value is None or value != value else f"{100 * value:.2f}"

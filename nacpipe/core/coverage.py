@@ -102,6 +102,13 @@ def select_source(
     return activation if source == "activation" else gradient
 
 
+def logits_gradient(logits: NDArray[np.float32]) -> NDArray[np.float32]:  # (samples, classes)
+    """Return ∂D_KL(u ‖ p)/∂logits = softmax(logits) − 1/classes, (samples, classes): the logits as a layer."""
+    wide = logits.astype(np.float64)
+    exp = np.exp(wide - wide.max(axis=1, keepdims=True))
+    return np.asarray(exp / exp.sum(axis=1, keepdims=True) - 1.0 / logits.shape[1], np.float32)
+
+
 def coverage_table(
     counts: NDArray[np.int32],  # (neurons, bins - 1)
     saturation: int,

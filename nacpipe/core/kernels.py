@@ -16,8 +16,8 @@ Compiled code is cached on disk by numba, beside this file or, where that cannot
 its index is keyed by processor, so a copied cache is never stale.
 
 A trial's neurons are shared out over plain threads. The other loops use numba's own work queue: OpenMP's threads spin
-while they wait, and where two searches share a machine's cores each takes five times as long. The work queue must not be
-entered twice at once, hence the lock.
+while they wait, and where two searches share a machine's cores each takes five times as long. The work queue must not
+be entered twice at once, hence the lock.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ a search reaches 89 %. They are a baseline and a starting point, not an answer.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import ParamsError
@@ -29,7 +29,33 @@ PUBLISHED: dict[tuple[str, str], NacParams] = {  # each layer: bins, saturation,
     ("imagenet", "vit"): _row(
         layer_norm=(50, 500, 100), layer_11=(500, 50, 1), layer_10=(500, 10, 10), layer_9=(1000, 10, 1)),
 }
+
+Grid = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]]
+GRIDS: dict[tuple[str, str], Grid] = {  # each layer: bins × saturation × alpha; the full product over layers
+    ("cifar10", "resnet"): {
+        "avgpool": ((50,), (10, 50), (100,)), "layer3": ((50, 500), (100,), (1000, 5000)),
+        "layer2": ((50,), (5, 10), (0.001,)), "layer1": ((50, 500), (5, 10, 50, 100), (0.001, 0.005))},
+    ("cifar100", "resnet"): {
+        "avgpool": ((50, 500), (50,), (1, 50)), "layer3": ((50, 500, 1000), (500,), (10, 50, 100)),
+        "layer2": ((50, 500), (100, 500), (1,)), "layer1": ((50,), (5, 50), (0.005,))},
+    ("imagenet", "resnet"): {
+        "avgpool": ((50, 500), (10, 50, 500), (3000,)), "layer3": ((50, 500), (100, 500), (50, 100, 300)),
+        "layer2": ((500,), (50, 500), (0.01,)), "layer1": ((500, 1000), (5000,), (0.1, 1))},
+    ("imagenet", "vit"): {
+        "layer_norm": ((50, 500), (500,), (100,)), "layer_11": ((50, 500), (50, 500), (1, 10)),
+        "layer_10": ((50, 500), (10, 50), (10,)), "layer_9": ((500, 1000), (10, 50), (1,))},
+}
 # fmt: on
+
+
+def published_grid(benchmark: str, family: str, layers: Collection[str]) -> Grid:
+    """Return the paper's search grid, where its layers are among these.
+
+    Raises:
+        ParamsError: the paper has none for this benchmark, family and choice of layers.
+    """
+    published_params(benchmark, family, layers)
+    return GRIDS[benchmark, family]
 
 
 def published_params(benchmark: str, family: str, layers: Collection[str]) -> NacParams:

@@ -24,7 +24,7 @@ from nacpipe.core.params import NacParams
 from nacpipe.core.provenance import SEARCH_SPLITS, fingerprint
 from nacpipe.core.published import published_params
 from nacpipe.errors import InputError, ParamsError
-from nacpipe.search.scoring import fit_coverage
+from nacpipe.search.scoring import fit_coverage, has_logits
 
 METRICS = ("fpr95", "auroc", "aupr_in", "aupr_out")
 NO_LOGITS = f"accuracy, {', '.join(LOGIT_BASELINES)} are left empty: what this network gives are features, not logits"
@@ -81,11 +81,6 @@ def evaluate(cache: Cache, params: NacParams | None) -> pd.DataFrame:
     if notes:
         frame.attrs["note"] = ". ".join(notes)
     return frame
-
-
-def has_logits(cache: Cache) -> bool:
-    """Return whether the network's outputs are logits; features are stored under the same name otherwise."""
-    return bool(cache.header.identity.get("outputs", "logits") == "logits")
 
 
 def score_methods(

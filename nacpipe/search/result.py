@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nacpipe.artifact import beside_cache
 from nacpipe.core.params import NacParams
+from nacpipe.search.objective import Checks, Objective
+
+Sampler = Literal["layers", "tpe", "random", "grid", "nsga2", "cmaes"]
+DEFAULT_TRIALS = 2000
 
 OVERFIT_POINTS = 0.03  # below Energy's id/val-against-id/subtrain AUROC: NAC knows its training data too well
 
@@ -18,10 +22,21 @@ class SearchRequest:
     """What someone asks for."""
 
     cache: Path
-    trials: int = 2000
-    """Completed trials that the study shall have, whatever was done before."""
+    trials: int | None = None
+    """Completed trials that the study shall have, whatever was done before; None: 2,000, or a whole grid."""
     timeout: float | None = None
     """Seconds for this command."""
+    patience: int | None = None
+    """Stop after this many trials without improvement, those of a strategy's opening not counted."""
+    space: str = "auto"
+    """`auto`, `published`, or a TOML file (space_file.py)."""
+    sampler: Sampler | None = None
+    """None: layer by layer; for the published space its grid."""
+    objective: Objective = "auroc"
+    val: str = "ood/val"
+    """The split that plays OOD."""
+    workers: int = 1
+    """Processes on this machine."""
     seed: int = 1
     layers: tuple[str, ...] = ()
     """Names; none means all that the cache holds."""
@@ -34,9 +49,18 @@ class SearchRequest:
     """Where the result goes; None means X.params.json beside the cache."""
 
     @property
+    def how(self) -> Sampler:
+        """The sampler that is meant."""
+        return self.sampler or ("grid" if self.space == "published" else "layers")
+
+    @property
     def study_name(self) -> str:
-        """A study per seed: another seed is another search in the same storage."""
-        return f"{self.study}-seed{self.seed}"
+        """A study per way to search and seed, so that several live in the same storage."""
+        parts = [Path(self.space).stem] if self.space != "auto" else []
+        parts += [self.sampler] if self.sampler else []
+        parts += [self.objective] if self.objective != "auroc" else []
+        parts += [self.val.replace("/", "-")] if self.val != "ood/val" else []
+        return "-".join([self.study, *parts, f"seed{self.seed}"])
 
     @property
     def target(self) -> Path:
@@ -47,16 +71,6 @@ class SearchRequest:
     def where(self) -> str:
         """The storage."""
         return self.storage or str(beside_cache(str(self.cache), ".study.log"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checks:
-    """What is measured of every trial, fractions."""
-
-    val_auroc: float
-    val_fpr95: float
-    subtrain_auroc: float | None
-    """id/val as ID against id/subtrain as if it were OOD; None where the cache has no id/subtrain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +90,9 @@ class SearchResult:
     """Wall time of all sessions of the study."""
     seed: int
     ended: str
-    """trials, timeout or interrupted."""
+    """trials, timeout, patience or interrupted."""
+    front: int | None = None
+    """Trials on the Pareto front, where two objectives were searched for."""
 
     @property
     def overfits(self) -> bool:
@@ -98,4 +114,5 @@ class SearchResult:
             "seconds": round(self.seconds, 3),
             "seed": self.seed,
             "ended": self.ended,
+            **({"front": self.front} if self.front is not None else {}),
         }

@@ -3,24 +3,35 @@
 Two ways to walk it, which give the same integers and so the same scores:
 
     fit_coverage(cache, params).score(split)      any split, block by block, in bounded memory
-    Scorer(cache, …).layer_scores(layer, params)  the search's splits, indexed once, a few milliseconds per trial
+    Scorer(…).layer_scores(layer, params)         the search's splits, indexed once, a few milliseconds per trial
+
+The network's output is a layer too, `logits`: every sample's logits are in the cache, and their gradient is known.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, SplitView
-from nacpipe.core.coverage import Source, bin_edges, combine_layers, layer_score, product_borders, select_source
+from nacpipe.core.coverage import (
+    Source,
+    bin_edges,
+    combine_layers,
+    layer_score,
+    logits_gradient,
+    product_borders,
+    select_source,
+)
 from nacpipe.core.kernels import count_sorted, fill_ranked, fill_rows, rank_columns, sort_columns
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import ParamsError, ValuesError
 
+LOGITS = "logits"
 REMEMBER_BYTES = 256 * 2**20  # of layer scores that a Scorer keeps
 
 
@@ -32,9 +43,14 @@ def read_source(
     Raises:
         ValuesError: NaN or infinity, naming layer, split and row.
     """
-    split[layer]  # refuses a layer that is not there
-    activation = split.read(f"{layer}/activation", rows) if source != "gradient" else None
-    gradient = split.read(f"{layer}/gradient", rows) if source != "activation" else None
+    activation = gradient = None
+    if layer == LOGITS:
+        activation = split.read("logits", rows)
+        gradient = logits_gradient(activation)
+    else:
+        split[layer]  # refuses a layer that is not there
+        activation = split.read(f"{layer}/activation", rows) if source != "gradient" else None
+        gradient = split.read(f"{layer}/gradient", rows) if source != "activation" else None
     with np.errstate(over="ignore", invalid="ignore"):
         values = select_source(activation, gradient, source)  # type: ignore[arg-type]
     if not np.isfinite(values).all():
@@ -46,13 +62,23 @@ def read_source(
     return np.ascontiguousarray(values)
 
 
+def has_logits(cache: Cache) -> bool:
+    """Return whether the network's outputs are logits; features are stored under the same name otherwise."""
+    return bool(cache.header.identity.get("outputs", "logits") == "logits")
+
+
+def held_layers(cache: Cache) -> list[str]:
+    """Return the names of the layers that can be scored, in the cache's order; the network's output last."""
+    return [spec.name for spec in cache.header.layers] + [LOGITS] * has_logits(cache)
+
+
 def check_layers(cache: Cache, layers: Sequence[str]) -> None:
     """Refuse parameters for layers that the cache does not hold.
 
     Raises:
         ParamsError: naming the layer, the cache and what it holds.
     """
-    held = [spec.name for spec in cache.header.layers]
+    held = held_layers(cache)
     for layer in layers:
         if layer not in held:
             raise ParamsError(
@@ -121,12 +147,36 @@ def score_splits(cache: Cache, params: NacParams, splits: Sequence[str]) -> dict
 
 
 @dataclass(frozen=True, slots=True)
-class _Index:
+class Index:
     """One layer's columns, sorted once."""
 
     train: NDArray[np.float32]  # (neurons, n_train)
     queries: NDArray[np.float32]  # (neurons, n_query)
     ranks: NDArray[np.uint16] | NDArray[np.uint32]  # (neurons, n_query)
+
+
+IndexOf = Callable[[str, Source], Index]
+"""Layer and source → their index."""
+
+
+def index_from(cache: Cache, splits: Sequence[str]) -> IndexOf:
+    """Return what reads and sorts a layer's columns: id/train is counted, `splits` are scored."""
+
+    def make(layer: str, source: Source) -> Index:
+        train = sort_columns(read_source(cache["id/train"], layer, source))
+        evaluated = np.concatenate([read_source(cache[name], layer, source) for name in splits])
+        return Index(train, sort_columns(evaluated), rank_columns(evaluated))
+
+    return make
+
+
+def split_rows(cache: Cache, splits: Sequence[str]) -> dict[str, slice]:
+    """Return split → its samples' places, one split behind the other."""
+    rows: dict[str, slice] = {}
+    for name in splits:
+        start = max((taken.stop for taken in rows.values()), default=0)
+        rows[name] = slice(start, start + cache[name].rows)
+    return rows
 
 
 class Scorer:
@@ -136,27 +186,18 @@ class Scorer:
     a weighted sum.
     """
 
-    def __init__(self, cache: Cache, layers: Sequence[str], splits: Sequence[str]) -> None:
-        """Read and sort these layers of id/train and of `splits`."""
-        check_layers(cache, layers)
-        self.layers = tuple(layers)
-        self.train_rows = cache["id/train"].rows
-        self.rows: dict[str, slice] = {}
-        for name in splits:
-            start = max((rows.stop for rows in self.rows.values()), default=0)
-            self.rows[name] = slice(start, start + cache[name].rows)
-        self._cache = cache
-        self._indexes: dict[tuple[str, Source], _Index] = {}
-        self._remembered: OrderedDict[tuple[str, LayerParams], NDArray[np.float64]] = OrderedDict()
-        self._room = REMEMBER_BYTES
+    def __init__(self, index: IndexOf, rows: Mapping[str, slice], remember: int = REMEMBER_BYTES) -> None:
+        """Score from these indexes.
 
-    def index(self, layer: str, source: Source = "product") -> _Index:
-        """Return a layer's sorted columns, made when first needed."""
-        if (layer, source) not in self._indexes:
-            train = sort_columns(read_source(self._cache["id/train"], layer, source))
-            evaluated = np.concatenate([read_source(self._cache[name], layer, source) for name in self.rows])
-            self._indexes[layer, source] = _Index(train, sort_columns(evaluated), rank_columns(evaluated))
-        return self._indexes[layer, source]
+        Args:
+            index: layer and source → sorted columns.
+            rows: split → its samples' places in the index.
+            remember: bytes of layer scores that are kept.
+        """
+        self.index = index
+        self.rows = dict(rows)
+        self._remembered: OrderedDict[tuple[str, LayerParams], NDArray[np.float64]] = OrderedDict()
+        self._room = remember
 
     def layer_scores(self, layer: str, params: LayerParams) -> NDArray[np.float64]:
         """Return one layer's scores of all splits, (samples,); weight plays no part."""

@@ -67,10 +67,10 @@ def only_runner(where: str, study: str) -> Iterator[None]:
     Raises:
         StudyError: another process searches it now.
     """
-    if "://" in where or sys.platform == "win32":
+    if is_server(where) or sys.platform == "win32":
         yield
         return
-    path = f"{where}.{study}.running"
+    path = f"{where.removeprefix('sqlite:///')}.{study}.running"
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -96,6 +96,11 @@ def _cut_torn_tail(handle: int) -> None:
             return
         start -= step
     os.ftruncate(handle, 0)
+
+
+def is_server(where: str) -> bool:
+    """Return True for a database that several machines may share."""
+    return "://" in where and not where.startswith("sqlite")
 
 
 def is_there(where: str) -> bool:

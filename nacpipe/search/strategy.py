@@ -12,20 +12,22 @@ looked for again among the others, far from where it stands, and given time to s
 A new set of layers gets its weights in closed form (weights.py), so the search moves in layer parameters alone and
 only polishes weights.
 
-A strategy is a function of the seed and the completed trials: `tell` them in order and `ask` for the next. So a study
-that was stopped goes on exactly as if it had not been.
+A strategy is a function of the seed and of the completed trials: `tell` them and `ask` for the parameters of a number.
+So a study that was stopped goes on exactly as if it had not been. Where several workers try at once, a trial is asked
+for before its predecessors are told; it then starts from the best so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.core.params import LayerParams, NacParams
-from nacpipe.search.space import Space, with_weights
+from nacpipe.search.objective import Checks, Objective, Proposal
+from nacpipe.search.space import Space, fits_weights, with_weights
 
 SPREAD, REFINE, SETTLE, LOCAL = 12, 12, 20, 24
 FIRST_STEP, MIN_STEP, MAX_STEP = 0.15, 0.01, 0.4  # of a unit range
@@ -34,14 +36,7 @@ GROW, SHRINK = 1.5, 0.95
 WEIGHT_STEPS = 0.2  # share of the local steps that move weights alone
 
 Layers = Mapping[str, LayerParams]
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """What to try."""
-
-    phase: str
-    params: NacParams
+Merit = tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +52,29 @@ class _Place:
 
 @dataclass
 class Strategy:
-    """`ask` for the next trial's parameters, `tell` every completed trial in order."""
+    """`ask` for a trial's parameters, `tell` every completed trial."""
 
     space: Space
     seed: int
-    weigh: Callable[[Layers], NDArray[np.float64]]
-    """Layers → their weights in closed form."""
+    objective: Objective = "auroc"
     published: NacParams | None = None
-    told: int = 0
-    value: float = -np.inf
+    merit: Merit = ()
     best: NacParams | None = None
-    _part: tuple[float, LayerParams] | None = None
-    """The best of the current layer's part."""
-    _alone: dict[str, tuple[float, LayerParams]] = field(default_factory=dict)
+    _part: tuple[int, Merit, LayerParams] | None = None
+    """The first trial of the newest part that was told of, and the best in that part."""
+    _alone: dict[str, tuple[Merit, LayerParams]] = field(default_factory=dict)
     _steps: dict[str, float] = field(default_factory=dict)
     """Layer → size of its next local step; the empty name stands for the weights."""
+
+    size = None  # it never ends
+
+    def __post_init__(self) -> None:
+        self._fits = fits_weights(self.space)
+
+    @property
+    def opening(self) -> int:
+        """Trials before the first round."""
+        return (self.published is not None) + len(self.space) * (SPREAD + REFINE)
 
     def place(self, number: int) -> _Place:
         """Return where trial `number` stands."""
@@ -86,92 +89,104 @@ class Strategy:
         name = names[turn % len(names)]
         return _Place(f"round {name}", name if step < SPREAD + SETTLE else "", step)
 
-    def ask(self) -> Proposal:
-        """Return the next trial's parameters."""
-        place, random = self.place(self.told), np.random.default_rng([self.seed, self.told])
-        if place.phase == "published":
-            assert self.published is not None
-            return Proposal(place.phase, with_weights(self.published.layers, np.ones(len(self.published.layers))))
-        if not place.layer:
-            return Proposal(place.phase, self._local(random))
-        found = self._look_for(place, random)
-        if place.phase.startswith("layer"):
-            alone = {n: found if n == place.layer else self._held(n) for n in self.space}
-            return Proposal(place.phase, with_weights(alone, np.array([float(n == place.layer) for n in self.space])))
-        return Proposal(place.phase, self._weighed({**self._layers(), place.layer: found}))
+    def ask(self, number: int) -> Proposal:
+        """Return the parameters of trial `number`."""
+        place, random = self.place(number), np.random.default_rng([self.seed, number])
+        params, fit = self._propose(place, number, random)
+        return Proposal(number=number, phase=place.phase, params=params, fit=fit)
 
-    def tell(self, params: NacParams, value: float) -> None:
-        """Learn from the next completed trial."""
-        place = self.place(self.told)
-        improved = value > self.value
+    def tell(self, number: int, params: NacParams, checks: Checks) -> None:
+        """Learn from a completed trial."""
+        place, merit = self.place(number), checks.merit(self.objective)
+        improved = merit > self.merit
         if place.layer:
-            entry = (value, params.layers[place.layer])
-            if place.step == 0 or self._part is None or value > self._part[0]:
-                self._part = entry
-            held = self._alone.get(place.layer)
-            if place.phase.startswith("layer") and (held is None or value > held[0]):
-                self._alone[place.layer] = entry
-        elif place.phase.startswith("round"):
-            self._learn_step(self._moved(params), improved)
+            start, found = number - place.step, params.layers[place.layer]
+            if self._part is None or start > self._part[0] or (start == self._part[0] and merit > self._part[1]):
+                self._part = (start, merit, found)
+            if place.phase.startswith("layer") and (
+                place.layer not in self._alone or merit > self._alone[place.layer][0]
+            ):
+                self._alone[place.layer] = (merit, found)
+        elif place.phase.startswith("round") and self.best is not None:
+            self._learn_step(_moved(params, self.best), improved)
         if improved:
-            self.value, self.best = value, params
+            self.merit, self.best = merit, params
         if place.phase.startswith("layer") and self.best is not None:
             # What weighs nothing changes no value: the best carries every layer's best alone into the rounds.
             layers = {n: p if p.weight else replace(self._held(n), weight=0.0) for n, p in self.best.layers.items()}
             self.best = NacParams(layers=layers)
-        self.told += 1
 
-    def _look_for(self, place: _Place, random: np.random.Generator) -> LayerParams:
+    def _propose(self, place: _Place, number: int, random: np.random.Generator) -> tuple[NacParams, bool]:
+        """Parameters, and whether their weights are left open."""
+        if place.phase == "published":
+            assert self.published is not None
+            weights = np.array([layer.weight for layer in self.published.layers.values()])
+            return with_weights(self.published.layers, weights), False
+        if not place.layer:
+            return self._step(number, random)
+        found = self._look_for(place, number, random)
+        if place.phase.startswith("layer"):
+            alone = {n: found if n == place.layer else self._held(n) for n in self.space}
+            return with_weights(alone, np.array([float(n == place.layer) for n in self.space])), False
+        return self._open({**self._layers(number), place.layer: found})
+
+    def _look_for(self, place: _Place, number: int, random: np.random.Generator) -> LayerParams:
         """One layer, anywhere in its ranges or near the best of this part."""
-        space = self.space[place.layer]
-        if place.step < SPREAD or self._part is None:
+        space, start = self.space[place.layer], number - place.step
+        free = len(space.free)
+        if place.step < SPREAD or self._part is None or self._part[0] != start:
             # A Latin hypercube per part: every twelfth of every range is visited once.
-            part = np.random.default_rng([self.seed, self.told - place.step, 1])
-            strata = part.permuted(np.tile(np.arange(SPREAD), (3, 1)), axis=1)[:, place.step]
-            return space.params((strata + random.random(3)) / SPREAD)
-        return space.params(_move(space.unit(self._part[1]), 0.3 * 0.9 ** (place.step - SPREAD), random))
+            part = np.random.default_rng([self.seed, start, 1])
+            strata = part.permuted(np.tile(np.arange(SPREAD), (free, 1)), axis=1)[:, place.step % SPREAD]
+            return space.params((strata + random.random(free)) / SPREAD)
+        return space.params(_move(space.unit(self._part[2]), 0.3 * 0.9 ** (place.step - SPREAD), random))
 
-    def _local(self, random: np.random.Generator) -> NacParams:
+    def _step(self, number: int, random: np.random.Generator) -> tuple[NacParams, bool]:
         """A small step from the best: one layer, or the weights."""
-        assert self.best is not None
-        layers = dict(self._layers())
-        if len(layers) > 1 and random.random() < WEIGHT_STEPS:
-            weights = np.array([max(self.best.layers[n].weight, 1e-4) for n in layers])
+        layers = dict(self._layers(number))
+        if self._fits and len(layers) > 1 and random.random() < WEIGHT_STEPS:
+            held = self.best.layers if self.best is not None else layers
+            weights = np.array([max(held[n].weight, 1e-4) for n in layers])
             turns = np.where(random.random(weights.size) < 0.5, random.normal(size=weights.size), 0.0)
-            return with_weights(layers, weights * np.exp(self._steps.get("", FIRST_TURN) * turns))
+            return with_weights(layers, weights * np.exp(self._steps.get("", FIRST_TURN) * turns)), False
         name = list(layers)[random.integers(len(layers))]
         space, step = self.space[name], self._steps.get(name, FIRST_STEP)
         layers[name] = space.params(_move(space.unit(layers[name]), step, random))
-        return self._weighed(layers)
+        return self._open(layers)
 
     def _learn_step(self, moved: str, improved: bool) -> None:
         first, low, high = (FIRST_STEP, MIN_STEP, MAX_STEP) if moved else (FIRST_TURN, MIN_TURN, MAX_TURN)
         self._steps[moved] = min(max(self._steps.get(moved, first) * (GROW if improved else SHRINK), low), high)
 
-    def _moved(self, params: NacParams) -> str:
-        """The layer in which parameters differ from the best's, weights apart; empty where only weights do."""
-        assert self.best is not None
-        for name, layer in params.layers.items():
-            held = self.best.layers[name]
-            if replace(layer, weight=held.weight) != held:
-                return name
-        return ""
-
-    def _layers(self) -> Layers:
+    def _layers(self, number: int) -> Layers:
         """The best's layers; before all layers were looked at, their best alone."""
-        if self.best is not None and not self.place(max(self.told - 1, 0)).phase.startswith(("layer", "published")):
+        if self.best is not None and number > self.opening:
             return self.best.layers
         return {name: self._held(name) for name in self.space}
 
     def _held(self, layer: str) -> LayerParams:
-        return self._alone[layer][1] if layer in self._alone else self.space[layer].params(np.full(3, 0.5))
+        if layer in self._alone:
+            return self._alone[layer][1]
+        return self.space[layer].params(np.full(len(self.space[layer].free), 0.5))
 
-    def _weighed(self, layers: Layers) -> NacParams:
-        return with_weights(layers, self.weigh(layers))
+    def _open(self, layers: Layers) -> tuple[NacParams, bool]:
+        """These layers with their weights left open, or with the weights that the space fixes."""
+        fixed = [1.0 if (weight := self.space[name].weight) is None else weight.at(0.5) for name in layers]
+        return with_weights(layers, np.array(fixed)), self._fits
+
+
+def _moved(params: NacParams, best: NacParams) -> str:
+    """The layer in which parameters differ from the best's, weights apart; empty where only weights do."""
+    for name, layer in params.layers.items():
+        if replace(layer, weight=best.layers[name].weight) != best.layers[name]:
+            return name
+    return ""
 
 
 def _move(unit: NDArray[np.float64], step: float, random: np.random.Generator) -> NDArray[np.float64]:
     """A random step of some of the coordinates, kept inside the unit cube."""
+    if not unit.size:
+        return unit
     moves = random.random(unit.size) < 0.6
     moves[random.integers(unit.size)] = True
     return np.clip(unit + np.where(moves, random.normal(0.0, step, unit.size), 0.0), 0.0, 1.0)

@@ -6,73 +6,82 @@ one append, after it was evaluated; killed at any moment a search loses the tria
 
 from __future__ import annotations
 
-import datetime
-import time
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optuna
-from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 import nacpipe
 from nacpipe.cache import Cache, open_cache
 from nacpipe.core.baselines import energy
 from nacpipe.core.kernels import set_threads
-from nacpipe.core.metrics import auroc, fpr95
-from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.core.params import NacParams
 from nacpipe.core.provenance import SEARCH_SPLITS, diff, fingerprint
 from nacpipe.core.published import published_params
 from nacpipe.errors import InputError, ParamsError, StudyError
-from nacpipe.search.evaluate import has_logits
-from nacpipe.search.result import Checks, SearchRequest, SearchResult
-from nacpipe.search.scoring import Scorer, check_layers
-from nacpipe.search.space import Space, measure_space, to_json
+from nacpipe.search.desk import completed_trials
+from nacpipe.search.objective import DIRECTIONS, Checks, Evaluator
+from nacpipe.search.result import DEFAULT_TRIALS, SearchRequest, SearchResult
+from nacpipe.search.samplers import LARGE_GRID, Asker, make_asker
+from nacpipe.search.scoring import Scorer, check_layers, has_logits, index_from, split_rows
+from nacpipe.search.space import Space, fits_weights, measure_space, to_json, with_weights
+from nacpipe.search.space_file import read_spec
 from nacpipe.search.storage import is_there, open_storage
-from nacpipe.search.strategy import Strategy
-from nacpipe.search.weights import fisher_weights
-
-FIELDS = ("bins", "alpha", "saturation", "weight")
+from nacpipe.search.trials import best_trial, pareto_front, trial_params
+from nacpipe.search.workers import SharedIndexes
 
 
 class Search:
-    """A study opened on its cache, ready to run or to be looked at."""
+    """A study opened on its cache, ready to run (sweep.py) or to be looked at."""
 
     def __init__(self, request: SearchRequest, *, create: bool = True) -> None:
         """Open cache and study; with `create=False` nothing is written and a study that is not there stays so.
 
         Raises:
-            StudyError: the study was made with another cache.
+            StudyError: the study was made with another cache, or for another search.
             CacheError: the cache is not there or not finished.
+            InputError: the request makes no sense, or the sampler cannot search the space.
         """
-        if request.trials < 1:
-            raise InputError(f"trials is {request.trials}; it must be at least 1")
-        if request.timeout is not None and not request.timeout > 0:  # nor NaN
-            raise InputError(f"timeout is {request.timeout}; it must be above 0 seconds")
+        _check(request)
         set_threads(request.threads)
         self.request = request
         self.cache = open_cache(request.cache)
-        check_layers(self.cache, request.layers)
-        held = [spec.name for spec in self.cache.header.layers]  # in the cache's order, whatever the order given
-        self.layers = tuple(name for name in held if name in request.layers or not request.layers)
-        splits = [name for name in SEARCH_SPLITS[1:] if name != "id/subtrain" or name in self.cache]
-        self.scorer = Scorer(self.cache, self.layers, splits)
-        self.published = _published(self.cache, self.layers)
-        self._space = {  # before the study is made: a layer that tells nothing is refused here
-            layer: measure_space(layer, self.scorer.index(layer).train, self.scorer.train_rows) for layer in self.layers
+        spec = read_spec(request.space, self.cache, request.layers)
+        check_layers(self.cache, list(spec))
+        self.layers = tuple(spec)
+        self.splits = (*SEARCH_SPLITS[:3], _check_val(self.cache, request.val))
+        scored = [name for name in self.splits[1:] if name != "id/subtrain" or name in self.cache]
+        make = index_from(self.cache, scored)
+        self.shared = SharedIndexes(make) if create and request.workers > 1 else None
+        self.scorer = Scorer(self.shared or functools.cache(make), split_rows(self.cache, scored))
+        self.evaluator = Evaluator(self.scorer, request.val)
+        self.train_rows = self.cache["id/train"].rows
+        self.space: Space = {  # before the study is made: a layer that tells nothing is refused here
+            name: measure_space(name, self.scorer.index, self.train_rows, given) for name, given in spec.items()
         }
-        identity = self.cache.search_identity(SEARCH_SPLITS, self.layers)
-        self.study = self._open(identity, create)
+        self.fits = fits_weights(self.space)
+        self.published = (
+            _published(self.cache, self.space) if (request.space, request.how) == ("auto", "layers") else None
+        )
+        self.trials = _trials(request, self.make_asker())
+        self.study = self._open(create)
 
-    def _open(self, identity: dict[str, Any], create: bool) -> optuna.Study | None:
+    def make_asker(self) -> Asker:
+        """Return what proposes trials, untold."""
+        request = self.request
+        return make_asker(request.how, self.space, request.seed, request.objective, self.published)
+
+    def _open(self, create: bool) -> optuna.Study | None:
         request = self.request
         if not create and not is_there(request.where):
             return None
+        identity = self.cache.search_identity(self.splits, self.layers)
+        bound = {"identity": identity, "fingerprint": fingerprint(identity), "space": to_json(self.space)}
         storage = open_storage(request.where, write=create)
         names = optuna.get_all_study_names(storage)
-        bound = {"identity": identity, "fingerprint": fingerprint(identity)}
         for name in names:
             attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
             if name == request.study_name or "://" not in request.where:
@@ -80,7 +89,12 @@ class Search:
         if request.study_name in names:
             study = optuna.load_study(study_name=request.study_name, storage=storage)
         elif create:
-            study = optuna.create_study(study_name=request.study_name, storage=storage, direction="maximize")
+            study = optuna.create_study(
+                study_name=request.study_name,
+                storage=storage,
+                directions=DIRECTIONS[request.objective],
+                load_if_exists=True,  # another machine may have made it just now
+            )
         else:
             return None
         if create and "fingerprint" not in study.user_attrs:  # new, or its maker was killed before the last of these
@@ -88,77 +102,13 @@ class Search:
                 study.set_user_attr(key, value)
         return study
 
-    def space(self) -> Space:
-        """Return every layer's ranges, from its training products."""
-        return self._space
-
     def completed(self) -> list[FrozenTrial]:
-        """Return the study's completed trials, oldest first."""
-        if self.study is None:
-            return []
-        trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return sorted(trials, key=lambda trial: trial.number)
-
-    def run(self, progress: Callable[[int, float], None] = lambda done, best: None) -> SearchResult:
-        """Go on until the study has the trials asked for, or the time is up; Ctrl-C ends it too.
-
-        Args:
-            progress: called after every trial with the completed trials and the best value.
-        """
-        assert self.study is not None
-        started = time.monotonic()
-        strategy, ended = Strategy(self.space(), self.request.seed, self.weigh, self.published), "trials"
-        distributions = _distributions(strategy.space, self.published)
-        seconds = self._learn(strategy)
-        shared = "://" in self.request.where  # others may add trials to a database while this runs
-        try:
-            while strategy.told < self.request.trials:
-                if self.request.timeout is not None and time.monotonic() - started >= self.request.timeout:
-                    ended = "timeout"
-                    break
-                begun = datetime.datetime.now()
-                proposal = strategy.ask()
-                checks = self.measure(proposal.params)
-                trial = optuna.trial.create_trial(
-                    value=checks.val_auroc,
-                    params=_flatten(proposal.params),
-                    distributions=distributions,
-                    user_attrs={
-                        "phase": proposal.phase,
-                        "val_fpr95": checks.val_fpr95,
-                        "subtrain_auroc": checks.subtrain_auroc,
-                        "seconds": seconds + time.monotonic() - started,
-                    },
-                )
-                trial.datetime_start, trial.datetime_complete = begun, datetime.datetime.now()
-                self.study.add_trial(trial)
-                if shared:
-                    self._learn(strategy)
-                else:
-                    strategy.tell(proposal.params, checks.val_auroc)
-                progress(strategy.told, strategy.value)
-        except KeyboardInterrupt:
-            if strategy.told == 0:
-                raise  # there is nothing to report
-            ended = "interrupted"
-        return self.result(ended)
-
-    def _learn(self, strategy: Strategy) -> float:
-        """Tell the strategy the completed trials it does not know; return the seconds that the study has taken."""
-        trials = self.completed()
-        for trial in trials[strategy.told :]:
-            strategy.tell(trial_params(trial, self.layers), float(trial.value or 0.0))
-        return _seconds(trials)
+        """Return the study's completed trials, in the order of their numbers."""
+        return [] if self.study is None else completed_trials(self.study)
 
     def measure(self, params: NacParams) -> Checks:
         """Score the search's splits under these parameters."""
-        used = {name: layer for name, layer in params.layers.items() if layer.weight > 0}
-        return self._checks(self.scorer.scores(NacParams(layers=used)))
-
-    def weigh(self, layers: Mapping[str, LayerParams]) -> NDArray[np.float64]:
-        """Return weights for these layers, (layers,), in closed form from id/val and ood/val."""
-        scores = np.stack([self.scorer.layer_scores(name, layer) for name, layer in layers.items()])
-        return fisher_weights(scores[:, self.scorer.rows["id/val"]], scores[:, self.scorer.rows["ood/val"]])
+        return self.evaluator.measure(params)
 
     def result(self, ended: str) -> SearchResult:
         """Return what the study has found so far.
@@ -166,121 +116,135 @@ class Search:
         Raises:
             StudyError: no trial is complete.
         """
-        trials = self.completed()
+        request, trials = self.request, self.completed()
         if self.study is None or not trials:
             raise StudyError(
-                f"there is no completed trial of {self.request.study_name} in {self.request.where};"
+                f"there is no completed trial of {request.study_name} in {request.where};"
                 f" start or go on with: {self.command()}"
             )
-        best = max(trials, key=lambda trial: (trial.value, -trial.number))
-        alone: dict[str, float] = {}
-        for trial in trials:
-            layer = str(trial.user_attrs.get("phase", "")).removeprefix("layer ")
-            if layer in self.layers and trial.value is not None:
-                alone[layer] = max(alone.get(layer, 0.0), trial.value)
-        params = trial_params(best, self.layers)
+        params = trial_params(best_trial(trials, request.objective), self.space)
         own = self._energy()
         return SearchResult(
             params=params,
             checks=self.measure(params),
             energy_subtrain=own.subtrain_auroc if own else None,
             energy_val=own.val_auroc if own else None,
-            alone=alone,
+            alone=self.alone(trials),
             trials=len(trials),
-            seconds=_seconds(trials),
-            seed=self.request.seed,
+            seconds=session_seconds(trials),
+            seed=request.seed,
             ended=ended,
+            front=len(pareto_front(trials)) if request.objective == "both" else None,
         )
+
+    def alone(self, trials: Sequence[FrozenTrial]) -> dict[str, float]:
+        """Return layer → the best validation AUROC that it reached alone, where it was tried."""
+        found: dict[str, float] = {}
+        for trial in trials:
+            weighty = [name for name in self.layers if trial.params[f"{name}.weight"] > 0]
+            if len(weighty) == 1:
+                found[weighty[0]] = max(found.get(weighty[0], 0.0), trial.user_attrs["val_auroc"])
+        return found
 
     def made_by(self) -> dict[str, Any]:
         """Return what params.json says of its making."""
         assert self.study is not None
+        request = self.request
         return {
             "nacpipe": nacpipe.__version__,
             "cache": self.cache.path,
-            "fingerprint": self.study.user_attrs["fingerprint"],
-            "study": self.request.where,
-            "study_name": self.request.study_name,
-            "space": to_json(self.space()),
+            "fingerprint": fingerprint(self.cache.search_identity(SEARCH_SPLITS, self.layers)),
+            "study": request.where,
+            "study_name": request.study_name,
+            "sampler": request.how,
+            "objective": request.objective,
+            "val": request.val,
+            "space": to_json(self.space),
         }
 
     def command(self) -> str:
         """Return the command that goes on."""
-        given = [f"--seed {self.request.seed}"] if self.request.seed != 1 else []
-        given += [f"--storage {self.request.storage}"] if self.request.storage else []
-        given += [f"--study {self.request.study}"] if self.request.study != "nac" else []
-        given += [f"--layers {','.join(self.request.layers)}"] if self.request.layers else []
-        given += [f"--output {self.request.output}"] if self.request.output else []
-        return " ".join(["nacpipe search", str(self.request.cache), f"--trials {self.request.trials}", *given])
-
-    def _checks(self, scores: NDArray[np.float64]) -> Checks:
-        split = {name: scores[rows] for name, rows in self.scorer.rows.items()}
-        subtrain = split.get("id/subtrain")
-        return Checks(
-            val_auroc=auroc(split["id/val"], split["ood/val"]),
-            val_fpr95=fpr95(split["id/val"], split["ood/val"]),
-            subtrain_auroc=None if subtrain is None else auroc(split["id/val"], subtrain),
-        )
+        asked, given = self.request, []
+        for option, value, usual in (
+            ("trials", asked.trials, None), ("space", asked.space, "auto"), ("sampler", asked.sampler, None),
+            ("objective", asked.objective, "auroc"), ("val", asked.val, "ood/val"), ("seed", asked.seed, 1),
+            ("patience", asked.patience, None), ("workers", asked.workers, 1), ("storage", asked.storage, None),
+            ("study", asked.study, "nac"), ("layers", ",".join(asked.layers), ""), ("output", asked.output, None),
+        ):  # fmt: skip
+            given += [f"--{option} {value}"] if value != usual else []
+        return " ".join(["nacpipe search", str(asked.cache), *given])
 
     def _energy(self) -> Checks | None:
         """The same checks of Energy, where the network has logits."""
         if not has_logits(self.cache):
             return None
-        return self._checks(np.concatenate([energy(self.cache[name].read("logits")) for name in self.scorer.rows]))
+        return self.evaluator.check(
+            np.concatenate([energy(self.cache[name].read("logits")) for name in self.scorer.rows])
+        )
 
 
-def trial_params(trial: FrozenTrial, layers: tuple[str, ...]) -> NacParams:
-    """Return a trial's parameters as a record."""
-    return NacParams(
-        layers={layer: LayerParams(**{field: trial.params[f"{layer}.{field}"] for field in FIELDS}) for layer in layers}
-    )
+def session_seconds(trials: Sequence[FrozenTrial]) -> float:
+    """Return the wall time of all sessions: every trial carries the sum so far, so a killed session's is not lost."""
+    return max((float(trial.user_attrs["seconds"]) for trial in trials), default=0.0)
 
 
-def _seconds(trials: Sequence[FrozenTrial]) -> float:
-    """Wall time of all sessions: every trial carries the sum so far, so a killed session's time is not lost."""
-    return max((float(trial.user_attrs.get("seconds", 0.0)) for trial in trials), default=0.0)
+def _check(request: SearchRequest) -> None:
+    for name, value in (("trials", request.trials), ("workers", request.workers), ("patience", request.patience)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+    if request.timeout is not None and not request.timeout > 0:  # nor NaN
+        raise InputError(f"timeout is {request.timeout}; it must be above 0 seconds")
+    if request.space == "published" and request.how != "grid":
+        raise InputError(f"the published space is a grid; leave out --sampler {request.sampler}")
 
 
-def _flatten(params: NacParams) -> dict[str, Any]:
-    return {f"{name}.{field}": getattr(layer, field) for name, layer in params.layers.items() for field in FIELDS}
+def _check_val(cache: Cache, val: str) -> str:
+    if val in SEARCH_SPLITS[:3]:
+        raise InputError(f"val is {val}; name a split that plays OOD, such as ood/val")
+    if val not in cache and val != SEARCH_SPLITS[3]:
+        cache.peek(val)  # says what the cache holds
+    return val
 
 
-def _distributions(space: Space, published: NacParams | None) -> dict[str, BaseDistribution]:
-    """What Optuna records: the space, widened to hold the published parameters too."""
-    found: dict[str, BaseDistribution] = {}
-    for name, layer in space.items():
-        layer = layer.including(published.layers[name]) if published else layer
-        found[f"{name}.bins"] = IntDistribution(*layer.bins, log=True)
-        found[f"{name}.alpha"] = FloatDistribution(*layer.alpha, log=True)
-        found[f"{name}.saturation"] = IntDistribution(*layer.saturation, log=True)
-        found[f"{name}.weight"] = FloatDistribution(0.0, 1.0)
-    return found
+def _trials(request: SearchRequest, asker: Asker) -> int:
+    """How many completed trials the study shall have."""
+    if request.trials is not None:
+        return min(request.trials, asker.size or request.trials)
+    if asker.size is not None and asker.size > LARGE_GRID:
+        raise InputError(f"the grid has {asker.size} combinations; say how many to try with --trials N")
+    return asker.size or DEFAULT_TRIALS
 
 
-def _published(cache: Cache, layers: tuple[str, ...]) -> NacParams | None:
+def _published(cache: Cache, space: Space) -> NacParams | None:
+    """The paper's parameters for the layers that it has, the others without weight."""
     identity = cache.header.identity
     try:
-        found = published_params(str(identity.get("benchmark")), str(identity.get("family")), layers)
+        found = published_params(str(identity.get("benchmark")), str(identity.get("family")), tuple(space)).layers
     except ParamsError:
         return None
-    if set(found.layers) != set(layers):
-        return None
-    return NacParams(layers={layer: found.layers[layer] for layer in layers})
+    layers = {name: found.get(name) or s.params(np.full(len(s.free), 0.5)) for name, s in space.items()}
+    return with_weights(layers, np.array([float(name in found) for name in space]))
 
 
 def _check_bound(request: SearchRequest, name: str, stored: Mapping[str, Any], bound: Mapping[str, Any]) -> None:
-    """Refuse a study that was made from other states: its trials' values would mean nothing here."""
-    if stored.get("fingerprint") in (None, bound["fingerprint"]):
+    """Refuse a study of other states or other ranges: its trials' values would mean nothing here."""
+    if stored.get("fingerprint") is None:
         return
     differences = diff(stored.get("identity", {}), bound["identity"])
-    if name != request.study_name and all(phrase.startswith("layers") for phrase in differences):
-        return  # the same states, other layers: a neighbour, not a stranger
-    if all(phrase.startswith("layers") for phrase in differences):
+    kin = all(phrase.startswith(("layers", "splits")) for phrase in differences)
+    if name != request.study_name and kin:
+        return  # the same states, other layers or validation splits: a neighbour, not a stranger
+    if differences and not kin:
+        raise StudyError(
+            f"study {name} in {request.where} was made with another cache than {request.cache}:"
+            f" {'; '.join(differences)}. Give another --storage FILE"
+        )
+    if differences:
         raise StudyError(
             f"study {name} in {request.where} searches other layers of this cache: {'; '.join(differences)}."
             " Give another --study NAME"
         )
-    raise StudyError(
-        f"study {name} in {request.where} was made with another cache than {request.cache}:"
-        f" {'; '.join(differences)}. Give another --storage FILE"
-    )
+    if name == request.study_name and (moved := diff(stored.get("space", {}), bound["space"])):
+        raise StudyError(
+            f"study {name} in {request.where} searches another space: {'; '.join(moved)}. Give another --study NAME"
+        )

@@ -1,0 +1,153 @@
+"""What mattered in a study: parameters, layers, and how it went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+
+from nacpipe.core.params import NacParams
+from nacpipe.errors import StudyError
+from nacpipe.search.space import Interval
+from nacpipe.search.study import Search
+from nacpipe.search.trials import best_trial, number_of, recorded_fields, trial_params
+
+EDGE = 0.02  # of a range: a best value this near its end asks for a wider range
+FEW = 20  # trials from which importances are worth a look
+WIDTH, HEIGHT = 72, 12  # of the picture, in characters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Three frames and a picture."""
+
+    parameters: pd.DataFrame
+    """layer, parameter, value (the best trial's), importance (share), low, high, place (in the range, 0 … 1), at_edge.
+    """
+    layers: pd.DataFrame
+    """layer, weight, alone (best validation AUROC with all the weight), without (AUROC when it is left out)."""
+    history: pd.DataFrame
+    """number, phase, value, best (so far)."""
+    maximize: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the frames as lists of records; NaN as null."""
+        return {
+            name: frame.astype(object).where(frame.notna(), None).to_dict("records")
+            for name, frame in (("parameters", self.parameters), ("layers", self.layers), ("history", self.history))
+        }
+
+    def picture(self) -> str:
+        """Return the history as a picture in text: the best trial of every column, and the best so far."""
+        values, best = self.history["value"].to_numpy(float), self.history["best"].to_numpy(float)
+        columns = np.array_split(np.arange(values.size), min(WIDTH, values.size))
+        pick = np.max if self.maximize else np.min
+        tops = np.array([pick(values[part]) for part in columns])
+        line = np.array([best[part[-1]] for part in columns])
+        seen = np.concatenate([tops, line])
+        low, high = np.quantile(seen, [0.1, 1.0] if self.maximize else [0.0, 0.9]).tolist()  # failures lie far off
+        rows = [[" "] * len(columns) for _ in range(HEIGHT)]
+        for column, (top, reached) in enumerate(zip(tops, line, strict=True)):
+            for value, mark in ((top, "·"), (reached, "━")):
+                place = min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.5
+                rows[HEIGHT - 1 - round(place * (HEIGHT - 1))][column] = mark
+        labels = [f"{100 * high:7.2f}", *[" " * 7] * (HEIGHT - 2), f"{100 * low:7.2f}"]
+        drawn = [f"{label} ┤{''.join(row)}".rstrip() for label, row in zip(labels, rows, strict=True)]
+        last = int(self.history["number"].iloc[-1])
+        foot = f"{'':7} └{'─' * len(columns)}\n{'':9}0{f'trial {last}':>{max(len(columns) - 1, 1)}}"
+        return "\n".join([*drawn, foot, f"{'':9}━ best so far   · best of the column, %"])
+
+
+def explain(search: Search) -> Explanation:
+    """Return what mattered in a study.
+
+    Importances are Optuna's PED-ANOVA: how unlike the values of a parameter among the best tenth of the trials are to
+    those among all. They say what this study's trials show, and a search that keeps to good values shows less.
+
+    Raises:
+        StudyError: no trial is complete.
+    """
+    trials = search.completed()
+    objective = search.request.objective
+    if search.study is None or not trials:
+        raise StudyError(f"there is no completed trial to explain; start with: {search.command()}")
+    best = best_trial(trials, objective)
+    values = [float((trial.values or [0.0])[0]) for trial in trials]
+    history = pd.DataFrame(
+        {
+            "number": [number_of(trial) for trial in trials],
+            "phase": [str(trial.user_attrs["phase"]) for trial in trials],
+            "value": values,
+        }
+    )
+    history["best"] = history["value"].cummin() if objective == "fpr95" else history["value"].cummax()
+    params = trial_params(best, search.space)
+    return Explanation(
+        parameters=_parameters(search, params),
+        layers=_layers(search, params),
+        history=history,
+        maximize=objective != "fpr95",
+    )
+
+
+def _parameters(search: Search, params: NacParams) -> pd.DataFrame:
+    importances = _importances(search)
+    rows = []
+    for name, layer in params.layers.items():
+        for field in recorded_fields(search.space[name]):
+            value = getattr(layer, field)
+            row: dict[str, Any] = {"layer": name, "parameter": field, "value": value}
+            row |= {
+                "importance": importances.get(f"{name}.{field}", np.nan),
+                "low": np.nan,
+                "high": np.nan,
+                "place": np.nan,
+            }
+            dimension = search.space[name].dimension(field, layer.source)
+            if isinstance(dimension, Interval):
+                place = dimension.unit(value)
+                row |= {"low": dimension.low, "high": dimension.high, "place": place}
+                row["at_edge"] = dimension.free and not EDGE < place < 1 - EDGE
+            rows.append({"at_edge": False, **row})
+    columns = ["layer", "parameter", "value", "importance", "low", "high", "place", "at_edge"]
+    frame = pd.DataFrame(rows, columns=columns)
+    frame["value"] = pd.Series([row["value"] for row in rows], dtype=object)  # whole numbers stay whole
+    return frame
+
+
+def _importances(search: Search) -> dict[str, float]:
+    """Parameter → its share; empty where there are too few trials, or all are equally good."""
+    assert search.study is not None
+    trials = search.completed()
+    if len(trials) < FEW:
+        return {}
+    merits = {number_of(t): t.user_attrs["val_auroc"] for t in trials}
+    if search.request.objective == "fpr95":
+        merits = {number_of(t): -t.user_attrs["val_fpr95"] for t in trials}
+    if len(set(merits.values())) == 1:
+        return {}
+    ours = optuna.create_study(direction="maximize")  # without others' trials, with one value each
+    for trial in trials:
+        ours.add_trial(
+            optuna.trial.create_trial(
+                value=merits[number_of(trial)], params=trial.params, distributions=trial.distributions
+            )
+        )
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    return dict(optuna.importance.get_param_importances(ours, evaluator=evaluator))
+
+
+def _layers(search: Search, params: NacParams) -> pd.DataFrame:
+    alone = search.alone(search.completed())
+    rows = []
+    for name, layer in params.layers.items():
+        others = {other: p for other, p in params.layers.items() if other != name}
+        without = np.nan
+        if any(p.weight > 0 for p in others.values()):
+            rest = NacParams(layers=others)
+            without = search.measure(search.evaluator.weigh(rest) if search.fits else rest).val_auroc
+        rows.append({"layer": name, "weight": layer.weight, "alone": alone.get(name, np.nan), "without": without})
+    return pd.DataFrame(rows, columns=["layer", "weight", "alone", "without"])
