@@ -102,12 +102,9 @@ class SharedDesk(Desk):
 
     def record(self, number: int, trial: FrozenTrial) -> bool:
         with self._locks.book():
-            claims = self.study.user_attrs.get(CLAIMS, {})
-            if number not in claims.get(self._me, []):  # the connection was lost and somebody took it over
-                return False
+            if number not in self.study.user_attrs.get(CLAIMS, {}).get(self._me, []):
+                return False  # the connection was lost, and somebody else has it now
             self.study.add_trial(trial)
-            claims[self._me].remove(number)
-            self.study.set_user_attr(CLAIMS, claims)
         self.done.add(number)
         return True
 

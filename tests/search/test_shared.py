@@ -30,9 +30,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*psycopg:ResourceWarning")  # a
 
 GRID = """
 [layers.avgpool]
-bins = [10, 20, 50]
-saturation = [2, 5, 10]
-alpha = [0.1, 0.5, 2.0, 8.0]
+bins = [20, 50]
+saturation = [2, 5]
+alpha = [0.1, 0.5, 2.0]
 weight = 1.0
 [layers.layer1]
 bins = [20, 50]
@@ -40,7 +40,7 @@ saturation = 5
 alpha = [0.1, 0.5]
 weight = [0.5, 1.0]
 """
-COMBINATIONS = 3 * 3 * 4 * 2 * 2 * 2  # 288
+COMBINATIONS = 2 * 2 * 3 * 2 * 2 * 2  # 96
 
 
 @pytest.fixture(autouse=True)
@@ -74,17 +74,19 @@ def start(request: SearchRequest, *more: str) -> subprocess.Popen[str]:
 
 
 def completed(request: SearchRequest) -> list[optuna.trial.FrozenTrial]:
-    storage = open_storage(request.where)
-    if request.study_name not in optuna.get_all_study_names(storage):
-        return []
-    return optuna.load_study(study_name=request.study_name, storage=storage).get_trials(deepcopy=False)
+    study = optuna.load_study(study_name=request.study_name, storage=open_storage(request.where))
+    return study.get_trials(deepcopy=False)
 
 
 def wait_for(request: SearchRequest, trials: int, seconds: float = 90) -> None:
-    until = time.monotonic() + seconds
-    while len(completed(request)) < trials:
-        assert time.monotonic() < until, f"{len(completed(request))} of {trials} trials"
-        time.sleep(0.05)
+    until, storage = time.monotonic() + seconds, open_storage(request.where)
+    while True:
+        assert time.monotonic() < until, f"there are not {trials} trials yet"
+        if request.study_name in optuna.get_all_study_names(storage):
+            study = optuna.load_study(study_name=request.study_name, storage=storage)
+            if len(study.get_trials(deepcopy=False)) >= trials:
+                return
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +106,11 @@ def test_four_workers_two_killed_one_replaced(
     workers = [start(request) for _ in range(4)]
     try:
         for number, victim in enumerate(workers[:2]):
-            wait_for(request, 20 + 40 * number)
+            wait_for(request, 10 + 20 * number)
             assert victim.poll() is None
             victim.send_signal(signal.SIGKILL)
             victim.wait()
-        assert len(completed(request)) < COMBINATIONS - 40
+        assert len(completed(request)) < COMBINATIONS - 20
         workers.append(start(request))
         for worker in workers[2:]:
             _, errors = worker.communicate(timeout=180)
@@ -137,7 +139,7 @@ def test_workers_of_one_command_are_killed(
     try:
         killed: set[int] = set()
         for _ in range(2):
-            wait_for(request, 20 + 40 * len(killed))
+            wait_for(request, 10 + 20 * len(killed))
             victim = next(pid for pid in children(parent.pid) if pid not in killed)
             os.kill(victim, signal.SIGKILL)
             killed.add(victim)
