@@ -46,6 +46,8 @@ HEAVY = {
     "matplotlib": {"network"},
     "gdown": {"data"},
     "optuna": {"search"},
+    "sqlalchemy": {"search"},
+    "cmaes": {"search"},
     "pandas": {"search"},
     "numba": {"core"},
     "click": {"cli"},
@@ -249,7 +251,7 @@ import sys
 for name in ("torch", "torchvision", "safetensors", "PIL"):
     sys.modules[name] = None
 import nacpipe
-from nacpipe.search import evaluate, inspection, scoring, study
+from nacpipe.search import evaluate, explain, inspection, scoring, study, sweep
 for args in (["search", sys.argv[1], "--trials", "3", "--storage", "s.log", "--output", "p.json"],
              ["evaluate", sys.argv[1], "--params", "p.json"], ["inspect", sys.argv[1]]):
     from nacpipe.cli import main

@@ -24,7 +24,9 @@ SAMPLERS = ("layers", "tpe", "random", "grid", "nsga2", "cmaes")
 @click.option("--patience", type=int, metavar="N", help="Stop after N trials without improvement.")
 @click.option("--space", default="auto", show_default=True, help="auto, published (the paper's grid), or a TOML file.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), help="Default: layers; for the published space its grid.")
-@click.option("--objective", type=click.Choice(("auroc", "fpr95", "both")), default="auroc", show_default=True)
+@click.option(
+    "--objective", type=click.Choice(("auroc", "fpr95", "both")), default="auroc", show_default=True, help="Of --val."
+)
 @click.option("--val", default="ood/val", show_default=True, metavar="SPLIT", help="The split that plays OOD.")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Another seed is another study.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes, sharing one index in memory.")

@@ -93,4 +93,10 @@ class ServerLocks:
     def _ask(self, statement: str, name: str) -> bool:
         digest = hashlib.sha256(f"nacpipe {self._study} {name}".encode()).digest()
         key = int.from_bytes(digest[:8], "big", signed=True) if self._dialect.number else digest[:32].hex()
-        return bool(self._connection.execute(sqlalchemy.text(statement), {"key": key}).scalar())
+        try:
+            return bool(self._connection.execute(sqlalchemy.text(statement), {"key": key}).scalar())
+        except sqlalchemy.exc.SQLAlchemyError as error:
+            line = (str(error).splitlines() or [""])[0]
+            raise StudyError(
+                f"the database of study {self._study} went away: {line}; the same command goes on"
+            ) from error

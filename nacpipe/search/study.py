@@ -79,7 +79,7 @@ class Search:
         if not create and not is_there(request.where):
             return None
         identity = self.cache.search_identity(self.splits, self.layers)
-        bound = {"identity": identity, "fingerprint": fingerprint(identity), "space": to_json(self.space)}
+        bound = {"identity": identity, "space": to_json(self.space), "fingerprint": fingerprint(identity)}
         storage = open_storage(request.where, write=create)
         names = optuna.get_all_study_names(storage)
         for name in names:

@@ -12,10 +12,9 @@ from collections.abc import Callable
 
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
-from sqlalchemy.exc import SQLAlchemyError
 
 from nacpipe.errors import StudyError
-from nacpipe.search.desk import Desk, SharedDesk
+from nacpipe.search.desk import Desk
 from nacpipe.search.objective import Outcome, Proposal
 from nacpipe.search.result import SearchResult
 from nacpipe.search.storage import is_server
@@ -42,7 +41,7 @@ def run(search: Search, progress: Progress = lambda done, best: None) -> SearchR
         if not sweep.best:
             raise  # there is nothing to report
         ended = "interrupted"
-    except (SQLAlchemyError, StorageInternalError) as error:
+    except StorageInternalError as error:
         line = (str(error).splitlines() or [""])[0]
         raise StudyError(f"the study's storage went away: {line}; go on with: {search.command()}") from error
     finally:
@@ -67,6 +66,8 @@ class _Sweep:
         self._learn(trials)
         self._desk: Desk = Desk(search.study, search.trials)
         if is_server(request.where):
+            from nacpipe.search.shared import SharedDesk  # brings SQLAlchemy
+
             self._desk = SharedDesk(search.study, search.trials, request.where)
         self._pool: Pool = Here(search.evaluator)
         if search.shared is not None and not self._desk.finished:

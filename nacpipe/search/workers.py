@@ -67,21 +67,26 @@ class Here:
 
     @property
     def idle(self) -> int:
+        """One or none."""
         return 1 - len(self._waiting)
 
     @property
     def busy(self) -> int:
+        """None or one."""
         return len(self._waiting)
 
     def submit(self, proposal: Proposal) -> None:
+        """Take a proposal."""
         self._waiting.append(proposal)
 
     def collect(self) -> list[Answer]:
+        """Try what was taken."""
         answers = [(proposal, self._evaluator.evaluate(proposal)) for proposal in self._waiting]
         self._waiting.clear()
         return answers
 
     def close(self) -> None:
+        """Drop what was taken."""
         self._waiting.clear()
 
 
@@ -166,13 +171,16 @@ class Workers:
 
     @property
     def idle(self) -> int:
+        """Workers at rest."""
         return sum(worker.proposal is None for worker in self._workers)
 
     @property
     def busy(self) -> int:
+        """Workers at work."""
         return len(self._workers) - self.idle
 
     def submit(self, proposal: Proposal) -> None:
+        """Give a proposal to a worker at rest."""
         number = next(i for i, worker in enumerate(self._workers) if worker.proposal is None)
         self._give(number, proposal)
 
@@ -191,6 +199,7 @@ class Workers:
         return answers
 
     def close(self) -> None:
+        """End all workers, those at work at once."""
         for worker in self._workers:
             worker.pipe.close()  # a worker at rest ends by itself
             if worker.proposal is not None:

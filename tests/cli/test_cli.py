@@ -105,7 +105,8 @@ FUTURE = (
 )
 OTHER = "study nac-seed1 in strange.log was made with another cache than c.zarr: weights: stored 01234567…, now "
 LAYER9 = (
-    "layer 'layer9' is not in c.zarr; it holds avgpool, layer1; extract it into another cache with --layers layer9\n"
+    "layer 'layer9' is not in c.zarr; it holds avgpool, layer1, logits;"
+    " extract it into another cache with --layers layer9\n"
 )
 
 WRONG = {

@@ -193,7 +193,9 @@ def test_parameters_beside_the_cache_in_a_file_and_published(
 
 
 def test_a_layer_that_the_cache_lacks(small_cache: Cache) -> None:
-    with pytest.raises(ParamsError, match=r"^layer 'layer9' is not in .*small\.zarr; it holds avgpool, layer1;"):
+    with pytest.raises(
+        ParamsError, match=r"^layer 'layer9' is not in .*small\.zarr; it holds avgpool, layer1, logits;"
+    ):
         evaluate(small_cache, NacParams(layers={"layer9": PARAMS.layers["layer1"]}))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,16 @@ from numpy.typing import NDArray
 from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import CacheError, InputError, ParamsError, ValuesError
-from nacpipe.search import scoring
-from nacpipe.search.scoring import Scorer, check_layers, fit_coverage, read_source, score_splits
+from nacpipe.search.scoring import (
+    REMEMBER_BYTES,
+    Scorer,
+    check_layers,
+    fit_coverage,
+    index_from,
+    read_source,
+    score_splits,
+    split_rows,
+)
 from tests import oracle
 
 SPLITS = ("id/subtrain", "id/val", "ood/val")
@@ -23,6 +32,10 @@ def values_of(cache: Cache, split: str, layer: str, source: str) -> NDArray[np.f
     view = cache[split][layer]
     activation, gradient = np.asarray(view.activation[:]), np.asarray(view.gradient[:])
     return {"product": activation * gradient, "activation": activation, "gradient": gradient}[source]
+
+
+def scorer_of(cache: Cache, splits: Sequence[str], remember: int = REMEMBER_BYTES) -> Scorer:
+    return Scorer(functools.cache(index_from(cache, splits)), split_rows(cache, splits), remember)
 
 
 def both_layers(bins: int = 20, alpha: float = 0.5, **more: str) -> NacParams:
@@ -40,7 +53,7 @@ def both_layers(bins: int = 20, alpha: float = 0.5, **more: str) -> NacParams:
 @pytest.mark.parametrize("bins", [4, 7, 20, 51])
 def test_both_ways_give_the_oracles_scores(small_cache: Cache, source: str, edges: str, bins: int) -> None:
     params = both_layers(bins, edges=edges, source=source)
-    scorer, coverage = Scorer(small_cache, ["avgpool", "layer1"], SPLITS), fit_coverage(small_cache, params)
+    scorer, coverage = scorer_of(small_cache, SPLITS), fit_coverage(small_cache, params)
     expected: dict[str, list[NDArray[np.float64]]] = {name: [] for name in SPLITS}
     for layer, p in params.layers.items():
         indexed = scorer.layer_scores(layer, p)
@@ -64,9 +77,8 @@ def test_both_ways_give_the_oracles_scores(small_cache: Cache, source: str, edge
 
 
 def test_rows_say_which_scores_are_whose(small_cache: Cache) -> None:
-    scorer = Scorer(small_cache, ["avgpool"], SPLITS)
+    scorer = scorer_of(small_cache, SPLITS)
     assert scorer.rows == {"id/subtrain": slice(0, 33), "id/val": slice(33, 73), "ood/val": slice(73, 110)}
-    assert scorer.train_rows == 60
     assert scorer.layer_scores("avgpool", LayerParams(bins=20, saturation=5, alpha=0.5)).shape == (110,)
 
 
@@ -110,11 +122,10 @@ def test_the_training_samples_fill_every_bin_that_they_are_scored_by(small_cache
 TRIED = [LayerParams(bins=bins, saturation=5, alpha=0.5) for bins in range(10, 20)]
 
 
-def test_remembered_scores_are_the_same_and_bounded(small_cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = [Scorer(small_cache, ["avgpool"], SPLITS).layer_scores("avgpool", params) for params in TRIED]
+def test_remembered_scores_are_the_same_and_bounded(small_cache: Cache) -> None:
+    fresh = [scorer_of(small_cache, SPLITS).layer_scores("avgpool", params) for params in TRIED]
     room = 3 * fresh[0].nbytes
-    monkeypatch.setattr(scoring, "REMEMBER_BYTES", room)
-    scorer = Scorer(small_cache, ["avgpool"], SPLITS)
+    scorer = scorer_of(small_cache, SPLITS, room)
     for params, expected in [*zip(TRIED, fresh, strict=True)] * 2:
         np.testing.assert_array_equal(scorer.layer_scores("avgpool", params), expected)
         np.testing.assert_array_equal(scorer.layer_scores("avgpool", params), expected)
@@ -122,10 +133,9 @@ def test_remembered_scores_are_the_same_and_bounded(small_cache: Cache, monkeypa
     assert len(scorer._remembered) == 3
 
 
-def test_what_was_used_longest_ago_is_forgotten_first(small_cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_used_longest_ago_is_forgotten_first(small_cache: Cache) -> None:
     a, b, c = TRIED[:3]
-    monkeypatch.setattr(scoring, "REMEMBER_BYTES", 2 * 110 * 8)
-    scorer = Scorer(small_cache, ["avgpool"], SPLITS)
+    scorer = scorer_of(small_cache, SPLITS, 2 * 110 * 8)
     first, second = scorer.layer_scores("avgpool", a), scorer.layer_scores("avgpool", b)
     assert scorer.layer_scores("avgpool", a) is first
     scorer.layer_scores("avgpool", c)
@@ -133,16 +143,15 @@ def test_what_was_used_longest_ago_is_forgotten_first(small_cache: Cache, monkey
     assert scorer.layer_scores("avgpool", b) is not second
 
 
-def test_no_room_at_all_still_scores(small_cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = Scorer(small_cache, ["avgpool"], SPLITS).layer_scores("avgpool", TRIED[0])
-    monkeypatch.setattr(scoring, "REMEMBER_BYTES", 1)
-    scorer = Scorer(small_cache, ["avgpool"], SPLITS)
+def test_no_room_at_all_still_scores(small_cache: Cache) -> None:
+    expected = scorer_of(small_cache, SPLITS).layer_scores("avgpool", TRIED[0])
+    scorer = scorer_of(small_cache, SPLITS, 1)
     np.testing.assert_array_equal(scorer.layer_scores("avgpool", TRIED[0]), expected)
     assert not scorer._remembered
 
 
 def test_weight_plays_no_part_in_what_is_remembered_and_all_else_does(small_cache: Cache) -> None:
-    scorer = Scorer(small_cache, ["avgpool", "layer1"], SPLITS)
+    scorer = scorer_of(small_cache, SPLITS)
     base = {"bins": 20, "saturation": 5, "alpha": 0.5}
     first = scorer.layer_scores("avgpool", LayerParams(**base, weight=0.2))  # type: ignore[arg-type]
     assert scorer.layer_scores("avgpool", LayerParams(**base, weight=0.7)) is first  # type: ignore[arg-type]
@@ -207,7 +216,7 @@ def test_values_that_are_no_numbers_are_refused(
         " extract the split again with --force id/val$"
     )
     with pytest.raises(ValuesError, match=message):
-        Scorer(cache, ["avgpool"], ["id/val", "ood/val"]).index("avgpool")
+        scorer_of(cache, ["id/val", "ood/val"]).index("avgpool", "product")
     for block in (3, 4096):  # the row is the split's, not the block's
         with pytest.raises(ValuesError, match=message):
             fit_coverage(cache, ONE).score(cache["id/val"], block=block)
@@ -221,7 +230,7 @@ def test_values_of_the_training_set_are_checked_too(write: Callable[..., Cache])
     with pytest.raises(ValuesError, match=r"^layer 'avgpool', split id/train, row 2, neuron 0: the product is nan;"):
         fit_coverage(cache, ONE)
     with pytest.raises(ValuesError, match=r"^layer 'avgpool', split id/train, row 2, neuron 0: the product is nan;"):
-        Scorer(cache, ["avgpool"], ["id/val"]).layer_scores("avgpool", ONE.layers["avgpool"])
+        scorer_of(cache, ["id/val"]).layer_scores("avgpool", ONE.layers["avgpool"])
 
 
 def test_only_the_source_is_read(write: Callable[..., Cache]) -> None:
@@ -235,22 +244,20 @@ def test_only_the_source_is_read(write: Callable[..., Cache]) -> None:
 def test_unknown_layers_are_refused(small_cache: Cache) -> None:
     params = NacParams(layers={**both_layers().layers, "layer5": LayerParams(bins=4, saturation=1, alpha=1.0)})
     message = (
-        rf"^layer 'layer5' is not in {small_cache.path}; it holds avgpool, layer1;"
+        rf"^layer 'layer5' is not in {small_cache.path}; it holds avgpool, layer1, logits;"
         " extract it into another cache with --layers layer5$"
     )
     with pytest.raises(ParamsError, match=message):
         check_layers(small_cache, ["avgpool", "layer5"])
     with pytest.raises(ParamsError, match=message):
         fit_coverage(small_cache, params)
-    with pytest.raises(ParamsError, match=message):
-        Scorer(small_cache, ["layer5"], SPLITS)
-    check_layers(small_cache, ["layer1", "avgpool"])
+    check_layers(small_cache, ["layer1", "avgpool", "logits"])
 
 
 def test_unknown_and_unfinished_splits_are_refused(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c.zarr")
     with pytest.raises(InputError, match=r"^split 'id/vall' is not in .*c\.zarr; it holds id/train, "):
-        Scorer(cache, ["avgpool"], ["id/vall"])
+        scorer_of(cache, ["id/vall"])
     CacheWriter(cache.path, cache.header).prepare("ood/far/more", 20, {})
     with pytest.raises(CacheError, match=r"c\.zarr: ood/far/more is not finished \(0 of 2 blocks\); finish it with: "):
         score_splits(open_cache(cache.path), both_layers(), ["ood/far/more"])

@@ -18,9 +18,10 @@ from optuna.trial import TrialState
 
 from nacpipe.cache import Cache
 from nacpipe.errors import StudyError
-from nacpipe.search.desk import Desk, SharedDesk
+from nacpipe.search.desk import Desk
 from nacpipe.search.locks import ServerLocks
 from nacpipe.search.result import SearchRequest, SearchResult
+from nacpipe.search.shared import SharedDesk
 from nacpipe.search.storage import open_storage
 from nacpipe.search.study import Search
 from nacpipe.search.sweep import run
@@ -58,7 +59,13 @@ def grid(tmp_path: Path) -> Path:
 
 
 def request_(cache: Cache, url: str, grid: Path, **more: Any) -> SearchRequest:
-    asked = {"cache": Path(cache.path), "storage": url, "space": str(grid), "sampler": "grid", "study": grid.parent.name}
+    asked = {
+        "cache": Path(cache.path),
+        "storage": url,
+        "space": str(grid),
+        "sampler": "grid",
+        "study": grid.parent.name,
+    }
     return SearchRequest(**{**asked, **more})
 
 
@@ -162,7 +169,9 @@ def test_the_default_search_is_shared_too(small_cache: Cache, postgres: str, tmp
     request = SearchRequest(cache=Path(small_cache.path), storage=postgres, study=tmp_path.name, trials=80)
     options = ["--storage", postgres, "--study", tmp_path.name, "--trials", "80", "--output", str(tmp_path / "o.json")]
     both = [
-        subprocess.Popen([sys.executable, "-m", "nacpipe", "search", small_cache.path, *options], stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-m", "nacpipe", "search", small_cache.path, *options], stderr=subprocess.PIPE
+        )
         for _ in range(2)
     ]
     for process in both:
@@ -173,7 +182,7 @@ def test_the_default_search_is_shared_too(small_cache: Cache, postgres: str, tmp
     assert Search(request, create=False).result("stopped").checks.val_auroc > 0.9
 
 
-# --- the book -----------------------------------------------------------------------------------------------------------
+# --- the book ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -249,5 +258,7 @@ def test_a_database_without_such_locks_is_refused() -> None:
 
 
 def test_a_server_that_is_not_there(small_cache: Cache, tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match=r"^the study's storage postgresql\+psycopg://nac@127\.0\.0\.1:1/x cannot be opened"):
+    with pytest.raises(
+        StudyError, match=r"^the study's storage postgresql\+psycopg://nac@127\.0\.0\.1:1/x cannot be opened"
+    ):
         Search(SearchRequest(cache=Path(small_cache.path), storage="postgresql+psycopg://nac@127.0.0.1:1/x"))

@@ -19,6 +19,7 @@ import pytest
 
 from nacpipe.cache import Cache
 from nacpipe.errors import CacheError, StudyError
+from nacpipe.search import sweep
 from nacpipe.search.result import SearchRequest
 from nacpipe.search.storage import only_runner, open_storage
 from nacpipe.search.study import Search
@@ -43,7 +44,7 @@ def trials_of(search: Search) -> Trials:
 
 def run(request: SearchRequest) -> Search:
     search = Search(request)
-    search.run()
+    sweep.run(search)
     assert search.study is not None
     assert len(search.study.get_trials()) == len(search.completed())  # nothing is left running or failed
     return search
@@ -76,7 +77,7 @@ def test_every_trial_is_one_line(journal: Path) -> None:
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     trials = [line for line in lines if "datetime_complete" in line]
     assert len(trials) == TRIALS
-    assert len(lines) - TRIALS == 5  # the study and its four attributes
+    assert len(lines) - TRIALS == 6  # the study and its five attributes
 
 
 @pytest.mark.parametrize("line", [0, 1, 3, 4, 5, 20, 34, -1])
