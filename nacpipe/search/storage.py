@@ -115,7 +115,6 @@ def open_storage(where: str, *, write: bool = True) -> BaseStorage:
     Raises:
         StudyError: it cannot be opened, naming it.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         if "://" in where:
             return RDBStorage(where)

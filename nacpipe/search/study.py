@@ -46,6 +46,7 @@ class Search:
             InputError: the request makes no sense, or the sampler cannot search the space.
         """
         _check(request)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         set_threads(request.threads)
         self.request = request
         self.cache = open_cache(request.cache)

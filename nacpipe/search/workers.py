@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection, wait
@@ -106,6 +107,7 @@ class SharedIndexes:
         """Take what makes an index."""
         self._make = make
         self._file = tempfile.TemporaryFile(prefix="nacpipe-index-")  # noqa: SIM115  it lives as long as this
+        weakref.finalize(self, self._file.close)
         self._made: dict[tuple[str, Source], Index] = {}
         self.places: dict[tuple[str, Source], dict[str, _Place]] = {}
 

@@ -16,6 +16,10 @@ from nacpipe.cache import Cache, open_cache
 from nacpipe.core.coverage import bin_edges, combine_layers, layer_score, product_borders, select_source
 from nacpipe.core.kernels import count_sorted, fill_ranked, fill_rows, rank_columns, sort_columns
 from nacpipe.core.metrics import accuracy, detect
+from nacpipe.search.result import SearchRequest
+from nacpipe.search.study import Search
+from nacpipe.search.sweep import run
+from nacpipe.search.trials import trial_params
 
 SPLITS = ("id/train", "id/subtrain", "id/val", "ood/val")
 LAYERS = ("avgpool", "layer3", "layer2", "layer1")
@@ -129,3 +133,39 @@ def test_scores_of_the_references_arrays_are_the_references(
     assert (
         accuracy(val["logits"], val["label"].astype(np.int64)) == known["metrics"]["id-val against ood-val"]["accuracy"]
     )
+
+
+# --- searching --------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_grid_gives_the_authors_trials_and_their_choice(
+    extracted: Cache, shared: Path, tmp_path: Path
+) -> None:
+    known = json.loads((shared / "reference/resnet20/grid.json").read_text())["trials"]
+    search = Search(SearchRequest(cache=Path(extracted.path), space="published", storage=str(tmp_path / "s.log")))
+    result = run(search)
+    found = {}
+    for trial in search.completed():
+        layers = trial_params(trial, search.space).layers
+        found[tuple((p.bins, p.saturation, p.alpha) for p in layers.values())] = trial.user_attrs
+    assert len(found) == len(known) == 256
+    for trial in known:
+        params = trial["params"]
+        ours = found[tuple((p["bins"], p["saturation"], float(p["alpha"])) for p in params.values())]
+        assert ours["val_auroc"] == pytest.approx(trial["val_auroc"], abs=0.0005)
+        assert ours["subtrain_auroc"] == pytest.approx(trial["subtrain_auroc"], abs=0.0005)
+        assert ours["val_fpr95"] == pytest.approx(trial["val_fpr95"], abs=0.005)  # steps of 0.001, at few thresholds
+    assert result.checks.val_auroc == pytest.approx(max(t["val_auroc"] for t in known), abs=0.0005)
+    assert result.trials == 256
+
+
+@pytest.mark.parametrize(("layers", "least"), [(LAYERS, 0.893), ((*LAYERS, "logits"), 0.898)])
+def test_the_default_search_finds_what_it_promises(
+    extracted: Cache, tmp_path: Path, layers: tuple[str, ...], least: float
+) -> None:
+    """bench/search.py repeats it for five seeds, with the time it takes."""
+    search = Search(SearchRequest(cache=Path(extracted.path), layers=layers, storage=str(tmp_path / "s.log")))
+    result = run(search)
+    assert result.checks.val_auroc >= least
+    assert result.trials == 2000
+    assert not result.overfits
