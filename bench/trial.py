@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from nacpipe.core.coverage import bin_edges, combine_layers, layer_score, product_borders
-from nacpipe.core.kernels import fill_ranked, rank_columns, sort_columns
+from nacpipe.core.kernels import Columns, fill_ranked, rank_columns, sort_columns
 from nacpipe.core.metrics import auroc
 from nacpipe.core.params import LayerParams
 from nacpipe.core.published import PUBLISHED
@@ -62,7 +62,7 @@ class Layer:
     params: LayerParams
     train: Floats  # (keep, neurons): products as they come, for the plain way
     evaluated: Floats  # (keep, neurons)
-    index: tuple[Floats, Floats, NDArray[np.uint16] | NDArray[np.uint32]]  # sorted train, sorted evaluated, ranks
+    index: tuple[Columns, Columns, NDArray[np.uint16] | NDArray[np.uint32]]  # sorted train, sorted evaluated, ranks
 
 
 def draw_products(random: np.random.Generator, rows: int, neurons: int, alpha: float) -> Floats:  # (rows, neurons)
@@ -102,7 +102,7 @@ def score(layers: list[Layer]) -> NDArray[np.float64]:  # (samples,)
         params, (train, queries, ranks) = layer.params, layer.index
         borders = product_borders(bin_edges(params.bins, params.edges), params.alpha)
         filled = fill_ranked(train, queries, ranks, borders, params.saturation)
-        scores.append(layer_score(filled, train.shape[0], params.saturation))
+        scores.append(layer_score(filled, ranks.shape[0], params.saturation))
     return combine_layers(np.stack(scores), np.ones(len(layers)))
 
 

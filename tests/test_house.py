@@ -50,6 +50,7 @@ HEAVY = {
     "cmaes": {"search"},
     "pandas": {"search"},
     "numba": {"core"},
+    "llvmlite": {"core"},
     "click": {"cli"},
 }
 SCRIPTS = {"network/digits_train.py"}  # run by hand, with options of its own

@@ -1,12 +1,12 @@
 """The compiled loops behind coverage.py. Everything here works on float32 products and integer counts.
 
-A layer is indexed once (`sort_columns`), neuron by neuron, so that every loop walks memory forward:
+A layer is indexed once (`sort_columns`, `rank_columns`), neuron by neuron:
 
-    train    (neurons, n_train)  each neuron's training products, ascending
-    queries  (neurons, n_query)  each neuron's evaluated products, ascending
-    ranks    (neurons, n_query)  where sample s stands in its neuron's ascending order
+    train    each neuron's training products, ascending
+    queries  each neuron's evaluated products, ascending
+    ranks    (neurons, n_query): where sample s stands in its neuron's ascending order
 
-A trial (`fill_ranked`) lays its borders over both ascending rows at once:
+A trial (`fill_ranked`) finds its borders in both ascending orders, p training and q evaluated products below border k:
 
     train    ··· ·│·· ·········│·· ·│···        counts per bin:    p[k+1] − p[k]
     queries    · ·│· ·· ·· ····│·   │· ·        entry per place:   min(count, saturation) over q[k] … q[k+1]
@@ -15,7 +15,7 @@ A trial (`fill_ranked`) lays its borders over both ascending rows at once:
 Compiled code is cached on disk by numba, beside this file or, where that cannot be written, in the user's cache folder;
 its index is keyed by processor, so a copied cache is never stale.
 
-A trial's neurons are shared out over plain threads. The other loops use numba's own work queue: OpenMP's threads spin
+A trial's neurons are shared out over plain threads. `fill_rows` uses numba's own work queue: OpenMP's threads spin
 while they wait, and where two searches share a machine's cores each takes five times as long. The work queue must not
 be entered twice at once, hence the lock.
 """
@@ -26,19 +26,48 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numba
 import numpy as np
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic as untyped_intrinsic
 from numpy.typing import NDArray
 
 if "NUMBA_THREADING_LAYER" not in os.environ:
     numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
 _ENTERED = threading.Lock()
-LINE = 16  # float32 values in a cache line
+_intrinsic: Any = untyped_intrinsic
+LINE = 16  # float32 values in a cache line, compared at once
+STRETCH = 32  # entries that are written at once
+TOGETHER = 4  # neurons whose entries are added up in one pass over the samples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """Each neuron's values in ascending order, in lines, as a tree: an upper level holds the last of every line below.
+
+        tree      │ 7 +∞ +∞ +∞ │ 2 3 5 7 │ 9 +∞ +∞ +∞ │ 0 0 1 2 │ 2 2 3 3 │ … │ 8 9 9 +∞ │     (with lines of four)
+                  └ starts[0]  └ starts[1]            └ starts[2]: the values
+
+    How many values are below a border: the count of those below it in the top line says which line to look at one level
+    down, and so on. A last line always ends in +∞, which is below no border, so there is always a line to go to.
+    """
+
+    tree: NDArray[np.float32]
+    """(neurons, width): the levels, one behind the other, each of whole lines."""
+    starts: tuple[int, ...]
+    """Where each level begins, the top one first."""
+    samples: int
+
+    @property
+    def ascending(self) -> NDArray[np.float32]:
+        """(neurons, samples)."""
+        return self.tree[:, self.starts[-1] : self.starts[-1] + self.samples]
 
 
 def _compiled(**options: Any) -> Callable[[Any], Any]:
@@ -53,71 +82,94 @@ def _compiled(**options: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-@_compiled(inline="always")
-def _walk(row, line, border):  # type: ignore[no-untyped-def]
-    """The line of the ascending row that `border` falls in, from `line` on, and how many values are below the border.
+def _repeat(builder: Any, value: Any, times: int) -> Any:
+    """`times` copies of a value as one LLVM vector."""
+    nothing = ir.Constant(ir.VectorType(value.type, times), ir.Undefined)
+    one = builder.insert_element(nothing, value, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(ir.IntType(32), times), [0] * times))
 
-    Lines that are wholly below are stepped over by their last value; within a line the comparisons are counted, all of
-    them, since a branch at an unforeseeable place costs more than sixteen comparisons at once.
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, start: Any, line: Any) -> Any:
+    """array[start:] as the address of a vector of type `line`."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [start]), line.as_pointer())
+
+
+@_intrinsic
+def _count_below(_typing, row, start, border):  # type: ignore[no-untyped-def]
+    """How many of row[start : start + LINE] are below `border`: one comparison of all, and a count of its bits.
+
+    A loop says the same, but numba makes sixteen comparisons of it and is ten times as slow.
     """
-    whole = row.size // LINE
-    while line < whole and row[line * LINE + LINE - 1] < border:
-        line += 1
-    below = np.int32(0)
-    start = line * LINE
-    if line < whole:
-        for t in range(LINE):
-            below += np.int32(row[start + t] < border)
-    else:
-        for place in range(start, row.size):
-            below += np.int32(row[place] < border)
-    return line, start + below
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        row, start, border = arguments
+        borders = _repeat(builder, border, LINE)
+        values = builder.load(_address(context, builder, signature.args[0], row, start, borders.type), align=4)
+        bits = builder.bitcast(builder.fcmp_ordered("<", values, borders), ir.IntType(LINE))
+        return builder.zext(builder.ctpop(bits), ir.IntType(64))
+
+    return types.int64(row, types.int64, types.float32), generate
+
+
+@_intrinsic
+def _fill_stretch(_typing, entries, start, entry):  # type: ignore[no-untyped-def]
+    """entries[start : start + STRETCH] = entry, at once."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        entries, start, entry = arguments
+        width = ir.IntType(signature.args[0].dtype.bitwidth)
+        stretch = _repeat(builder, builder.trunc(entry, width), STRETCH)
+        address = _address(context, builder, signature.args[0], entries, start, stretch.type)
+        builder.store(stretch, address, align=width.width // 8)
+        return context.get_dummy_value()
+
+    return types.void(entries, types.int64, types.int64), generate
 
 
 @_compiled(nogil=True)
-def _fill_ranked(train, queries, ranks, borders, saturation):  # type: ignore[no-untyped-def]
+def _find_places(tree, starts, borders):  # type: ignore[no-untyped-def]
+    """How many of each neuron's values are below each border, (neurons, bins): down the tree, one line per level."""
+    places = np.empty((tree.shape[0], borders.size), np.int32)
+    for neuron in range(tree.shape[0]):
+        row = tree[neuron]
+        for k in range(borders.size):
+            place = 0
+            for start in starts:  # a tuple: compiled for so many levels, with no loop left
+                place = place * LINE + _count_below(row, start + place * LINE, borders[k])
+            places[neuron, k] = place
+    return places
+
+
+@_compiled(inline="always")
+def _fill_entries(entries, p, q, saturation):  # type: ignore[no-untyped-def]
+    """One neuron's entries, min(count, saturation), at every place of its queries' order."""
+    for k in range(p.size - 1):
+        entry = min(p[k + 1] - p[k], saturation)
+        place = q[k]
+        _fill_stretch(entries, place, entry)  # in any case: what is too much, the next bins write over
+        while place + STRETCH < q[k + 1]:
+            place += STRETCH
+            _fill_stretch(entries, place, entry)
+
+
+@_compiled(nogil=True)
+def _fill_ranked(p, q, ranks, saturation, entries):  # type: ignore[no-untyped-def]
     neurons, n_query = ranks.shape
-    entries = np.empty(n_query + LINE, np.int32)  # written a line at a time, hence the room behind
-    filled = np.zeros(n_query, np.int32)
     total = np.zeros(n_query, np.int64)
-    for neuron in range(neurons):
-        row, query = train[neuron], queries[neuron]
-        p, q, train_line, query_line = 0, 0, 0, 0
-        for k in range(1, borders.size):
-            train_line, p_next = _walk(row, train_line, borders[k])
-            query_line, q_next = _walk(query, query_line, borders[k])
-            entry = np.int32(min(p_next - p, saturation))
-            for t in range(LINE):
-                entries[q + t] = entry
-            for place in range(q + LINE, q_next):
-                entries[place] = entry
-            p, q = p_next, q_next
-            if q == n_query:
-                break
-        rank = ranks[neuron]
+    a, b, c, d = entries[0], entries[1], entries[2], entries[3]
+    for first in range(0, neurons, TOGETHER):
+        for j in range(TOGETHER):
+            if first + j < neurons:
+                _fill_entries(entries[j], p[first + j], q[first + j], saturation)
+            else:
+                entries[j] = 0
+        last = neurons - 1
+        of_a, of_b = ranks[first], ranks[min(first + 1, last)]
+        of_c, of_d = ranks[min(first + 2, last)], ranks[min(first + 3, last)]
         for s in range(n_query):
-            filled[s] += entries[rank[s]]
-        if (neuron + 1) % 1024 == 0:  # int32 holds 1,024 neurons of up to two million counts
-            for s in range(n_query):
-                total[s] += filled[s]
-                filled[s] = 0
-    for s in range(n_query):
-        total[s] += filled[s]
+            total[s] += np.int64(a[of_a[s]]) + np.int64(b[of_b[s]]) + np.int64(c[of_c[s]]) + np.int64(d[of_d[s]])
     return total
-
-
-@_compiled(parallel=True, nogil=True)
-def _count_sorted(train, borders):  # type: ignore[no-untyped-def]
-    neurons = train.shape[0]
-    counts = np.zeros((neurons, borders.size - 1), np.int32)
-    for neuron in prange(neurons):
-        row = train[neuron]
-        p, line = 0, 0
-        for k in range(1, borders.size):
-            line, p_next = _walk(row, line, borders[k])
-            counts[neuron, k - 1] = p_next - p
-            p = p_next
-    return counts
 
 
 @_compiled(parallel=True, nogil=True)
@@ -141,20 +193,25 @@ def _fill_rows(products, borders, counts, saturation):  # type: ignore[no-untype
 
 
 def fill_ranked(
-    train: NDArray[np.float32],  # (neurons, n_train), ascending
-    queries: NDArray[np.float32],  # (neurons, n_query), ascending
+    train: Columns,
+    queries: Columns,
     ranks: NDArray[np.uint16] | NDArray[np.uint32],  # (neurons, n_query)
     borders: NDArray[np.float32],  # (bins,)
     saturation: int,
 ) -> NDArray[np.int64]:
     """Return Σ over neurons of min(count, saturation) at each indexed sample's bins, (n_query,) int64; finite input."""
-    threads = min(numba.get_num_threads(), train.shape[0])
-    cuts = [train.shape[0] * part // threads for part in range(threads + 1)]
-    parts = [slice(low, high) for low, high in pairwise(cuts)]
+    neurons, n_query = ranks.shape
+    threads = min(numba.get_num_threads(), neurons)
+    cuts = [neurons * part // threads for part in range(threads + 1)]
+    narrow = np.uint16 if min(train.samples, saturation) < 1 << 16 else np.uint32
 
     def fill(part: slice) -> NDArray[np.int64]:
-        return np.asarray(_fill_ranked(train[part], queries[part], ranks[part], borders, saturation))
+        entries = np.empty((TOGETHER, n_query + STRETCH), narrow)  # written in stretches, hence the room behind
+        p = _find_places(train.tree[part], train.starts, borders)
+        q = _find_places(queries.tree[part], queries.starts, borders)
+        return np.asarray(_fill_ranked(p, q, ranks[part], saturation, entries))
 
+    parts = [slice(low, high) for low, high in pairwise(cuts)]
     others = [_helpers().submit(fill, part) for part in parts[1:]]
     total = fill(parts[0])
     for other in others:
@@ -169,12 +226,11 @@ def _helpers() -> ThreadPoolExecutor:
 
 
 def count_sorted(
-    train: NDArray[np.float32],  # (neurons, n_train), ascending
+    train: Columns,
     borders: NDArray[np.float32],  # (bins,)
 ) -> NDArray[np.int32]:
     """Return how many training samples fall in each bin, (neurons, bins − 1) int32."""
-    with _ENTERED:
-        return np.asarray(_count_sorted(train, borders))
+    return np.diff(np.asarray(_find_places(train.tree, train.starts, borders)))
 
 
 def fill_rows(
@@ -188,10 +244,20 @@ def fill_rows(
         return np.asarray(_fill_rows(products, borders, counts, saturation))
 
 
-def sort_columns(products: NDArray[np.float32]) -> NDArray[np.float32]:  # (samples, neurons)
-    """Return each neuron's products in ascending order, (neurons, samples)."""
-    columns = np.ascontiguousarray(products.T)
-    columns.sort(axis=1)
+def sort_columns(products: NDArray[np.float32]) -> Columns:  # (samples, neurons)
+    """Return each neuron's products in ascending order."""
+    samples, neurons = products.shape
+    widths = [(samples // LINE + 1) * LINE]
+    while widths[0] > LINE:
+        widths.insert(0, -(-widths[0] // LINE**2) * LINE)
+    starts = tuple(accumulate(widths, initial=0))
+    tree = np.full((neurons, starts[-1]), np.inf, np.float32)
+    columns = Columns(tree=tree, starts=starts[:-1], samples=samples)
+    columns.ascending[:] = products.T
+    columns.ascending.sort(axis=1)
+    for level in reversed(range(len(widths) - 1)):
+        last = tree[:, starts[level + 1] + LINE - 1 : starts[level + 2] : LINE]
+        tree[:, starts[level] : starts[level] + last.shape[1]] = last
     return columns
 
 

@@ -27,7 +27,7 @@ from nacpipe.core.coverage import (
     product_borders,
     select_source,
 )
-from nacpipe.core.kernels import count_sorted, fill_ranked, fill_rows, rank_columns, sort_columns
+from nacpipe.core.kernels import Columns, count_sorted, fill_ranked, fill_rows, rank_columns, sort_columns
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import ParamsError, ValuesError
 
@@ -150,8 +150,8 @@ def score_splits(cache: Cache, params: NacParams, splits: Sequence[str]) -> dict
 class Index:
     """One layer's columns, sorted once."""
 
-    train: NDArray[np.float32]  # (neurons, n_train)
-    queries: NDArray[np.float32]  # (neurons, n_query)
+    train: Columns  # of n_train samples
+    queries: Columns  # of n_query samples
     ranks: NDArray[np.uint16] | NDArray[np.uint32]  # (neurons, n_query)
 
 
@@ -209,7 +209,7 @@ class Scorer:
         index = self.index(layer, params.source)
         borders = product_borders(bin_edges(params.bins, params.edges), params.alpha)
         filled = fill_ranked(index.train, index.queries, index.ranks, borders, params.saturation)
-        scores = layer_score(filled, index.train.shape[0], params.saturation)
+        scores = layer_score(filled, index.ranks.shape[0], params.saturation)
         self._remember(key, scores)
         return scores
 

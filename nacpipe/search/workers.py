@@ -9,19 +9,19 @@ is killed is replaced and its trial given to the next.
 from __future__ import annotations
 
 import json
+import mmap
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from nacpipe.core.coverage import Source
 from nacpipe.core.kernels import set_threads
@@ -93,11 +93,10 @@ class Here:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an array lies in the shared file."""
+    """Where an index lies in the shared file: what it is made of, and its arrays as (offset, bytes)."""
 
-    offset: int
-    shape: tuple[int, ...]
-    dtype: str
+    made_of: bytes
+    arrays: tuple[tuple[int, int], ...]
 
 
 class SharedIndexes:
@@ -109,13 +108,14 @@ class SharedIndexes:
         self._file = tempfile.TemporaryFile(prefix="nacpipe-index-")  # noqa: SIM115  it lives as long as this
         weakref.finalize(self, self._file.close)
         self._made: dict[tuple[str, Source], Index] = {}
-        self.places: dict[tuple[str, Source], dict[str, _Place]] = {}
+        self.places: dict[tuple[str, Source], _Place] = {}
 
     def __call__(self, layer: str, source: Source) -> Index:
         key = layer, source
         if key not in self._made:
-            made = self._make(layer, source)
-            self.places[key] = {field.name: self._write(getattr(made, field.name)) for field in fields(Index)}
+            arrays: list[pickle.PickleBuffer] = []
+            made_of = pickle.dumps(self._make(layer, source), protocol=5, buffer_callback=arrays.append)
+            self.places[key] = _Place(made_of, tuple(self._write(array.raw()) for array in arrays))
             self._file.flush()
             self._made[key] = map_index(self._file.fileno(), self.places[key])
         return self._made[key]
@@ -125,22 +125,21 @@ class SharedIndexes:
         """The file's descriptor."""
         return self._file.fileno()
 
-    def _write(self, array: np.ndarray[Any, Any]) -> _Place:
+    def _write(self, array: memoryview) -> tuple[int, int]:
         offset = -(-self._file.tell() // PAGE) * PAGE
         self._file.seek(offset)
-        array.tofile(self._file)
-        return _Place(offset, array.shape, array.dtype.str)
+        self._file.write(array)
+        return offset, array.nbytes
 
 
-def map_index(file: int, places: Mapping[str, _Place]) -> Index:
+def map_index(file: int, place: _Place) -> Index:
     """Return an index that lies in a file, mapped, not read."""
-    with os.fdopen(file, "rb", closefd=False) as opened:
-        return Index(
-            **{
-                name: np.memmap(opened, place.dtype, "r", place.offset, place.shape).view(np.ndarray)
-                for name, place in places.items()
-            }
-        )
+    end = max(offset + size for offset, size in place.arrays)
+    whole = memoryview(mmap.mmap(file, end, access=mmap.ACCESS_COPY))  # nobody writes: the pages stay shared
+    index: Index = pickle.loads(  # noqa: S301  it comes from our own process
+        place.made_of, buffers=[whole[offset : offset + size] for offset, size in place.arrays]
+    )
+    return index
 
 
 @dataclass

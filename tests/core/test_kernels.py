@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nacpipe.core import kernels
 from nacpipe.core.coverage import bin_edges, coverage_table, layer_score, product_borders
-from nacpipe.core.kernels import count_sorted, fill_ranked, fill_rows, rank_columns, sort_columns
+from nacpipe.core.kernels import Columns, count_sorted, fill_ranked, fill_rows, rank_columns, sort_columns
 from tests import oracle
 
 Products = NDArray[np.float32]  # (samples, neurons)
@@ -61,7 +61,7 @@ def one_thread_unless_told() -> Iterator[None]:
     kernels.set_threads(None)
 
 
-def index(train: Products, queries: Products) -> tuple[Products, Products, NDArray[np.uint16] | NDArray[np.uint32]]:
+def index(train: Products, queries: Products) -> tuple[Columns, Columns, NDArray[np.uint16] | NDArray[np.uint32]]:
     return sort_columns(train), sort_columns(queries), rank_columns(queries)
 
 
@@ -101,7 +101,7 @@ def test_ranked_and_plain_rows_fill_alike_even_on_the_borders(
     # A border belongs to the bin above it, the number just below to the bin below: here one neuron for each border.
     k = np.flatnonzero(np.isfinite(borders))
     pairs = np.stack([np.nextafter(borders[k], np.float32(-np.inf)), borders[k]], axis=1)
-    counts = count_sorted(pairs, borders)
+    counts = count_sorted(sort_columns(pairs.T), borders)
     assert (counts[np.arange(k.size), k - 1] == 1).all()
     assert (counts[np.arange(k.size), k] == 1).all()
 
@@ -169,7 +169,7 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("neurons", [1, 2, 37, 5000])  # 5000: more than 1,024 to a chunk, whose sums are carried over
+@pytest.mark.parametrize("neurons", [1, 2, 37, 5000])  # neurons go by fours: alone, half, one over
 def test_threads_change_nothing(neurons: int) -> None:
     rng = np.random.RandomState(0)
     train, queries = (rng.randn(n, neurons).astype(np.float32) for n in (40, 23))
@@ -206,7 +206,7 @@ def test_ranks_are_as_narrow_as_they_can_be_and_right(samples: int) -> None:
     ordered = sort_columns(queries)
     for neuron in range(2):
         assert (np.sort(ranks[neuron]) == np.arange(samples)).all()
-        np.testing.assert_array_equal(ordered[neuron, ranks[neuron]], queries[:, neuron])
+        np.testing.assert_array_equal(ordered.ascending[neuron, ranks[neuron]], queries[:, neuron])
     train = rng.randn(100, 2).astype(np.float32)
     borders = product_borders(bin_edges(50), 1.0)
     counts = count_sorted(sort_columns(train), borders)
@@ -222,10 +222,10 @@ def test_no_samples_are_filled_with_nothing() -> None:
     assert fill_ranked(*index(none, train), borders, 5).tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("n_train", [1, 15, 16, 17, 32, 50])
-@pytest.mark.parametrize("n_query", [1, 16, 33])
+@pytest.mark.parametrize("n_train", [1, 15, 16, 17, 50, 255, 256, 257])
+@pytest.mark.parametrize("n_query", [1, 15, 16, 31, 32, 33, 300, 4096])
 def test_rows_that_end_anywhere_in_a_line(n_train: int, n_query: int) -> None:
-    """The walk goes by lines of sixteen values; what is left behind the last whole line counts too."""
+    """Values go by lines of sixteen, lines by trees of sixteen, entries by stretches of 32; none need be full."""
     random = np.random.RandomState(n_train * 100 + n_query)
     train, queries = (random.randint(-4, 5, (n, 7)).astype(np.float32) for n in (n_train, n_query))
     borders = np.array([-np.inf, -3, -1, 0, 0.5, 2, np.inf, np.inf], np.float32)
@@ -233,9 +233,32 @@ def test_rows_that_end_anywhere_in_a_line(n_train: int, n_query: int) -> None:
     for neuron in range(7):
         of_train = np.searchsorted(borders, train[:, neuron], side="right") - 1
         of_query = np.searchsorted(borders, queries[:, neuron], side="right") - 1
-        expected += np.minimum((of_train[:, None] == of_query[None, :]).sum(axis=0), 3)
-    indexed = kernels.sort_columns(train), kernels.sort_columns(queries), kernels.rank_columns(queries)
-    assert kernels.fill_ranked(*indexed, borders, 3).tolist() == expected.tolist()
+        expected += np.minimum(np.bincount(of_train, minlength=7)[of_query], 3)
+    assert fill_ranked(*index(train, queries), borders, 3).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("samples", [0, 1, 15, 16, 17, 239, 240, 255, 256, 257, 4079, 4080, 4095, 4096, 4097, 66_000])
+def test_a_tree_finds_what_searchsorted_finds(samples: int) -> None:
+    """At every depth of the tree, and with its lines and levels as good as full, full and just begun."""
+    random = np.random.RandomState(samples)
+    values = random.randn(samples, 3).astype(np.float32)
+    values[:, 1] = np.round(values[:, 1])  # many ties
+    values[:, 2] = 0.0
+    there = np.concatenate([[-3.4e38, -1, -0.0, 1e-45, 0.5, 3.4e38], values[:100].ravel()]).astype(np.float32)
+    borders = np.sort(np.concatenate([[-np.inf], there, np.nextafter(there, np.float32(np.inf)), [np.inf]]))
+    columns = sort_columns(values)
+    np.testing.assert_array_equal(columns.ascending, np.sort(values, axis=0).T)
+    below = [np.searchsorted(column, borders) for column in columns.ascending]
+    np.testing.assert_array_equal(count_sorted(columns, borders.astype(np.float32)), np.diff(below))
+
+
+@pytest.mark.parametrize("saturation", [65_535, 65_536, 10**6])
+@pytest.mark.parametrize("n_train", [65_535, 65_536, 70_000])
+def test_counts_that_sixteen_bits_do_not_hold(n_train: int, saturation: int) -> None:
+    train, queries = np.ones((n_train, 5), np.float32), np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0]], np.float32)
+    borders = np.array([-np.inf, 0, 1, 2, np.inf], np.float32)
+    most = min(n_train, saturation)
+    assert fill_ranked(*index(train, queries), borders, saturation).tolist() == [5 * most, 2 * most]
 
 
 def test_callers_from_several_threads_do_not_mix() -> None:

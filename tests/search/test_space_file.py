@@ -153,8 +153,14 @@ ONE = "layers.layer1"
             f"{{path}}: {ONE}.alpha: alpha is datetime.date(2020, 1, 1); it must be a finite number",
         ),
         ("[layers.layer1]\nweight = -0.5", f"{{path}}: {ONE}.weight: weight is -0.5; it must be at least 0"),
-        ("[layers.layer1]\nweight = 'fitted'", f"{{path}}: {ONE}.weight: weight is 'fitted'; it must be a finite number"),
-        ("[layers.layer1]\nweight = ['fit', 1]", f"{{path}}: {ONE}.weight: weight is 'fit'; it must be a finite number"),
+        (
+            "[layers.layer1]\nweight = 'fitted'",
+            f"{{path}}: {ONE}.weight: weight is 'fitted'; it must be a finite number",
+        ),
+        (
+            "[layers.layer1]\nweight = ['fit', 1]",
+            f"{{path}}: {ONE}.weight: weight is 'fit'; it must be a finite number",
+        ),
         (
             "[layers.layer1]\nsource = 'states'",
             f"{{path}}: {ONE}.source: source is 'states'; known: product, activation, gradient",
@@ -270,7 +276,9 @@ def test_the_published_space(small_cache: Cache, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_network_that_the_paper_does_not_know(small_cache: Cache) -> None:
-    message = r"^the paper has no parameters for digits, made_up, layers avgpool, layer1, logits \(it has cifar10 resnet: "
+    message = (
+        r"^the paper has no parameters for digits, made_up, layers avgpool, layer1, logits \(it has cifar10 resnet: "
+    )
     with pytest.raises(ParamsError, match=message):
         read_spec("published", small_cache, ())
 
