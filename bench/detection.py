@@ -1,12 +1,12 @@
 """How well the default search detects, beside the logit baselines, and what other choices of layers and states give.
 
-Measured: for every row and seed one `nacpipe search`, then the mean AUROC over the near and over the far test sets. Which
-row is best was decided on the validation AUROC alone; test sets were read for this table only.
+Measured: for every row and seed one `nacpipe search`, then the mean AUROC over the near and over the far test sets.
+Which row is best was decided on the validation AUROC alone; test sets were read for this table only.
 
     python bench/detection.py CACHE [CACHE …] [--seeds 1,2,3] [--trials 2000]
 
-Each CACHE is searched with its layers, with `logits` as a layer too, and with every state source besides. A cache of more
-layers or more training images is one more argument.
+Each CACHE is searched with its layers, with `logits` as a layer too, and with every state source besides. A cache of
+more layers or more training images is one more argument.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
                 f"overfitting check, id/val against id/subtrain: AUROC {_percent(checks.subtrain_auroc)} %"
                 f" (50 is ideal; Energy's {_percent(result.energy_subtrain)} %)"
             )
-        click.echo(f"{result.trials} trials in {result.seconds:.1f} s, seed {result.seed}, {search.request.where}")
+        click.echo(f"{result.trials} trials in {result.seconds:.1f} s, seed {result.seed}, {search.request.shown}")
     if result.overfits:
         note(
             "warning: NAC tells training images from others more than 3 points better than Energy does; the coverage"
@@ -215,7 +215,7 @@ def _print_plan(search: Search, as_json: bool) -> None:
     done = len(search.completed())
     space = to_json(search.space)
     if as_json:
-        print_json({"study": search.request.where, "done": done, "trials": search.trials, "space": space})
+        print_json({"study": search.request.shown, "done": done, "trials": search.trials, "space": space})
         return
     fields = ["bins", "saturation", "alpha"]
     fields += [field for field in ("source", "edges") if _chosen(search, field)]
@@ -230,7 +230,7 @@ def _print_plan(search: Search, as_json: bool) -> None:
     splits = ", ".join(f"{name} ({rows.stop - rows.start})" for name, rows in search.scorer.rows.items())
     click.echo(f"\nid/train ({search.train_rows}) is counted; scored: {splits}")
     click.echo(
-        f"study {search.request.study_name} in {search.request.where}: {done} of {search.trials} trials done,"
+        f"study {search.request.study_name} in {search.request.shown}: {done} of {search.trials} trials done,"
         f" sampler {search.request.how}"
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import sqlalchemy
 
 from nacpipe.errors import StudyError
+from nacpipe.search.storage import with_driver
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class ServerLocks:
         Raises:
             StudyError: this kind of database has no such locks.
         """
-        engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
+        engine = sqlalchemy.create_engine(with_driver(url), isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
         if engine.dialect.name not in _DIALECTS:
             raise StudyError(
                 f"a study cannot be shared on {engine.dialect.name}; use PostgreSQL or MySQL, or a journal file or"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,11 @@ Sampler = Literal["layers", "tpe", "random", "grid", "nsga2", "cmaes"]
 DEFAULT_TRIALS = 2000
 
 OVERFIT_POINTS = 0.03  # below Energy's id/val-against-id/subtrain AUROC: NAC knows its training data too well
+
+
+def without_password(where: str) -> str:
+    """Return a storage's URL with *** for its password."""
+    return re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", where)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +77,11 @@ class SearchRequest:
     def where(self) -> str:
         """The storage."""
         return self.storage or str(beside_cache(str(self.cache), ".study.log"))
+
+    @property
+    def shown(self) -> str:
+        """The storage as it may be printed and written to files."""
+        return without_password(self.where)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

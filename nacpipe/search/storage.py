@@ -17,7 +17,8 @@ from pathlib import Path
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from nacpipe.errors import StudyError
+from nacpipe.errors import MissingExtra, StudyError
+from nacpipe.search.result import without_password
 
 if sys.platform != "win32":
     import fcntl
@@ -102,6 +103,15 @@ def is_server(where: str) -> bool:
     return "://" in where and not where.startswith("sqlite")
 
 
+DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql", "mariadb": "pymysql"}  # what the extras install
+
+
+def with_driver(where: str) -> str:
+    """Return a database's URL with the driver that nacpipe installs, where it names none."""
+    kind, found, rest = where.partition("://")
+    return f"{kind}+{DRIVERS[kind]}{found}{rest}" if found and kind in DRIVERS else where
+
+
 def is_there(where: str) -> bool:
     """Return False for a journal or SQLite file that opening would make; of other databases nothing is known."""
     file = where.removeprefix("sqlite:///")
@@ -116,7 +126,7 @@ def open_storage(where: str, *, write: bool = True) -> BaseStorage:
     """
     try:
         if "://" in where:
-            return RDBStorage(where)
+            return RDBStorage(with_driver(where))
         if not Path(where).parent.is_dir():
             raise StudyError(f"the folder of the study {where} is not there")
         if sys.platform == "win32":
@@ -128,6 +138,11 @@ def open_storage(where: str, *, write: bool = True) -> BaseStorage:
         return JournalStorage(JournalFileBackend(where, lock_obj=lock))  # type: ignore[arg-type]
     except StudyError:
         raise
+    except ModuleNotFoundError as error:
+        extra = "postgresql" if where.startswith("postgresql") else "mysql"
+        raise MissingExtra(f"this needs {error.name}; install it with: pip install 'nacpipe[{extra}]'") from error
     except Exception as error:  # every database driver has errors of its own
         line = (str(error).splitlines() or [""])[0]
-        raise StudyError(f"the study's storage {where} cannot be opened: {type(error).__name__}: {line}") from error
+        raise StudyError(
+            f"the study's storage {without_password(where)} cannot be opened: {type(error).__name__}: {line}"
+        ) from error

@@ -120,7 +120,7 @@ class Search:
         request, trials = self.request, self.completed()
         if self.study is None or not trials:
             raise StudyError(
-                f"there is no completed trial of {request.study_name} in {request.where};"
+                f"there is no completed trial of {request.study_name} in {request.shown};"
                 f" start or go on with: {self.command()}"
             )
         params = trial_params(best_trial(trials, request.objective), self.space)
@@ -155,7 +155,7 @@ class Search:
             "nacpipe": nacpipe.__version__,
             "cache": self.cache.path,
             "fingerprint": fingerprint(self.cache.search_identity(SEARCH_SPLITS, self.layers)),
-            "study": request.where,
+            "study": request.shown,
             "study_name": request.study_name,
             "sampler": request.how,
             "objective": request.objective,
@@ -169,7 +169,7 @@ class Search:
         for option, value, usual in (
             ("trials", asked.trials, None), ("space", asked.space, "auto"), ("sampler", asked.sampler, None),
             ("objective", asked.objective, "auroc"), ("val", asked.val, "ood/val"), ("seed", asked.seed, 1),
-            ("patience", asked.patience, None), ("workers", asked.workers, 1), ("storage", asked.storage, None),
+            ("patience", asked.patience, None), ("workers", asked.workers, 1), ("storage", asked.storage and asked.shown, None),
             ("study", asked.study, "nac"), ("layers", ",".join(asked.layers), ""), ("output", asked.output, None),
         ):  # fmt: skip
             given += [f"--{option} {value}"] if value != usual else []
@@ -237,15 +237,15 @@ def _check_bound(request: SearchRequest, name: str, stored: Mapping[str, Any], b
         return  # the same states, other layers or validation splits: a neighbour, not a stranger
     if differences and not kin:
         raise StudyError(
-            f"study {name} in {request.where} was made with another cache than {request.cache}:"
+            f"study {name} in {request.shown} was made with another cache than {request.cache}:"
             f" {'; '.join(differences)}. Give another --storage FILE"
         )
     if differences:
         raise StudyError(
-            f"study {name} in {request.where} searches other layers of this cache: {'; '.join(differences)}."
+            f"study {name} in {request.shown} searches other layers of this cache: {'; '.join(differences)}."
             " Give another --study NAME"
         )
     if name == request.study_name and (moved := diff(stored.get("space", {}), bound["space"])):
         raise StudyError(
-            f"study {name} in {request.where} searches another space: {'; '.join(moved)}. Give another --study NAME"
+            f"study {name} in {request.shown} searches another space: {'; '.join(moved)}. Give another --study NAME"
         )

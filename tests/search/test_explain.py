@@ -43,9 +43,7 @@ def open_search(cache: Cache, folder: Path, space: str = SPACE, **more: Any) -> 
     )
 
 
-def layers(
-    avgpool: tuple[int, float], layer1: tuple[int, float], alpha: float = 0.5, edges: Any = "log"
-) -> NacParams:
+def layers(avgpool: tuple[int, float], layer1: tuple[int, float], alpha: float = 0.5, edges: Any = "log") -> NacParams:
     """Parameters from (bins, weight) of either layer."""
     return NacParams(
         layers={

@@ -119,7 +119,8 @@ def test_without_subtrain(make_cache: Callable[..., Cache], tmp_path: Path) -> N
 def test_weights_come_from_the_layer_scores(small_cache: Cache) -> None:
     """Layer by layer alone, by the other path; id/val against the OOD split, nothing else."""
     alone = {
-        name: score_splits(small_cache, NacParams(layers={name: layer}), SPLITS) for name, layer in PARAMS.layers.items()
+        name: score_splits(small_cache, NacParams(layers={name: layer}), SPLITS)
+        for name, layer in PARAMS.layers.items()
     }
     shares = fisher_weights(*(np.stack([alone[name][split] for name in alone]) for split in ("id/val", "ood/val")))
     expected = {name: replace(PARAMS.layers[name], weight=w) for name, w in zip(alone, shares.tolist(), strict=True)}
@@ -205,7 +206,7 @@ def test_both_paths_score_the_logits_equally(small_cache: Cache, source: Source)
     for name in splits:
         expected = coverage.score(small_cache[name], block=7)
         np.testing.assert_array_equal(scorer.scores(params)[scorer.rows[name]], expected)
-        assert np.unique(expected).size > 3
+        assert np.unique(expected).size > 2
 
 
 def test_features_are_no_logits(make_cache: Callable[..., Cache], tmp_path: Path) -> None:

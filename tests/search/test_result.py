@@ -39,3 +39,44 @@ def test_names_and_places_of_a_study() -> None:
     assert SearchRequest(cache=Path("c"), study="mine").study_name == "mine-seed1"
     assert SearchRequest(cache=Path("c")).where == "c.study.log"
     assert SearchRequest(cache=Path("c"), storage="sqlite:///x.db").where == "sqlite:///x.db"
+
+
+@pytest.mark.parametrize(
+    ("where", "shown"),
+    [
+        ("s.log", "s.log"),
+        ("a:b@c.log", "a:b@c.log"),
+        ("postgresql://nac@db/studies", "postgresql://nac@db/studies"),
+        ("postgresql://nac:secret@db:5432/studies", "postgresql://nac:***@db:5432/studies"),
+        ("mysql+pymysql://nac:p@ss:word@db/x?ssl=1", "mysql+pymysql://nac:***@db/x?ssl=1"),
+    ],
+)
+def test_passwords_are_not_shown(where: str, shown: str) -> None:
+    assert SearchRequest(cache=Path("c.zarr"), storage=where).shown == shown
+
+
+def test_a_study_per_way_to_search() -> None:
+    names = {
+        SearchRequest(cache=Path("c.zarr"), **asked).study_name  # type: ignore[arg-type]
+        for asked in (
+            {},
+            {"seed": 2},
+            {"space": "published"},
+            {"space": "my/wide.toml"},
+            {"sampler": "tpe"},
+            {"objective": "both"},
+            {"val": "ood/near/letters"},
+            {
+                "study": "mine",
+                "space": "my/wide.toml",
+                "sampler": "tpe",
+                "objective": "fpr95",
+                "val": "csid/x",
+                "seed": 3,
+            },
+        )
+    }
+    assert names == {
+        *("nac-seed1", "nac-seed2", "nac-published-seed1", "nac-wide-seed1", "nac-tpe-seed1", "nac-both-seed1"),
+        *("nac-ood-near-letters-seed1", "mine-wide-tpe-fpr95-csid-x-seed3"),
+    }
