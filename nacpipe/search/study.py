@@ -166,10 +166,11 @@ class Search:
     def command(self) -> str:
         """Return the command that goes on."""
         asked, given = self.request, []
+        storage = asked.shown if asked.storage else None
         for option, value, usual in (
             ("trials", asked.trials, None), ("space", asked.space, "auto"), ("sampler", asked.sampler, None),
             ("objective", asked.objective, "auroc"), ("val", asked.val, "ood/val"), ("seed", asked.seed, 1),
-            ("patience", asked.patience, None), ("workers", asked.workers, 1), ("storage", asked.storage and asked.shown, None),
+            ("patience", asked.patience, None), ("workers", asked.workers, 1), ("storage", storage, None),
             ("study", asked.study, "nac"), ("layers", ",".join(asked.layers), ""), ("output", asked.output, None),
         ):  # fmt: skip
             given += [f"--{option} {value}"] if value != usual else []

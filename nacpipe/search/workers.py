@@ -12,16 +12,17 @@ import json
 import mmap
 import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from multiprocessing.connection import Connection, wait
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from nacpipe.core.coverage import Source
 from nacpipe.core.kernels import set_threads
@@ -93,10 +94,11 @@ class Here:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an index lies in the shared file: what it is made of, and its arrays as (offset, bytes)."""
+    """Where an array lies in the shared file."""
 
-    made_of: bytes
-    arrays: tuple[tuple[int, int], ...]
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class SharedIndexes:
@@ -108,14 +110,13 @@ class SharedIndexes:
         self._file = tempfile.TemporaryFile(prefix="nacpipe-index-")  # noqa: SIM115  it lives as long as this
         weakref.finalize(self, self._file.close)
         self._made: dict[tuple[str, Source], Index] = {}
-        self.places: dict[tuple[str, Source], _Place] = {}
+        self.places: dict[tuple[str, Source], Index] = {}
+        """The indexes with a place where an array was."""
 
     def __call__(self, layer: str, source: Source) -> Index:
         key = layer, source
         if key not in self._made:
-            arrays: list[pickle.PickleBuffer] = []
-            made_of = pickle.dumps(self._make(layer, source), protocol=5, buffer_callback=arrays.append)
-            self.places[key] = _Place(made_of, tuple(self._write(array.raw()) for array in arrays))
+            self.places[key] = _swap(self._make(layer, source), np.ndarray, self._write)
             self._file.flush()
             self._made[key] = map_index(self._file.fileno(), self.places[key])
         return self._made[key]
@@ -125,21 +126,31 @@ class SharedIndexes:
         """The file's descriptor."""
         return self._file.fileno()
 
-    def _write(self, array: memoryview) -> tuple[int, int]:
+    def _write(self, array: np.ndarray[Any, Any]) -> _Place:
         offset = -(-self._file.tell() // PAGE) * PAGE
         self._file.seek(offset)
-        self._file.write(array)
-        return offset, array.nbytes
+        array.tofile(self._file)
+        return _Place(offset, array.shape, array.dtype.str)
 
 
-def map_index(file: int, place: _Place) -> Index:
+def map_index(file: int, places: Index) -> Index:
     """Return an index that lies in a file, mapped, not read."""
-    end = max(offset + size for offset, size in place.arrays)
-    whole = memoryview(mmap.mmap(file, end, access=mmap.ACCESS_COPY))  # nobody writes: the pages stay shared
-    index: Index = pickle.loads(  # noqa: S301  it comes from our own process
-        place.made_of, buffers=[whole[offset : offset + size] for offset, size in place.arrays]
-    )
+    whole = mmap.mmap(file, 0, access=mmap.ACCESS_COPY)  # nobody writes, so the pages stay shared
+
+    def array(place: _Place) -> np.ndarray[Any, Any]:
+        return np.ndarray(place.shape, place.dtype, whole, place.offset)
+
+    index: Index = _swap(places, _Place, array)
     return index
+
+
+def _swap(record: Any, kind: type, by: Callable[[Any], Any]) -> Any:
+    """A record of records with every value of this kind replaced."""
+    if isinstance(record, kind):
+        return by(record)
+    if not is_dataclass(record) or isinstance(record, type):
+        return record
+    return replace(record, **{f.name: _swap(getattr(record, f.name), kind, by) for f in fields(record)})
 
 
 @dataclass

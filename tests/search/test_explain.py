@@ -32,6 +32,7 @@ weight = { low = 0, high = 2 }
 [layers.avgpool]
 [layers.layer1]
 edges = ["log", "linear"]
+weight = { low = 0.5, high = 2 }
 """
 
 
@@ -116,7 +117,7 @@ def test_frames_by_hand(small_cache: Cache, tmp_path: Path, objective: Any) -> N
         ("layer1", "alpha", first[1], *fixed),
         ("layer1", "saturation", 5, *fixed),
         ("layer1", "edges", first[0], *fixed),
-        ("layer1", "weight", 2.0, 0, 2, 1.0, True),
+        ("layer1", "weight", 2.0, 0.5, 2, 1.0, True),
     ]
     rows = found.to_json()["parameters"]
     assert [tuple(row[n] for n in names if n != "importance") for row in rows] == expected

@@ -140,10 +140,6 @@ ONE = "layers.layer1"
         ("[layers.layer1]\nbins = [[50]]", f"{{path}}: {ONE}.bins: bins is [50]; it must be a whole number"),
         ("[layers.layer1]\nbins = nan", f"{{path}}: {ONE}.bins: bins is nan; it must be a whole number"),
         ("[layers.layer1]\nbins = inf", f"{{path}}: {ONE}.bins: bins is inf; it must be a whole number"),
-        (
-            "[layers.layer1]\nsaturation = 0",
-            f"{{path}}: {ONE}.saturation: saturation is 0; it must lie between 1 and 1000000000",
-        ),
         ("[layers.layer1]\nalpha = 0", f"{{path}}: {ONE}.alpha: alpha is 0.0; it must be above 0"),
         ("[layers.layer1]\nalpha = -1", f"{{path}}: {ONE}.alpha: alpha is -1.0; it must be above 0"),
         ("[layers.layer1]\nalpha = nan", f"{{path}}: {ONE}.alpha: alpha is nan; it must be a finite number"),
@@ -174,10 +170,6 @@ ONE = "layers.layer1"
         (
             "[layers.layer1]\nalpha = { low = 0, high = 2 }",
             f"{{path}}: {ONE}.alpha: alpha is 0.0; it must be above 0",
-        ),
-        (
-            "[layers.layer1]\nalpha = { low = 1, high = nan }",
-            f"{{path}}: {ONE}.alpha: alpha is nan; it must be a finite number",
         ),
         (
             "[layers.layer1]\nbins = { low = 4, high = [9] }",
