@@ -5,8 +5,8 @@ Which row is best was decided on the validation AUROC alone; test sets were read
 
     python bench/detection.py CACHE [CACHE …] [--seeds 1,2,3] [--trials 2000]
 
-Each CACHE is searched with its layers, with `logits` as a layer too, and with every state source besides. A cache of
-more layers or more training images is one more argument.
+Each CACHE is searched with its layers, with `logits` as a layer too, and in the wide space, which has every state source
+besides. A cache of more layers or more training images is one more argument.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from nacpipe.search.evaluate import evaluate
 from nacpipe.search.result import SearchRequest
 from nacpipe.search.study import Search
 from nacpipe.search.sweep import run
-
-SOURCES = '[default]\nsource = ["product", "activation", "gradient"]\n'
 
 
 def means(frame: pd.DataFrame, method: str) -> tuple[float, float]:
@@ -41,14 +39,13 @@ def main() -> None:
     print("cache, layers, states                          seed   val AUROC   near    far")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "sources.toml").write_text(SOURCES)
         for path in asked.caches:
             cache = open_cache(path)
             held = tuple(spec.name for spec in cache.header.layers)
             for title, layers, space in (
                 (f"{path.stem}, {len(held)} layers", held, "auto"),
                 (f"{path.stem}, {len(held)} layers and logits", (*held, "logits"), "auto"),
-                (f"{path.stem}, the same, all sources", (*held, "logits"), str(folder / "sources.toml")),
+                (f"{path.stem}, wide", (), "wide"),
             ):
                 for seed in asked.seeds:
                     storage = folder / f"{title} {seed}.log"

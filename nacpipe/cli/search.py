@@ -22,7 +22,7 @@ SAMPLERS = ("layers", "tpe", "random", "grid", "nsga2", "cmaes")
 @click.option("--trials", type=int, help="Completed trials to reach; default: 2000, or all of a grid.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this time.")
 @click.option("--patience", type=int, metavar="N", help="Stop after N trials without improvement.")
-@click.option("--space", default="auto", show_default=True, help="auto, published (the paper's grid), or a TOML file.")
+@click.option("--space", default="auto", show_default=True, help="auto, wide, published, or a TOML file.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), help="Default: layers; for the published space its grid.")
 @click.option(
     "--objective", type=click.Choice(("auroc", "fpr95", "both")), default="auroc", show_default=True, help="Of --val."

@@ -1,4 +1,4 @@
-"""What is searched, as someone writes it: `auto`, `published`, or a TOML file.
+"""What is searched, as someone writes it: `auto`, `wide`, `published`, or a TOML file.
 
 [default]                                   # for every layer below; what is not named is as in auto
 bins = [50, 500]                            # a list: these values
@@ -25,6 +25,7 @@ from nacpipe.errors import InputError, ParamsError
 from nacpipe.search.scoring import held_layers
 from nacpipe.search.space import FIELDS, Choice, Dimension, Given, Interval
 
+NAMED = ("auto", "wide")  # these take any layers
 KNOWN = (*FIELDS, "weight")
 WORDS = {"source": get_args(Source), "edges": get_args(Edges)}
 MAX_BYTES = 2**20
@@ -34,7 +35,7 @@ def read_spec(space: str, cache: Cache, layers: Sequence[str]) -> dict[str, Give
     """Return layer → what is asked of it, in the cache's order.
 
     Args:
-        space: `auto`, `published` or a file.
+        space: `auto`, `wide`, `published` or a file.
         cache: the layers that there are.
         layers: the layers to use; none means the space's, or all of the cache.
 
@@ -44,11 +45,13 @@ def read_spec(space: str, cache: Cache, layers: Sequence[str]) -> dict[str, Give
     """
     if space == "auto":
         asked: Mapping[str, Given] = {name: {} for name in layers or _default_layers(cache)}
+    elif space == "wide":
+        asked = {name: {"source": Choice(WORDS["source"])} for name in layers or held_layers(cache)}
     elif space == "published":
         asked = _published(cache)
     else:
         asked = _read_file(Path(space), layers or _default_layers(cache))
-    if layers and space != "auto":
+    if layers and space not in NAMED:
         for name in layers:
             if name not in asked:
                 raise InputError(f"layer {name!r} is not in the space {space}; it has {', '.join(asked)}")

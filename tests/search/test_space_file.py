@@ -267,6 +267,12 @@ def test_the_published_space(small_cache: Cache, monkeypatch: pytest.MonkeyPatch
         read_spec("published", small_cache, ("layer1", "logits"))
 
 
+def test_wide_is_every_source_and_the_logits(small_cache: Cache) -> None:
+    every = {"source": Choice(("product", "activation", "gradient"))}
+    assert read_spec("wide", small_cache, ()) == {"avgpool": every, "layer1": every, "logits": every}
+    assert read_spec("wide", small_cache, ("layer1",)) == {"layer1": every}
+
+
 def test_a_network_that_the_paper_does_not_know(small_cache: Cache) -> None:
     message = (
         r"^the paper has no parameters for digits, made_up, layers avgpool, layer1, logits \(it has cifar10 resnet: "
