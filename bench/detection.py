@@ -5,8 +5,8 @@ Which row is best was decided on the validation AUROC alone; test sets were read
 
     python bench/detection.py CACHE [CACHE …] [--seeds 1,2,3] [--trials 2000]
 
-Each CACHE is searched with its layers, with `logits` as a layer too, and in the wide space, which has every state source
-besides. A cache of more layers or more training images is one more argument.
+Each CACHE is searched with its layers, with `logits` as a layer too, and in the wide space, which has every
+state source besides. A cache of more layers or more training images is one more argument.
 """
 
 from __future__ import annotations

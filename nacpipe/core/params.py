@@ -98,16 +98,24 @@ def _layer_from_json(name: str, entry: Any) -> LayerParams:
 def _whole(name: str, value: Any, low: int, high: int) -> int:
     fraction = isinstance(value, float | np.floating) and not float(value).is_integer()  # so are infinity and NaN
     if not _is_number(value) or fraction:
-        raise ParamsError(f"{name} is {value!r}; it must be a whole number")
+        raise ParamsError(f"{name} is {_shown(value)}; it must be a whole number")
     if not low <= value <= high:
-        raise ParamsError(f"{name} is {value}; it must lie between {low} and {high}")
+        raise ParamsError(f"{name} is {_shown(value)}; it must lie between {low} and {high}")
     return int(value)
 
 
 def _real(name: str, value: Any) -> float:
     if not _is_number(value) or abs(value) > 1e300 or not math.isfinite(value):
-        raise ParamsError(f"{name} is {value!r}; it must be a finite number")
+        raise ParamsError(f"{name} is {_shown(value)}; it must be a finite number")
     return float(value)
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _is_number(value: Any) -> bool:

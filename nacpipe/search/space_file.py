@@ -81,7 +81,10 @@ def _published(cache: Cache) -> dict[str, Given]:
 def _read_file(path: Path, layers: Sequence[str]) -> dict[str, Given]:
     try:
         with path.open("rb") as file:
-            data = tomllib.loads(file.read(MAX_BYTES).decode("utf-8"))
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
+        data = tomllib.loads(text.decode("utf-8"))
     except FileNotFoundError:
         raise InputError(f"there is no space file {path}; name a file, or --space auto or published") from None
     except (OSError, ValueError, RecursionError) as error:
