@@ -112,10 +112,9 @@ def _real(name: str, value: Any) -> float:
 
 def _shown(value: Any) -> str:
     try:
-        text = repr(value)
+        return repr(value)
     except ValueError:  # Python prints no whole number of more than 4,300 digits
         return "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _is_number(value: Any) -> bool:
