@@ -49,6 +49,9 @@ class Explanation:
         line = np.array([best[part[-1]] for part in columns])
         seen = np.concatenate([tops, line])
         low, high = np.quantile(seen, [0.1, 1.0] if self.maximize else [0.0, 0.9]).tolist()  # failures lie far off
+        if high == low:
+            low = float(seen.min()) if self.maximize else low
+            high = high if self.maximize else float(seen.max())
         rows = [[" "] * len(columns) for _ in range(HEIGHT)]
         for column, (top, reached) in enumerate(zip(tops, line, strict=True)):
             for value, mark in ((top, "·"), (reached, "━")):

@@ -51,17 +51,22 @@ def make_asker(
         InputError: it cannot search this space.
         MissingExtra: cmaes is not installed.
     """
+    asker: Asker
     if sampler == "grid":
-        return Grid(space, seed)
-    if sampler == "layers":
+        asker = Grid(space, seed)
+    elif sampler == "layers":
         for name, layer in space.items():
-            if isinstance(layer.weight, Interval) or (layer.weight is not None and layer.weight.free):
+            if layer.weight is not None and layer.weight.free:
                 raise InputError(
                     f"layer {name!r}: a weight to be searched needs another sampler, such as --sampler tpe; by default"
                     ' weights come in closed form (weight = "fit") or are fixed'
                 )
-        return Strategy(space, seed, objective, published)
-    return OptunaSampler(sampler, space, seed, objective)
+        asker = Strategy(space, seed, objective, published)
+    else:
+        asker = OptunaSampler(sampler, space, seed, objective)
+    if not fits_weights(space) and all(layer.weights()[0] == 0 for layer in space.values()):
+        raise InputError("every layer's weight may be 0 at once, which is no score; keep one layer's above 0")
+    return asker
 
 
 class Grid:
@@ -87,9 +92,9 @@ class Grid:
                 self._axes.append((name, field, dimension))
         self.size = math.prod(len(choice.values) for _, _, choice in self._axes)
         # number → combination: a stride without a common factor visits each once, and the first ones lie far apart.
-        random = np.random.default_rng(seed)
-        self._start = int(random.integers(self.size))
-        self._stride = int(random.integers(self.size)) | 1
+        random, length = np.random.default_rng(seed), self.size.bit_length() // 8 + 9
+        self._start, stride = (int.from_bytes(random.bytes(length), "little") % self.size for _ in range(2))
+        self._stride = stride | 1
         while math.gcd(self._stride, self.size) > 1:
             self._stride += 2
 
@@ -151,10 +156,12 @@ class OptunaSampler:
         """Learn from a completed trial, this one's or another process's."""
         values = checks.values(self._objective)
         given = {name: getattr(params.layers[layer], field) for name, (layer, field) in self._names.items()}
-        if self._name in ("nsga2", "cmaes"):
-            self.ask(number)  # a study that goes on: what they know lies in the trials that they asked for
+        held = self._asked[number].params if number in self._asked else {}
+        if self._name in ("nsga2", "cmaes"):  # what they know lies in the trials that they asked for
+            asked_for = self.ask(number).params  # again where a study goes on; alpha as it was tried
+            held = {name: getattr(asked_for.layers[layer], field) for name, (layer, field) in self._names.items()}
         asked = self._asked.pop(number, None)
-        if asked is not None and all(asked.params[name] == value for name, value in given.items()):
+        if asked is not None and held == given:
             self._study.tell(asked, values)
             return
         if asked is not None:

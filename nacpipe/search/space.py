@@ -155,6 +155,13 @@ class LayerSpace:
         found |= {"source": _plain(self.source), "edges": _plain(self.edges)}
         return found | {"weight": "fit" if self.weight is None else _plain(self.weight)}
 
+    def weights(self) -> tuple[float, float]:
+        """Return the least and the greatest weight; 0 and 1 where it comes in closed form."""
+        if self.weight is None:
+            return 0.0, 1.0
+        values = self.weight.values if isinstance(self.weight, Choice) else (self.weight.low, self.weight.high)
+        return min(values), max(values)
+
 
 Space = Mapping[str, LayerSpace]
 

@@ -39,8 +39,7 @@ def distributions(space: Space, published: NacParams | None = None) -> dict[str,
         layer = layer.including(published.layers[name]) if published else layer
         for field in recorded_fields(layer):
             if field == "weight":  # whatever the space says: a layer that is looked at alone has all of it
-                high = layer.weight.at(1.0) if layer.weight else 1.0
-                found[f"{name}.weight"] = FloatDistribution(0.0, max(1.0, high))
+                found[f"{name}.weight"] = FloatDistribution(0.0, max(1.0, layer.weights()[1]))
             else:
                 found[f"{name}.{field}"] = as_distribution(*layer.dimensions(field))
     return found

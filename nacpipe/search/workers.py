@@ -176,7 +176,7 @@ class Workers:
         if sys.platform == "win32":
             raise InputError("--workers needs Linux or macOS; leave it out, one process uses all cores too")
         share = max(1, (threads or os.cpu_count() or 1) // count)
-        self._file = shared.file
+        self._shared = shared
         self._setup = (shared.places, dict(rows), ood, share, REMEMBER_BYTES // count)
         self._lost: dict[int, int] = {}
         self._workers = [self._start() for _ in range(count)]
@@ -221,7 +221,7 @@ class Workers:
 
     def _start(self) -> _Worker:
         ours, theirs = multiprocessing.Pipe()
-        files = (theirs.fileno(), self._file)
+        files = (theirs.fileno(), self._shared.file)
         command = [sys.executable, "-c", _COMMAND, json.dumps(sys.path), *map(str, files)]
         quiet = subprocess.DEVNULL
         process = subprocess.Popen(command, pass_fds=files, stdin=quiet, stdout=quiet)  # noqa: S603  our own
@@ -272,15 +272,18 @@ def serve() -> None:
     pipe, file = Connection(int(sys.argv[2])), int(sys.argv[3])
     try:
         places, rows, ood, threads, remember = pipe.recv()
-        set_threads(threads)
-        made = {key: map_index(file, arrays) for key, arrays in places.items()}
-        evaluator = Evaluator(Scorer(lambda layer, source: made[layer, source], rows, remember), ood)
-        while True:
+    except (EOFError, OSError):  # the parent ended
+        return
+    set_threads(threads)
+    made = {key: map_index(file, arrays) for key, arrays in places.items()}
+    evaluator = Evaluator(Scorer(lambda layer, source: made[layer, source], rows, remember), ood)
+    while True:
+        try:
             proposal = pipe.recv()
             try:
                 answer: Outcome | Exception = evaluator.evaluate(proposal)
             except Exception as error:  # the parent raises it
                 answer = error
             pipe.send(answer)
-    except (EOFError, OSError):  # the parent ended
-        return
+        except (EOFError, OSError):
+            return
