@@ -43,10 +43,12 @@ HEAVY = {
     "mlxtend": {"network"},
     "sklearn": {"network"},
     "skimage": {"network"},
+    "pytorch_ood": {"network"},
     "matplotlib": {"network"},
     "gdown": {"data"},
     "optuna": {"search"},
     "pandas": {"search"},
+    "pyarrow": {"search"},
     "numba": {"core"},
     "click": {"cli"},
 }
