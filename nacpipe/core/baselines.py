@@ -24,9 +24,9 @@ class MethodScores:
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Split → why it has no scores."""
     fitted_on: str = ""
-    """The split that the method learned from; empty where it learns from none."""
+    """The split that the method learns from; empty where it learns from none."""
     n_fitted: int = 0
-    """Images of that split that it learned from."""
+    """Images of that split that it learned from; 0 also where it could not."""
 
 
 def msp(logits: Logits) -> NDArray[np.float64]:

@@ -149,7 +149,7 @@ def footnotes(frame: pd.DataFrame) -> list[str]:
     measured = frame if "source" not in frame else frame[frame["source"] == "measured"]
     fitted: dict[str, list[str]] = {}
     for row in measured.drop_duplicates("method").itertuples():
-        if row.fitted_on:
+        if row.n_fitted:
             fitted.setdefault(f"{row.fitted_on} ({row.n_fitted} images)", []).append(row.method)
     lines = [f"fitted on {what}: {', '.join(methods)}" for what, methods in fitted.items()]
     empty: dict[str, list[str]] = {}
