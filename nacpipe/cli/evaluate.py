@@ -76,7 +76,7 @@ def evaluate(
     nacpipe evaluate cache/s0.zarr cache/s1.zarr cache/s2.zarr --markdown
     """
     from nacpipe.cache import open_cache
-    from nacpipe.search.bootstrap import LEVEL, RESAMPLES, add_confidence, compare
+    from nacpipe.search.bootstrap import LEVEL, RESAMPLES, add_confidence, compare_methods
     from nacpipe.search.runs import check_runs
     from nacpipe.search.samples import check_scores_file, save_scores
     from nacpipe.search.tables import add_published, tabulate
@@ -98,7 +98,7 @@ def evaluate(
             note(run.note if len(runs) == 1 else f"{run.path}: {run.note}")
     draws: dict[str, Any] = {"resamples": RESAMPLES if resamples is None else resamples, "seed": seed}
     if other is not None:
-        frame = compare(runs, "NAC", other, level=LEVEL if confidence is None else confidence, **draws)
+        frame = compare_methods(runs, "NAC", other, level=LEVEL if confidence is None else confidence, **draws)
     else:
         frame = tabulate(runs)
         if confidence is not None:

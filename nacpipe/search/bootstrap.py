@@ -60,7 +60,7 @@ def add_confidence(
     return whole
 
 
-def compare(
+def compare_methods(
     runs: Sequence[ScoredCache],
     first: str,
     second: str,

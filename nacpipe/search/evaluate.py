@@ -1,7 +1,7 @@
 """How well scores tell ID from OOD, per set and on the mean: NAC beside baselines.
 
     score_cache ──▶ tabulate ──▶ add_confidence        scored.py, tables.py, bootstrap.py
-               └──▶ compare, save_scores               bootstrap.py, samples.py
+               └──▶ compare_methods, save_scores       bootstrap.py, samples.py
 
 OpenOOD's two tasks: `ood` has id/test as ID; `fsood` (full spectrum) has id/test and all csid sets together. Near and
 far means are unweighted means over their sets. OpenOOD prints AUPR-IN and AUPR-OUT under each other's name (its issue

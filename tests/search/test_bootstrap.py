@@ -19,7 +19,7 @@ from nacpipe.core.baselines import MethodScores
 from nacpipe.core.metrics import detect
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import InputError
-from nacpipe.search.bootstrap import add_confidence, compare
+from nacpipe.search.bootstrap import add_confidence, compare_methods
 from nacpipe.search.scored import ScoredCache, score_cache
 from nacpipe.search.tables import tabulate
 
@@ -86,7 +86,7 @@ def test_the_same_seed_gives_the_same_intervals_and_another_others(run: ScoredCa
 
 
 def test_a_comparison_is_paired(run: ScoredCache) -> None:
-    table = compare([run], "NAC", "MSP", level=0.9, resamples=60, seed=3)
+    table = compare_methods([run], "NAC", "MSP", level=0.9, resamples=60, seed=3)
     draws = drawn(run, ["id/test"], ["ood/far/faces"], 60, 3)
     rows = table.query("task == 'ood' and dataset == 'faces'").set_index("metric")
     values = tabulate([run]).query("task == 'ood' and dataset == 'faces'").set_index("method")
@@ -113,17 +113,17 @@ def test_what_is_more_than_chance() -> None:
     noisy = MethodScores(scores={"id/test": inside + rng.normal(0, 1, 400), "ood/near/a": outside})
     empty = MethodScores(scores={"id/test": inside}, reasons={"ood/near/a": "it cannot"})
     run = made(one=one, same=same, noisy=noisy, empty=empty)
-    table = compare([run], "one", "same", resamples=50)
+    table = compare_methods([run], "one", "same", resamples=50)
     assert set(table["difference"]) == set(table["low"]) == set(table["high"]) == {0.0}
     assert list(table["more_than_chance"]) == [False] * 4
-    better = compare([run], "one", "noisy", resamples=200).set_index(["dataset", "metric"]).loc["a", "auroc"]
-    worse = compare([run], "noisy", "one", resamples=200).set_index(["dataset", "metric"]).loc["a", "auroc"]
+    better = compare_methods([run], "one", "noisy", resamples=200).set_index(["dataset", "metric"]).loc["a", "auroc"]
+    worse = compare_methods([run], "noisy", "one", resamples=200).set_index(["dataset", "metric"]).loc["a", "auroc"]
     assert better["more_than_chance"]
     assert better["low"] > 0
     assert (worse["difference"], worse["low"], worse["high"]) == pytest.approx(
         (-better["difference"], -better["high"], -better["low"])
     )
-    none = compare([run], "one", "empty", resamples=5)
+    none = compare_methods([run], "one", "empty", resamples=5)
     assert list(none["more_than_chance"]) == [None] * 4
     assert none["low"].isna().all()
     assert set(none["reason"]) == {"it cannot"}
@@ -144,7 +144,7 @@ def test_equal_methods_are_seldom_called_different() -> None:
             )
             for _ in range(2)
         )
-        table = compare([made(a=a, b=b)], "a", "b", level=0.9, resamples=100, seed=seed)
+        table = compare_methods([made(a=a, b=b)], "a", "b", level=0.9, resamples=100, seed=seed)
         called += bool(table.set_index(["dataset", "metric"]).loc[("a", "auroc"), "more_than_chance"])
     assert 1 <= called <= 11
 
@@ -164,9 +164,9 @@ def test_wrong_requests(run: ScoredCache) -> None:
     with pytest.raises(InputError, match=r"^confidence is 95; it must lie between 0 and 1$"):
         add_confidence(tabulate([run]), [run], level=95)
     with pytest.raises(InputError, match=r"^resamples is 0; it must be at least 1$"):
-        compare([run], "NAC", "MSP", resamples=0)
+        compare_methods([run], "NAC", "MSP", resamples=0)
     with pytest.raises(InputError, match=r"^method 'ViM' was not evaluated; there are NAC, MSP, MaxLogit, Energy$"):
-        compare([run], "NAC", "ViM")
+        compare_methods([run], "NAC", "ViM")
 
 
 # --- as printed -------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_a_comparison_as_printed(cache: Cache, run: ScoredCache, against: str) -
         run = score_cache(cache, {"NAC": PARAMS, name: read_params(file)})
     else:
         file, name = against, "Energy"
-    table = compare([run], "NAC", name, resamples=50)
+    table = compare_methods([run], "NAC", name, resamples=50)
     printed = invoke(cache.path, "--against", file, "--resamples", "50", "--json")
     assert (printed.exit_code, printed.stderr) == (0, "")
     pd.testing.assert_frame_equal(pd.DataFrame(json.loads(printed.stdout)), table, rtol=1e-14)
