@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from nacpipe.core.metrics import detect
     from nacpipe.core.params import LayerParams, NacParams
     from nacpipe.errors import NacError
-    from nacpipe.search.evaluate import evaluate
+    from nacpipe.search.bootstrap import add_confidence, compare_methods
+    from nacpipe.search.evaluate import evaluate, evaluate_runs
+    from nacpipe.search.samples import save_scores
+    from nacpipe.search.scored import score_cache
     from nacpipe.search.scoring import score_splits
+    from nacpipe.search.tables import tabulate
 
 __version__ = "0.1.0"
 
@@ -32,6 +36,12 @@ _HOMES = {
     "write_params": "nacpipe.artifact",
     "score_splits": "nacpipe.search.scoring",
     "evaluate": "nacpipe.search.evaluate",
+    "evaluate_runs": "nacpipe.search.evaluate",
+    "score_cache": "nacpipe.search.scored",
+    "tabulate": "nacpipe.search.tables",
+    "add_confidence": "nacpipe.search.bootstrap",
+    "compare_methods": "nacpipe.search.bootstrap",
+    "save_scores": "nacpipe.search.samples",
     "NacError": "nacpipe.errors",
 }
 
@@ -41,11 +51,17 @@ __all__ = [
     "NacError",
     "NacParams",
     "__version__",
+    "add_confidence",
+    "compare_methods",
     "detect",
     "evaluate",
+    "evaluate_runs",
     "open_cache",
     "read_params",
+    "save_scores",
+    "score_cache",
     "score_splits",
+    "tabulate",
     "write_params",
 ]
 

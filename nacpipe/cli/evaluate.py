@@ -3,69 +3,237 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import note, output_options, print_frame, print_table
+from nacpipe.cli.show import note, output_options, print_frame, print_table, printable, split_names
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from nacpipe.cache import Cache
+    from nacpipe.core.baselines import MethodScores
+    from nacpipe.core.params import NacParams
+    from nacpipe.search.scored import ScoredCache
+
 _TITLES = {"ood": "OOD: ID is id/test", "fsood": "FS-OOD: ID is id/test and csid together"}
+_SHOWN = {"fpr95": "FPR@95", "auroc": "AUROC", "aupr_in": "AUPR-IN", "aupr_out": "AUPR-OUT"}
 
 
 @click.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("caches", metavar="CACHE…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--params", "choice", metavar="FILE", help="A file, or published; default: what search left beside X.zarr."
+    "--params",
+    "choices",
+    metavar="FILE",
+    multiple=True,
+    help="A file, or published; default: what search left beside X.zarr. Once for all caches, or once for each.",
 )
+@click.option(
+    "--baselines",
+    metavar="NAMES",
+    callback=split_names,
+    help="all, or some by name: Temperature, KNN, ViM, …, fitted on the cache (nacpipe[baselines]).",
+)
+@click.option(
+    "--against",
+    metavar="FILE",
+    help="Compare NAC, image by image, with a method by name, another parameter file, or published.",
+)
+@click.option("--confidence", metavar="SHARE", type=float, help="Add bootstrap intervals of that level, as 0.95.")
+@click.option("--resamples", type=int, help="How often images are drawn anew for intervals; default 1000.")
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Of these draws.")
+@click.option(
+    "--scores", metavar="FILE", type=click.Path(path_type=Path), help="Write every image's scores: .npz or .parquet."
+)
+@click.option("--published-results", is_flag=True, help="Show what papers report for this benchmark, marked as such.")
 @output_options
-def evaluate(cache: Path, choice: str | None, output: str | None) -> None:
+def evaluate(
+    caches: tuple[Path, ...],
+    choices: tuple[str, ...],
+    baselines: tuple[str, ...],
+    against: str | None,
+    confidence: float | None,
+    resamples: int | None,
+    seed: int,
+    scores: Path | None,
+    published_results: bool,
+    output: str | None,
+) -> None:
     """Print FPR@95, AUROC, AUPR-IN and AUPR-OUT for every OOD set in CACHE, NAC beside MSP, MaxLogit and Energy.
 
-    On a terminal in percent; as JSON, CSV and Markdown in fractions.
+    Several caches are training runs of one network: mean ± standard deviation. On a terminal in percent; as JSON, CSV
+    and Markdown in fractions.
 
     \b
     nacpipe evaluate cache/digits-digits_cnn.zarr
+    nacpipe evaluate cache/digits-digits_cnn.zarr --baselines all --confidence 0.95
+    nacpipe evaluate cache/digits-digits_cnn.zarr --against Energy
     nacpipe evaluate cache/cifar10-resnet20.zarr --params published --json
+    nacpipe evaluate cache/s0.zarr cache/s1.zarr cache/s2.zarr --markdown
     """
     from nacpipe.cache import open_cache
-    from nacpipe.search.evaluate import evaluate as evaluate_cache
-    from nacpipe.search.evaluate import find_params
+    from nacpipe.search.bootstrap import LEVEL, RESAMPLES, add_confidence, compare_methods
+    from nacpipe.search.runs import check_runs
+    from nacpipe.search.samples import check_scores_file, save_scores
+    from nacpipe.search.tables import add_published, tabulate
 
-    opened = open_cache(cache)
-    frame = evaluate_cache(opened, find_params(opened, choice, note))
-    if "note" in frame.attrs:
-        note(frame.attrs["note"])
+    if against is not None and published_results:
+        raise click.UsageError("Give --against or --published-results, not both.")
+    if resamples is not None and confidence is None and against is None:
+        raise click.UsageError("--resamples is for --confidence and --against.")
+    if scores is not None:
+        check_scores_file(scores)
+    opened = [open_cache(path) for path in caches]
+    check_runs(opened)
+    runs, other = _score(opened, choices, baselines, against)
+    if scores is not None:
+        save_scores(scores, opened, runs)
+        note(f"wrote {scores}")
+    for run in runs:
+        if run.note:
+            note(run.note if len(runs) == 1 else f"{run.path}: {run.note}")
+    draws: dict[str, Any] = {"resamples": RESAMPLES if resamples is None else resamples, "seed": seed}
+    if other is not None:
+        frame = compare_methods(runs, "NAC", other, level=LEVEL if confidence is None else confidence, **draws)
+    else:
+        frame = tabulate(runs)
+        if confidence is not None:
+            frame = add_confidence(frame, runs, level=confidence, **draws)
+        if published_results:
+            frame = add_published(frame, str(opened[0].header.identity.get("benchmark")))
     if output:
         print_frame(frame, output)
+    elif other is not None:
+        print_comparison(frame)
     else:
         print_evaluation(frame)
 
 
+def _score(
+    caches: Sequence[Cache], choices: Sequence[str], baselines: Sequence[str], against: str | None
+) -> tuple[list[ScoredCache], str | None]:
+    """Score every cache; also the name of the method to compare with."""
+    from nacpipe.search.evaluate import find_params
+    from nacpipe.search.scored import evaluated_splits, score_cache
+
+    if len(choices) not in (0, 1, len(caches)):
+        raise click.UsageError(
+            f"--params is given {len(choices)} times for {len(caches)} caches; give it once for each."
+        )
+    chosen: list[str | None] = [*choices] or [None]
+    chosen *= len(caches) // len(chosen)
+    names, other = list(baselines), None
+    if against is not None and (other := _method_name(against)) is not None:
+        names.append(other)
+    runs = []
+    for cache, choice in zip(caches, chosen, strict=True):
+        sets: dict[str, NacParams] = {"NAC": find_params(cache, choice, note)}
+        if against is not None and (other is None or other.startswith("NAC (")):
+            other = f"NAC ({against})"
+            sets[other] = find_params(cache, against, note)
+        runs.append(score_cache(cache, sets, more=_score_baselines(cache, names, evaluated_splits(cache))))
+    return runs, other
+
+
+def _method_name(text: str) -> str | None:
+    """The plain or further baseline of that name; None where it must be a parameter file."""
+    from nacpipe.core.baselines import LOGIT_BASELINES, MORE_BASELINES
+
+    return {name.lower(): name for name in (*LOGIT_BASELINES, *MORE_BASELINES)}.get(text.lower())
+
+
+def _score_baselines(cache: Cache, names: Sequence[str], splits: list[str]) -> Mapping[str, MethodScores]:
+    from nacpipe.core.baselines import choose_baselines
+    from nacpipe.errors import MissingExtra
+
+    chosen = choose_baselines(names)
+    if not chosen:
+        return {}
+    try:
+        from nacpipe.network.baselines import score_baselines
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"{chosen[0]} needs {error.name}; install it with: pip install 'nacpipe[baselines]'"
+        ) from None
+    return score_baselines(cache, chosen, splits)
+
+
 def print_evaluation(frame: pd.DataFrame) -> None:
-    """Print one table per task, in percent, and how NAC compares with the best baseline."""
+    """Print one table per task, in percent, what methods were fitted on, and where NAC ranks."""
+    from nacpipe.search.tables import footnotes, verdicts
+
     for number, (task, rows) in enumerate(frame.groupby("task", sort=False)):
         first = rows.iloc[0]
+        runs = f"{first['runs']} runs, " if "runs" in frame else ""
         click.echo(
             ("\n" if number else "")
-            + f"{_TITLES[str(task)]} ({first['n_id']} images, accuracy {_percent(first['accuracy'])} %); all in percent"
+            + f"{_TITLES[str(task)]} ({first['n_id']} images, {runs}accuracy {_cell(first, 'accuracy')} %);"
+            " all in percent"
         )
         lines: list[tuple[str, ...]] = []
         for (group, dataset), block in rows.groupby(["group", "dataset"], sort=False):
             lines.append(())
-            for place, row in enumerate(block.itertuples()):
+            for place, (_, row) in enumerate(block.iterrows()):
+                published = row.get("source") == "published"
                 lines.append(
                     (
                         f"{group} {dataset}" if place == 0 else "",
-                        str(row.method),
-                        *(_percent(value) for value in (row.fpr95, row.auroc, row.aupr_in, row.aupr_out)),
-                        str(row.n_ood),
+                        f"{row['method']} ({row['reason']})" if published else str(row["method"]),
+                        *(_cell(row, metric) for metric in _SHOWN),
+                        "" if published else str(row["n_ood"]),
                     )
                 )
-        print_table(("set", "method", "FPR@95", "AUROC", "AUPR-IN", "AUPR-OUT", "images"), lines, left=2)
+        print_table(("set", "method", *_SHOWN.values(), "images"), lines, left=2)
+    click.echo("")
+    for line in footnotes(frame) + verdicts(frame):
+        click.echo(printable(line))
+    if "confidence" in frame:
+        first = frame.iloc[0]
+        click.echo(f"[…]: {first['confidence']:g} bootstrap intervals of {first['resamples']:g} draws of the images")
+
+
+def print_comparison(frame: pd.DataFrame) -> None:
+    """Print how two methods differ, in percent points, and whether that is more than chance."""
+    names = frame["first"].iloc[0], frame["second"].iloc[0]
+    for number, (task, rows) in enumerate(frame.groupby("task", sort=False)):
+        click.echo(("\n" if number else "") + f"{_TITLES[str(task)]}: {names[0]} against {names[1]}; all in percent")
+        lines: list[tuple[str, ...]] = []
+        for (group, dataset), block in rows.groupby(["group", "dataset"], sort=False):
+            lines.append(())
+            for place, row in enumerate(block.itertuples()):
+                better = (row.difference > 0) == (row.metric == "auroc")
+                lines.append(
+                    (
+                        f"{group} {dataset}" if place == 0 else "",
+                        _SHOWN[row.metric],
+                        *(_percent(value) for value in (row.first_value, row.second_value)),
+                        f"{100 * row.difference:+.2f}" if row.more_than_chance is not None else "–",
+                        f"[{100 * row.low:+.2f}, {100 * row.high:+.2f}]" if row.more_than_chance is not None else "–",
+                        row.reason or (("better" if better else "worse") if row.more_than_chance else "within chance"),
+                    )
+                )
+        print_table(("set", "metric", *names, "difference", "interval", f"{names[0]} is"), lines, left=2)
+    first = frame.iloc[0]
+    click.echo(
+        f"\ninterval: {first['confidence']:g} of {first['resamples']} paired draws of the images;"
+        " within chance: it holds 0"
+    )
+
+
+def _cell(row: pd.Series[Any], metric: str) -> str:
+    """A metric with its deviation over runs and its interval, where the table has them."""
+    text = _percent(row[metric])
+    spread = row.get(f"{metric}_std")
+    if spread is not None and not math.isnan(spread):
+        text += f" ± {_percent(spread)}"
+    low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
+    if low is not None and not math.isnan(low):
+        text += f" [{_percent(low)}, {_percent(high)}]"
+    return text
 
 
 def _percent(value: float) -> str:

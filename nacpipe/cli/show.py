@@ -53,13 +53,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int
 
 
 def print_frame(frame: pd.DataFrame, output: str) -> None:
-    """Print a frame as json (a list of rows), csv or markdown."""
+    """Print a frame as json (a list of rows), csv or markdown; what is missing is null, or an empty cell."""
     if output == "json":
-        print_json(frame.to_dict("records"))
+        print_json(frame.astype(object).where(frame.notna(), None).to_dict("records"))
     elif output == "csv":
         click.echo(frame.to_csv(index=False), nl=False)
     else:
-        cells = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
+        shown = frame.astype(object).where(frame.notna(), "")
+        cells = [[_cell(value) for value in row] for row in shown.itertuples(index=False)]
         click.echo("| " + " | ".join(frame.columns) + " |")
         click.echo("|" + "|".join(" --- " for _ in frame.columns) + "|")
         for row in cells:

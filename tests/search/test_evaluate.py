@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,18 +15,20 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from nacpipe.artifact import write_params
-from nacpipe.cache import Cache, open_cache
+from nacpipe.cache import Cache, SplitView, open_cache
 from nacpipe.cli import main
-from nacpipe.core import published
+from nacpipe.core import baselines, published
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.core.provenance import SEARCH_SPLITS, fingerprint
 from nacpipe.errors import InputError, ParamsError
-from nacpipe.search.evaluate import evaluate, find_params, score_methods
+from nacpipe.search.evaluate import evaluate, find_params
+from nacpipe.search.scored import score_cache
+from nacpipe.search.tables import verdicts
 from tests import oracle
 
 COLUMNS = [
     *("task", "group", "dataset", "method"),
-    *("fpr95", "auroc", "aupr_in", "aupr_out", "accuracy", "n_id", "n_ood"),
+    *("fpr95", "auroc", "aupr_in", "aupr_out", "accuracy", "n_id", "n_ood", "fitted_on", "n_fitted", "reason"),
 ]
 METRICS = ["fpr95", "auroc", "aupr_in", "aupr_out"]
 PARAMS = NacParams(
@@ -132,11 +135,47 @@ def test_without_csid_there_is_no_full_spectrum(small_cache: Cache) -> None:
 
 
 def test_scores_by_method(cache: Cache) -> None:
-    found = score_methods(cache, PARAMS, ["id/test", "ood/far/textures"])
-    assert list(found) == METHODS
-    for method, scores in found.items():
-        assert list(scores) == ["id/test", "ood/far/textures"]
-        np.testing.assert_allclose(scores["id/test"], scores_by_hand(cache, method, "id/test"), rtol=1e-6)
+    found = score_cache(cache, PARAMS)
+    assert list(found.methods) == METHODS
+    for name, method in found.methods.items():
+        assert list(method.scores) == [
+            *("id/test", "csid/blurred", "csid/noisy", "ood/near/letters"),
+            *("ood/far/faces", "ood/far/textures", "ood/far/words"),
+        ]
+        assert not method.reasons
+        for split, scores in method.scores.items():
+            np.testing.assert_allclose(scores, scores_by_hand(cache, name, split), rtol=1e-6)
+
+
+def test_scores_do_not_depend_on_how_many_rows_are_held(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 rows at a time, of 50, 25, …: every row once, in its place."""
+    whole = score_cache(cache, PARAMS)
+    asked: list[int] = []
+    read = SplitView.read
+
+    def watched(self: SplitView, path: str, rows: slice = slice(None)) -> NDArray[Any]:
+        found = read(self, path, rows)
+        asked.append(len(found) if path == "logits" else 0)
+        return found
+
+    monkeypatch.setattr(SplitView, "read", watched)
+    monkeypatch.setattr(baselines, "BLOCK_BYTES", 1)
+    blocks = score_cache(cache, PARAMS)
+    assert max(asked) == 16
+    assert sum(asked) == sum(whole.rows.values())
+    assert blocks.correct == whole.correct
+    for name, method in whole.methods.items():
+        for split, scores in method.scores.items():
+            np.testing.assert_array_equal(blocks.methods[name].scores[split], scores)
+
+
+def test_what_each_method_was_fitted_on(frame: pd.DataFrame) -> None:
+    nac = frame["method"] == "NAC"
+    assert set(frame.loc[nac, "fitted_on"]) == {"id/train"}
+    assert set(frame.loc[nac, "n_fitted"]) == {60}
+    assert set(frame.loc[~nac, "fitted_on"]) == {""}
+    assert set(frame.loc[~nac, "n_fitted"]) == {0}
+    assert set(frame["reason"]) == {""}
 
 
 def unseal(path: Path, split: str) -> None:
@@ -216,7 +255,7 @@ def test_json_and_csv_hold_the_frame(cache: Cache, frame: pd.DataFrame, params_f
     pd.testing.assert_frame_equal(pd.DataFrame(rows), frame, rtol=1e-14)
     printed = CliRunner().invoke(main, ["evaluate", cache.path, "--params", params_file, "--csv"])
     (Path(params_file).parent / "t.csv").write_text(printed.stdout)
-    pd.testing.assert_frame_equal(pd.read_csv(Path(params_file).parent / "t.csv"), frame)
+    pd.testing.assert_frame_equal(pd.read_csv(Path(params_file).parent / "t.csv", keep_default_na=False), frame)
 
 
 def test_markdown_and_the_table(cache: Cache, frame: pd.DataFrame, params_file: str) -> None:
@@ -233,6 +272,8 @@ def test_markdown_and_the_table(cache: Cache, frame: pd.DataFrame, params_file: 
     row = next(line for line in printed.stdout.splitlines() if line.startswith("near letters"))
     shown = [f"{100 * value:.2f}" for value in frame.loc[0, METRICS]]
     assert row.split() == ["near", "letters", "NAC", *shown, "35"]
+    assert "\nfitted on id/train (60 images): NAC\n" in printed.stdout
+    assert printed.stdout.endswith("".join(f"{line}\n" for line in verdicts(frame)))
 
 
 # --- whose parameters -------------------------------------------------------------------------------------------------

@@ -12,8 +12,14 @@ from click.testing import CliRunner
 from nacpipe.artifact import write_params
 from nacpipe.cache import Cache
 from nacpipe.cli import main
+from nacpipe.core.baselines import LOGIT_BASELINES, NO_LOGITS
 from nacpipe.core.params import LayerParams, NacParams
-from nacpipe.search.evaluate import METRICS, NO_LOGITS, evaluate, has_logits, score_methods
+from nacpipe.search.evaluate import evaluate
+from nacpipe.search.scored import score_cache
+from nacpipe.search.scoring import has_logits
+from nacpipe.search.tables import METRICS
+
+NOTE = "accuracy, MSP, MaxLogit, Energy are left empty: what this network gives are features, not logits"
 
 PARAMS = NacParams(layers={"avgpool": LayerParams(bins=20, saturation=5, alpha=0.5)})
 
@@ -30,8 +36,11 @@ def logits(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFa
 
 def test_only_nac_is_scored(features: Cache, logits: Cache) -> None:
     assert (has_logits(features), has_logits(logits)) == (False, True)
-    assert list(score_methods(features, PARAMS, ["id/test"])) == ["NAC"]
-    assert list(score_methods(features, None, ["id/test"])) == []
+    scored = score_cache(features, PARAMS)
+    assert [name for name, method in scored.methods.items() if method.scores] == ["NAC"]
+    assert scored.correct == {}
+    for name in LOGIT_BASELINES:
+        assert scored.methods[name].reasons == dict.fromkeys(scored.rows, NO_LOGITS)
 
 
 def test_what_needs_logits_is_empty(features: Cache, logits: Cache) -> None:
@@ -44,7 +53,9 @@ def test_what_needs_logits_is_empty(features: Cache, logits: Cache) -> None:
     assert found.loc[~nac, list(METRICS)].isna().all(axis=None)
     assert found["accuracy"].isna().all()
     assert other.notna().all(axis=None)
-    assert (found.attrs.get("note"), other.attrs.get("note")) == (NO_LOGITS, None)
+    assert (found.attrs.get("note"), other.attrs.get("note")) == (NOTE, None)
+    assert set(found.loc[~nac, "reason"]) == {NO_LOGITS}
+    assert set(found.loc[nac, "reason"]) == {""}
     assert evaluate(features, None)[list(METRICS)].isna().all(axis=None)
 
 
@@ -55,6 +66,7 @@ def test_the_table_says_why(features: Cache, tmp_path: Path) -> None:
         "accuracy, MSP, MaxLogit, Energy are left empty: what this network gives are features, not logits\n"
     )
     assert "accuracy – %)" in printed.stdout
+    assert f"\nempty: MSP, MaxLogit, Energy: {NO_LOGITS}\n" in printed.stdout
     assert next(line.split()[-5:-1] for line in printed.stdout.splitlines() if "Energy" in line) == ["–"] * 4
     printed = CliRunner().invoke(main, ["evaluate", features.path, "--params", str(tmp_path / "p.json"), "--json"])
     energy = next(row for row in json.loads(printed.stdout) if row["method"] == "Energy")

@@ -1,0 +1,39 @@
+"""Several training runs of one network: the same in everything but the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from nacpipe.cache import Cache
+from nacpipe.core.provenance import diff
+from nacpipe.errors import IdentityError
+from nacpipe.search.scored import evaluated_splits
+
+
+def check_runs(caches: Sequence[Cache]) -> None:
+    """Refuse caches whose means would mix what does not belong together.
+
+    Raises:
+        IdentityError: two differ in more than their weights, or hold the same weights; the message says what differs.
+    """
+    for first, second in pairwise(caches):
+        if differences := diff(_common(first), _common(second)):
+            raise IdentityError(
+                f"{first.path} (stored) and {second.path} (now) differ in more than their weights: "
+                + "; ".join(differences)
+            )
+    seen: dict[str, str] = {}
+    for cache in caches:
+        weights = str(cache.header.identity.get("weights"))
+        if weights in seen:
+            raise IdentityError(f"{seen[weights]} and {cache.path} hold the same weights: they are one run, not two")
+        seen[weights] = cache.path
+
+
+def _common(cache: Cache) -> dict[str, Any]:
+    """What runs have in common: the identity without the weights, and the images of every split in a table."""
+    layers = tuple(spec.name for spec in cache.header.layers)
+    splits = ("id/train", "id/val", *evaluated_splits(cache))
+    return {k: v for k, v in cache.search_identity(splits, layers).items() if k != "weights"}

@@ -1,0 +1,113 @@
+"""One cache's images scored by every method, in bounded memory: 8 bytes per image and method are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from nacpipe.cache import Cache
+from nacpipe.core.baselines import LOGIT_BASELINES, NO_LOGITS, MethodScores, row_slices
+from nacpipe.core.params import NacParams
+from nacpipe.errors import InputError
+from nacpipe.search.scoring import fit_coverage, has_logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredCache:
+    """All that a table needs of one cache."""
+
+    path: str
+    methods: Mapping[str, MethodScores]
+    """NAC first where there are parameters, then the plain baselines, then others."""
+    rows: Mapping[str, int]
+    """Split → images: id/test, csid, near and far sets, in this order."""
+    correct: Mapping[str, int]
+    """ID split → images whose largest logit is their label's; none where the network gives no logits."""
+    note: str
+    """What a reader must know of the table; empty where there is nothing."""
+
+    def tasks(self) -> dict[str, list[str]]:
+        """Return task → the splits that are ID in it: `ood`, and `fsood` where there are csid sets."""
+        csid = [name for name in self.rows if name.startswith("csid/")]
+        return {"ood": ["id/test"]} | ({"fsood": ["id/test", *csid]} if csid else {})
+
+    def ood_sets(self) -> list[str]:
+        """Return the near sets, then the far sets."""
+        return [name for name in self.rows if name.startswith("ood/")]
+
+
+def evaluated_splits(cache: Cache) -> list[str]:
+    """Return what a table is made of: id/test and every finished csid, near and far set.
+
+    Raises:
+        InputError: there is no finished near or far set.
+    """
+    finished = [name for name in cache if cache.peek(name).sealed]
+    sets = [name for name in finished if name.startswith(("ood/near/", "ood/far/"))]
+    if not sets:
+        raise InputError(f"{cache.path} holds no finished near or far set; add them with: {cache.command()}")
+    return ["id/test", *(name for name in finished if name.startswith("csid/")), *sets]
+
+
+def score_cache(
+    cache: Cache,
+    params: NacParams | Mapping[str, NacParams] | None,
+    *,
+    more: Mapping[str, MethodScores] | None = None,
+) -> ScoredCache:
+    """Score id/test and every finished csid, near and far set.
+
+    Args:
+        cache: a cache with id/test and at least one finished near or far set.
+        params: NAC's parameters; several sets by name, `{"NAC": …, "NAC (published)": …}`; None for none.
+        more: further methods that have scored `evaluated_splits(cache)`, as nacpipe.network.baselines gives them.
+
+    Raises:
+        InputError: there is nothing to evaluate.
+        ParamsError: a layer is not in the cache.
+    """
+    splits = evaluated_splits(cache)
+    named = {"NAC": params} if isinstance(params, NacParams) else (params or {})
+    coverages: dict[str, MethodScores] = {}
+    for name, chosen in named.items():
+        coverage = fit_coverage(cache, chosen)
+        coverages[name] = MethodScores(
+            scores={split: coverage.score(cache[split]) for split in splits},
+            fitted_on="id/train",
+            n_fitted=cache["id/train"].rows,
+        )
+    plain, correct = score_logits(cache, splits)
+    notes = []
+    if not has_logits(cache):
+        notes.append(f"accuracy, {', '.join(LOGIT_BASELINES)} are left empty: {NO_LOGITS}")
+    if unfinished := [name for name in cache if not cache.peek(name).sealed]:
+        notes.append(f"not finished, left out: {', '.join(unfinished)}; finish with: {cache.command()}")
+    return ScoredCache(
+        path=cache.path,
+        methods={**coverages, **plain, **(more or {})},
+        rows={split: cache[split].rows for split in splits},
+        correct={split: count for split, count in correct.items() if not split.startswith("ood/")},
+        note=". ".join(notes),
+    )
+
+
+def score_logits(cache: Cache, splits: Iterable[str]) -> tuple[dict[str, MethodScores], dict[str, int]]:
+    """Return the plain baselines' scores, and split → images whose largest logit is their label's.
+
+    The logits are read once, in blocks.
+    """
+    names = list(splits)
+    if not has_logits(cache):
+        return {method: MethodScores(reasons=dict.fromkeys(names, NO_LOGITS)) for method in LOGIT_BASELINES}, {}
+    scores = {method: {name: np.empty(cache[name].rows) for name in names} for method in LOGIT_BASELINES}
+    correct = dict.fromkeys(names, 0)
+    for name in names:
+        split = cache[name]
+        for rows in row_slices(split.rows, width=cache.header.classes, block_rows=cache.header.block_rows):
+            logits = split.read("logits", rows)
+            for method, baseline in LOGIT_BASELINES.items():
+                scores[method][name][rows] = baseline(logits)
+            correct[name] += int((logits.argmax(axis=1) == split.label[rows]).sum())
+    return {method: MethodScores(scores=found) for method, found in scores.items()}, correct
