@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nacpipe.core.metrics import detect
     from nacpipe.core.params import LayerParams, NacParams
     from nacpipe.errors import NacError
+    from nacpipe.network.detector import load_detector
     from nacpipe.search.evaluate import evaluate
     from nacpipe.search.scoring import score_splits
 
@@ -33,6 +34,7 @@ _HOMES = {
     "score_splits": "nacpipe.search.scoring",
     "evaluate": "nacpipe.search.evaluate",
     "NacError": "nacpipe.errors",
+    "load_detector": "nacpipe.network.detector",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "detect",
     "evaluate",
+    "load_detector",
     "open_cache",
     "read_params",
     "score_splits",

@@ -38,7 +38,7 @@ HEAVY = {
     "numcodecs": {"cache"},
     "torch": {"network"},
     "torchvision": {"network"},
-    "safetensors": {"network"},
+    "safetensors": {"network", "artifact"},
     "PIL": {"network"},
     "mlxtend": {"network"},
     "sklearn": {"network"},
@@ -248,7 +248,7 @@ def python(code: str, *args: str, cwd: Path | None = None) -> subprocess.Complet
 def test_the_search_wing_runs_without_torch(small_cache: Cache, tmp_path: Path) -> None:
     code = """
 import sys
-for name in ("torch", "torchvision", "safetensors", "PIL"):
+for name in ("torch", "torchvision", "PIL"):
     sys.modules[name] = None
 import nacpipe
 from nacpipe.search import evaluate, explain, inspection, scoring, study, sweep
