@@ -26,7 +26,7 @@ from nacpipe.core.coverage import bin_edges, product_borders
 from nacpipe.core.exported import ExportedLayer
 from nacpipe.core.kernels import count_sorted, sort_columns
 from nacpipe.core.params import LayerParams
-from nacpipe.network.detector import Detector
+from nacpipe.network.detector import Detector, select_products
 from nacpipe.network.models import find_model
 from nacpipe.network.taps import Tapped, Taps, freeze
 
@@ -46,7 +46,8 @@ def main() -> None:
     tapped_layers = specs("resnet20", tuple(BINS))
     layers = [fit(spec.name, spec.path, spec.pooling, network) for spec in tapped_layers]
     detector = Detector(network, layers, images[:2])
-    products = [detector._products(layer, tapped(network, images)) for layer in layers]
+    found = tapped(network, images)
+    products = [select_products(found, layer.name, layer.params.source) for layer in layers]
     first = next(spec for spec in tapped_layers if spec.name == "layer1")
     sides: dict[str, Callable[[], object]] = {
         "detector": lambda: detector(images),

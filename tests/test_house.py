@@ -44,6 +44,7 @@ HEAVY = {
     "sklearn": {"network"},
     "skimage": {"network"},
     "matplotlib": {"network"},
+    "pytorch_ood": {"network"},
     "gdown": {"data"},
     "optuna": {"search"},
     "sqlalchemy": {"search"},

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nacpipe.artifact import read_detector
 from nacpipe.cache import LayerSpec
 from nacpipe.cache.layout import ALL_BITS
-from nacpipe.core.coverage import combine_layers, layer_score, select_source
+from nacpipe.core.coverage import Source, combine_layers, layer_score, select_source
 from nacpipe.core.exported import LOGITS, Exported, ExportedLayer
 from nacpipe.core.kernels import fill_rows
 from nacpipe.core.provenance import diff
@@ -111,7 +111,8 @@ class Detector(nn.Module):
         tapped = self._run(images)
         filled, finite = [], np.ones(len(images), bool)
         for lookup in self._lookups:
-            products = self._products(lookup.layer, tapped)
+            layer = lookup.layer
+            products = select_products(tapped, layer.name, layer.params.source, self._keep_bits)
             finite &= torch.isfinite(products).all(dim=1).cpu().numpy()
             filled.append(lookup(products))
         scores = combine_layers(
@@ -144,22 +145,17 @@ class Detector(nn.Module):
         ):  # fmt: skip
             return taps(images.detach())
 
-    def _products(self, layer: ExportedLayer, tapped: Tapped) -> Tensor:
-        """What goes under the sigmoid, (n, neurons) float32."""
-        if layer.name == LOGITS:
-            logits = tapped.logits.float().cpu()
-            gradient = (logits.double().softmax(dim=1) - 1.0 / logits.shape[1]).float()
-            return select_tensors(logits, gradient, layer)
+
+def select_products(tapped: Tapped, layer: str, source: Source, keep_bits: int = ALL_BITS) -> Tensor:
+    """Return what goes under the sigmoid for a layer or the logits, (n, neurons) float32."""
+    if layer == LOGITS:
+        activation = tapped.logits.float().cpu()
+        gradient = (activation.double().softmax(dim=1) - 1.0 / activation.shape[1]).float()
+    else:
         activation, gradient = (
-            round_bits(values[layer.name].float(), self._keep_bits) for values in (tapped.activation, tapped.gradient)
+            round_bits(values[layer].float(), keep_bits) for values in (tapped.activation, tapped.gradient)
         )
-        return select_tensors(activation, gradient, layer)
-
-
-def select_tensors(activation: Tensor, gradient: Tensor, layer: ExportedLayer) -> Tensor:
-    """Return `select_source` of tensors, which multiply as arrays do."""
-    chosen: Tensor = select_source(activation, gradient, layer.params.source)  # type: ignore[arg-type, assignment]
-    return chosen
+    return select_source(activation, gradient, source)  # type: ignore[arg-type, return-value]  # as arrays do
 
 
 class Lookup:

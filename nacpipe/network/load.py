@@ -69,6 +69,31 @@ def blank_network(model: Model, benchmark: Benchmark, checkpoint: Path | None) -
     return _look(Network(model, module, "", _transform(model, benchmark, weights), device), benchmark)
 
 
+def wrap_network(module: nn.Module, images: Tensor) -> Network:
+    """Take a network in hand as one that is not in the table; images come prepared by whoever calls it.
+
+    Call it, and what looks at the network then, with the network `frozen`.
+
+    Args:
+        module: the network, on whatever device.
+        images: (n, channels, side, side) of the kind to come.
+
+    Raises:
+        InputError: images are no squares, or the network does not give logits for them.
+    """
+    if images.dim() != 4 or images.shape[2] != images.shape[3]:
+        raise InputError(f"images are {tuple(images.shape)}; wanted: (n, channels, side, side)")
+    side, name = images.shape[3], type(module).__name__
+    channels = images.shape[1]
+    transform = Transform(resize=side, crop=side, mean=(0.0,) * channels, std=(1.0,) * channels)
+    with torch.no_grad():
+        output = module(images[:1])
+    classes = output.shape[-1] if isinstance(output, Tensor) else 0
+    model = Model(name=name, family="custom", build=lambda _: module, known=False)
+    model = replace(model, classifier=try_network(name, module, images[:2], classes))
+    return Network(model, module, hash_weights(module.state_dict()), transform, images.device)
+
+
 def classifier_weights(network: Network) -> tuple[Tensor, Tensor] | None:
     """Return the last linear layer's weight (classes, features) and bias (classes,), if there is such a layer."""
     if network.model.classifier is None:
