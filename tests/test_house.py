@@ -252,9 +252,10 @@ import sys
 for name in ("torch", "torchvision", "PIL"):
     sys.modules[name] = None
 import nacpipe
-from nacpipe.search import evaluate, explain, inspection, scoring, study, sweep
+from nacpipe.search import evaluate, explain, export, inspection, rank, scoring, study, sweep
 for args in (["search", sys.argv[1], "--trials", "3", "--storage", "s.log", "--output", "p.json"],
-             ["evaluate", sys.argv[1], "--params", "p.json"], ["inspect", sys.argv[1]]):
+             ["evaluate", sys.argv[1], "--params", "p.json"], ["inspect", sys.argv[1]], ["rank", sys.argv[1]],
+             ["export", sys.argv[1], "--params", "p.json", "--output", "d.safetensors"]):
     from nacpipe.cli import main
     main(args, standalone_mode=False)
 print(len(nacpipe.score_splits(nacpipe.open_cache(sys.argv[1]), nacpipe.read_params("p.json"), ["id/val"])["id/val"]))

@@ -20,6 +20,7 @@ from nacpipe.cli.export import export
 from nacpipe.cli.extract import extract
 from nacpipe.cli.inspect import inspect
 from nacpipe.cli.models import layers, models
+from nacpipe.cli.rank import rank
 from nacpipe.cli.run import run
 from nacpipe.cli.score import score
 from nacpipe.cli.search import search
@@ -103,5 +104,5 @@ def main(debug: bool) -> None:
     """
 
 
-for _command in (extract, search, evaluate, inspect, run, data, models, layers, export, score):
+for _command in (extract, search, evaluate, inspect, run, data, models, layers, export, score, rank):
     main.add_command(_command)

@@ -117,6 +117,19 @@ def coverage_table(
     return np.minimum(counts, saturation) / saturation
 
 
+def covered_area(
+    counts: NDArray[np.int32],  # (neurons, bins - 1)
+    saturation: int,
+) -> float:
+    """Return NAC-ME's covered area, mean_i Σ_k min(κ_ik / r, 1) / M.
+
+    The sum over M − 1 bins is divided by M, the number of edges, as the authors do: full coverage is (M − 1) / M.
+    """
+    neurons, bins = counts.shape[0], counts.shape[1] + 1
+    filled = int(np.minimum(counts, saturation).sum(dtype=np.int64))
+    return filled / float(saturation * neurons * bins)
+
+
 def layer_score(
     filled: NDArray[np.int64],  # (samples,): Σ over neurons of min(count, saturation) at the sample's bins
     neurons: int,

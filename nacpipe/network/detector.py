@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nacpipe.artifact import read_detector
 from nacpipe.cache import LayerSpec
 from nacpipe.cache.layout import ALL_BITS
-from nacpipe.core.coverage import Source, combine_layers, layer_score, select_source
+from nacpipe.core.coverage import Source, combine_layers, layer_score, logits_gradient, select_source
 from nacpipe.core.exported import LOGITS, Exported, ExportedLayer
 from nacpipe.core.kernels import fill_rows
 from nacpipe.core.provenance import diff
@@ -150,7 +150,7 @@ def select_products(tapped: Tapped, layer: str, source: Source, keep_bits: int =
     """Return what goes under the sigmoid for a layer or the logits, (n, neurons) float32."""
     if layer == LOGITS:
         activation = tapped.logits.float().cpu()
-        gradient = (activation.double().softmax(dim=1) - 1.0 / activation.shape[1]).float()
+        gradient = torch.from_numpy(logits_gradient(activation.numpy()))
     else:
         activation, gradient = (
             round_bits(values[layer].float(), keep_bits) for values in (tapped.activation, tapped.gradient)
@@ -207,8 +207,9 @@ def round_bits(values: Tensor, keep_bits: int) -> Tensor:
 def load_detector(file: str | Path, network: nn.Module) -> Detector:
     """Put an exported detector on the network that it was made for.
 
-    On a CPU with AVX-512, set ONEDNN_MAX_CPU_ISA=AVX2 before torch's first convolution to get the cache's scores to the
-    last bit, as `nacpipe score` does (docs/decisions/same-values.md).
+    To get the scores of the cache to the last bit, do as `nacpipe score` does (docs/decisions/same-values.md): on
+    a CPU with AVX-512, set ONEDNN_MAX_CPU_ISA=AVX2 before torch's first convolution; on CUDA,
+    torch.backends.cudnn.allow_tf32 = False.
 
     Args:
         file: from `nacpipe export`.
@@ -237,13 +238,12 @@ def attach(exported: Exported, network: nn.Module) -> Detector:
             f"it was exported for another network ({'; '.join(differences)}); give that network with those weights, or"
             " extract and export for this one"
         )
-    where = next(network.parameters()).device
-    side = transform.crop
-    noise = torch.randn(2, len(transform.mean), side, side, generator=torch.Generator().manual_seed(0)).to(where)
+    side, one = transform.crop, next(network.parameters())
+    noise = torch.randn(2, len(transform.mean), side, side, generator=torch.Generator().manual_seed(0))
     return Detector(
         network,
         exported.layers,
-        noise,
+        noise.to(one.device, one.dtype),
         threshold=exported.threshold,
         autocast=AUTOCAST["none" if identity["dtype"] == "float32" else identity["dtype"]],
         keep_bits=exported.keep_bits,

@@ -27,11 +27,13 @@ class Network:
     """Over names, types, shapes and values of the state dict: the same for the same weights in any file."""
     transform: Transform
     device: torch.device
+    dtype: torch.dtype = torch.float32
+    """Of the images it takes."""
 
     def blank(self, n: int) -> Tensor:
         """Return n blank images of the network's size, (n, channels, crop, crop)."""
         side = self.transform.crop
-        return torch.zeros(n, len(self.transform.mean), side, side, device=self.device)
+        return torch.zeros(n, len(self.transform.mean), side, side, device=self.device, dtype=self.dtype)
 
 
 def load_network(model: Model, benchmark: Benchmark, checkpoint: Path | None, device: torch.device) -> Network:
@@ -91,7 +93,7 @@ def wrap_network(module: nn.Module, images: Tensor) -> Network:
     classes = output.shape[-1] if isinstance(output, Tensor) else 0
     model = Model(name=name, family="custom", build=lambda _: module, known=False)
     model = replace(model, classifier=try_network(name, module, images[:2], classes))
-    return Network(model, module, hash_weights(module.state_dict()), transform, images.device)
+    return Network(model, module, hash_weights(module.state_dict()), transform, images.device, images.dtype)
 
 
 def classifier_weights(network: Network) -> tuple[Tensor, Tensor] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from nacpipe.artifact import read_detector, write_detector, write_params
 from nacpipe.cache import open_cache
 from nacpipe.cli import main
 from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.network import digits_cnn
 from nacpipe.network.digits import load_set
 from nacpipe.search.scoring import score_splits
 
@@ -169,9 +172,7 @@ def test_code_that_a_file_names_is_not_run(place: Path, detector: Path, tmp_path
 
 
 def test_other_weights_are_refused(place: Path, detector: Path, tmp_path: Path) -> None:
-    from nacpipe.network.digits_cnn import DigitsCNN
-
-    torch.save(DigitsCNN().state_dict(), tmp_path / "w.pth")
+    torch.save(digits_cnn.DigitsCNN().state_dict(), tmp_path / "w.pth")
     done = nacpipe("score", detector, place / "pictures/00.png", "--checkpoint", tmp_path / "w.pth")
     assert done.exit_code == 1
     assert f"{detector}: it was exported for another network (weights: stored" in done.stderr
@@ -195,3 +196,17 @@ def test_wrong_input_is_one_line(
     assert (done.exit_code, done.stdout) == (code, "")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_page_runs_as_it_stands(detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/detector.md").read_text("utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "cache").mkdir()
+    shutil.copy(detector, tmp_path / "cache/digits-digits_cnn.detector.safetensors")
+    shutil.copy(digits_cnn.__file__.replace(".py", ".safetensors"), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    said: dict[str, Any] = {}
+    exec(program, said)
+    assert said["score"].shape == (128,)
+    assert said["is_ood"].tolist() == (said["score"] < read_detector(detector).threshold).tolist()
+    assert said["is_ood"].float().mean() > 0.5  # letters, most of them

@@ -277,6 +277,21 @@ def test_logits_need_no_tap_and_no_backward_pass(digits: Case, source: Any, monk
     assert (np.abs(detector(images).score.numpy() - expected) < 1e-12).mean() >= 0.95
 
 
+def test_exported_logits_score_as_the_cache_does(digits: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = NacParams(
+        layers={
+            "logits": LayerParams(bins=40, saturation=20, alpha=0.5, weight=2.0),
+            "avgpool": LayerParams(bins=20, saturation=30, alpha=1.0),
+        }
+    )
+    expected = nacpipe.score_splits(digits.cache, params, ["id/val"])["id/val"]
+    network, images = digits.network(), digits.images("id/val")
+    write_detector(digits.file.with_name("logits.safetensors"), export_detector(digits.cache, params))
+    detector = load_detector(digits.file.with_name("logits.safetensors"), network)
+    forbid_backward(monkeypatch)
+    np.testing.assert_array_equal(run(detector, images, 128), expected)
+
+
 def forbid_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("a backward pass ran")
