@@ -175,7 +175,9 @@ def test_pytorch_ood_from_end_to_end(cache: Cache, place: Path, network: nn.Modu
         torch.cat([x for x, _ in batches(cache, "id/train")] + [torch.ones(7, 1, 28, 28)]),
         torch.cat([y for _, y in batches(cache, "id/train")] + [torch.full((7,), -1)]),  # outliers: left out
     )
-    assert detector.fit(DataLoader(train, batch_size=100)) is detector
+    assert detector.fit(DataLoader(train, batch_size=96)) is detector
+    assert detector._detector is not None
+    assert detector._detector._lookups[0].layer.counts.sum(axis=1).tolist() == [1000] * 64
     scores, labels = [], []
     with torch.no_grad():  # as pytorch-ood's users do
         for split in ("id/val", "ood/val"):
