@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nacpipe.core.metrics import detect
     from nacpipe.core.params import LayerParams, NacParams
     from nacpipe.errors import NacError
+    from nacpipe.network.detector import load_detector
     from nacpipe.search.bootstrap import add_confidence, compare_methods
     from nacpipe.search.evaluate import evaluate, evaluate_runs
     from nacpipe.search.samples import save_scores
@@ -43,6 +44,7 @@ _HOMES = {
     "compare_methods": "nacpipe.search.bootstrap",
     "save_scores": "nacpipe.search.samples",
     "NacError": "nacpipe.errors",
+    "load_detector": "nacpipe.network.detector",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "detect",
     "evaluate",
     "evaluate_runs",
+    "load_detector",
     "open_cache",
     "read_params",
     "save_scores",

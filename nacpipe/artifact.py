@@ -1,10 +1,15 @@
-"""params.json: what the search writes and everything else reads.
+"""What one wing writes and the other reads: params.json and the exported detector.
+
+params.json is what the search writes and everything else reads:
 
     {"layers": {"avgpool": {"bins": 50, "saturation": 50, "alpha": 100.0, "weight": 1.0, "edges": …, "source": …}, …},
      "result": {"val_auroc": …, "val_fpr95": …, "subtrain_auroc": …, "trials": …, "seconds": …, "seed": …},
      "made_by": {…}}
 
 Only `layers` is needed; `edges`, `source` and `weight` have defaults.
+
+The exported detector is a safetensors file: arrays NAME/borders and NAME/counts for each layer, and the rest
+(core/exported.py) as JSON in its metadata, under one key, so that the same detector makes the same bytes.
 """
 
 from __future__ import annotations
@@ -16,10 +21,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from nacpipe.core.exported import Exported
 from nacpipe.core.params import NacParams
-from nacpipe.errors import InputError, ParamsError
+from nacpipe.errors import DetectorError, InputError, ParamsError
 
 MAX_BYTES = 16 * 2**20  # a parameter file is a few kB; more is a mistake
+MAX_DETECTOR_BYTES = 2**30  # a detector is a few MB
+_DTYPES = ("F32", "U8", "U16", "I32")
+_KEY = "nacpipe_detector"
 
 
 def read_params(path: str | Path) -> NacParams:
@@ -54,13 +66,59 @@ def write_params(path: str | Path, params: NacParams, **sections: Mapping[str, A
     Raises:
         InputError: the file cannot be written.
     """
-    target = Path(path)
     text = json.dumps({**params.to_json(), **sections}, indent=2) + "\n"
+    _write_whole(Path(path), text.encode())
+
+
+def write_detector(path: str | Path, exported: Exported) -> None:
+    """Write an exported detector whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    text = json.dumps(exported.to_json(), allow_nan=False)
+    _write_whole(Path(path), save(exported.to_arrays(), metadata={_KEY: text}))
+
+
+def read_detector(path: str | Path) -> Exported:
+    """Read an exported detector; nothing in it is ever run.
+
+    Raises:
+        DetectorError: it is not there, no such file, or malformed; the message names the file.
+    """
+    try:
+        if (size := os.path.getsize(path)) > MAX_DETECTOR_BYTES:
+            raise DetectorError(f"it has {size} bytes; at most {MAX_DETECTOR_BYTES} are read")
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            if text is None:
+                raise DetectorError("it is no exported detector")
+            arrays = {}
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                if (dtype := file.get_slice(name).get_dtype()) not in _DTYPES:
+                    raise DetectorError(f"array {name!r} is {dtype}; known: {', '.join(_DTYPES)}")
+                arrays[name] = file.get_tensor(name)
+        return Exported.from_json(json.loads(text, parse_constant=_refuse), arrays)
+    except FileNotFoundError:
+        raise DetectorError(f"there is no detector {path}; make one with: nacpipe export CACHE") from None
+    except DetectorError as error:
+        raise DetectorError(f"{path}: {error}") from None
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DetectorError(f"{path} cannot be read as a detector: {said}") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _write_whole(target: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
     try:
         handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(draft, 0o644)

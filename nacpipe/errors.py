@@ -4,7 +4,8 @@
     ├── InputError           a name, value or file that the user gave does not fit
     │   ├── ParamsError      a parameter file or record is malformed or does not fit the cache
     │   ├── ImageError       a listed image is missing or cannot be read
-    │   └── CheckpointError  weights do not fit the network
+    │   ├── CheckpointError  weights do not fit the network
+    │   └── DetectorError    an exported detector is malformed or does not fit the network
     ├── CacheError           the store is not there, damaged or not finished
     │   ├── FormatError      written by a version of the format that this nacpipe cannot read
     │   ├── IdentityError    the cache was made from something else (weights, layers, lists, …)
@@ -42,6 +43,10 @@ class ImageError(InputError):
 
 class CheckpointError(InputError):
     """Weights do not fit the network."""
+
+
+class DetectorError(InputError):
+    """An exported detector is malformed or does not fit the network."""
 
 
 class CacheError(NacError):

@@ -155,3 +155,35 @@ def choose_balanced(labels: Sequence[int], classes: int, count: int, seed: int) 
         np.random.RandomState(seed).shuffle(rows)
         chosen += rows[:keep]
     return chosen
+
+
+# --- NAC-ME -----------------------------------------------------------------------------------------------------------
+
+
+def covered_area(
+    products: NDArray[np.float32],  # (samples, neurons)
+    correct: Sequence[bool],
+    *,
+    bins: int,
+    saturation: int,
+    alpha: float,
+) -> float:
+    """The mean over neurons of Σ over linear bins of min(count / r, 1), divided by M; correct samples alone."""
+    kept = np.array([x for x, good in zip(products, correct, strict=True) if good]).reshape(-1, products.shape[1])
+    counts = count(bins_of(states(kept, alpha), bin_edges(bins, "linear")), bins - 1)
+    return math.fsum(math.fsum(row) / bins for row in table(counts, saturation)) / len(counts)
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """1 for the smallest; equal values share the mean of the places they take."""
+    return [
+        sum(other < value for other in values) + (sum(other == value for other in values) + 1) / 2 for value in values
+    ]
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Pearson's correlation of the ranks."""
+    x, y = ranks(a), ranks(b)
+    mx, my = math.fsum(x) / len(x), math.fsum(y) / len(y)
+    covariance = math.fsum((p - mx) * (q - my) for p, q in zip(x, y, strict=True))
+    return covariance / math.sqrt(math.fsum((p - mx) ** 2 for p in x) * math.fsum((q - my) ** 2 for q in y))

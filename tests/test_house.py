@@ -38,7 +38,7 @@ HEAVY = {
     "numcodecs": {"cache"},
     "torch": {"network"},
     "torchvision": {"network"},
-    "safetensors": {"network"},
+    "safetensors": {"network", "artifact"},
     "PIL": {"network"},
     "mlxtend": {"network"},
     "sklearn": {"network"},
@@ -251,12 +251,13 @@ def python(code: str, *args: str, cwd: Path | None = None) -> subprocess.Complet
 def test_the_search_wing_runs_without_torch(small_cache: Cache, tmp_path: Path) -> None:
     code = """
 import sys
-for name in ("torch", "torchvision", "safetensors", "PIL"):
+for name in ("torch", "torchvision", "PIL"):
     sys.modules[name] = None
 import nacpipe
-from nacpipe.search import evaluate, explain, inspection, scoring, study, sweep
+from nacpipe.search import evaluate, explain, export, inspection, rank, scoring, study, sweep
 for args in (["search", sys.argv[1], "--trials", "3", "--storage", "s.log", "--output", "p.json"],
-             ["evaluate", sys.argv[1], "--params", "p.json"], ["inspect", sys.argv[1]]):
+             ["evaluate", sys.argv[1], "--params", "p.json"], ["inspect", sys.argv[1]], ["rank", sys.argv[1]],
+             ["export", sys.argv[1], "--params", "p.json", "--output", "d.safetensors"]):
     from nacpipe.cli import main
     main(args, standalone_mode=False)
 print(len(nacpipe.score_splits(nacpipe.open_cache(sys.argv[1]), nacpipe.read_params("p.json"), ["id/val"])["id/val"]))

@@ -16,15 +16,18 @@ import click
 from nacpipe import __version__
 from nacpipe.cli.data import data
 from nacpipe.cli.evaluate import evaluate
+from nacpipe.cli.export import export
 from nacpipe.cli.extract import extract
 from nacpipe.cli.inspect import inspect
 from nacpipe.cli.models import layers, models
+from nacpipe.cli.rank import rank
 from nacpipe.cli.run import run
+from nacpipe.cli.score import score
 from nacpipe.cli.search import search
 from nacpipe.cli.show import printable
 from nacpipe.errors import NacError
 
-_EXTRACT = ("torch", "torchvision", "safetensors", "PIL")  # modules of the extra
+_EXTRACT = ("torch", "torchvision", "PIL")  # modules of the extra
 
 
 class Door(click.Group):
@@ -101,5 +104,5 @@ def main(debug: bool) -> None:
     """
 
 
-for _command in (extract, search, evaluate, inspect, run, data, models, layers):
+for _command in (extract, search, evaluate, inspect, run, data, models, layers, export, score, rank):
     main.add_command(_command)

@@ -27,6 +27,16 @@ class Transform:
     interpolation: str = "bilinear"
     """One of `INTERPOLATIONS`; OpenOOD's is bilinear."""
 
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a cache's identity has it: the interpolation only where it is not bilinear."""
+        return {
+            "resize": self.resize,
+            "crop": self.crop,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            **({} if self.interpolation == "bilinear" else {"interpolation": self.interpolation}),
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:

@@ -31,6 +31,7 @@ from nacpipe.errors import ParamsError
 Edges = Literal["log", "linear"]
 Source = Literal["product", "activation", "gradient"]
 
+LOGITS = "logits"  # the network's output as a layer, which needs no tap: its gradient is known
 LOG_BASE = 1000.0  # b of design §3; the authors' `logspace(1e3, M)`
 
 
@@ -115,6 +116,19 @@ def coverage_table(
 ) -> NDArray[np.float64]:
     """Return Φ = min(counts / saturation, 1), (neurons, bins − 1)."""
     return np.minimum(counts, saturation) / saturation
+
+
+def covered_area(
+    counts: NDArray[np.int32],  # (neurons, bins - 1)
+    saturation: int,
+) -> float:
+    """Return NAC-ME's covered area, mean_i Σ_k min(κ_ik / r, 1) / M.
+
+    The sum over M − 1 bins is divided by M, the number of edges, as the authors do: full coverage is (M − 1) / M.
+    """
+    neurons, bins = counts.shape[0], counts.shape[1] + 1
+    filled = int(np.minimum(counts, saturation).sum(dtype=np.int64))
+    return filled / float(saturation * neurons * bins)
 
 
 def layer_score(

@@ -81,6 +81,21 @@ def accuracy(
     return float((logits.argmax(axis=1) == label).mean())
 
 
+def spearman(a: Scores, b: Scores) -> float:
+    """Return Spearman's rank correlation, ties having the mean of their ranks; NaN where one side is all ties."""
+    ranks = [_ranks(a), _ranks(b)]
+    centred = [r - r.mean() for r in ranks]
+    scale = float(np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
+    return float((centred[0] * centred[1]).sum()) / scale if scale > 0 else float("nan")
+
+
+def _ranks(values: Scores) -> Scores:
+    """1 … n in ascending order, (n,); equal values share the mean of theirs."""
+    ordered = np.sort(values)
+    low, high = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
+    return np.asarray((low + high + 1) / 2)
+
+
 def _checked(scores: Scores, side: str) -> Scores:
     if scores.size == 0:
         raise ValuesError(f"there are no {side} samples to compare")

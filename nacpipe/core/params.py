@@ -77,10 +77,15 @@ class NacParams:
         layers = data.get("layers") if isinstance(data, dict) else None
         if not isinstance(layers, dict):
             raise ParamsError('parameters need an object {"layers": {NAME: {"bins": …, "saturation": …, "alpha": …}}}')
-        return cls(layers={str(name): _layer_from_json(str(name), entry) for name, entry in layers.items()})
+        return cls(layers={str(name): layer_from_json(str(name), entry) for name, entry in layers.items()})
 
 
-def _layer_from_json(name: str, entry: Any) -> LayerParams:
+def layer_from_json(name: str, entry: Any) -> LayerParams:
+    """Read one layer's entry.
+
+    Raises:
+        ParamsError: it is not of that form, naming the layer and field.
+    """
     known = [f.name for f in fields(LayerParams)]
     if not isinstance(entry, dict):
         raise ParamsError(f"layer {name!r} must be an object with {', '.join(known)}")

@@ -144,19 +144,25 @@ def _packaged(source: str) -> tuple[_Opener, NDArray[np.int64], str]:
 
 
 def _opener(listed: ImageList, allow_truncated: bool) -> _Opener:
-    def open_one(row: int) -> Image.Image:
-        try:
-            image = Image.open(io.BytesIO(listed.file(row).read_bytes()))
-            _load(image, allow_truncated)
-            return image
-        except FileNotFoundError:
-            raise ImageError(f"image is not there: {listed.where(row)}") from None
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            hint = "; --allow-truncated loads it as OpenOOD does" if "truncated" in str(error) else ""
-            what = re.sub(r" <_io.BytesIO object at \w+>", "", str(error) or type(error).__name__).splitlines()[0][:120]
-            raise ImageError(f"image cannot be read: {listed.where(row)}: {what}{hint}") from error
+    return lambda row: read_image(listed.file(row), listed.where(row), allow_truncated)
 
-    return open_one
+
+def read_image(path: Path, where: str, allow_truncated: bool = False) -> Image.Image:
+    """Read and decode an image file.
+
+    Raises:
+        ImageError: it is not there or cannot be read; `where` names it.
+    """
+    try:
+        image = Image.open(io.BytesIO(path.read_bytes()))
+        _load(image, allow_truncated)
+        return image
+    except FileNotFoundError:
+        raise ImageError(f"image is not there: {where}") from None
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        hint = "; --allow-truncated loads it as OpenOOD does" if "truncated" in str(error) else ""
+        what = re.sub(r" <_io.BytesIO object at \w+>", "", str(error) or type(error).__name__).splitlines()[0][:120]
+        raise ImageError(f"image cannot be read: {where}: {what}{hint}") from error
 
 
 def _load(image: Image.Image, allow_truncated: bool) -> None:

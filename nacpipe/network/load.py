@@ -27,11 +27,13 @@ class Network:
     """Over names, types, shapes and values of the state dict: the same for the same weights in any file."""
     transform: Transform
     device: torch.device
+    dtype: torch.dtype = torch.float32
+    """Of the images it takes."""
 
     def blank(self, n: int) -> Tensor:
         """Return n blank images of the network's size, (n, channels, crop, crop)."""
         side = self.transform.crop
-        return torch.zeros(n, len(self.transform.mean), side, side, device=self.device)
+        return torch.zeros(n, len(self.transform.mean), side, side, device=self.device, dtype=self.dtype)
 
 
 def load_network(model: Model, benchmark: Benchmark, checkpoint: Path | None, device: torch.device) -> Network:
@@ -67,6 +69,31 @@ def blank_network(model: Model, benchmark: Benchmark, checkpoint: Path | None) -
     unknown = checkpoint is None and model.unasked is None
     weights = Weights(None) if unknown else _choose_weights(model, checkpoint)[1]
     return _look(Network(model, module, "", _transform(model, benchmark, weights), device), benchmark)
+
+
+def wrap_network(module: nn.Module, images: Tensor) -> Network:
+    """Take a network in hand as one that is not in the table; images come prepared by whoever calls it.
+
+    Call it, and what looks at the network then, with the network `frozen`.
+
+    Args:
+        module: the network, on whatever device.
+        images: (n, channels, side, side) of the kind to come.
+
+    Raises:
+        InputError: images are no squares, or the network does not give logits for them.
+    """
+    if images.dim() != 4 or images.shape[2] != images.shape[3]:
+        raise InputError(f"images are {tuple(images.shape)}; wanted: (n, channels, side, side)")
+    side, name = images.shape[3], type(module).__name__
+    channels = images.shape[1]
+    transform = Transform(resize=side, crop=side, mean=(0.0,) * channels, std=(1.0,) * channels)
+    with torch.no_grad():
+        output = module(images[:1])
+    classes = output.shape[-1] if isinstance(output, Tensor) else 0
+    model = Model(name=name, family="custom", build=lambda _: module, known=False)
+    model = replace(model, classifier=try_network(name, module, images[:2], classes))
+    return Network(model, module, hash_weights(module.state_dict()), transform, images.device, images.dtype)
 
 
 def classifier_weights(network: Network) -> tuple[Tensor, Tensor] | None:

@@ -10,8 +10,8 @@ gradient are pooled separately. No model's or layer's name is known here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ class Taps:
 
         Args:
             network: ready to be tapped (`freeze`).
-            layers: what to tap.
+            layers: what to tap; with none, no backward pass runs.
             classifier: path of the last linear layer, where there is one.
             direct: layers that are the classifier's input themselves (`find_direct`). Where all are, gradients come in
                 closed form, (softmax − 1/classes) · W, and no backward pass runs.
@@ -81,6 +81,7 @@ class Taps:
                 raise InputError(f"the network has no module {classifier!r} to be its classifier")
             if {spec.name for spec in layers} <= direct:
                 self._linear = modules[classifier]
+        self._backward = bool(layers) and self._linear is None
         self._outputs: dict[str, Tensor] = {}
         self._features: Tensor | None = None
         self._handles = [modules[s.path].register_forward_hook(self._keep(s)) for s in layers]
@@ -104,7 +105,7 @@ class Taps:
         self._features = None
         device = images.device.type
         half = nullcontext() if self.autocast is None else torch.autocast(device, dtype=self.autocast)
-        with torch.set_grad_enabled(self._linear is None), half:
+        with torch.set_grad_enabled(self._backward), half:
             logits = self.network(images)
         if missing := [s.name for s in self.layers if s.name not in self._outputs]:
             raise InputError(f"layer {missing[0]!r} did not run in a forward pass")
@@ -126,6 +127,8 @@ class Taps:
             assert isinstance(weight, Tensor)
             closed = start @ _wide(weight)  # (n, classes) · (classes, d)
             return {spec.name: closed for spec in self.layers}
+        if not self._backward:
+            return {}
         outputs = [self._outputs[s.name] for s in self.layers]
         found = torch.autograd.grad(logits, outputs, grad_outputs=start.to(logits.dtype), allow_unused=True)
         self._outputs.clear()
@@ -142,7 +145,7 @@ class Taps:
                 raise InputError(f"layer {spec.name!r} returns {type(output).__name__}, not one tensor")
             # The first tap starts the graph: parameters need no gradient, so nothing below it was recorded.
             kept = output
-            if self._linear is None and not output.requires_grad:
+            if self._backward and not output.requires_grad:
                 kept = output.detach().requires_grad_()
             self._outputs[spec.name] = kept
             return kept
@@ -194,3 +197,21 @@ def freeze(network: nn.Module) -> nn.Module:
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
     return network
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """`freeze` a network for as long as the `with` block lasts; afterwards every flag is as it was."""
+    training = [module for module in network.modules() if module.training]
+    in_place = [module for module in network.modules() if getattr(module, "inplace", False)]
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    try:
+        freeze(network)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for module in in_place:
+            module.inplace = True  # type: ignore[assignment]
+        for parameter in learning:
+            parameter.requires_grad_(True)

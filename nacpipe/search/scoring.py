@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, SplitView
 from nacpipe.core.coverage import (
+    LOGITS,
     Source,
     bin_edges,
     combine_layers,
@@ -31,7 +32,6 @@ from nacpipe.core.kernels import Columns, count_sorted, fill_ranked, fill_rows, 
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import ParamsError, ValuesError
 
-LOGITS = "logits"
 REMEMBER_BYTES = 256 * 2**20  # of layer scores that a Scorer keeps
 
 

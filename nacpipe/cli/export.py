@@ -1,0 +1,50 @@
+"""`nacpipe export`: a detector to run beside the classifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nacpipe.cli.show import format_bytes, note, print_json, print_table
+
+
+@click.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option(
+    "--params", "choice", metavar="FILE", help="A file, or published; default: what search left beside X.zarr."
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Default: X.detector.safetensors beside X.zarr.")
+@click.option("--keep", type=float, default=0.95, show_default=True, help="Share of id/val that is not flagged.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def export(cache: Path, choice: str | None, output: Path | None, keep: float, as_json: bool) -> None:
+    """Write a detector: CACHE's coverage under the given parameters, and a threshold chosen on id/val.
+
+    \b
+    nacpipe export cache/digits-digits_cnn.zarr
+    nacpipe export cache/cifar10-resnet20.zarr --params mine.params.json --keep 0.99 --output resnet20.safetensors
+    """
+    from nacpipe.artifact import beside_cache, check_writable, write_detector
+    from nacpipe.cache import open_cache
+    from nacpipe.search.evaluate import find_params
+    from nacpipe.search.export import export_detector
+
+    target = output or beside_cache(str(cache), ".detector.safetensors")
+    check_writable(target)
+    opened = open_cache(cache)
+    exported = export_detector(opened, find_params(opened, choice, note), keep)
+    write_detector(target, exported)
+    described = [
+        {"layer": one.name, "neurons": one.counts.shape[0], "bins": one.params.bins, "weight": one.params.weight}
+        for one in exported.layers
+    ]
+    if as_json:
+        print_json({"detector": str(target), "threshold": exported.threshold, "keep": keep, "layers": described})
+    else:
+        print_table(
+            ("layer", "neurons", "bins", "weight"),
+            [(d["layer"], str(d["neurons"]), str(d["bins"]), f"{d['weight']:.4g}") for d in described],
+        )
+        click.echo(f"\nthreshold {exported.threshold:.6g}: at least {100 * keep:g} % of id/val score as high or higher")
+    note(f"wrote {target}, {format_bytes(target.stat().st_size)}")
+    note(f"next: nacpipe score {target} IMAGES …")

@@ -1,0 +1,92 @@
+"""`nacpipe rank`: which checkpoint covers most (NAC-ME)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import click
+
+from nacpipe.cli.show import note, print_frame, print_json, print_table
+
+
+@click.command()
+@click.argument("caches", metavar="CACHE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--layer", help="Whose area decides; default: avgpool, layer_11 or the caches' first.")
+@click.option("--bins", type=int, default=50, show_default=True, help="Edges of linear bins.")
+@click.option("--saturation", type=int, default=500, show_default=True, help="Images that fill a bin.")
+@click.option("--alpha", type=float, default=0.1, show_default=True, help="Steepness of the sigmoid.")
+@click.option("--split", default="id/train", show_default=True, help="Images of the training domains.")
+@click.option(
+    "--accuracies",
+    type=click.Path(path_type=Path),
+    help="CSV of fractions: checkpoint,test_in[,test_out][,train_out]; default: the caches' csid sets and id/val.",
+)
+@click.option("--csv", "output", flag_value="csv", help="Print the checkpoints as CSV.")
+@click.option("--json", "output", flag_value="json", help="Print JSON.")
+def rank(
+    caches: tuple[Path, ...],
+    layer: str | None,
+    bins: int,
+    saturation: int,
+    alpha: float,
+    split: str,
+    accuracies: Path | None,
+    output: str | None,
+) -> None:
+    """Rank the checkpoints of a training run, a CACHE each in the order of training, by their covered area (NAC-ME).
+
+    No OOD data are needed. Where accuracies on held-out domains are known, a second table compares the choice with
+    the oracle's, the last checkpoint and that of the best validation accuracy; they play no part in the choice.
+
+    \b
+    nacpipe rank run/step-*.zarr
+    nacpipe rank run/step-*.zarr --layer layer4 --accuracies domains.csv
+    """
+    from nacpipe.cache import open_cache
+    from nacpipe.core.params import LayerParams
+    from nacpipe.search.rank import rank_checkpoints, read_accuracies
+
+    params = LayerParams(bins=bins, saturation=saturation, alpha=alpha, edges="linear")
+    given = None if accuracies is None else read_accuracies(accuracies)
+    opened = [open_cache(cache) for cache in caches]
+    found = rank_checkpoints(opened, layer=layer, params=params, split=split, accuracies=given)
+    if output == "csv":
+        print_frame(found.checkpoints, "csv")
+        return
+    if output == "json":
+        selections = None if found.selections is None else found.selections.to_dict("records")
+        checkpoints = found.checkpoints.to_dict("records")
+        print_json({"layer": found.layer, "chosen": found.chosen, "checkpoints": checkpoints, "selections": selections})
+        return
+    rows = [
+        [
+            str(name),
+            *(_cell(column, value) for column, value in zip(found.checkpoints.columns[1:], values, strict=True)),
+        ]
+        for name, *values in found.checkpoints.itertuples(index=False)
+    ]
+    print_table([column.replace("_", " ") for column in found.checkpoints.columns], rows)
+    click.echo(f"\nlargest covered area of {found.layer}: {found.chosen}")
+    if found.selections is None:
+        note("no accuracies on held-out domains are known; give them with --accuracies FILE to judge the choice")
+        return
+    click.echo("")
+    print_table(
+        ("selection", "checkpoint", "accuracy %", "rank correlation %"),
+        [
+            (r.selection, r.checkpoint, _percent(float(r.test_in)), _percent(float(r.correlation)))
+            for r in found.selections.itertuples()
+        ],
+        left=2,
+    )
+
+
+def _cell(column: str, value: float) -> str:
+    if column == "images":
+        return str(value)
+    return f"{value:.4f}" if column.startswith("area_") else _percent(value)
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.2f}"

@@ -1,0 +1,82 @@
+"""`nacpipe score`: what a detector says of images."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nacpipe.cli.show import Progress, note, print_json, print_table
+
+if TYPE_CHECKING:
+    from nacpipe.network.score import ScoredImage
+
+_COLUMNS = ("image", "score", "is_ood", "predicted", "error")
+
+
+@click.command()
+@click.argument("detector", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--model", metavar="NAME", help="The network (nacpipe models), or file.py:function; default: DETECTOR's.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Its weights: a file, or a name.")
+@click.option("--device", default="auto", show_default=True, help="cuda, mps, cpu, …")
+@click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Images at once.")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode images.")
+@click.option("--csv", "output", flag_value="csv", help="Print CSV, row by row.")
+@click.option("--json", "output", flag_value="json", help="Print JSON.")
+def score(
+    detector: Path,
+    images: tuple[Path, ...],
+    model: str | None,
+    checkpoint: Path | None,
+    device: str,
+    batch_size: int,
+    workers: int,
+    output: str | None,
+) -> None:
+    """Print the score of IMAGES, files or folders, and whether DETECTOR flags them as OOD.
+
+    The larger a score, the more an image is like the training data. Images that cannot be read are named, the others
+    are scored, and the command fails at its end.
+
+    \b
+    nacpipe score digits.safetensors scans/ one.png
+    nacpipe score resnet20.safetensors photos/ --model resnet20 --checkpoint resnet20.th --csv
+    """
+    from nacpipe.errors import ImageError
+    from nacpipe.network.score import find_images, prepare, score_images
+
+    paths = find_images(images)
+    ready = prepare(detector, model, checkpoint, device)
+    progress = Progress(len(paths))
+    broken: list[str] = []
+
+    def rows() -> Iterator[ScoredImage]:
+        for row in score_images(ready, paths, batch_size, workers):
+            progress.step(1, "score")
+            if row.error is not None:
+                broken.append(row.error)
+                note(row.error)
+            yield row
+
+    if output == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for row in rows():
+            writer.writerow("" if value is None else value for value in asdict(row).values())
+    elif output == "json":
+        print_json([asdict(row) for row in rows()])
+    else:
+        print_table(_COLUMNS[:-1], [_cells(row) for row in rows()])
+    if broken:
+        raise ImageError(f"{len(broken)} of {len(paths)} images could not be scored; the first: {broken[0]}")
+
+
+def _cells(row: ScoredImage) -> list[str]:
+    values: list[Any] = [row.image, None if row.score is None else f"{row.score:.6g}", row.is_ood, row.predicted]
+    return ["–" if value is None else str(value) for value in values]

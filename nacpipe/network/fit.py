@@ -1,0 +1,133 @@
+"""A detector without a cache: coverage counted from batches of images, for other tools' loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nacpipe.artifact import read_params
+from nacpipe.cache import LayerSpec
+from nacpipe.core.coverage import LOGITS, bin_edges, product_borders
+from nacpipe.core.exported import ExportedLayer
+from nacpipe.core.kernels import count_sorted, sort_columns
+from nacpipe.core.params import NacParams
+from nacpipe.errors import InputError, ValuesError
+from nacpipe.network.detector import Detector, load_detector, select_products
+from nacpipe.network.layers import measure_layers
+from nacpipe.network.load import wrap_network
+from nacpipe.network.taps import Taps, frozen
+
+Source = str | Path | NacParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How other tools' adapters come to a detector."""
+
+    source: Source
+    """A detector from `nacpipe export`; or parameters, in a `.json` file or as a record, whose layers are the network's
+    module paths: then the coverage is counted from training images."""
+    pools: Mapping[str, str] = field(default_factory=dict)
+    """Layer → pooling, where the one that `nacpipe layers` would guess is wrong."""
+    train_images: int | None = None
+    """How many training images are counted, the loader's first; None means all. Saturation is a number of images, so
+    give what the parameters were found with."""
+
+    @property
+    def counted(self) -> bool:
+        """Whether the coverage is in the source already."""
+        return not isinstance(self.source, NacParams) and Path(self.source).suffix != ".json"
+
+    def detector(self, network: nn.Module, batches: Iterable[Tensor] = ()) -> Detector:
+        """Return the detector on a network: an exported one as it is, or one counted from training images.
+
+        Raises:
+            NacError: as `load_detector` and `fit_detector` do.
+        """
+        if self.counted:
+            assert not isinstance(self.source, NacParams)
+            return load_detector(self.source, network)
+        params = self.source if isinstance(self.source, NacParams) else read_params(self.source)
+        return fit_detector(network, params, _first(batches, self.train_images), self.pools)
+
+
+def fit_detector(
+    network: nn.Module,
+    params: NacParams,
+    batches: Iterable[Tensor],  # each (n, channels, side, side), prepared for the network
+    pools: Mapping[str, str],
+) -> Detector:
+    """Count the coverage of training images; memory does not grow with their number. Nothing is flagged: there is no
+    threshold.
+
+    Args:
+        network: on whatever device; images are taken there.
+        params: for the network's modules, by their paths, or the logits.
+        batches: training images.
+        pools: layer → pooling, where the guess is wrong.
+
+    Raises:
+        InputError: there are no images, a layer is not in the network, or a pooling does not fit it.
+        ValuesError: states are not finite.
+    """  # fmt: skip
+    device = next(network.parameters()).device
+    coming = iter(batches)
+    first = next(coming, None)
+    if first is None:
+        raise InputError("there are no training images to count")
+    with torch.inference_mode(False), frozen(network):
+        wrapped = wrap_network(network, first[:1].repeat(2, 1, 1, 1).to(device))
+        named = [name for name in params.layers if name != LOGITS]
+        specs = measure_layers(wrapped, named, list(pools.items())).layers if named else ()
+    by_name = {spec.name: spec for spec in specs}
+    by_name[LOGITS] = LayerSpec(name=LOGITS, path="", pooling="none", neurons=0)
+    borders = {
+        name: product_borders(bin_edges(layer.bins, layer.edges), layer.alpha) for name, layer in params.layers.items()
+    }
+    counts: dict[str, NDArray[np.int32]] = {}
+    for images in chain([first], coming):
+        with (
+            torch.inference_mode(False),
+            frozen(network),
+            torch.autocast(device.type, enabled=False),
+            Taps(network, specs, wrapped.model.classifier) as taps,
+        ):
+            tapped = taps(images.detach().to(device))
+        for name, layer in params.layers.items():
+            products = select_products(tapped, name, layer.source).cpu().numpy()
+            if not np.isfinite(products).all():
+                raise ValuesError(f"layer {name!r}: a training image's {layer.source} is not finite")
+            found = count_sorted(sort_columns(products), borders[name])
+            counts[name] = counts[name] + found if name in counts else found
+    layers = [
+        ExportedLayer(
+            name=name,
+            path=by_name[name].path,
+            pooling=by_name[name].pooling,
+            params=layer,
+            borders=borders[name],
+            counts=counts[name],
+        )
+        for name, layer in params.layers.items()
+    ]
+    return Detector(network, layers, first[:1].repeat(2, 1, 1, 1).to(device))
+
+
+def _first(batches: Iterable[Tensor], count: int | None) -> Iterator[Tensor]:
+    """Yield batches until `count` images have come; the last is cut."""
+    left = count
+    for images in batches:
+        if left is None:
+            yield images
+            continue
+        if left <= 0:
+            return
+        yield images[:left]
+        left -= len(images)

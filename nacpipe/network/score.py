@@ -1,0 +1,140 @@
+"""Image files → what a detector says of each; one that cannot be read is named and the others are scored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nacpipe.artifact import read_detector
+from nacpipe.core.benchmarks import BENCHMARKS, Benchmark, Transform
+from nacpipe.data.lists import SUFFIXES
+from nacpipe.errors import DetectorError, ImageError, InputError
+from nacpipe.network.detector import Detector, attach
+from nacpipe.network.images import build_transform, read_image
+from nacpipe.network.load import load_network
+from nacpipe.network.models import find_model
+from nacpipe.network.request import find_device, pin_arithmetic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredImage:
+    """One row of the result."""
+
+    image: str
+    score: float | None
+    """Larger = more like the training data; None where there is none."""
+    is_ood: bool | None
+    predicted: int | None
+    """The class of the largest logit; None where the network gives no logits."""
+    error: str | None
+    """Why the image could not be scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A detector on its network, and how images are prepared for it."""
+
+    detector: Detector
+    transform: Transform
+    device: torch.device
+    predicts: bool
+    """Whether the network's outputs are logits."""
+
+
+def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str) -> Ready:
+    """Read a detector, build its network and put the two together.
+
+    Args:
+        file: from `nacpipe export`.
+        model: as for extraction; None means the one that the file names, where it is in the table.
+        checkpoint: the weights; None means the model's own.
+        device: cuda, mps, cpu, … or auto.
+
+    Raises:
+        DetectorError: the file is malformed or the network is another.
+        InputError: an unknown model, weights that do not fit, a device that is not there.
+    """
+    pin_arithmetic()
+    exported = read_detector(file)
+    named = str(exported.identity.get("architecture"))
+    if model is None and ":" in named:  # code is run, or weights are fetched, where someone asks for it
+        raise InputError(f"{file} is for {named}; say where it is with --model {named}")
+    row = find_model(model or named)
+    known = BENCHMARKS.get(str(exported.identity.get("benchmark")))
+    benchmark = known or Benchmark(name="its own", classes=exported.classes, transform=exported.transform, splits=())
+    network = load_network(row, replace(benchmark, transform=exported.transform), checkpoint, find_device(device))
+    try:
+        detector = attach(exported, network.module)
+    except DetectorError as error:
+        raise DetectorError(f"{file}: {error}") from None
+    return Ready(
+        detector, exported.transform, network.device, exported.identity.get("outputs", "logits") == "logits"
+    )  # fmt: skip
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Return files as they are given, and folders' images (by suffix, at any depth) in alphabetical order.
+
+    Raises:
+        ImageError: a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = [
+            Path(folder, name)
+            for folder, _, names in os.walk(path)
+            for name in names
+            if Path(name).suffix.lower() in SUFFIXES
+        ]
+        if not inside:
+            raise ImageError(f"there is no image in {path}; known endings: {', '.join(sorted(SUFFIXES))}")
+        found += sorted(inside)
+    return found
+
+
+def score_images(ready: Ready, paths: Sequence[Path], batch_size: int, workers: int) -> Iterator[ScoredImage]:
+    """Yield one row per file, in order; the next batch is decoded while one runs."""
+    decode = partial(_decode, ready)
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = None
+        for start in range(0, len(paths) + batch_size, batch_size):  # one more, which is empty
+            batch = paths[start : start + batch_size]
+            coming = (batch, [pool.submit(decode, path) for path in batch])
+            if ahead is not None:
+                yield from _score_batch(ready, ahead[0], [future.result() for future in ahead[1]])
+            ahead = coming
+
+
+def _decode(ready: Ready, path: Path) -> Tensor | ImageError:
+    try:
+        return build_transform(ready.transform)(read_image(path, str(path)))
+    except ImageError as error:
+        return error
+    except (OSError, ValueError, MemoryError, Image.DecompressionBombWarning) as error:  # of the transform
+        return ImageError(f"image cannot be prepared: {path}: {str(error)[:120]}")
+
+
+def _score_batch(ready: Ready, paths: Sequence[Path], images: Sequence[Tensor | ImageError]) -> Iterator[ScoredImage]:
+    good = [image for image in images if isinstance(image, Tensor)]
+    rows: Iterator[tuple[list[float], float, bool]] = iter(())
+    if good:
+        found = ready.detector(torch.stack(good).to(ready.device))
+        rows = zip(found.logits.tolist(), found.score.tolist(), found.is_ood.tolist(), strict=True)
+    for path, image in zip(paths, images, strict=True):
+        if isinstance(image, ImageError):
+            yield ScoredImage(image=str(path), score=None, is_ood=None, predicted=None, error=str(image))
+            continue
+        logits, score, is_ood = next(rows)
+        predicted = logits.index(max(logits)) if ready.predicts else None
+        yield ScoredImage(image=str(path), score=score, is_ood=is_ood, predicted=predicted, error=None)

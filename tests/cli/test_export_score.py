@@ -1,0 +1,212 @@
+"""`export` and `score`: from a cache to a line per image; a broken one is named and fails the command at its end."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from nacpipe.artifact import read_detector, write_detector, write_params
+from nacpipe.cache import open_cache
+from nacpipe.cli import main
+from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.network import digits_cnn
+from nacpipe.network.digits import load_set
+from nacpipe.search.scoring import score_splits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PARAMS = NacParams(
+    layers={
+        "avgpool": LayerParams(bins=24, saturation=5, alpha=0.4, weight=2.0),
+        "layer3": LayerParams(bins=50, saturation=100, alpha=0.03),
+        "layer1": LayerParams(bins=50, saturation=100, alpha=0.03, weight=0.0),
+    }
+)
+
+
+def nacpipe(*args: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args], prog_name="nacpipe")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of digits, its detector, and id/val's images as files, one of them broken."""
+    place = tmp_path_factory.mktemp("score")
+    splits = "id/train,id/val,ood/val"
+    assert nacpipe("extract", "digits", "--cache", place / "c.zarr", "--splits", splits).exit_code == 0
+    write_params(place / "c.params.json", PARAMS)
+    done = nacpipe("export", place / "c.zarr")
+    assert done.exit_code == 0, done.stderr
+    assert f"wrote {place / 'c.detector.safetensors'}" in done.stderr
+    images, _ = load_set("val")
+    (place / "pictures/deep").mkdir(parents=True)
+    for row in range(20):
+        folder = place / ("pictures/deep" if row % 2 else "pictures")
+        Image.fromarray(images[row]).save(folder / f"{row:02}.png")
+    (place / "pictures/05.png").write_bytes(b"no picture")
+    (place / "pictures/notes.txt").write_text("not an image")
+    return place
+
+
+@pytest.fixture
+def detector(place: Path) -> Path:
+    return place / "c.detector.safetensors"
+
+
+def expected(place: Path) -> dict[str, float]:
+    """Image file → the cache's score."""
+    scores = score_splits(open_cache(place / "c.zarr"), PARAMS, ["id/val"])["id/val"]
+    return {
+        str(place / ("pictures/deep" if row % 2 else "pictures") / f"{row:02}.png"): scores[row] for row in range(20)
+    }
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def test_export_prints_what_it_wrote(place: Path, tmp_path: Path) -> None:
+    done = nacpipe("export", place / "c.zarr", "--keep", "0.9", "--output", tmp_path / "d", "--json")
+    assert done.exit_code == 0, done.stderr
+    told, written = json.loads(done.stdout), read_detector(tmp_path / "d")
+    scores = score_splits(open_cache(place / "c.zarr"), PARAMS, ["id/val"])["id/val"]
+    assert told["threshold"] == written.threshold == np.sort(scores)[50]
+    assert [(layer["layer"], layer["neurons"], layer["bins"]) for layer in told["layers"]] == [
+        ("avgpool", 64, 24),
+        ("layer3", 64, 50),
+    ]
+    assert written.keep == told["keep"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--keep", "2"), "keep is 2.0; it must be above 0 and at most 1"),
+        (("--params", "nosuch.json"), "there is no parameter file nosuch.json"),
+        (("--output", "no/such/d"), "no/such is not a folder"),
+    ],
+)
+def test_export_refuses_in_one_line(place: Path, tmp_path: Path, args: tuple[str, ...], message: str) -> None:
+    done = nacpipe("export", place / "c.zarr", "--output", tmp_path / "d", *args)
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "d").exists()
+
+
+# --- score ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_broken_image_is_named_and_the_others_are_scored(place: Path, detector: Path) -> None:
+    done = nacpipe("score", detector, place / "pictures", "--json", "--batch-size", "4")
+    assert done.exit_code == 1
+    broken = str(place / "pictures/05.png")
+    said = f"image cannot be read: {broken}: cannot identify image file"
+    assert done.stderr.splitlines() == [said, f"nacpipe: 1 of 21 images could not be scored; the first: {said}"]
+    rows = json.loads(done.stdout)
+    assert [row["image"] for row in rows] == sorted([*expected(place), broken])
+    labels = load_set("val")[1]
+    threshold = read_detector(detector).threshold
+    for row in rows:
+        if row["image"] == broken:
+            assert row == {"image": broken, "score": None, "is_ood": None, "predicted": None, "error": said}
+            continue
+        number = int(Path(row["image"]).stem)
+        assert row["score"] == pytest.approx(expected(place)[row["image"]], abs=1e-5)
+        assert row["is_ood"] == (row["score"] < threshold)
+        assert row["predicted"] == labels[number]
+        assert row["error"] is None
+
+
+def test_csv_and_table(place: Path, detector: Path) -> None:
+    files = [place / "pictures/deep/03.png", place / "pictures/00.png"]
+    done = nacpipe("score", detector, *files, "--csv")
+    assert (done.exit_code, done.stderr) == (0, "")
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert list(rows[0]) == ["image", "score", "is_ood", "predicted", "error"]
+    assert [row["image"] for row in rows] == [str(file) for file in files]  # as they were given
+    assert [float(row["score"]) for row in rows] == pytest.approx([expected(place)[str(f)] for f in files], abs=1e-5)
+    table = nacpipe("score", detector, *files).stdout.splitlines()
+    assert table[0].split() == ["image", "score", "is_ood", "predicted"]
+    assert table[1].split() == [str(files[0]), f"{float(rows[0]['score']):.6g}", rows[0]["is_ood"], "3"]
+
+
+OWN = """
+from nacpipe.network.digits_cnn import DigitsCNN
+from safetensors.torch import load_file
+import nacpipe.network.digits_cnn as packaged
+
+def net():
+    network = DigitsCNN()
+    network.load_state_dict(load_file(packaged.__file__.replace(".py", ".safetensors")))
+    return network
+"""
+
+
+def test_a_network_of_your_own(place: Path, detector: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    image = place / "pictures/00.png"
+    ours = nacpipe("score", detector, image, "--json")
+    own = nacpipe("score", detector, image, "--json", "--model", f"{tmp_path / 'own.py'}:net")
+    assert own.exit_code == 0, own.stderr
+    assert own.stdout == ours.stdout
+
+
+def test_code_that_a_file_names_is_not_run(place: Path, detector: Path, tmp_path: Path) -> None:
+    exported = read_detector(detector)
+    object.__setattr__(exported, "identity", {**exported.identity, "architecture": "evil.py:net"})
+    write_detector(tmp_path / "d", exported)
+    done = nacpipe("score", tmp_path / "d", place / "pictures/00.png")
+    assert done.exit_code == 1
+    assert done.stderr == f"nacpipe: {tmp_path / 'd'} is for evil.py:net; say where it is with --model evil.py:net\n"
+
+
+def test_other_weights_are_refused(place: Path, detector: Path, tmp_path: Path) -> None:
+    torch.save(digits_cnn.DigitsCNN().state_dict(), tmp_path / "w.pth")
+    done = nacpipe("score", detector, place / "pictures/00.png", "--checkpoint", tmp_path / "w.pth")
+    assert done.exit_code == 1
+    assert f"{detector}: it was exported for another network (weights: stored" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (("nosuch.safetensors", "a.png"), 1, "there is no detector nosuch.safetensors; make one with: nacpipe export"),
+        (("D",), 2, "Missing argument 'IMAGES...'"),
+        (("D", "EMPTY"), 1, "there is no image in"),
+        (("D", "a.png", "--model", "nosuch"), 1, "model 'nosuch' is not known"),
+        (("D", "a.png", "--device", "nosuch"), 1, "device 'nosuch' cannot be used here"),
+        (("D", "a.png", "--model", "resnet20"), 1, "resnet20 has no packaged weights; give them with --checkpoint"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    detector: Path, tmp_path: Path, args: tuple[Any, ...], code: int, message: str
+) -> None:
+    done = nacpipe("score", *({"D": detector, "EMPTY": tmp_path}.get(arg, arg) for arg in args))
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_page_runs_as_it_stands(detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/detector.md").read_text("utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "cache").mkdir()
+    shutil.copy(detector, tmp_path / "cache/digits-digits_cnn.detector.safetensors")
+    shutil.copy(digits_cnn.__file__.replace(".py", ".safetensors"), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    said: dict[str, Any] = {}
+    exec(program, said)
+    assert said["score"].shape == (128,)
+    assert said["is_ood"].tolist() == (said["score"] < read_detector(detector).threshold).tolist()
+    assert said["is_ood"].float().mean() > 0.5  # letters, most of them

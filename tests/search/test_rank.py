@@ -1,0 +1,275 @@
+"""NAC-ME against the oracle; who is chosen, by what, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nacpipe.cache import Cache
+from nacpipe.cli import main
+from nacpipe.core.coverage import covered_area
+from nacpipe.core.metrics import spearman
+from nacpipe.core.params import LayerParams
+from nacpipe.errors import IdentityError, InputError, ParamsError
+from nacpipe.search.rank import PAPER, rank_checkpoints, read_accuracies
+from nacpipe.search.scoring import read_source
+from tests import oracle
+
+SETS = {"csid/a": 30, "csid/b": 45, "csid/a_out": 25, "csid/b_out": 25}
+MISTAKES: list[dict[str, int]] = [  # beside those that every checkpoint makes; ties are meant
+    {"id/train": 9, "csid/a": 12, "csid/b": 20, "csid/a_out": 9, "csid/b_out": 11, "id/val": 7},
+    {"id/train": 4, "csid/a": 3, "csid/b": 6, "csid/a_out": 2, "csid/b_out": 2, "id/val": 1},
+    {"id/train": 14, "csid/a": 8, "csid/b": 6, "csid/a_out": 2, "csid/b_out": 2, "id/val": 1},
+    {"id/train": 0, "csid/a": 8, "csid/b": 8, "csid/a_out": 5, "csid/b_out": 1, "id/val": 5},
+]
+
+
+def nacpipe(*args: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args], prog_name="nacpipe")
+
+
+@pytest.fixture(scope="module")
+def caches(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFactory) -> list[Cache]:
+    """Four checkpoints of one run: the same images, other weights and so other states and other mistakes."""
+    place = tmp_path_factory.mktemp("run")
+    made = []
+    for seed, mistakes in enumerate(MISTAKES):
+        path = place / f"step{seed}.zarr"
+        weights = hashlib.sha256(str(seed).encode()).hexdigest()
+        made.append(make_cache(path, seed=seed, rows=SETS, identity={"weights": weights}))
+        root = zarr.open_group(path, mode="r+")
+        for split, count in mistakes.items():
+            label = root[f"{split}/label"]
+            label[:count] = (label[:count] + 1) % 3  # type: ignore[index, operator]
+    return made
+
+
+def plain_area(cache: Cache, layer: str, params: LayerParams, split: str = "id/train") -> float:
+    view = cache[split]
+    correct = [int(np.argmax(logits)) == label for logits, label in zip(view.logits[:], view.label, strict=True)]
+    assert 0 < sum(correct) < len(correct)  # it matters that some are left out
+    products = read_source(view, layer)
+    assert not oracle.in_doubt(products, params.alpha, oracle.bin_edges(params.bins, "linear")).any()
+    return float(
+        oracle.covered_area(products, correct, bins=params.bins, saturation=params.saturation, alpha=params.alpha)
+    )
+
+
+@pytest.mark.parametrize(
+    "params",
+    [PAPER, LayerParams(bins=11, saturation=3, alpha=2.0, edges="linear")],
+    ids=["paper", "steeper"],
+)
+def test_areas_are_the_oracles(caches: list[Cache], params: LayerParams) -> None:
+    found = rank_checkpoints(caches, params=params).checkpoints
+    assert found["checkpoint"].tolist() == ["step0", "step1", "step2", "step3"]
+    for layer in ("avgpool", "layer1"):
+        expected = [plain_area(cache, layer, params) for cache in caches]
+        assert len(set(expected)) > 2
+        np.testing.assert_allclose(found[f"area_{layer}"], expected, rtol=1e-12)
+    for cache, images in zip(caches, found["images"], strict=True):
+        logits, label = np.asarray(cache["id/train"].logits[:]), cache["id/train"].label
+        assert images == sum(int(np.argmax(row)) == one for row, one in zip(logits, label, strict=True))
+
+
+def test_the_papers_parameters() -> None:
+    assert LayerParams(bins=50, saturation=500, alpha=0.1, edges="linear", source="product") == PAPER
+
+
+def test_the_choice_and_its_judgement(caches: list[Cache]) -> None:
+    params = replace(PAPER, saturation=3, alpha=2.0)
+    found = rank_checkpoints(caches, params=params, layer="layer1")
+    areas = [plain_area(cache, "layer1", params) for cache in caches]
+    assert found.layer == "layer1"
+    assert found.chosen == f"step{int(np.argmax(areas))}"
+
+    def accuracy(cache: Cache, *splits: str) -> float:
+        shares = [np.mean(np.argmax(cache[s].logits[:], axis=1) == cache[s].label) for s in splits]
+        return float(np.mean(shares))  # every domain counts the same, whatever its size
+
+    test_in = [accuracy(cache, "csid/a", "csid/b") for cache in caches]
+    test_out = [accuracy(cache, "csid/a_out", "csid/b_out") for cache in caches]
+    train_out = [accuracy(cache, "id/val") for cache in caches]
+    assert found.selections is not None
+    rows = found.selections.set_index("selection")
+    assert list(rows.index) == ["oracle", "last", "training-domain validation", "coverage"]
+    for name, values in {"oracle": test_out, "training-domain validation": train_out, "coverage": areas}.items():
+        place = int(np.argmax(values))
+        assert rows.loc[name, "checkpoint"] == f"step{place}"
+        assert rows.loc[name, "test_in"] == pytest.approx(test_in[place], abs=1e-12)
+        assert rows.loc[name, "correlation"] == pytest.approx(oracle.spearman(values, test_in), abs=1e-12)
+    assert rows.loc["last", "checkpoint"] == "step3"
+    assert math.isnan(rows.loc["last", "correlation"])
+
+
+def test_accuracies_of_a_file_judge_and_do_not_choose(caches: list[Cache], tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        "checkpoint,train_out,test_in\nstep3.zarr,0.9,0.1\nstep1,0.7,0.4\nstep0,0.8,0.2\nstep2,0.7,0.3\n"
+    )
+    given = read_accuracies(tmp_path / "a.csv")
+    found = rank_checkpoints(caches, accuracies=given)
+    assert found.chosen == rank_checkpoints(caches).chosen
+    assert found.checkpoints["test_in"].tolist() == [0.2, 0.4, 0.3, 0.1]
+    assert found.selections is not None
+    rows = found.selections.set_index("selection")
+    assert rows.loc["oracle", ["checkpoint", "test_in", "correlation"]].tolist() == ["step1", 0.4, 1.0]  # on test_in
+    assert rows.loc["training-domain validation", "checkpoint"] == "step3"
+    assert rows.loc["training-domain validation", "correlation"] == pytest.approx(
+        oracle.spearman([0.8, 0.7, 0.7, 0.9], [0.2, 0.4, 0.3, 0.1])
+    )
+
+
+def test_without_held_out_domains_there_is_no_judgement(small_cache: Cache) -> None:
+    found = rank_checkpoints([small_cache])
+    assert (found.chosen, found.layer, found.selections) == ("small", "avgpool", None)
+    assert list(found.checkpoints.columns) == ["checkpoint", "images", "area_avgpool", "area_layer1"]
+
+
+def test_another_split_can_be_counted(caches: list[Cache]) -> None:
+    found = rank_checkpoints(caches[:2], split="id/val").checkpoints
+    expected = [plain_area(cache, "avgpool", PAPER, "id/val") for cache in caches[:2]]
+    np.testing.assert_allclose(found["area_avgpool"], expected, rtol=1e-12)
+
+
+# --- laws -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.integers(0, 30), min_size=3, max_size=3), min_size=1, max_size=5), st.integers(1, 40))
+def test_area_by_hand_and_its_laws(rows: list[list[int]], saturation: int) -> None:
+    counts = np.array(rows, np.int32)
+    found = covered_area(counts, saturation)
+    expected = sum(min(c / saturation, 1) for row in rows for c in row) / 4 / len(rows)
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert 0 <= covered_area(counts, saturation + 1) <= found <= 3 / 4  # M − 1 of M
+    assert covered_area(counts + 1, saturation) >= found
+
+
+def test_no_correct_image_covers_nothing() -> None:
+    assert covered_area(np.zeros((4, 9), np.int32), 5) == 0.0
+
+
+VALUES = st.lists(st.integers(-3, 3), min_size=2, max_size=12)
+
+
+@given(VALUES, st.randoms(use_true_random=False))
+def test_spearman_is_the_oracles_with_ties(values: list[int], chance: Any) -> None:
+    other = values[:]
+    chance.shuffle(other)
+    if len(set(values)) == 1:
+        assert math.isnan(spearman(np.array(values, float), np.array(other, float)))
+        return
+    a, b = np.array(values, float), np.array(other, float)
+    assert spearman(a, b) == pytest.approx(oracle.spearman(values, other), abs=1e-12)
+    assert spearman(a, b) == pytest.approx(spearman(b, a), abs=1e-12)
+    assert spearman(a, -b) == pytest.approx(-spearman(a, b), abs=1e-12)
+    assert spearman(a, np.exp(a)) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_spearman_by_hand() -> None:
+    assert spearman(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0])) == pytest.approx(0.5)
+    # ranks 1, 2½, 2½, 4 and 1, 2, 3, 4
+    assert spearman(np.array([0.0, 5.0, 5.0, 9.0]), np.array([1.0, 2.0, 3.0, 4.0])) == pytest.approx(
+        4.5 / math.sqrt(4.5 * 5.0)
+    )
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_caches_of_another_run_are_refused(
+    caches: list[Cache], make_cache: Callable[..., Cache], tmp_path: Path
+) -> None:
+    other = make_cache(tmp_path / "o.zarr", identity={"architecture": "another"})
+    with pytest.raises(
+        IdentityError,
+        match=r"o\.zarr is not of the same training run as .*step0\.zarr: architecture: there made_up, here",
+    ):
+        rank_checkpoints([caches[0], other])
+    embeds = make_cache(tmp_path / "e.zarr", identity={"outputs": "features"})
+    with pytest.raises(InputError, match="gives features"):
+        rank_checkpoints([embeds])
+    with pytest.raises(InputError, match="there are no checkpoints to rank"):
+        rank_checkpoints([])
+    with pytest.raises(InputError, match=r"checkpoint .*step0 is given twice"):
+        rank_checkpoints([caches[0], caches[0]])
+    with pytest.raises(ParamsError, match="layer 'layer9' is not in"):
+        rank_checkpoints(caches, layer="layer9")
+
+
+def test_like_names_are_told_by_their_folders(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
+    made = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        made.append(make_cache(tmp_path / folder / "c.zarr"))
+    assert rank_checkpoints(made).checkpoints["checkpoint"].tolist() == [f"{tmp_path}/one/c", f"{tmp_path}/two/c"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["checkpoint,accuracy", "a,1"], "the first line is 'checkpoint,accuracy'; wanted: checkpoint,test_in"),
+        ([], "the first line is ''"),
+        (["checkpoint,test_in,test_in", "a,1,1"], "the first line is"),
+        (["checkpoint,test_in", "a,0.5", "b,51.2"], "line 3, test_in is '51.2'; it must be a fraction from 0 to 1"),
+        (["checkpoint,test_in", "a,nan"], "line 2, test_in is 'nan'"),
+        (["checkpoint,test_in", "a,"], "line 2, test_in is ''"),
+        (["checkpoint,test_in", "a"], "line 2 has 1 values, not 2"),
+        (["checkpoint,test_in", "a,0.5,0.5"], "line 2 has 3 values, not 2"),
+        (["checkpoint,test_in", "a,0.5", "", "a.zarr,0.5"], "line 4 has a again"),
+        (['checkpoint,"test_in', "a,1"], "cannot be read as CSV"),
+    ],
+)
+def test_accuracies_that_are_none(lines: Sequence[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=message) as raised:
+        read_accuracies(tmp_path / "a.csv")
+    assert str(tmp_path / "a.csv") in str(raised.value)
+    assert "\n" not in raised.value.one_line()
+
+
+def test_accuracies_that_lack_a_checkpoint(caches: list[Cache], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the accuracies lack 3 of 4 checkpoints: step1, step2, step3; they"):
+        rank_checkpoints(caches, accuracies={"step0": {"test_in": 0.5}})
+    with pytest.raises(InputError, match=r"there is no file .*nosuch"):
+        read_accuracies(tmp_path / "nosuch")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_what_the_function_found(caches: list[Cache]) -> None:
+    paths = [cache.path for cache in caches]
+    expected = rank_checkpoints(caches, params=replace(PAPER, saturation=3), layer="layer1")
+    done = nacpipe("rank", *paths, "--saturation", "3", "--layer", "layer1", "--json")
+    assert (done.exit_code, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    assert (told["layer"], told["chosen"]) == ("layer1", expected.chosen)
+    assert told["checkpoints"] == expected.checkpoints.to_dict("records")
+    assert expected.selections is not None
+    assert [row["test_in"] for row in told["selections"]] == expected.selections["test_in"].tolist()
+    assert told["selections"][1]["correlation"] is None
+    lines = nacpipe("rank", *paths, "--saturation", "3", "--layer", "layer1", "--csv").stdout.splitlines()
+    assert lines[0] == "checkpoint,images,area_avgpool,area_layer1,test_in,test_out,train_out"
+    assert [line.split(",")[0] for line in lines[1:]] == ["step0", "step1", "step2", "step3"]
+    table = nacpipe("rank", *paths, "--saturation", "3", "--layer", "layer1").stdout
+    assert f"\nlargest covered area of layer1: {expected.chosen}\n" in table
+    assert f"{100 * expected.selections['test_in'].iloc[-1]:.2f}" in table.splitlines()[-1]
+
+
+def test_the_command_says_when_nothing_judges(small_cache: Cache) -> None:
+    done = nacpipe("rank", small_cache.path)
+    assert done.exit_code == 0
+    assert done.stderr.startswith("no accuracies on held-out domains are known")
+    assert nacpipe("rank", small_cache.path, "--bins", "3").stderr.startswith("nacpipe: bins is 3; it must lie between")
