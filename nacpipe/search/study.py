@@ -103,6 +103,12 @@ class Search:
                 study.set_user_attr(key, value)
         return study
 
+    def reopen(self) -> None:
+        """Read the study anew: an interrupt may have come in the middle of Optuna's reading."""
+        if self.study is not None:
+            storage = open_storage(self.request.where)
+            self.study = optuna.load_study(study_name=self.request.study_name, storage=storage)
+
     def completed(self) -> list[FrozenTrial]:
         """Return the study's completed trials, in the order of their numbers."""
         return [] if self.study is None else completed_trials(self.study)

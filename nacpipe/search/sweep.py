@@ -40,6 +40,7 @@ def run(search: Search, progress: Progress = lambda done, best: None) -> SearchR
     except KeyboardInterrupt:
         if not sweep.best:
             raise  # there is nothing to report
+        search.reopen()
         ended = "interrupted"
     except StorageInternalError as error:
         line = (str(error).splitlines() or [""])[0]
