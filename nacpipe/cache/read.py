@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +13,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from nacpipe.cache.layout import MISSING_INT, Header, LayerSpec, count_blocks, find_splits
-from nacpipe.errors import CacheError, FormatError, InputError, NacError
+from nacpipe.cache.form import classifier_problems, missing_chunks, open_member, split_problems
+from nacpipe.cache.layout import MISSING_INT, Header, LayerSpec, chunk_key, count_blocks, find_splits, is_there
+from nacpipe.cache.seal import digest_lines, hash_keys, list_keys
+from nacpipe.errors import CacheError, FormatError, InputError, NacError, ValuesError
 
 
 def open_cache(path: str | Path) -> Cache:
@@ -37,8 +38,11 @@ def open_root(path: str, *, mode: Literal["r", "r+"]) -> tuple[zarr.Group, Heade
         raise CacheError(
             f"there is no cache at {path}; make one with: nacpipe extract BENCHMARK --cache {path}"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise FormatError(f"{path} cannot be read as a Zarr group ({type(error).__name__}: {error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # zarr answers broken metadata with errors of every kind
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise FormatError(f"{path} cannot be read as a Zarr group ({what})") from error
     try:
         return root, Header.from_attributes(root.attrs)
     except NacError as error:
@@ -60,7 +64,10 @@ class SplitView(Mapping[str, LayerView]):
     def __init__(self, cache: Cache, name: str, group: zarr.Group) -> None:
         self.name = name
         self.attributes: dict[str, Any] = dict(group.attrs)
-        self.rows: int = int(self.attributes["rows"])
+        rows = self.attributes.get("rows")
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            raise FormatError(f"{cache.path}: {name}/zarr.json is damaged (rows is {str(rows)[:40]})")
+        self.rows: int = rows
         self.sealed: bool = bool(self.attributes.get("sealed"))
         self._cache = cache
         self._group = group
@@ -113,10 +120,10 @@ class SplitView(Mapping[str, LayerView]):
             CacheError: it is not there.
         """
         try:
-            array = self._group[path]
+            array = open_member(self._group, path)
         except KeyError:
             raise CacheError(f"{self._cache.path}: {self.name}/{path} is not in the store") from None
-        except (ValueError, TypeError) as error:
+        except FormatError as error:
             raise self._damaged(path, error) from error
         if not isinstance(array, zarr.Array):
             raise self._damaged(path, "it is a group, not an array")
@@ -126,39 +133,76 @@ class SplitView(Mapping[str, LayerView]):
         """Return rows of an array.
 
         Raises:
-            CacheError: a chunk is damaged or not there, naming the array. (States may hold NaN of their own: scoring
-                refuses those by layer, split and row.)
+            CacheError: a chunk is damaged or not there, naming the array.
+            ValuesError: NaN among logits or features. (Scoring refuses states of NaN by layer, split and row.)
         """
+        array = self.array(path)
         try:
-            values = np.asarray(self.array(path)[rows])
-        except (ValueError, RuntimeError) as error:  # crc32c says ValueError, Blosc RuntimeError
+            values = np.asarray(array[rows])
+        except (NacError, OSError, MemoryError):
+            raise
+        except Exception as error:  # crc32c says ValueError, Blosc RuntimeError, a crafted chunk anything
             raise self._damaged(path, error) from error
-        if values.dtype.kind == "i":
-            missing = values == MISSING_INT
-        elif path in ("logits", "features"):
-            missing = np.isnan(values).any(axis=1)
-        else:
-            return values
+        missing = values == MISSING_INT if values.dtype.kind == "i" else np.isnan(values)
         if missing.any():
-            raise self._damaged(path, f"row {int(np.argmax(missing)) + (rows.start or 0)} holds no value")
+            row = int(np.argmax(missing.reshape(len(values), -1).any(axis=1))) + (rows.start or 0)
+            block = row // self._cache.header.block_rows
+            if values.dtype.kind == "i" or not is_there(self._cache.root, chunk_key(array, block, self._cache.header)):
+                raise self._damaged(path, f"row {row} holds no value")
+            if path in ("logits", "features"):
+                raise ValuesError(f"{self._cache.path}: {self.name}/{path}, row {row}: the network gave NaN")
         return values
 
     def _damaged(self, path: str, what: object) -> CacheError:
         return CacheError(
-            f"{self._cache.path}: {self.name}/{path} is damaged ({what}); extract the split again with:"
-            f" {self._cache.command()} --force {self.name}"
+            f"{self._cache.path}: {self.name}/{path} is damaged ({what}); mend it with: nacpipe repair"
+            f" {self._cache.path}"
         )
 
+    def check(self) -> None:
+        """Refuse a split that is not what was sealed: another form, or files changed, exchanged or lost since.
+
+        Of a sharded cache the form alone is looked at: its seal covers whole shards, which would be read twice.
+
+        Raises:
+            CacheError: naming what is wrong.
+        """
+        root, header = self._cache.root, self._cache.header
+        sharded = header.shard_blocks > 1
+        for array, what in split_problems(self._group, header):
+            raise self._damaged(array or "zarr.json", what)
+        hashes = dict.fromkeys(list_keys(root, self.name), "") if sharded else hash_keys(root, self.name)
+        for array, count in missing_chunks(header, self.rows, hashes):
+            raise self._damaged(array, f"{count} of its chunks are not there")
+        if not sharded and digest_lines(self.attributes, hashes) != self.attributes["digest"]:
+            raise CacheError(
+                f"{self._cache.path}: {self.name} is not what was sealed: files were changed, exchanged or lost;"
+                f" nacpipe verify {self._cache.path} says which"
+            )
+
     def marks(self) -> NDArray[np.bool_]:
-        """Return which blocks are written, (blocks,) bool; none where the split was only begun."""
-        if "blocks" not in self._group:
-            return np.zeros(count_blocks(self.rows, self._cache.header.block_rows), bool)
-        return self.read("blocks").astype(bool)
+        """Return which blocks are written, (blocks,) bool; none where the split was only begun.
+
+        A mark that cannot be read (torn when the power went) does not count: its block is written again.
+        """
+        count = count_blocks(self.rows, self._cache.header.block_rows)
+        if not self._holds("blocks"):
+            return np.zeros(count, bool)
+        marks = self.array("blocks")
+        if marks.shape != (count,):
+            raise self._damaged("blocks", f"it has {marks.shape} marks for {count} blocks")
+        try:
+            return np.asarray(marks[:]).astype(bool)
+        except (ValueError, RuntimeError):
+            return np.array([_is_marked(marks, block) for block in range(count)])
 
     def stored_bytes(self) -> int:
         """Return the bytes of the split's chunks as they are stored."""
         arrays = [*self._cache.header.arrays(), "blocks"]
-        return sum(int(self.array(path).nbytes_stored()) for path in arrays if path in self._group)
+        return sum(int(self.array(path).nbytes_stored()) for path in arrays if self._holds(path))
+
+    def _holds(self, path: str) -> bool:
+        return is_there(self._cache.root, f"{self.name}/{path}/zarr.json")
 
 
 class Cache(Mapping[str, SplitView]):
@@ -167,16 +211,9 @@ class Cache(Mapping[str, SplitView]):
     def __init__(self, path: str, root: zarr.Group, header: Header) -> None:
         self.path = path
         self.header = header
-        self._root = root
-        with warnings.catch_warnings():
-            # A killed writer may leave `.partial` files beside the groups; the next extract removes them.
-            warnings.filterwarnings(
-                "ignore", message="Object at .* is not recognized as a component of a Zarr hierarchy"
-            )
-            try:
-                self._names = find_splits(root)
-            except (ValueError, TypeError, KeyError) as error:
-                raise CacheError(f"{path}: metadata below it is damaged ({error}); extract anew") from error
+        self.root = root
+        self._names = find_splits(root)
+        self._checked: set[str] = set()
 
     def __getitem__(self, name: str) -> SplitView:
         split = self.peek(name)
@@ -185,6 +222,9 @@ class Cache(Mapping[str, SplitView]):
                 f"{self.path}: {name} is not finished ({int(split.marks().sum())} of {split.marks().size} blocks);"
                 f" finish it with: {self.command()}"
             )
+        if name not in self._checked:
+            split.check()
+            self._checked.add(name)
         return split
 
     def __iter__(self) -> Iterator[str]:
@@ -207,8 +247,14 @@ class Cache(Mapping[str, SplitView]):
             close = difflib.get_close_matches(name, self._names, 1)
             hint = f"did you mean {close[0]}?" if close else f"add it with: {self.command()}"
             raise InputError(f"split {name!r} is not in {self.path}; it holds {held}; {hint}")
-        group = self._root[name]
-        assert isinstance(group, zarr.Group)
+        try:
+            group = open_member(self.root, name)
+        except KeyError:
+            raise CacheError(f"{self.path}: {name} is gone; is it being extracted anew?") from None
+        except FormatError as error:
+            raise FormatError(f"{self.path}: {error}; nacpipe repair {self.path} mends what can be mended") from error
+        if not isinstance(group, zarr.Group):
+            raise FormatError(f"{self.path}: {name} is an array, not a split")
         return SplitView(self, name, group)
 
     def command(self) -> str:
@@ -217,11 +263,23 @@ class Cache(Mapping[str, SplitView]):
 
     def classifier(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """Return the last linear layer's weight (classes, features) and bias (classes,), where there is one."""
-        group = self._root.get("classifier")
-        if group is None or not group.attrs.get("written"):
+        try:
+            problems = list(classifier_problems(self.root, self.header))
+        except FormatError as error:
+            problems = [("zarr.json", str(error))]
+        for array, what in problems:
+            raise CacheError(f"{self.path}: classifier/{array} {what}; mend it with: nacpipe repair {self.path}")
+        if not is_there(self.root, "classifier/zarr.json") or not self.root["classifier"].attrs.get("written"):
             return None
-        weight, bias = (self._root[f"classifier/{name}"] for name in ("weight", "bias"))
-        return np.asarray(weight[:]), np.asarray(bias[:])  # type: ignore[index]
+        try:
+            weight, bias = (np.asarray(self.root[f"classifier/{name}"][:]) for name in ("weight", "bias"))  # type: ignore[index]
+        except (ValueError, RuntimeError) as error:
+            raise CacheError(
+                f"{self.path}: classifier is damaged ({error}); mend it with: nacpipe repair {self.path}"
+            ) from error
+        if np.isnan(weight).any() or np.isnan(bias).any():
+            raise CacheError(f"{self.path}: classifier holds no value; mend it with: nacpipe repair {self.path}")
+        return weight, bias
 
     def search_identity(self, splits: tuple[str, ...], layers: tuple[str, ...]) -> dict[str, Any]:
         """Return the identity of these splits and layers, which a study is bound to."""
@@ -231,3 +289,10 @@ class Cache(Mapping[str, SplitView]):
             "layers": {name: whole["layers"][name] for name in layers},
             "splits": {name: dict(self.peek(name).images) for name in splits if name in self},
         }
+
+
+def _is_marked(marks: zarr.Array[Any], block: int) -> bool:
+    try:
+        return bool(np.asarray(marks[block]))
+    except (ValueError, RuntimeError):
+        return False

@@ -22,6 +22,7 @@ from nacpipe.cli.models import layers, models
 from nacpipe.cli.run import run
 from nacpipe.cli.search import search
 from nacpipe.cli.show import printable
+from nacpipe.cli.verify import repair, verify
 from nacpipe.errors import NacError
 
 _EXTRACT = ("torch", "torchvision", "safetensors", "PIL")  # modules of the extra
@@ -78,6 +79,8 @@ def _dress(error: Exception) -> tuple[str, int] | None:
             return f"this needs {error.name}; install it with: pip install 'nacpipe[extract]'", 1
         case BrokenPipeError():
             return None
+        case MemoryError():
+            return f"there is not enough memory for this ({error})" if str(error) else "there is not enough memory", 1
         case OSError():
             return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1
         case _:
@@ -101,5 +104,5 @@ def main(debug: bool) -> None:
     """
 
 
-for _command in (extract, search, evaluate, inspect, run, data, models, layers):
+for _command in (extract, search, evaluate, inspect, run, verify, repair, data, models, layers):
     main.add_command(_command)
