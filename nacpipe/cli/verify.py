@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import Progress, note, print_json, print_table, printable
+from nacpipe.cli.show import Progress, note, print_json, print_table, say
 
 if TYPE_CHECKING:
     from nacpipe.cache import Cache
@@ -40,7 +40,7 @@ def verify(cache: Path, form_only: bool, as_json: bool) -> None:
     elif damage:
         print_table(("split", "array", "block", "rows", "what"), [_cells(d) for d in damage], left=5)
     else:
-        click.echo(f"{opened.path}: {len(opened)} splits, " + ("of the right form" if form_only else "whole"))
+        say(f"{opened.path}: {len(opened)} splits, " + ("of the right form" if form_only else "whole"))
     if damage:
         raise CacheError(f"{opened.path}: {len(damage)} damaged; mend it with: nacpipe repair {opened.path}")
 
@@ -62,7 +62,7 @@ def repair(cache: Path) -> None:
     for line in done or [f"{cache}: whole, nothing was done"]:
         note(line)
     if any(line.endswith(" again") for line in done):
-        click.echo(printable(open_cache(cache).command()))
+        say(open_cache(cache).command())
 
 
 def _progress(cache: Cache, verb: str) -> Any:

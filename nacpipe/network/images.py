@@ -30,6 +30,10 @@ from nacpipe.network import digits
 from nacpipe.network.vision import open_vision
 
 
+# Pillow goes by content, not by name, and hands PostScript to another program.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSet:
     """The images of one split, in order; nothing is decoded yet."""
@@ -146,7 +150,7 @@ def _packaged(source: str) -> tuple[_Opener, NDArray[np.int64], str]:
 def _opener(listed: ImageList, allow_truncated: bool) -> _Opener:
     def open_one(row: int) -> Image.Image:
         try:
-            image = Image.open(io.BytesIO(listed.file(row).read_bytes()))
+            image = Image.open(io.BytesIO(listed.file(row).read_bytes()), formats=FORMATS)
             _load(image, allow_truncated)
             return image
         except FileNotFoundError:
