@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import signal
 import sys
@@ -25,6 +26,7 @@ from nacpipe.cli.show import printable
 from nacpipe.cli.verify import repair, verify
 from nacpipe.errors import NacError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _EXTRACT = ("torch", "torchvision", "safetensors", "PIL")  # modules of the extra
 
 
@@ -82,7 +84,9 @@ def _dress(error: Exception) -> tuple[str, int] | None:
         case MemoryError():
             return f"there is not enough memory for this ({error})" if str(error) else "there is not enough memory", 1
         case OSError():
-            return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1
+            safe = "; what was written is safe: make room, and the same command goes on"
+            where = f": {error.filename}" if error.filename else ""
+            return f"{error.strerror or error}{where}{safe if error.errno in _FULL else ''}", 1
         case _:
             return None
 
