@@ -49,7 +49,7 @@ test: $(READY) ## all tests
 	$(BIN)/python -m pytest
 
 fuzz: $(READY) ## hostile caches, lists, TOML and parameters, FUZZ of each (make check tries few)
-	NACPIPE_FUZZ=$(or $(FUZZ),20000) $(BIN)/python -m pytest tests/test_fuzz.py
+	NACPIPE_FUZZ=$(or $(FUZZ),2000) $(BIN)/python -m pytest tests/test_fuzz.py
 
 check: $(READY) lint types test ## format, lint, types, house rules, tests: what CI runs
 
