@@ -20,7 +20,7 @@ EXTRACT_OPTIONS = $(BENCHMARK) --cache $(CACHE) \
 	$(if $(TRAIN_IMAGES),--train-images $(TRAIN_IMAGES))
 
 .NOTPARALLEL:
-.PHONY: help demo extract search evaluate test check format lint types wheel clean
+.PHONY: help demo extract search evaluate test fuzz check format lint types wheel clean
 
 help: ## print this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ evaluate: $(READY) ## the table: NAC beside baselines
 
 test: $(READY) ## all tests
 	$(BIN)/python -m pytest
+
+fuzz: $(READY) ## hostile caches, lists, TOML and parameters, FUZZ of each (make check tries few)
+	NACPIPE_FUZZ=$(or $(FUZZ),2000) $(BIN)/python -m pytest tests/test_fuzz.py
 
 check: $(READY) lint types test ## format, lint, types, house rules, tests: what CI runs
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-KILLS = 3  # of extraction, and of the search: a minute in all; `python bench/kills.py` does ten of each
+KILLS = 3  # of extraction, and of the search: a minute in all; `python bench/kills.py` does more
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows")
 

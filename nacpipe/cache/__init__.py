@@ -1,11 +1,13 @@
 """The cache: one Zarr v3 group per network × benchmark × training run. Specified in cache/README.md at the top.
 
-These are the only rooms that know Zarr. `layout` says what a store holds, `append` writes it block by block, `read`
-opens it, `seal` sums it up.
+These are the only rooms that know Zarr. `layout` says what a store holds, `append` writes it block by block (`durable`
+waits for the disk, `lock` keeps others out), `read` opens it, a `split` at a time, `seal` sums it up. `form` says
+whether metadata are as specified, `verify` reads everything, `repair` mends what is damaged.
 """
 
 from nacpipe.cache.append import CacheWriter
 from nacpipe.cache.layout import Header, LayerSpec
-from nacpipe.cache.read import Cache, LayerView, SplitView, open_cache
+from nacpipe.cache.read import Cache, open_cache
+from nacpipe.cache.split import LayerView, SplitView
 
 __all__ = ["Cache", "CacheWriter", "Header", "LayerSpec", "LayerView", "SplitView", "open_cache"]

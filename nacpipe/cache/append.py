@@ -5,7 +5,8 @@
     killed here: k is     killed here: k is done,          killed here: seals anew
     written again         the next block is next
 
-A writer never reads rows back and never touches another block's chunks.
+A writer never reads rows back and never touches another block's chunks. Before a mark or a seal is written, what it
+vouches for is on the disk (fsync), so that a power cut is no worse than a kill.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ import numpy as np
 import zarr
 from numcodecs import BitRound
 from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec
+from zarr.core.sync import sync
 
-from nacpipe.cache.layout import ALL_BITS, Header, count_blocks, create_array, create_marks
-from nacpipe.cache.read import open_root
+from nacpipe.cache.durable import sync_below, sync_files, writing
+from nacpipe.cache.form import open_member, split_problems
+from nacpipe.cache.layout import ALL_BITS, Header, chunk_key, count_blocks, create_array, create_marks, is_there
+from nacpipe.cache.read import open_cache, open_root
 from nacpipe.cache.seal import split_digest
 from nacpipe.core.provenance import diff
-from nacpipe.errors import CacheError, IdentityError
+from nacpipe.errors import CacheError, FormatError, IdentityError
 
 
 class CacheWriter:
@@ -41,47 +46,76 @@ class CacheWriter:
         Raises:
             IdentityError: it was made from something else; the message says what differs.
             FormatError: it is not a cache of a version that this nacpipe writes.
-            CacheError: something else is there.
+            CacheError: something else is there, or nothing can be written there.
         """
         self.path = str(path)
+        with writing(self.path):
+            self._open_root(header, first)
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    def _open_root(self, header: Header, first: bool) -> None:
         root = Path(self.path)
         if (root / "zarr.json").exists():
             self.root, self.header = open_root(self.path, mode="r+")
             check_identity(self.path, self.header, header)
             if first:
-                _remove_partials(root, "**/*.partial")
+                remove_partials(root, "**/*.partial")
         elif root.is_file() or any(not entry.match("zarr.*.partial") for entry in root.glob("*")):
             raise CacheError(f"{self.path} is there already and is not a cache; give another --cache")
         else:
-            _remove_partials(root, "zarr.*.partial")  # of a root that was never finished
+            remove_partials(root, "zarr.*.partial")  # of a root that was never finished
             self.root = zarr.create_group(self.path, zarr_format=3, attributes=header.to_attributes())
             self.header = header
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+            sync_files([root / "zarr.json"], root)
 
     def write_classifier(self, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
         """Store the last linear layer: weight (classes, features), bias (classes,). Done once."""
-        group = self.root.require_group("classifier")
-        if group.attrs.get("written"):
-            return
-        for name, data in (("weight", weight), ("bias", bias)):
-            group.create_array(
-                name, data=np.asarray(data, np.float32), chunks=data.shape, fill_value=float("nan"), overwrite=True
-            )
-        group.attrs["written"] = True
+        with writing(self.path):
+            if self._holds("classifier"):
+                self._member("classifier")  # or refused
+            group = self.root.require_group("classifier")
+            if group.attrs.get("written"):
+                return
+            for name, data in (("weight", weight), ("bias", bias)):
+                group.create_array(
+                    name,
+                    data=np.asarray(data, np.float32),
+                    chunks=data.shape,
+                    compressors=(Crc32cCodec(),),
+                    fill_value=float("nan"),
+                    overwrite=True,
+                    config={"write_empty_chunks": True},
+                )
+            sync_below(Path(self.path, "classifier"), Path(self.path))
+            group.attrs["written"] = True
 
     def prepare(self, name: str, rows: int, images: Mapping[str, Any]) -> NDArray[np.bool_]:
-        """Create what is missing of a split and return which of its blocks are done, (blocks,) bool."""
-        group = self._group(name, {"rows": rows, "sealed": False, "digest": None, "images": dict(images)})
-        if (found := group.attrs["rows"]) != rows:
-            raise CacheError(f"{self.path}: {name} has {found} rows, not {rows}; drop it first with --force {name}")
-        for path, (width, dtype) in self.header.arrays().items():
-            if path not in group:
+        """Create what is missing of a split and return which of its blocks are done, (blocks,) bool.
+
+        Raises:
+            CacheError: it was begun with other rows or images.
+        """
+        with writing(self.path):
+            group = self._group(name, {"rows": rows, "sealed": False, "digest": None, "images": dict(images)})
+            for what, wanted in (("rows", rows), ("images", images)):
+                if (found := group.attrs.get(what)) != wanted:
+                    raise CacheError(
+                        f"{self.path}: {name} has {found} {what}, not {wanted}; drop it first with --force {name}"
+                    )
+            missing = [path for path in self.header.arrays() if not self._holds(f"{name}/{path}")]
+            if missing and self._holds(f"{name}/blocks"):
+                del group["blocks"]  # marks of arrays that are not there would be lies
+            for path in missing:
                 if "/" in path:
                     group.require_group(path.split("/")[0])
-                create_array(group, path, rows, width, dtype, self.header)
-        if "blocks" not in group:  # last: marks of arrays that are not there would be lies
-            create_marks(group, count_blocks(rows, self.header.block_rows))
-        return np.asarray(group["blocks"][:], dtype=bool)  # type: ignore[index]
+                create_array(group, path, rows, *self.header.arrays()[path], self.header)
+            if not self._holds(f"{name}/blocks"):
+                create_marks(group, count_blocks(rows, self.header.block_rows))
+            for array, what in split_problems(group, self.header):
+                raise FormatError(f"{self.path}: {name}/{array} {what}; mend it with: nacpipe repair {self.path}")
+            if missing:
+                sync_below(Path(self.path, name), Path(self.path))
+        return open_cache(self.path).peek(name).marks()
 
     def write_block(self, name: str, block: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Write one block of a split, or one shard's blocks: every array's rows (rows, …), then the marks.
@@ -94,8 +128,15 @@ class CacheWriter:
         expected = self.header.arrays()
         if set(arrays) != set(expected):
             raise CacheError(f"{name}, block {block}: got arrays {sorted(arrays)}, expected {sorted(expected)}")
+        with writing(self.path):
+            self._write_block(name, block, arrays)
+
+    def _write_block(self, name: str, block: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        self._check_there()
+        root = Path(self.path)
         start = block * self.header.block_rows
         count = self.header.shard_blocks
+        written = []
         for path, data in arrays.items():
             target = self._open(f"{name}/{path}")
             stop = min(start + count * self.header.block_rows, target.shape[0])
@@ -104,7 +145,14 @@ class CacheWriter:
                 raise CacheError(f"{name}/{path}, block {block}: got shape {data.shape}, expected {expected_shape}")
             rounded = self.header.keep_bits < ALL_BITS and target.dtype.kind == "f" and path != "logits"
             target[start:stop] = round_mantissa(data, self.header.keep_bits) if rounded else data
+            written.append(root / chunk_key(target, block, self.header))
+        self._check_there()  # or zarr would have made the folders of a store that is gone anew, for these rows alone
+        sync_files(written, root)
         self._open(f"{name}/blocks")[block : block + count] = 1
+
+    def _check_there(self) -> None:
+        if not Path(self.path, "zarr.json").exists():
+            raise CacheError(f"{self.path} is gone: it was moved, removed or unmounted while it was written")
 
     def seal(self, name: str) -> None:
         """Seal a split whose blocks are all marked.
@@ -112,52 +160,69 @@ class CacheWriter:
         Raises:
             CacheError: some are not.
         """
-        group = self.root[name]
+        with writing(self.path):
+            self._check_there()
+            self._seal(name)
+
+    def _seal(self, name: str) -> None:
+        group = self._member(name)
         assert isinstance(group, zarr.Group)
-        done = np.asarray(group["blocks"][:])  # type: ignore[index]
+        done = open_cache(self.path).peek(name).marks()
         if not done.all():
-            raise CacheError(f"{self.path}: {name} has {int((done == 0).sum())} of {done.size} blocks to write")
+            raise CacheError(f"{self.path}: {name} has {int((~done).sum())} of {done.size} blocks to write")
         for path in self.header.arrays():
             array = self._open(f"{name}/{path}")
             if array.nchunks_initialized < array.nchunks:
                 raise CacheError(
                     f"{self.path}: {name}/{path} lacks {array.nchunks - array.nchunks_initialized} of its chunks;"
-                    f" extract the split again with --force {name}"
+                    f" mend it with: nacpipe repair {self.path}"
                 )
+        sync_below(Path(self.path, name), Path(self.path))
         attributes = dict(group.attrs)
         # One write, where attrs.update makes one per key: killed in between, it would be sealed without a digest.
         group.update_attributes(
             {"sealed": True, "digest": split_digest(group, attributes, sharded=self.header.shard_blocks > 1)}
         )
+        sync_files([Path(self.path, name, "zarr.json")], Path(self.path))
 
     def drop(self, name: str) -> None:
         """Remove a split: first its seal, then its marks, then the rest; a half-removed one is never trusted."""
-        if name not in self.root:
+        if not self._holds(name):
             return
-        group = self.root[name]
-        assert isinstance(group, zarr.Group)
-        group.update_attributes({"sealed": False, "digest": None})
-        if "blocks" in group:
-            del group["blocks"]
-        del self.root[name]
+        with writing(self.path):
+            group = self._member(name)
+            assert isinstance(group, zarr.Group)
+            group.update_attributes({"sealed": False, "digest": None})
+            for path in (f"{name}/blocks", name):  # whatever state their metadata are in
+                sync(self.root.store.delete_dir(path))
         self._arrays.clear()
 
     def _group(self, name: str, attributes: Mapping[str, Any]) -> zarr.Group:
         parent = self.root
-        for part in name.split("/")[:-1]:
+        for depth, part in enumerate(name.split("/")[:-1], start=1):
+            if self._holds(path := "/".join(name.split("/")[:depth])):
+                self._member(path)  # or refused
             parent = parent.require_group(part)
-        leaf = name.split("/")[-1]
-        if leaf in parent:
-            group = parent[leaf]
+        if self._holds(name):
+            group = self._member(name)
             assert isinstance(group, zarr.Group)
             return group
         # A removal that was cut short may have left arrays of other rows below a group that is gone.
-        return parent.create_group(leaf, attributes=dict(attributes), overwrite=True)
+        return parent.create_group(name.split("/")[-1], attributes=dict(attributes), overwrite=True)
+
+    def _holds(self, path: str) -> bool:
+        return is_there(self.root, f"{path}/zarr.json")
+
+    def _member(self, path: str) -> zarr.Group | zarr.Array[Any]:
+        try:
+            return open_member(self.root, path)
+        except FormatError as error:
+            raise FormatError(f"{self.path}: {error}; mend it with: nacpipe repair {self.path}") from error
 
     def _open(self, path: str) -> zarr.Array[Any]:
         if path not in self._arrays:
             with zarr.config.set({"array.write_empty_chunks": True}):
-                array = self.root[path]
+                array = self._member(path)
             assert isinstance(array, zarr.Array)
             self._arrays[path] = array
         return self._arrays[path]
@@ -181,7 +246,7 @@ def round_mantissa(values: NDArray[np.float32], keep_bits: int) -> NDArray[np.fl
     return np.asarray(encoded).view(np.float32).reshape(values.shape)
 
 
-def _remove_partials(path: Path, pattern: str) -> None:
+def remove_partials(path: Path, pattern: str) -> None:
     """Remove what a killed writer left between its temporary file and the rename."""
     for leftover in path.glob(pattern):
         with contextlib.suppress(OSError):

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.core.sync import sync
 
+from nacpipe.core.provenance import fingerprint
 from nacpipe.errors import FormatError, InputError
 
 FORMAT_VERSION = 1
@@ -24,6 +26,16 @@ ALL_BITS = 23  # of a float32's mantissa
 # Never a legal value, so that a chunk that is not there cannot be mistaken for data: zarr reads it as the fill value.
 MISSING_INT = np.iinfo(np.int64).min
 
+MAX_CHUNK_BYTES = 2**31 - 1  # Blosc's limit, and so the most that a crafted header can make a reader set aside
+LIMITS = {  # of the root's numbers
+    "block_rows": (1, 2**20),
+    "classes": (1, 2**24),
+    "features": (0, 2**24),
+    "keep_bits": (1, ALL_BITS),
+    "shard_blocks": (1, 2**16),
+}
+POOLINGS = ("sum-nchw", "sum-nhwc", "sum-tokens", "class-token", "none")
+SPLIT_PARENTS = ("id", "csid", "ood/near", "ood/far")
 RESERVED = ("blocks", "features", "logits", "label", "index", "classifier")
 
 
@@ -88,8 +100,8 @@ class Header:
         return sum(max(width, 1) * np.dtype(dtype).itemsize for width, dtype in self.arrays().values())
 
     def to_attributes(self) -> dict[str, Any]:
-        """Return the root's attributes."""
-        return {
+        """Return the root's attributes, last their digest: a bit that flips in them is seen when they are read."""
+        attributes = {
             "nacpipe_format": FORMAT_VERSION,
             "identity": dict(self.identity),
             "information": dict(self.information),
@@ -102,6 +114,7 @@ class Header:
             "keep_bits": self.keep_bits,
             "shard_blocks": self.shard_blocks,
         }
+        return {**attributes, "digest": fingerprint(attributes)}
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> Header:
@@ -118,19 +131,37 @@ class Header:
                 f"this cache has format version {version}, this nacpipe reads version {FORMAT_VERSION};"
                 " use the nacpipe that wrote it, or extract anew into another --cache"
             )
+        digest = attributes.get("digest")  # the first caches had none
+        if digest is not None and digest != fingerprint({k: v for k, v in attributes.items() if k != "digest"}):
+            raise FormatError("the cache's attributes are damaged (they do not match their digest)")
         try:
-            return cls(
-                identity=dict(attributes["identity"]),
-                information=dict(attributes["information"]),
-                block_rows=int(attributes["block_rows"]),
-                layers=tuple(LayerSpec(**layer) for layer in attributes["layers"]),
-                classes=int(attributes["classes"]),
-                features=int(attributes["features"]),
-                keep_bits=int(attributes["keep_bits"]),
-                shard_blocks=int(attributes["shard_blocks"]),
+            header = cls(
+                identity={**attributes["identity"]},
+                information={**attributes["information"]},
+                layers=tuple(_layer(**layer) for layer in attributes["layers"]),
+                **{name: _whole(name, attributes[name], *limits) for name, limits in LIMITS.items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
+            check_layer_names([spec.name for spec in header.layers])
+            if not header.layers or len({spec.name for spec in header.layers}) < len(header.layers):
+                raise ValueError("layers are none, or two have one name")
+            for path, (width, dtype) in header.arrays().items():
+                if header.block_rows * max(width, 1) * np.dtype(dtype).itemsize > MAX_CHUNK_BYTES:
+                    raise ValueError(f"a block of {path} has more than {MAX_CHUNK_BYTES} bytes")
+        except (KeyError, TypeError, ValueError, InputError) as error:
             raise FormatError(f"the cache's attributes are damaged ({type(error).__name__}: {error})") from error
+        return header
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} is {str(value)[:40]}, not a whole number from {low} to {high}")
+    return value
+
+
+def _layer(name: Any, path: Any, pooling: Any, neurons: Any) -> LayerSpec:
+    if not (isinstance(name, str) and isinstance(path, str)) or pooling not in POOLINGS:
+        raise ValueError(f"layer {str(name)[:40]!r} needs a name, a path and a pooling of {', '.join(POOLINGS)}")
+    return LayerSpec(name=name, path=path, pooling=pooling, neurons=_whole("neurons", neurons, 1, 2**24))
 
 
 def check_layer_names(names: list[str]) -> None:
@@ -187,16 +218,36 @@ def create_marks(group: zarr.Group, blocks: int) -> zarr.Array[Any]:
     )
 
 
-def find_splits(group: zarr.Group, prefix: str = "") -> list[str]:
-    """Return the names of all splits below a group (groups with a `rows` attribute) in the order people read them."""
-    found: list[str] = []
-    for name, child in group.groups():
-        path = f"{prefix}{name}"
-        if "rows" in child.attrs:
-            found.append(path)
-        elif path != "classifier":
-            found += find_splits(child, f"{path}/")
+def chunk_key(array: zarr.Array[Any], block: int, header: Header) -> str:
+    """Return the key, from the store's root, of the object that holds a block of an array."""
+    place = (block // header.shard_blocks, *(0 for _ in array.shape[1:]))
+    return f"{array.path}/{array.metadata.encode_chunk_key(place)}"
+
+
+def split_name(path: str) -> bool:
+    """Return whether a split may be at this path: id/…, csid/NAME, ood/val, ood/near/NAME, ood/far/NAME."""
+    parent, _, leaf = path.rpartition("/")
+    return bool(leaf) and not leaf.startswith(".") and (path == "ood/val" or parent in SPLIT_PARENTS)
+
+
+def is_there(root: zarr.Group, key: str) -> bool:
+    """Return whether the store holds an object."""
+    return sync(root.store.exists(key))
+
+
+def list_places(root: zarr.Group) -> list[str]:
+    """Return every path that a split may have and where something is, in the order people read them."""
+
+    async def members(parent: str) -> list[str]:
+        return [f"{parent}/{leaf}" async for leaf in root.store.list_dir(parent)]
+
+    found = [path for parent in (*SPLIT_PARENTS, "ood") for path in sync(members(parent)) if split_name(path)]
     return sorted(found, key=split_order)
+
+
+def find_splits(root: zarr.Group) -> list[str]:
+    """Return the names of all splits, damaged ones too, in the order people read them."""
+    return [path for path in list_places(root) if is_there(root, f"{path}/zarr.json")]
 
 
 def split_order(name: str) -> tuple[int, str]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +11,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from nacpipe.cache.layout import MISSING_INT, Header, LayerSpec, count_blocks, find_splits
+from nacpipe.cache.form import classifier_problems, open_member
+from nacpipe.cache.layout import Header, find_splits, is_there
+from nacpipe.cache.split import SplitView
 from nacpipe.errors import CacheError, FormatError, InputError, NacError
 
 
@@ -37,128 +36,15 @@ def open_root(path: str, *, mode: Literal["r", "r+"]) -> tuple[zarr.Group, Heade
         raise CacheError(
             f"there is no cache at {path}; make one with: nacpipe extract BENCHMARK --cache {path}"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise FormatError(f"{path} cannot be read as a Zarr group ({type(error).__name__}: {error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # zarr answers broken metadata with errors of every kind
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise FormatError(f"{path} cannot be read as a Zarr group ({what})") from error
     try:
         return root, Header.from_attributes(root.attrs)
     except NacError as error:
         raise type(error)(f"{path}: {error}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class LayerView:
-    """One layer of a split; both arrays are (rows, neurons) float32 and read from the store when sliced."""
-
-    spec: LayerSpec
-    activation: zarr.Array[Any]
-    gradient: zarr.Array[Any]
-
-
-class SplitView(Mapping[str, LayerView]):
-    """One set of samples: layers by name, and the arrays that every split has."""
-
-    def __init__(self, cache: Cache, name: str, group: zarr.Group) -> None:
-        self.name = name
-        self.attributes: dict[str, Any] = dict(group.attrs)
-        self.rows: int = int(self.attributes["rows"])
-        self.sealed: bool = bool(self.attributes.get("sealed"))
-        self._cache = cache
-        self._group = group
-
-    def __getitem__(self, layer: str) -> LayerView:
-        try:
-            spec = self._cache.header.layer(layer)
-        except InputError as error:
-            raise InputError(f"{error} ({self._cache.path})") from None
-        return LayerView(spec, self.array(f"{layer}/activation"), self.array(f"{layer}/gradient"))
-
-    def __contains__(self, layer: object) -> bool:
-        return any(spec.name == layer for spec in self._cache.header.layers)
-
-    def __iter__(self) -> Iterator[str]:
-        return (spec.name for spec in self._cache.header.layers)
-
-    def __len__(self) -> int:
-        return len(self._cache.header.layers)
-
-    @property
-    def images(self) -> Mapping[str, Any]:
-        """The image list's name and sha256, and for id/train how its samples were chosen."""
-        return dict(self.attributes.get("images", {}))
-
-    @cached_property
-    def logits(self) -> zarr.Array[Any]:
-        """(rows, classes) float32."""
-        return self.array("logits")
-
-    @cached_property
-    def features(self) -> zarr.Array[Any]:
-        """(rows, d) float32, the input of the last linear layer."""
-        return self.array("features")
-
-    @cached_property
-    def label(self) -> NDArray[np.int64]:
-        """(rows,) class numbers, −1 for OOD."""
-        return self.read("label")
-
-    @cached_property
-    def index(self) -> NDArray[np.int64]:
-        """(rows,) positions in the image list."""
-        return self.read("index")
-
-    def array(self, path: str) -> zarr.Array[Any]:
-        """Return an array of this split.
-
-        Raises:
-            CacheError: it is not there.
-        """
-        try:
-            array = self._group[path]
-        except KeyError:
-            raise CacheError(f"{self._cache.path}: {self.name}/{path} is not in the store") from None
-        except (ValueError, TypeError) as error:
-            raise self._damaged(path, error) from error
-        if not isinstance(array, zarr.Array):
-            raise self._damaged(path, "it is a group, not an array")
-        return array
-
-    def read(self, path: str, rows: slice = slice(None)) -> NDArray[Any]:
-        """Return rows of an array.
-
-        Raises:
-            CacheError: a chunk is damaged or not there, naming the array. (States may hold NaN of their own: scoring
-                refuses those by layer, split and row.)
-        """
-        try:
-            values = np.asarray(self.array(path)[rows])
-        except (ValueError, RuntimeError) as error:  # crc32c says ValueError, Blosc RuntimeError
-            raise self._damaged(path, error) from error
-        if values.dtype.kind == "i":
-            missing = values == MISSING_INT
-        elif path in ("logits", "features"):
-            missing = np.isnan(values).any(axis=1)
-        else:
-            return values
-        if missing.any():
-            raise self._damaged(path, f"row {int(np.argmax(missing)) + (rows.start or 0)} holds no value")
-        return values
-
-    def _damaged(self, path: str, what: object) -> CacheError:
-        return CacheError(
-            f"{self._cache.path}: {self.name}/{path} is damaged ({what}); extract the split again with:"
-            f" {self._cache.command()} --force {self.name}"
-        )
-
-    def marks(self) -> NDArray[np.bool_]:
-        """Return which blocks are written, (blocks,) bool; none where the split was only begun."""
-        if "blocks" not in self._group:
-            return np.zeros(count_blocks(self.rows, self._cache.header.block_rows), bool)
-        return self.read("blocks").astype(bool)
-
-    def stored_bytes(self) -> int:
-        """Return the bytes of the split's chunks as they are stored."""
-        arrays = [*self._cache.header.arrays(), "blocks"]
-        return sum(int(self.array(path).nbytes_stored()) for path in arrays if path in self._group)
 
 
 class Cache(Mapping[str, SplitView]):
@@ -167,16 +53,9 @@ class Cache(Mapping[str, SplitView]):
     def __init__(self, path: str, root: zarr.Group, header: Header) -> None:
         self.path = path
         self.header = header
-        self._root = root
-        with warnings.catch_warnings():
-            # A killed writer may leave `.partial` files beside the groups; the next extract removes them.
-            warnings.filterwarnings(
-                "ignore", message="Object at .* is not recognized as a component of a Zarr hierarchy"
-            )
-            try:
-                self._names = find_splits(root)
-            except (ValueError, TypeError, KeyError) as error:
-                raise CacheError(f"{path}: metadata below it is damaged ({error}); extract anew") from error
+        self.root = root
+        self._names = find_splits(root)
+        self._checked: set[str] = set()
 
     def __getitem__(self, name: str) -> SplitView:
         split = self.peek(name)
@@ -185,6 +64,9 @@ class Cache(Mapping[str, SplitView]):
                 f"{self.path}: {name} is not finished ({int(split.marks().sum())} of {split.marks().size} blocks);"
                 f" finish it with: {self.command()}"
             )
+        if name not in self._checked:
+            split.check()
+            self._checked.add(name)
         return split
 
     def __iter__(self) -> Iterator[str]:
@@ -207,8 +89,14 @@ class Cache(Mapping[str, SplitView]):
             close = difflib.get_close_matches(name, self._names, 1)
             hint = f"did you mean {close[0]}?" if close else f"add it with: {self.command()}"
             raise InputError(f"split {name!r} is not in {self.path}; it holds {held}; {hint}")
-        group = self._root[name]
-        assert isinstance(group, zarr.Group)
+        try:
+            group = open_member(self.root, name)
+        except KeyError:
+            raise CacheError(f"{self.path}: {name} is gone; is it being extracted anew?") from None
+        except FormatError as error:
+            raise FormatError(f"{self.path}: {error}; nacpipe repair {self.path} mends what can be mended") from error
+        if not isinstance(group, zarr.Group):
+            raise FormatError(f"{self.path}: {name} is an array, not a split")
         return SplitView(self, name, group)
 
     def command(self) -> str:
@@ -217,11 +105,23 @@ class Cache(Mapping[str, SplitView]):
 
     def classifier(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """Return the last linear layer's weight (classes, features) and bias (classes,), where there is one."""
-        group = self._root.get("classifier")
-        if group is None or not group.attrs.get("written"):
+        try:
+            problems = list(classifier_problems(self.root, self.header))
+        except FormatError as error:
+            problems = [("zarr.json", str(error))]
+        for array, what in problems:
+            raise CacheError(f"{self.path}: classifier/{array} {what}; mend it with: nacpipe repair {self.path}")
+        if not is_there(self.root, "classifier/zarr.json") or not self.root["classifier"].attrs.get("written"):
             return None
-        weight, bias = (self._root[f"classifier/{name}"] for name in ("weight", "bias"))
-        return np.asarray(weight[:]), np.asarray(bias[:])  # type: ignore[index]
+        try:
+            weight, bias = (np.asarray(self.root[f"classifier/{name}"][:]) for name in ("weight", "bias"))  # type: ignore[index]
+        except (ValueError, RuntimeError) as error:
+            raise CacheError(
+                f"{self.path}: classifier is damaged ({error}); mend it with: nacpipe repair {self.path}"
+            ) from error
+        if np.isnan(weight).any() or np.isnan(bias).any():
+            raise CacheError(f"{self.path}: classifier holds no value; mend it with: nacpipe repair {self.path}")
+        return weight, bias
 
     def search_identity(self, splits: tuple[str, ...], layers: tuple[str, ...]) -> dict[str, Any]:
         """Return the identity of these splits and layers, which a study is bound to."""

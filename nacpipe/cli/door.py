@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import signal
 import sys
@@ -25,8 +26,10 @@ from nacpipe.cli.run import run
 from nacpipe.cli.score import score
 from nacpipe.cli.search import search
 from nacpipe.cli.show import printable
+from nacpipe.cli.verify import repair, verify
 from nacpipe.errors import NacError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _EXTRACT = ("torch", "torchvision", "PIL")  # modules of the extra
 
 
@@ -81,8 +84,12 @@ def _dress(error: Exception) -> tuple[str, int] | None:
             return f"this needs {error.name}; install it with: pip install 'nacpipe[extract]'", 1
         case BrokenPipeError():
             return None
+        case MemoryError():
+            return f"there is not enough memory for this ({error})" if str(error) else "there is not enough memory", 1
         case OSError():
-            return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1
+            safe = "; what was written is safe: make room, and the same command goes on"
+            where = f": {error.filename}" if error.filename else ""
+            return f"{error.strerror or error}{where}{safe if error.errno in _FULL else ''}", 1
         case _:
             return None
 
@@ -104,5 +111,7 @@ def main(debug: bool) -> None:
     """
 
 
-for _command in (extract, search, evaluate, inspect, run, data, models, layers, export, score, rank):
+for _command in (
+    extract, search, evaluate, inspect, run, export, score, rank, verify, repair, data, models, layers,
+):  # fmt: skip
     main.add_command(_command)

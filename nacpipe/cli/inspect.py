@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nacpipe.cli.show import format_bytes, note, print_json, print_table
+from nacpipe.cli.show import format_bytes, note, print_json, print_table, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +50,7 @@ def inspect(
         print_json({**summary, "splits": frame.to_dict("records")})
         return
     for key, value in (summary["identity"] | summary["information"]).items():
-        click.echo(f"{key:<13} {value if isinstance(value, str | int) else json.dumps(value)}")
+        say(f"{key:<13} {value if isinstance(value, str | int) else json.dumps(value)}")
     click.echo("")
     print_table(
         ("layer", "module", "pooling", "neurons"),

@@ -25,6 +25,11 @@ def note(text: str) -> None:
     click.echo(printable(text), err=True)
 
 
+def say(text: str) -> None:
+    """Print a line of the result in which foreign names may stand; a line end in one is none on the terminal."""
+    click.echo(printable(text).replace("\n", "\\x0a"))
+
+
 def print_json(value: Any) -> None:
     """Print JSON to stdout."""
     click.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
@@ -49,7 +54,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int
     widths = [max(len(row[i]) for row in [columns, *rows] if row) for i in range(len(columns))]
     for row in [columns, *rows]:
         cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))]
-        click.echo(printable("  ".join(cells).rstrip()))
+        say("  ".join(cells).rstrip())
 
 
 def print_frame(frame: pd.DataFrame, output: str) -> None:
@@ -64,7 +69,7 @@ def print_frame(frame: pd.DataFrame, output: str) -> None:
         click.echo("| " + " | ".join(frame.columns) + " |")
         click.echo("|" + "|".join(" --- " for _ in frame.columns) + "|")
         for row in cells:
-            click.echo("| " + " | ".join(row) + " |")
+            say("| " + " | ".join(row) + " |")
 
 
 def output_options(command: Any) -> Any:

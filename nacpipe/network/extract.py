@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from nacpipe.cache import CacheWriter
+from nacpipe.cache.lock import CacheLock
 from nacpipe.errors import InputError
 from nacpipe.network.images import build_transform, load_batches
 from nacpipe.network.load import classifier_weights
@@ -43,14 +44,24 @@ def extract(
     Raises:
         ImageError: an image cannot be read, naming file, list and line.
         InputError: not even one image fits the device's memory.
+        CacheError: another extraction writes this cache, or it cannot be written.
     """
+    with CacheLock(plan.request.cache) as lock:
+        _extract(plan, progress, ranks, lock)
+
+
+def _extract(plan: Plan, progress: Callable[[str, int], None], ranks: Ranks, lock: CacheLock) -> None:
     ranks.wait()  # all have planned before anything changes
     if ranks.first:
+        lock.take()
         writer = CacheWriter(plan.request.cache, plan.header)
         if (weights := classifier_weights(plan.network)) is not None:
             writer.write_classifier(*(w.numpy() for w in weights))
+        if ranks.world > 1:
+            lock.share()
     ranks.wait()
     if not ranks.first:
+        lock.share()
         writer = CacheWriter(plan.request.cache, plan.header, first=False)
     with plan.taps() as taps, ThreadPoolExecutor(1) as pool:
         for split in plan.splits:

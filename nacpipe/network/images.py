@@ -29,6 +29,9 @@ from nacpipe.errors import ImageError, InputError
 from nacpipe.network import digits
 from nacpipe.network.vision import open_vision
 
+# Pillow goes by content, not by name, and hands PostScript to another program.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSet:
@@ -154,7 +157,7 @@ def read_image(path: Path, where: str, allow_truncated: bool = False) -> Image.I
         ImageError: it is not there or cannot be read; `where` names it.
     """
     try:
-        image = Image.open(io.BytesIO(path.read_bytes()))
+        image = Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS)
         _load(image, allow_truncated)
         return image
     except FileNotFoundError:

@@ -197,13 +197,17 @@ def test_a_missing_chunk_reads_as_no_value_not_as_zeros(tmp_path: Path) -> None:
     write(tmp_path / "c.zarr", arrays)
     (tmp_path / "c.zarr/id/val/layer1/activation/c/1/0").unlink()
     (tmp_path / "c.zarr/id/val/label/c/2").unlink()
-    split = open_cache(tmp_path / "c.zarr")["id/val"]
+    with pytest.raises(CacheError, match=r"id/val/layer1/activation is damaged \(1 of its chunks are not there\)"):
+        open_cache(tmp_path / "c.zarr")["id/val"]
+    split = open_cache(tmp_path / "c.zarr").peek("id/val")
     found = split["layer1"].activation[:]
     assert np.isnan(found[16:32]).all()  # type: ignore[index]
     np.testing.assert_array_equal(found[:16], arrays["layer1/activation"][:16])  # type: ignore[index]
     assert (np.asarray(split.array("label")[32:]) == np.iinfo(np.int64).min).all()
     assert split.read("label", slice(0, 32)).tolist() == arrays["label"][:32].tolist()
-    with pytest.raises(CacheError, match=r"id/val/label is damaged \(row 32 holds no value\); extract the split again"):
+    with pytest.raises(
+        CacheError, match=r"id/val/label is damaged \(row 32 holds no value\); mend it with: nacpipe rep"
+    ):
         _ = split.label
 
 
@@ -211,9 +215,9 @@ def test_a_missing_chunk_of_logits_is_refused_and_never_sealed(tmp_path: Path) -
     write(tmp_path / "c.zarr", draw())
     (tmp_path / "c.zarr/id/val/logits/c/1/0").unlink()
     with pytest.raises(CacheError, match=r"id/val/logits is damaged \(row 16 holds no value\)"):
-        open_cache(tmp_path / "c.zarr")["id/val"].read("logits")
+        open_cache(tmp_path / "c.zarr").peek("id/val").read("logits")
     writer = CacheWriter(tmp_path / "c.zarr", open_cache(tmp_path / "c.zarr").header)
-    with pytest.raises(CacheError, match=r"id/val/logits lacks 1 of its chunks; extract the split again with --force"):
+    with pytest.raises(CacheError, match=r"id/val/logits lacks 1 of its chunks; mend it with: nacpipe repair"):
         writer.seal("id/val")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ def read(cache: Cache, name: str = "id/val") -> Arrays:
     return {key: np.asarray(split.array(key)[:]) for key in cache.header.arrays()}
 
 
-def write(writer: CacheWriter, name: str, arrays: Arrays) -> None:
-    assert not writer.prepare(name, len(arrays["label"]), IMAGES).any()
+def write(writer: CacheWriter, name: str, arrays: Arrays, images: Mapping[str, str] = IMAGES) -> None:
+    assert not writer.prepare(name, len(arrays["label"]), images).any()
     for block, start in enumerate(range(0, len(arrays["label"]), writer.header.block_rows)):
         rows = slice(start, start + writer.header.block_rows)
         writer.write_block(name, block, {key: array[rows] for key, array in arrays.items()})
@@ -165,11 +165,39 @@ def test_a_drop_that_was_cut_short_can_be_repeated(
 @pytest.mark.parametrize("cut", CUTS[1:])
 def test_without_marks_every_block_is_written_again(tmp_path: Path, build: Build, cut: Callable[[Path], None]) -> None:
     path = tmp_path / "c.zarr"
-    header = build(path).header
+    cache = build(path)
+    images = cache["id/val"].images
     cut(path / "id/val")
     arrays = read(build(tmp_path / "again.zarr", seed=4))
-    write(CacheWriter(path, header), "id/val", arrays)  # no drop: write() asserts that no block is marked
+    write(CacheWriter(path, cache.header), "id/val", arrays, images)  # no drop: write() asserts that no block is marked
     assert_holds(path, arrays)
+
+
+def test_a_split_that_was_begun_with_other_images_is_not_gone_on_with(tmp_path: Path, build: Build) -> None:
+    path = tmp_path / "c.zarr"
+    header = build(path).header
+    cut_after_the_seal(path / "id/val")
+    with pytest.raises(CacheError, match=r"id/val has \{.*\} images, not \{.*\}; drop it first with --force id/val"):
+        CacheWriter(path, header).prepare("id/val", 40, IMAGES)
+
+
+def test_marks_do_not_outlive_an_array(tmp_path: Path, build: Build) -> None:
+    """The power went before an array's metadata was on the disk: its rows are lost, whatever the marks say."""
+    path = tmp_path / "c.zarr"
+    cache = build(path)
+    images = cache["id/val"].images
+    cut_after_the_seal(path / "id/val")
+    (path / "id/val/layer1/gradient/zarr.json").unlink()
+    assert not CacheWriter(path, cache.header).prepare("id/val", 40, images).any()
+
+
+def test_a_torn_mark_does_not_count(tmp_path: Path, build: Build) -> None:
+    path = tmp_path / "c.zarr"
+    cache = build(path)
+    images = cache["id/val"].images
+    cut_after_the_seal(path / "id/val")
+    (path / "id/val/blocks/c/1").write_bytes(b"")
+    assert CacheWriter(path, cache.header).prepare("id/val", 40, images).tolist() == [True, False, True]
 
 
 def test_leftovers_of_a_killed_writer_do_not_matter_and_the_next_one_removes_them(tmp_path: Path, build: Build) -> None:

@@ -32,7 +32,7 @@ def digest(path: Path) -> str:
 
 
 def sealed_digest(path: Path) -> Any:
-    return open_cache(path)["id/val"].attributes["digest"]
+    return open_cache(path).peek("id/val").attributes["digest"]
 
 
 def flip(file: Path, position: int) -> None:
@@ -95,6 +95,8 @@ def test_the_same_values_have_the_same_digest_anywhere(
 def test_damage_changes_the_digest(path: Path, damage: Callable[[Path], None]) -> None:
     damage(path / "id/val")
     assert digest(path) != sealed_digest(path)
+    with pytest.raises(CacheError, match=r"id/val.* is (damaged|not what was sealed)"):
+        open_cache(path)["id/val"]
 
 
 @pytest.mark.parametrize("change", [{"rows": 39}, {"images": {"list": "other.txt"}}, {"note": "new"}])
@@ -102,11 +104,14 @@ def test_other_attributes_change_the_digest(path: Path, change: dict[str, Any]) 
     file = path / "id/val/zarr.json"
     edit(file, "attributes", {**json.loads(file.read_text())["attributes"], **change})
     assert digest(path) != sealed_digest(path)
+    with pytest.raises(CacheError, match=r"id/val.* is (damaged|not what was sealed)"):
+        open_cache(path)["id/val"]
 
 
 def test_leftovers_of_a_killed_writer_do_not_change_the_digest(path: Path) -> None:
     (path / "id/val/logits/c/1/0.abc.partial").write_bytes(b"half")
-    assert digest(path) == sealed_digest(path)
+    (path / "id/val/.DS_Store").write_bytes(b"of the system")
+    assert digest(path) == sealed_digest(path) == open_cache(path)["id/val"].attributes["digest"]
 
 
 @pytest.mark.parametrize("array", ["layer1/activation", "features", "label", "blocks"])

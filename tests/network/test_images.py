@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -259,3 +261,35 @@ def test_a_bad_image_stops_the_batches_by_name(tmp_path: Path, workers: int) -> 
     assert torch.equal(next(batches), transform(picture(0))[None])
     with pytest.raises(ImageError, match=r"^image cannot be read: .*b\.png \(line 2 of "):
         next(batches)
+
+
+# --- hostile images ---------------------------------------------------------------------------------------------------
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A whole PNG header that claims a size, and next to no data."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
+    body = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (png_of_size(100_000, 100_000), r"decompression bomb"),
+        (png_of_size(2**31 - 1, 2**31 - 1), r"decompression bomb"),
+        (png_of_size(0, 0), r""),
+        (png_of_size(300, 300), r"truncated"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n", r""),  # Pillow would start ghostscript
+        (b"GIF89a" + b"\xff" * 50, r""),
+        (b"<svg/>", r"cannot identify"),
+        (b"", r"cannot identify"),
+    ],
+)
+def test_hostile_images_are_refused_by_name(tmp_path: Path, content: bytes, message: str) -> None:
+    write_image(tmp_path, "0.png", content)
+    write_list(tmp_path, "val_cifar10.txt", "0.png 0\n")
+    images = open_val(tmp_path)
+    with pytest.raises(ImageError, match=rf"image cannot be read: .*0\.png \(line 1 of .*\): .*{message}"):
+        images.open(0)

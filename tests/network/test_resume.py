@@ -11,6 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
+from nacpipe.cache.lock import CacheLock
+from nacpipe.cache.repair import repair_cache
+from nacpipe.cache.verify import verify_cache
 from nacpipe.errors import CacheError, IdentityError, ImageError
 from nacpipe.network import extract as extraction
 from nacpipe.network.extract import extract
@@ -146,3 +149,36 @@ def test_a_split_that_only_lacks_its_seal_is_sealed(
     extract(plan)
     digest = open_cache(request_.cache)["ood/val"].attributes["digest"]
     assert digest == finished["ood/val"].attributes["digest"]
+
+
+@pytest.mark.parametrize(("shards", "rows"), [(1, [16]), (2, [32])], ids=["blocks", "shards"])
+def test_after_repair_the_same_command_runs_the_damaged_rows_alone(
+    request_: ExtractRequest, shards: int, rows: list[int]
+) -> None:
+    """Of a sharded cache the shard: it has one writer, which writes it whole."""
+    only = replace(request_, splits=("id/val",), shard_blocks=shards)
+    extract(plan_extraction(only))
+    before = open_cache(request_.cache)["id/val"].attributes
+    chunk = request_.cache / "id/val/layer2/gradient/c/0/0"
+    content = bytearray(chunk.read_bytes())
+    content[40] ^= 4
+    chunk.write_bytes(bytes(content))
+    found = verify_cache(open_cache(request_.cache))
+    assert [(d.split, d.array, d.rows) for d in found] == [("id/val", "layer2/gradient", range(16))]
+    repair_cache(request_.cache)
+    told: list[int] = []
+    extract(plan_extraction(only), lambda _split, count: told.append(count))
+    assert told == rows
+    assert verify_cache(open_cache(request_.cache)) == []
+    assert open_cache(request_.cache)["id/val"].attributes == before
+
+
+def test_a_second_extraction_is_refused_while_the_first_lives(request_: ExtractRequest) -> None:
+    only = replace(request_, splits=("ood/far/mnist",))
+    with CacheLock(request_.cache) as lock:
+        lock.take()
+        with pytest.raises(CacheError, match=r"c\.zarr is being written by another extract; wait until it ends"):
+            extract(plan_extraction(only))
+        assert list(request_.cache.iterdir()) == []
+    extract(plan_extraction(only))
+    assert open_cache(request_.cache)["ood/far/mnist"].rows == 3

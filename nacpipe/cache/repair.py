@@ -1,0 +1,217 @@
+"""Mending a cache: metadata at once, rows by taking their marks, so that the next extract computes exactly those again.
+
+a chunk          its block loses its mark, its split the seal
+metadata, marks  written anew: they follow from the header and the number of rows
+attributes       the one bit that flipped is searched for: the digest says when it is found
+whole, unsealed  (exchanged, or of another time): no telling which rows, so every block loses its mark
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import MemoryStore
+
+from nacpipe.cache.append import remove_partials
+from nacpipe.cache.durable import replace_file, sync_below, writing
+from nacpipe.cache.form import attribute_problems
+from nacpipe.cache.layout import Header, chunk_key, count_blocks, create_array, create_marks
+from nacpipe.cache.lock import CacheLock
+from nacpipe.cache.read import Cache, open_cache
+from nacpipe.cache.seal import digest_lines, hash_content, hash_keys
+from nacpipe.cache.verify import Damage, verify_cache
+from nacpipe.core.provenance import fingerprint
+from nacpipe.errors import FormatError
+
+_ROUNDS = 5  # each mends one kind of damage of every split: attributes, metadata, rows, the seal
+
+
+def repair_cache(path: str | Path) -> list[str]:
+    """Mend what can be mended and take the marks of the rest; return what was done, a phrase each.
+
+    Raises:
+        CacheError: another process writes the cache.
+        FormatError: the root's attributes are damaged beyond one bit, or of another version.
+    """
+    root, done = Path(path), list[str]()
+    with CacheLock(root) as lock, writing(str(path)):
+        if root.is_dir():
+            lock.take()
+        done += _mend_root(root)
+        remove_partials(root, "**/*.partial")
+        for _ in range(_ROUNDS):
+            cache = open_cache(root)
+            damage = verify_cache(cache)
+            mended = list(_mend(cache, damage))
+            if not mended:
+                break
+            done += mended
+        sync_below(root, root)
+    return done
+
+
+def _mend_root(root: Path) -> list[str]:
+    try:
+        open_cache(root)
+        return []
+    except FormatError as error:
+
+        def whole(attributes: Mapping[str, Any]) -> bool:
+            rest = {key: value for key, value in attributes.items() if key != "digest"}
+            return attributes.get("digest") == fingerprint(rest)
+
+        file = root / "zarr.json"
+        if not file.is_file() or whole(_read_attributes(file.read_bytes())):  # of another version: nothing to mend
+            raise
+        if not _mend_bit(file, whole):
+            raise FormatError(f"{error}; no single bit would mend it") from error
+        open_cache(root)  # of another version after all?
+        return ["the root's attributes: one bit mended"]
+
+
+def _mend(cache: Cache, damage: Sequence[Damage]) -> Iterator[str]:
+    """One round: of every split the first kind of damage that it has."""
+    root = Path(cache.path)
+    for split in dict.fromkeys(d.split for d in damage):
+        found = [d for d in damage if d.split == split]
+        if split == "":
+            for path in (d.array for d in found if d.array):
+                replace_file(root / path / "zarr.json", _metadata(cache.header, 1)["zarr.json"])
+                yield f"{path}: metadata written anew"
+        elif split == "classifier":
+            shutil.rmtree(root / "classifier")
+            yield "classifier: is to be written again"
+        elif any(d.array == "" for d in found):
+            yield from _mend_attributes(cache, split)
+        elif arrays := [d.array for d in found if d.block is None]:
+            metadata = _metadata(cache.header, cache.peek(split).rows)
+            for array in dict.fromkeys(arrays):
+                replace_file(root / split / array / "zarr.json", metadata[f"{array}/zarr.json"])
+                yield f"{split}/{array}: metadata written anew"
+        else:
+            yield from _mend_blocks(cache, split, found)
+
+
+def _mend_blocks(cache: Cache, name: str, found: Sequence[Damage]) -> Iterator[str]:
+    """Chunks are damaged, or marks of a sealed split, which had them all."""
+    split, folder = cache.peek(name), Path(cache.path, name)
+    spans = {d.block: d.rows for d in found if d.array != "blocks"}
+    for d in found:
+        if d.array == "blocks" and d.block not in spans:
+            replace_file(folder / f"blocks/c/{d.block}", _metadata(cache.header, 1)["blocks/c/0"])
+            yield f"{name}: the mark of block {d.block} written anew"
+    if spans:
+        _take_marks(cache, name, [block for block in spans if block is not None])
+    for d in found:
+        if d.array != "blocks" and d.block is not None:  # a damaged chunk would be read before its last rows are set
+            Path(cache.path, chunk_key(split.array(d.array), d.block, cache.header)).unlink(missing_ok=True)
+    for block, rows in spans.items():
+        if rows is not None:
+            yield f"{name}: block {block}, rows {rows.start} to {rows.stop - 1}, is to be computed again"
+
+
+def _mend_attributes(cache: Cache, name: str) -> Iterator[str]:
+    """A split's attributes are damaged, or its seal does not fit what is whole by itself."""
+    folder = Path(cache.path, name)
+    if not (folder / "zarr.json").is_file():
+        shutil.rmtree(folder)
+        yield f"{name}: what was left of it is removed; it is to be extracted again"
+        return
+    sharded = cache.header.shard_blocks > 1
+    hashes = hash_keys(cache.root, name, sharded=sharded)
+
+    def fits(attributes: Mapping[str, Any], hashes: Mapping[str, str] = hashes) -> bool:
+        good = attributes.get("sealed") is True and not any(attribute_problems(attributes))
+        return good and digest_lines(attributes, hashes) == attributes["digest"]
+
+    attributes = _read_attributes((folder / "zarr.json").read_bytes())
+    if fits(attributes):
+        return  # they were sealed so, whatever else is wrong with them
+    usable = not any(attribute_problems(attributes))
+    if usable:
+        ours = _metadata(cache.header, attributes["rows"])
+        del ours["zarr.json"]
+        chunks = _chunk_keys(cache.header, attributes["rows"])
+        kept = {key: value for key, value in hashes.items() if key in chunks}
+        wanted = {key: hash_content(content, key, sharded=sharded) for key, content in ours.items()}
+        if fits(attributes, kept | wanted):
+            for key in wanted:
+                if hashes.get(key) != wanted[key]:
+                    replace_file(folder / key, ours[key])
+                    yield f"{name}/{key} written anew"
+            for key in set(hashes) - set(kept) - set(wanted):
+                (folder / key).unlink()
+                yield f"{name}/{key}, which does not belong there, is removed"
+            return
+    if _mend_bit(folder / "zarr.json", fits):
+        yield f"{name}: one bit of its attributes mended"
+    elif usable:
+        _take_marks(cache, name, range(count_blocks(attributes["rows"], cache.header.block_rows)))
+        yield f"{name}: no telling which rows are not those that were sealed; all of it is to be computed again"
+    else:
+        shutil.rmtree(folder)
+        yield f"{name}: its attributes are lost; it is to be extracted again"
+
+
+def _take_marks(cache: Cache, name: str, blocks: Iterable[int]) -> None:
+    """Take the seal first, then these marks."""
+    folder = Path(cache.path, name)
+    content = json.loads((folder / "zarr.json").read_bytes())
+    content["attributes"].update(sealed=False, digest=None)
+    replace_file(folder / "zarr.json", json.dumps(content, indent=2).encode())
+    for block in blocks:
+        (folder / f"blocks/c/{block}").unlink(missing_ok=True)
+
+
+def _mend_bit(file: Path, fits: Callable[[dict[str, Any]], bool]) -> bool:
+    """Turn each bit of a zarr.json in turn until its attributes fit a digest; False where no single one does it."""
+    content = bytearray(file.read_bytes())
+    for place in range(8 * min(len(content), 2**16)):
+        content[place // 8] ^= 1 << place % 8
+        if fits(_read_attributes(bytes(content))):
+            replace_file(file, bytes(content))
+            return True
+        content[place // 8] ^= 1 << place % 8
+    return False
+
+
+def _read_attributes(content: bytes) -> dict[str, Any]:
+    """A group's attributes; none where its zarr.json is not that of a group."""
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    whole = isinstance(data, dict) and data.get("node_type") == "group" and data.get("zarr_format") == 3
+    attributes = data.get("attributes") if whole else None
+    return attributes if isinstance(attributes, dict) else {}
+
+
+def _chunk_keys(header: Header, rows: int) -> set[str]:
+    """The keys of a split's chunks, marks excepted, as this nacpipe writes them."""
+    objects = -(-count_blocks(rows, header.block_rows) // header.shard_blocks)
+    return {f"{p}/c/{k}{'/0' * (w > 0)}" for p, (w, _) in header.arrays().items() for k in range(objects)}
+
+
+def _metadata(header: Header, rows: int) -> dict[str, bytes]:
+    """What this nacpipe writes of a split but its attributes and chunks: key → content, a bare group's among them."""
+    store = MemoryStore()
+    group = zarr.create_group(store)
+    for spec in header.layers:
+        group.create_group(spec.name)
+    for path, (width, dtype) in header.arrays().items():
+        create_array(group, path, rows, width, dtype, header)
+    create_marks(group, count_blocks(rows, header.block_rows))[:] = 1
+    return sync(_contents(store))
+
+
+async def _contents(store: MemoryStore) -> dict[str, bytes]:
+    keys = [key async for key in store.list()]
+    found = {key: await store.get(key, default_buffer_prototype()) for key in keys}
+    return {key: buffer.to_bytes() for key, buffer in found.items() if buffer is not None}

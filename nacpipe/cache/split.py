@@ -1,0 +1,194 @@
+"""One split of a cache: its layers, its other arrays, and whether it is still what was sealed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from nacpipe.cache.form import missing_chunks, open_member, split_problems
+from nacpipe.cache.layout import MISSING_INT, LayerSpec, chunk_key, count_blocks, is_there
+from nacpipe.cache.seal import digest_lines, hash_keys, list_keys
+from nacpipe.errors import CacheError, FormatError, InputError, NacError, ValuesError
+
+if TYPE_CHECKING:
+    from nacpipe.cache.read import Cache
+
+
+@dataclass(frozen=True, slots=True)
+class LayerView:
+    """One layer of a split; both arrays are (rows, neurons) float32 and read from the store when sliced."""
+
+    spec: LayerSpec
+    activation: zarr.Array[Any]
+    gradient: zarr.Array[Any]
+
+
+class SplitView(Mapping[str, LayerView]):
+    """One set of samples: layers by name, and the arrays that every split has."""
+
+    def __init__(self, cache: Cache, name: str, group: zarr.Group) -> None:
+        self.name = name
+        self.attributes: dict[str, Any] = dict(group.attrs)
+        rows = self.attributes.get("rows")
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            raise FormatError(f"{cache.path}: {name}/zarr.json is damaged (rows is {str(rows)[:40]})")
+        self.rows: int = rows
+        self.sealed: bool = bool(self.attributes.get("sealed"))
+        self._cache = cache
+        self._group = group
+
+    def __getitem__(self, layer: str) -> LayerView:
+        try:
+            spec = self._cache.header.layer(layer)
+        except InputError as error:
+            raise InputError(f"{error} ({self._cache.path})") from None
+        return LayerView(spec, self.array(f"{layer}/activation"), self.array(f"{layer}/gradient"))
+
+    def __contains__(self, layer: object) -> bool:
+        return any(spec.name == layer for spec in self._cache.header.layers)
+
+    def __iter__(self) -> Iterator[str]:
+        return (spec.name for spec in self._cache.header.layers)
+
+    def __len__(self) -> int:
+        return len(self._cache.header.layers)
+
+    @property
+    def images(self) -> Mapping[str, Any]:
+        """The image list's name and sha256, and for id/train how its samples were chosen."""
+        return dict(self.attributes.get("images", {}))
+
+    @cached_property
+    def logits(self) -> zarr.Array[Any]:
+        """(rows, classes) float32."""
+        return self.array("logits")
+
+    @cached_property
+    def features(self) -> zarr.Array[Any]:
+        """(rows, d) float32, the input of the last linear layer."""
+        return self.array("features")
+
+    @cached_property
+    def label(self) -> NDArray[np.int64]:
+        """(rows,) class numbers, −1 for OOD."""
+        return self.read("label")
+
+    @cached_property
+    def index(self) -> NDArray[np.int64]:
+        """(rows,) positions in the image list."""
+        return self.read("index")
+
+    def array(self, path: str) -> zarr.Array[Any]:
+        """Return an array of this split.
+
+        Raises:
+            CacheError: it is not there.
+        """
+        try:
+            array = open_member(self._group, path)
+        except KeyError:
+            raise CacheError(f"{self._cache.path}: {self.name}/{path} is not in the store") from None
+        except FormatError as error:
+            raise self._damaged(path, error) from error
+        if not isinstance(array, zarr.Array):
+            raise self._damaged(path, "it is a group, not an array")
+        return array
+
+    def read(self, path: str, rows: slice = slice(None)) -> NDArray[Any]:
+        """Return rows of an array.
+
+        Raises:
+            CacheError: a chunk is damaged or not there, naming the array.
+            ValuesError: no number among logits or features. (Scoring refuses such states by layer, split and row.)
+        """
+        array = self.array(path)
+        try:
+            values = np.asarray(array[rows])
+        except (NacError, OSError, MemoryError):
+            raise
+        except Exception as error:  # crc32c says ValueError, Blosc RuntimeError, a crafted chunk anything
+            raise self._damaged(path, error) from error
+        if (bad := _without_number(path, values)).any():
+            row = int(np.argmax(bad)) + (rows.start or 0)
+            key = chunk_key(array, row // self._cache.header.block_rows, self._cache.header)
+            if values.dtype.kind == "i" or not is_there(self._cache.root, key):
+                raise self._damaged(path, f"row {row} holds no value")
+            if path in ("logits", "features"):
+                value = values[row - (rows.start or 0)]
+                found = value[~np.isfinite(value)][0]
+                raise ValuesError(f"{self._cache.path}: {self.name}/{path}, row {row}: the network gave {found}")
+        return values
+
+    def _damaged(self, path: str, what: object) -> CacheError:
+        return CacheError(
+            f"{self._cache.path}: {self.name}/{path} is damaged ({what}); mend it with: nacpipe repair"
+            f" {self._cache.path}"
+        )
+
+    def check(self) -> None:
+        """Refuse a split that is not what was sealed: another form, or files changed, exchanged or lost since.
+
+        Of a sharded cache the form alone is looked at: its seal covers whole shards, which would be read twice.
+
+        Raises:
+            CacheError: naming what is wrong.
+        """
+        root, header = self._cache.root, self._cache.header
+        sharded = header.shard_blocks > 1
+        for array, what in split_problems(self._group, header):
+            raise self._damaged(array or "zarr.json", what)
+        hashes = dict.fromkeys(list_keys(root, self.name), "") if sharded else hash_keys(root, self.name)
+        for array, count in missing_chunks(header, self.rows, hashes):
+            raise self._damaged(array, f"{count} of its chunks are not there")
+        if not sharded and digest_lines(self.attributes, hashes) != self.attributes["digest"]:
+            raise CacheError(
+                f"{self._cache.path}: {self.name} is not what was sealed: files were changed, exchanged or lost;"
+                f" nacpipe verify {self._cache.path} says which"
+            )
+
+    def marks(self) -> NDArray[np.bool_]:
+        """Return which blocks are written, (blocks,) bool; none where the split was only begun.
+
+        A mark that cannot be read (torn when the power went) does not count: its block is written again.
+        """
+        count = count_blocks(self.rows, self._cache.header.block_rows)
+        if not self._holds("blocks"):
+            return np.zeros(count, bool)
+        marks = self.array("blocks")
+        if marks.shape != (count,):
+            raise self._damaged("blocks", f"it has {marks.shape} marks for {count} blocks")
+        try:
+            return np.asarray(marks[:]).astype(bool)
+        except (ValueError, RuntimeError):
+            return np.array([_is_marked(marks, block) for block in range(count)])
+
+    def stored_bytes(self) -> int:
+        """Return the bytes of the split's chunks as they are stored."""
+        arrays = [*self._cache.header.arrays(), "blocks"]
+        return sum(int(self.array(path).nbytes_stored()) for path in arrays if self._holds(path))
+
+    def _holds(self, path: str) -> bool:
+        return is_there(self._cache.root, f"{self.name}/{path}/zarr.json")
+
+
+def _without_number(path: str, values: NDArray[Any]) -> NDArray[np.bool_]:  # (rows,) or (rows, width) → (rows,)
+    """Which rows hold what stands for no value, or, of logits and features, what no baseline can use."""
+    if values.dtype.kind == "i":
+        return np.asarray(values == MISSING_INT)
+    if path == "logits":  # one of −∞ is a class that is ruled out
+        return np.asarray(~np.isfinite(values.max(axis=1)))
+    bad = ~np.isfinite(values) if path == "features" else np.isnan(values)
+    return np.asarray(bad.any(axis=1))
+
+
+def _is_marked(marks: zarr.Array[Any], block: int) -> bool:
+    try:
+        return bool(np.asarray(marks[block]))
+    except (ValueError, RuntimeError):
+        return False

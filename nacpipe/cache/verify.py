@@ -1,0 +1,153 @@
+"""Reading everything in a cache, to say what of it is damaged: which split, which array, which rows.
+
+form ──▶ every chunk's checksum ──▶ the seal
+(metadata)                          (chunks that are whole, but exchanged, added or of another time)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+
+from nacpipe.cache.form import classifier_problems, image_problems, open_member, root_problems, split_problems
+from nacpipe.cache.layout import MISSING_INT, chunk_key, count_blocks, is_there, list_places
+from nacpipe.cache.read import Cache
+from nacpipe.cache.seal import digest_lines, hash_keys
+from nacpipe.errors import CacheError, FormatError
+
+UNLIKE_SEAL = "is not what was sealed, though every chunk is whole: files or attributes were changed or exchanged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """One thing that is not as it should be."""
+
+    split: str
+    """The split; `classifier`, or empty for what lies above the splits."""
+    array: str
+    """The array, such as layer3/gradient, or a group; empty for the split's attributes and seal."""
+    what: str
+    block: int | None = None
+    """The block of rows; None where metadata or the seal are meant."""
+    rows: range | None = None
+    """The block's rows."""
+
+
+def check_form(cache: Cache) -> list[Damage]:
+    """Return where metadata differ from what cache/README.md prescribes; no chunk is read."""
+    found = [Damage(split="", array="", what=what) for what in root_problems(cache.header)]
+    parents = {name[:i] for name in cache for i, letter in enumerate(name) if letter == "/"}
+    found += [
+        Damage(split="", array=path, what=what) for path in sorted(parents) if (what := _group_problem(cache, path))
+    ]
+    found += [Damage(split="classifier", array=array, what=what) for array, what in _classifier_problems(cache)]
+    for name in list_places(cache.root):
+        if name in cache:
+            found += _form_of_split(cache, name)
+        elif any(is_there(cache.root, f"{name}/{path}/zarr.json") for path in cache.header.arrays()):
+            found.append(Damage(split=name, array="", what="has no zarr.json: it was lost, or a removal was cut short"))
+    return found
+
+
+def verify_cache(cache: Cache, progress: Callable[[str, int], None] = lambda split, rows: None) -> list[Damage]:
+    """Read all that a cache holds and return what is damaged, none where it is whole.
+
+    Of a split that is not sealed, the blocks that are marked are read: they will not be written again.
+
+    Args:
+        cache: the cache.
+        progress: called with a split's name and the rows just read.
+    """
+    found = check_form(cache)
+    if not any(damage.split == "classifier" for damage in found):
+        try:
+            cache.classifier()
+        except CacheError as error:
+            found.append(Damage(split="classifier", array="", what=str(error).removeprefix(f"{cache.path}: ")))
+    for name in cache:
+        broken = {damage.array for damage in found if damage.split == name}
+        if "" not in broken:  # else it is not known for sure what rows there ought to be
+            found += _verify_split(cache, name, broken, progress)
+    return found
+
+
+def _verify_split(cache: Cache, name: str, broken: set[str], progress: Callable[[str, int], None]) -> Iterator[Damage]:
+    header, split = cache.header, cache.peek(name)
+    blocks, whole = count_blocks(split.rows, header.block_rows), not broken
+
+    def damage(array: str, block: int, what: str) -> Damage:
+        start = block * header.block_rows
+        rows = range(start, min(start + header.block_rows, split.rows))
+        return Damage(split=name, array=array, what=what, block=block, rows=rows)
+
+    marks = np.ones(blocks, bool) if "blocks" in broken else split.marks()
+    for block in range(blocks):
+        if split.sealed and not marks[block]:
+            whole = False
+            yield damage("blocks", block, "the mark is not there or cannot be read")
+        elif not marks[block]:
+            continue
+        for path in header.arrays():
+            if path not in broken and (what := _chunk_problem(cache, split.array(path), block)):
+                whole = False
+                yield damage(path, block, what)
+        progress(name, min(header.block_rows, split.rows - block * header.block_rows))
+    if split.sealed and whole:
+        hashes = hash_keys(cache.root, name, sharded=header.shard_blocks > 1)
+        if digest_lines(split.attributes, hashes) != split.attributes["digest"]:
+            yield Damage(split=name, array="", what=UNLIKE_SEAL)
+
+
+def _chunk_problem(cache: Cache, array: zarr.Array[Any], block: int) -> str:
+    """What is wrong with a block of an array; nothing where it is whole."""
+    start = block * cache.header.block_rows
+    try:
+        values = np.asarray(array[start : start + cache.header.block_rows])
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # crc32c says ValueError, Blosc RuntimeError, a crafted chunk anything
+        return f"cannot be read ({type(error).__name__}: {str(error)[:120]})"
+    missing = values == MISSING_INT if values.dtype.kind == "i" else np.isnan(values)
+    if missing.any() and (values.dtype.kind == "i" or not is_there(cache.root, chunk_key(array, block, cache.header))):
+        return "is not there"
+    return _value_problem(array.path.rpartition("/")[2], values)
+
+
+def _value_problem(name: str, values: Any) -> str:
+    least = {"label": -1, "index": 0}.get(name)
+    return "" if least is None or (values >= least).all() else f"holds {int(values.min())}, below {least}"
+
+
+def _classifier_problems(cache: Cache) -> list[tuple[str, str]]:
+    try:
+        return list(classifier_problems(cache.root, cache.header))
+    except FormatError as error:
+        return [("", str(error).removeprefix("classifier/"))]
+
+
+def _form_of_split(cache: Cache, name: str) -> Iterator[Damage]:
+    if what := _group_problem(cache, name):
+        yield Damage(split=name, array="", what=what)
+        return
+    group = open_member(cache.root, name)
+    assert isinstance(group, zarr.Group)
+    for array, what in split_problems(group, cache.header):
+        yield Damage(split=name, array=array, what=what)
+    for what in image_problems(group.attrs):
+        yield Damage(split=name, array="", what=what)
+    for spec in cache.header.layers:
+        if what := _group_problem(cache, f"{name}/{spec.name}"):
+            yield Damage(split=name, array=spec.name, what=what)
+
+
+def _group_problem(cache: Cache, path: str) -> str:
+    try:
+        return "" if isinstance(open_member(cache.root, path), zarr.Group) else "is an array, not a group"
+    except KeyError:
+        return "has no zarr.json"
+    except FormatError as error:
+        return str(error).removeprefix(f"{path}/")

@@ -1,0 +1,85 @@
+"""`nacpipe verify` and `nacpipe repair`: what of a cache is damaged, and what can be done about it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nacpipe.cli.show import Progress, note, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from nacpipe.cache import Cache
+    from nacpipe.cache.verify import Damage
+
+
+@click.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--format", "form_only", is_flag=True, help="Check the form alone: metadata, no chunk is read.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(cache: Path, form_only: bool, as_json: bool) -> None:
+    """Read everything in CACHE and name each damaged chunk: split, array and rows. Exit code 1 where there is any.
+
+    Metadata must be as cache/README.md has it, every chunk must match its checksum, every split its seal.
+
+    \b
+    nacpipe verify cache/digits-digits_cnn.zarr
+    nacpipe verify cache/digits-digits_cnn.zarr --format
+    """
+    from nacpipe.cache import open_cache
+    from nacpipe.cache.verify import check_form, verify_cache
+    from nacpipe.errors import CacheError
+
+    opened = open_cache(cache)
+    damage = check_form(opened) if form_only else verify_cache(opened, _progress(opened, "verify"))
+    if as_json:
+        found = [asdict(d) | {"rows": d.rows and [d.rows.start, d.rows.stop - 1]} for d in damage]
+        print_json({"cache": opened.path, "splits": len(opened), "damage": found})
+    elif damage:
+        print_table(("split", "array", "block", "rows", "what"), [_cells(d) for d in damage], left=5)
+    else:
+        say(f"{opened.path}: {len(opened)} splits, " + ("of the right form" if form_only else "whole"))
+    if damage:
+        raise CacheError(f"{opened.path}: {len(damage)} damaged; mend it with: nacpipe repair {opened.path}")
+
+
+@click.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+def repair(cache: Path) -> None:
+    """Mend CACHE: damaged metadata at once; damaged rows lose their marks, and the same extract computes just those.
+
+    Printed is the command that does.
+
+    \b
+    nacpipe repair cache/digits-digits_cnn.zarr
+    """
+    from nacpipe.cache import open_cache
+    from nacpipe.cache.repair import repair_cache
+
+    done = repair_cache(cache)
+    for line in done or [f"{cache}: whole, nothing was done"]:
+        note(line)
+    if any(line.endswith(" again") for line in done):
+        say(open_cache(cache).command())
+
+
+def _progress(cache: Cache, verb: str) -> Any:
+    progress = Progress(sum(_rows(cache, name) for name in cache))
+    return lambda split, rows: progress.step(rows, f"{verb} {split}")
+
+
+def _rows(cache: Cache, name: str) -> int:
+    from nacpipe.errors import NacError
+
+    try:
+        return cache.peek(name).rows
+    except NacError:
+        return 0
+
+
+def _cells(damage: Damage) -> tuple[str, ...]:
+    block = "" if damage.block is None else str(damage.block)
+    rows = "" if damage.rows is None else f"{damage.rows.start}-{damage.rows.stop - 1}"
+    return damage.split, damage.array, block, rows, damage.what

@@ -1,0 +1,85 @@
+"""`nacpipe verify` and `nacpipe repair` as typed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from nacpipe.cache import Cache
+from nacpipe.cli import main
+
+
+def nacpipe(*args: str) -> Result:
+    return CliRunner().invoke(main, args)
+
+
+@pytest.fixture
+def damaged(small_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy, named c.zarr in the working folder, with one damaged chunk."""
+    shutil.copytree(small_cache.path, tmp_path / "c.zarr")
+    monkeypatch.chdir(tmp_path)
+    chunk = tmp_path / "c.zarr/id/val/layer1/gradient/c/1/0"
+    content = bytearray(chunk.read_bytes())
+    content[20] ^= 1
+    chunk.write_bytes(bytes(content))
+    return tmp_path / "c.zarr"
+
+
+def test_a_whole_cache_is_said_to_be_whole(small_cache: Cache) -> None:
+    for option, word in (((), "whole"), (("--format",), "of the right form")):
+        done = nacpipe("verify", small_cache.path, *option)
+        assert (done.exit_code, done.stdout, done.stderr) == (0, f"{small_cache.path}: 7 splits, {word}\n", "")
+    done = nacpipe("repair", small_cache.path)
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert done.stderr == f"{small_cache.path}: whole, nothing was done\n"
+
+
+def test_damage_is_named_and_exits_with_1(damaged: Path) -> None:
+    assert nacpipe("verify", "c.zarr", "--format").exit_code == 0  # no chunk is read
+    done = nacpipe("verify", "c.zarr")
+    assert done.exit_code == 1
+    assert done.stderr == "nacpipe: c.zarr: 1 damaged; mend it with: nacpipe repair c.zarr\n"
+    heading, line = done.stdout.splitlines()
+    assert heading.split() == ["split", "array", "block", "rows", "what"]
+    assert line.split()[:4] == ["id/val", "layer1/gradient", "1", "16-31"]
+    done = nacpipe("verify", "c.zarr", "--json")
+    assert done.exit_code == 1
+    (found,) = json.loads(done.stdout)["damage"]
+    assert {key: found[key] for key in ("split", "array", "block", "rows")} == {
+        "split": "id/val",
+        "array": "layer1/gradient",
+        "block": 1,
+        "rows": [16, 31],
+    }
+
+
+def test_repair_prints_the_command_that_computes_what_is_missing(damaged: Path, small_cache: Cache) -> None:
+    done = nacpipe("repair", "c.zarr")
+    assert (done.exit_code, done.stdout) == (0, f"{small_cache.command()}\n")
+    assert done.stderr == "id/val: block 1, rows 16 to 31, is to be computed again\n"
+    assert nacpipe("verify", "c.zarr").exit_code == 0
+
+
+def test_what_is_no_cache_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("text")
+    for name in ("nosuch", "folder", "file"):
+        for command in ("verify", "repair"):
+            done = nacpipe(command, name)
+            assert (done.exit_code, done.stdout) == (1, ""), done.exception
+            assert done.stderr.count("\n") == 1
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_a_damaged_cache_gives_no_score(damaged: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('{"layers": {"layer1": {"bins": 20, "saturation": 5, "alpha": 0.5}}}')
+    for command in (["search", "c.zarr", "--trials", "2"], ["inspect", "c.zarr", "id/val", "layer1"]):
+        done = nacpipe(*command)
+        assert done.exit_code == 1
+        assert "id/val/layer1/gradient is damaged" in done.stderr
+        assert "mend it with: nacpipe repair c.zarr" in done.stderr
