@@ -98,8 +98,8 @@ def run_search(search: Search, as_json: bool = False) -> SearchResult:
         raise KeyboardInterrupt
     if result.ended == "timeout":
         note(f"time is up; go on with: {search.command()}")
-    elif result.ended == "patience":
-        note(f"no improvement in {request.patience} trials; go on with a larger --patience: {search.command()}")
+    elif result.ended == "patience" and request.patience:
+        note(f"no improvement in {request.patience} trials; go on with more: {search.command(2 * request.patience)}")
     else:
         named = f" --params {target}" if request.output else ""
         note(f"next: nacpipe evaluate {request.cache}{named}")

@@ -6,7 +6,7 @@ SharedDesk   several machines share a study on a database server (shared.py)
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -27,11 +27,11 @@ def completed_trials(study: optuna.Study) -> list[FrozenTrial]:
 class Desk:
     """Hands out the numbers below a target, for a process that has the study to itself."""
 
-    def __init__(self, study: optuna.Study, target: int) -> None:
-        """Look at what is done already."""
+    def __init__(self, study: optuna.Study, target: int, done: Iterable[int]) -> None:
+        """Hand out what is not among these, which are done already."""
         self.study = study
         self.target = target
-        self.done = {number_of(trial) for trial in completed_trials(study)}
+        self.done = set(done)
         self._trying: set[int] = set()
         self._low = 0  # every number below is done
 

@@ -24,6 +24,7 @@ from nacpipe.core.published import published_params
 from nacpipe.errors import ParamsError
 from nacpipe.search.runs import check_runs
 from nacpipe.search.scored import score_cache
+from nacpipe.search.scoring import held_layers
 from nacpipe.search.tables import tabulate
 
 
@@ -99,6 +100,6 @@ def _found_here(cache: Cache, params: NacParams, path: str | Path) -> bool:
     """False where the file says that it was found on other states; a file that says nothing is taken as it is."""
     said = read_fingerprint(path)
     layers = tuple(params.layers)
-    if not set(layers) <= {spec.name for spec in cache.header.layers}:
+    if not set(layers) <= set(held_layers(cache)):
         return True  # fitting refuses them by name
     return said in (None, fingerprint(cache.search_identity(SEARCH_SPLITS, layers)))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import sqlalchemy
 
 from nacpipe.errors import StudyError
-from nacpipe.search.storage import with_driver
+from nacpipe.search.storage import cannot_open, cause, with_driver
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +51,27 @@ class ServerLocks:
         """Connect.
 
         Raises:
-            StudyError: this kind of database has no such locks.
+            StudyError: the server cannot be reached, or this kind of database has no such locks.
+            MissingExtra: its driver is not installed.
         """
-        engine = sqlalchemy.create_engine(with_driver(url), isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
+        try:
+            engine = sqlalchemy.create_engine(
+                with_driver(url), isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool
+            )
+        except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+            raise cannot_open(url, error) from error
         if engine.dialect.name not in _DIALECTS:
             raise StudyError(
                 f"a study cannot be shared on {engine.dialect.name}; use PostgreSQL or MySQL, or a journal file or"
                 " sqlite:///FILE for one process"
             )
         self._dialect, self._study = _DIALECTS[engine.dialect.name], study
-        self._connection = engine.connect()
-        for statement in self._dialect.setup:
-            self._connection.execute(sqlalchemy.text(statement))
+        try:
+            self._connection = engine.connect()
+            for statement in self._dialect.setup:
+                self._connection.execute(sqlalchemy.text(statement))
+        except sqlalchemy.exc.SQLAlchemyError as error:
+            raise cannot_open(url, error) from error
 
     @contextmanager
     def book(self) -> Iterator[None]:
@@ -97,7 +106,4 @@ class ServerLocks:
         try:
             return bool(self._connection.execute(sqlalchemy.text(statement), {"key": key}).scalar())
         except sqlalchemy.exc.SQLAlchemyError as error:
-            line = (str(error).splitlines() or [""])[0]
-            raise StudyError(
-                f"the database of study {self._study} went away: {line}; the same command goes on"
-            ) from error
+            raise StudyError(f"the study's database went away: {cause(error)}; the same command goes on") from error

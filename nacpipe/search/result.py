@@ -20,7 +20,7 @@ OVERFIT_POINTS = 0.03  # below Energy's id/val-against-id/subtrain AUROC: NAC kn
 
 def without_password(where: str) -> str:
     """Return a storage's URL with *** for its password."""
-    return re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", where)
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", where))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ class SearchResult:
     energy_subtrain: float | None
     """Energy's id/val-against-id/subtrain AUROC: how well the network itself knows its training data."""
     energy_val: float | None
-    """Energy's AUROC of id/val against ood/val."""
+    """Energy's AUROC of id/val against the split that plays OOD."""
     alone: Mapping[str, float]
     """Layer → the best validation AUROC that it reached alone, where it was tried."""
     trials: int

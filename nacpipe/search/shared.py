@@ -9,6 +9,7 @@ counted twice. (Optuna's heartbeats would need trials to run inside `optimize`, 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 import optuna
@@ -24,13 +25,13 @@ CLAIMS = "claims"
 class SharedDesk(Desk):
     """Hands out numbers among all machines that search the same study."""
 
-    def __init__(self, study: optuna.Study, target: int, url: str) -> None:
+    def __init__(self, study: optuna.Study, target: int, done: Iterable[int], url: str) -> None:
         """Connect, and show that this worker lives.
 
         Raises:
             StudyError: the server cannot be reached or has no such locks.
         """
-        super().__init__(study, target)
+        super().__init__(study, target, done)
         self._locks = ServerLocks(url, study.study_name)
         self._me = uuid.uuid4().hex
         self._locks.live(self._me)

@@ -17,7 +17,7 @@ from pathlib import Path
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from nacpipe.errors import MissingExtra, StudyError
+from nacpipe.errors import MissingExtra, NacError, StudyError
 from nacpipe.search.result import without_password
 
 if sys.platform != "win32":
@@ -75,7 +75,9 @@ def only_runner(where: str, study: str) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if Path(path).stat().st_ino != os.fstat(handle).st_ino:  # the one before was just removing it
+                raise FileNotFoundError
+        except (BlockingIOError, FileNotFoundError):
             raise StudyError(f"study {study} in {where} is being searched by another process; wait for it") from None
         yield
         os.unlink(path)
@@ -138,11 +140,36 @@ def open_storage(where: str, *, write: bool = True) -> BaseStorage:
         return JournalStorage(JournalFileBackend(where, lock_obj=lock))  # type: ignore[arg-type]
     except StudyError:
         raise
-    except ModuleNotFoundError as error:
-        extra = "postgresql" if where.startswith("postgresql") else "mysql"
-        raise MissingExtra(f"this needs {error.name}; install it with: pip install 'nacpipe[{extra}]'") from error
     except Exception as error:  # every database driver has errors of its own
-        line = (str(error).splitlines() or [""])[0]
-        raise StudyError(
-            f"the study's storage {without_password(where)} cannot be opened: {type(error).__name__}: {line}"
-        ) from error
+        raise cannot_open(where, error) from error
+
+
+def cannot_open(where: str, error: Exception) -> NacError:
+    """Return what a person is told when a storage cannot be opened."""
+    root = error.__cause__ or error
+    if isinstance(root, ModuleNotFoundError) and is_server(where):
+        extra = "postgresql" if where.startswith("postgresql") else "mysql"
+        return MissingExtra(f"this needs {root.name}; install it with: pip install 'nacpipe[{extra}]'")
+    return StudyError(f"the study's storage {without_password(where)} cannot be opened: {cause(error)}")
+
+
+def cause(error: BaseException) -> str:
+    """Return the first line of what is behind an error; Optuna's own words for it guess, and often wrongly."""
+    root = error.__cause__ or error
+    return f"{type(root).__name__}: {(str(root).splitlines() or [''])[0]}"
+
+
+@contextmanager
+def opening(where: str) -> Iterator[None]:
+    """Let one command at a time open studies on a server: making tables or a study is not safe when two do it."""
+    if not is_server(where):
+        yield
+        return
+    from nacpipe.search.locks import ServerLocks  # brings SQLAlchemy
+
+    locks = ServerLocks(where, "")
+    try:
+        with locks.book():
+            yield
+    finally:
+        locks.close()

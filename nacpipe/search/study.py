@@ -7,6 +7,7 @@ one append, after it was evaluated; killed at any moment a search loses the tria
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ from nacpipe.search.samplers import LARGE_GRID, Asker, make_asker
 from nacpipe.search.scoring import Scorer, check_layers, has_logits, index_from, split_rows
 from nacpipe.search.space import Space, fits_weights, measure_space, to_json, with_weights
 from nacpipe.search.space_file import read_spec
-from nacpipe.search.storage import is_there, open_storage
+from nacpipe.search.storage import is_there, open_storage, opening
 from nacpipe.search.trials import best_trial, pareto_front, trial_params
 from nacpipe.search.workers import SharedIndexes
 
@@ -38,7 +39,7 @@ class Search:
     """A study opened on its cache, ready to run (sweep.py) or to be looked at."""
 
     def __init__(self, request: SearchRequest, *, create: bool = True) -> None:
-        """Open cache and study; with `create=False` nothing is written and a study that is not there stays so.
+        """Open cache and study; with `create=False` a study that is not there stays so.
 
         Raises:
             StudyError: the study was made with another cache, or for another search.
@@ -81,6 +82,11 @@ class Search:
             return None
         identity = self.cache.search_identity(self.splits, self.layers)
         bound = {"identity": identity, "space": to_json(self.space), "fingerprint": fingerprint(identity)}
+        with opening(request.where):
+            return self._open_bound(bound, create)
+
+    def _open_bound(self, bound: Mapping[str, Any], create: bool) -> optuna.Study | None:
+        request = self.request
         storage = open_storage(request.where, write=create)
         names = optuna.get_all_study_names(storage)
         for name in names:
@@ -94,7 +100,6 @@ class Search:
                 study_name=request.study_name,
                 storage=storage,
                 directions=DIRECTIONS[request.objective],
-                load_if_exists=True,  # another machine may have made it just now
             )
         else:
             return None
@@ -169,18 +174,19 @@ class Search:
             "space": to_json(self.space),
         }
 
-    def command(self) -> str:
-        """Return the command that goes on."""
+    def command(self, patience: int | None = None) -> str:
+        """Return the command that goes on, with more patience where that is given."""
         asked, given = self.request, []
         storage = asked.shown if asked.storage else None
         for option, value, usual in (
             ("trials", asked.trials, None), ("space", asked.space, "auto"), ("sampler", asked.sampler, None),
             ("objective", asked.objective, "auroc"), ("val", asked.val, "ood/val"), ("seed", asked.seed, 1),
-            ("patience", asked.patience, None), ("workers", asked.workers, 1), ("storage", storage, None),
+            ("patience", patience or asked.patience, None), ("workers", asked.workers, 1),
+            ("threads", asked.threads, None), ("storage", storage, None),
             ("study", asked.study, "nac"), ("layers", ",".join(asked.layers), ""), ("output", asked.output, None),
         ):  # fmt: skip
-            given += [f"--{option} {value}"] if value != usual else []
-        return " ".join(["nacpipe search", str(asked.cache), *given])
+            given += [f"--{option}", str(value)] if value != usual else []
+        return shlex.join(["nacpipe", "search", str(asked.cache), *given])
 
     def _energy(self) -> Checks | None:
         """The same checks of Energy, where the network has logits."""
@@ -202,6 +208,8 @@ def _check(request: SearchRequest) -> None:
             raise InputError(f"{name} is {value}; it must be at least 1")
     if request.timeout is not None and not request.timeout > 0:  # nor NaN
         raise InputError(f"timeout is {request.timeout}; it must be above 0 seconds")
+    if "/" in request.study:
+        raise InputError(f"study is {request.study!r}; a name must not have a / in it")
     if request.space == "published" and request.how != "grid":
         raise InputError(f"the published space is a grid; leave out --sampler {request.sampler}")
 
@@ -251,6 +259,10 @@ def _check_bound(request: SearchRequest, name: str, stored: Mapping[str, Any], b
         raise StudyError(
             f"study {name} in {request.shown} searches other layers of this cache: {'; '.join(differences)}."
             " Give another --study NAME"
+        )
+    if name == request.study_name and "space" not in stored:
+        raise StudyError(
+            f"study {name} in {request.shown} was made by an earlier nacpipe; give another --study NAME, or remove it"
         )
     if name == request.study_name and (moved := diff(stored.get("space", {}), bound["space"])):
         raise StudyError(

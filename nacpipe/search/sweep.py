@@ -7,8 +7,12 @@ whoever is done:                             pool.collect → desk.record → as
 from __future__ import annotations
 
 import datetime
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
@@ -17,7 +21,7 @@ from nacpipe.errors import StudyError
 from nacpipe.search.desk import Desk
 from nacpipe.search.objective import Outcome, Proposal
 from nacpipe.search.result import SearchResult
-from nacpipe.search.storage import is_server
+from nacpipe.search.storage import cause, is_server
 from nacpipe.search.study import Search, session_seconds
 from nacpipe.search.trials import distributions, number_of, to_trial, trial_checks, trial_params
 from nacpipe.search.workers import Here, Pool, Workers
@@ -34,29 +38,60 @@ def run(search: Search, progress: Progress = lambda done, best: None) -> SearchR
     Raises:
         StudyError: the storage went away, or a trial kills its workers.
     """
-    sweep = _Sweep(search, progress)
+    with _stopping() as stopped:
+        sweep = _Sweep(search, progress, stopped)
+        ended = _run(sweep, search)
+    return search.result(ended)
+
+
+def _run(sweep: _Sweep, search: Search) -> str:
     try:
         ended = sweep.run()
     except KeyboardInterrupt:
-        if not sweep.best:
-            raise  # there is nothing to report
-        search.reopen()
         ended = "interrupted"
     except StorageInternalError as error:
-        line = (str(error).splitlines() or [""])[0]
-        raise StudyError(f"the study's storage went away: {line}; go on with: {search.command()}") from error
+        raise StudyError(f"the study's storage went away: {cause(error)}; go on with: {search.command()}") from error
     finally:
         sweep.close()
-    return search.result(ended)
+    if ended == "interrupted":
+        if not sweep.best:
+            raise KeyboardInterrupt  # there is nothing to report
+        search.reopen()
+    return ended
+
+
+@contextmanager
+def _stopping() -> Iterator[list[int]]:
+    """A list that Ctrl-C and SIGTERM write to: the trial is finished first; a second one breaks it off.
+
+    An exception out of nowhere would be lost where Python happens to run a destructor.
+    """
+    stopped: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        stopped.append(number)
+        if len(stopped) > 1:
+            raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class _Sweep:
     """What a run holds while it runs."""
 
-    def __init__(self, search: Search, progress: Progress) -> None:
+    def __init__(self, search: Search, progress: Progress, stopped: Sequence[int]) -> None:
         assert search.study is not None
         request = search.request
         self._search, self._progress, self._objective = search, progress, request.objective
+        self._stopped = stopped
         self._record = distributions(search.space, search.published)
         self._asker = search.make_asker()
         self.best: tuple[float, ...] = ()
@@ -65,11 +100,12 @@ class _Sweep:
         trials = search.completed()
         self._before = session_seconds(trials)
         self._learn(trials)
-        self._desk: Desk = Desk(search.study, search.trials)
+        done = [number_of(trial) for trial in trials]
+        self._desk: Desk = Desk(search.study, search.trials, done)
         if is_server(request.where):
             from nacpipe.search.shared import SharedDesk  # brings SQLAlchemy
 
-            self._desk = SharedDesk(search.study, search.trials, request.where)
+            self._desk = SharedDesk(search.study, search.trials, done, request.where)
         self._pool: Pool = Here(search.evaluator)
         if search.shared is not None and not self._desk.finished:
             for name, layer in search.space.items():
@@ -106,6 +142,8 @@ class _Sweep:
     def _up(self) -> str:
         """Why it should end now; empty where it should not."""
         request = self._search.request
+        if self._stopped:
+            return "interrupted"
         if request.timeout is not None and time.monotonic() - self._started >= request.timeout:
             return "timeout"
         return "patience" if request.patience is not None and self._stale >= request.patience else ""

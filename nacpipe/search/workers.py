@@ -12,7 +12,6 @@ import json
 import mmap
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,10 @@ from nacpipe.search.scoring import REMEMBER_BYTES, Index, IndexOf, Scorer
 LIVES = 3  # workers that one trial may cost
 PAGE = 4096
 # A fresh interpreter that imports nothing of the caller's: `multiprocessing` would run the caller's script again.
-_COMMAND = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from nacpipe.search.workers import serve; serve()"
+_COMMAND = (
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # Ctrl-C goes to the whole group: the parent's
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from nacpipe.search.workers import serve; serve()"
+)
 
 Answer = tuple[Proposal, Outcome]
 
@@ -116,8 +118,15 @@ class SharedIndexes:
     def __call__(self, layer: str, source: Source) -> Index:
         key = layer, source
         if key not in self._made:
-            self.places[key] = _swap(self._make(layer, source), np.ndarray, self._write)
-            self._file.flush()
+            made = self._make(layer, source)
+            try:
+                self.places[key] = _swap(made, np.ndarray, self._write)
+                self._file.flush()
+            except OSError as error:
+                raise InputError(
+                    f"the index that workers share does not fit into {tempfile.gettempdir()}: {error.strerror};"
+                    " set TMPDIR to a larger folder, or leave out --workers"
+                ) from error
             self._made[key] = map_index(self._file.fileno(), self.places[key])
         return self._made[key]
 
@@ -129,7 +138,7 @@ class SharedIndexes:
     def _write(self, array: np.ndarray[Any, Any]) -> _Place:
         offset = -(-self._file.tell() // PAGE) * PAGE
         self._file.seek(offset)
-        array.tofile(self._file)
+        self._file.write(array.data.cast("B"))
         return _Place(offset, array.shape, array.dtype.str)
 
 
@@ -268,7 +277,6 @@ class Workers:
 
 def serve() -> None:
     """A worker: its setup, then proposals in and outcomes out, until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     pipe, file = Connection(int(sys.argv[2])), int(sys.argv[3])
     try:
         places, rows, ood, threads, remember = pipe.recv()
