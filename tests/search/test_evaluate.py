@@ -279,12 +279,13 @@ def test_markdown_and_the_table(cache: Cache, frame: pd.DataFrame, params_file: 
 # --- whose parameters -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layers", [("avgpool",), ("avgpool", "logits")])
 def test_parameters_of_other_states_are_refused_beside_a_cache_and_said_elsewhere(
-    make_cache: Callable[..., Cache], tmp_path: Path
+    make_cache: Callable[..., Cache], tmp_path: Path, layers: tuple[str, ...]
 ) -> None:
     cache, other = make_cache(tmp_path / "c.zarr"), make_cache(tmp_path / "o.zarr", identity={"weights": "b" * 64})
-    bound = fingerprint(cache.search_identity(SEARCH_SPLITS, ("avgpool",)))
-    params = NacParams(layers={"avgpool": LayerParams(bins=10, saturation=5, alpha=1.0)})
+    bound = fingerprint(cache.search_identity(SEARCH_SPLITS, layers))
+    params = NacParams(layers={name: LayerParams(bins=10, saturation=5, alpha=1.0) for name in layers})
     for name in ("c", "o"):
         write_params(tmp_path / f"{name}.params.json", params, made_by={"fingerprint": bound})
     said: list[str] = []
