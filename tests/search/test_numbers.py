@@ -18,6 +18,7 @@ from nacpipe.search.evaluate import evaluate
 from nacpipe.search.result import SearchRequest
 from nacpipe.search.scoring import fit_coverage, score_splits
 from nacpipe.search.study import Search
+from nacpipe.search.sweep import run
 
 ALL = ("id/train", "id/subtrain", "id/val", "id/test", "ood/val", "ood/near/letters", "ood/far/textures")
 
@@ -51,7 +52,7 @@ def change(small_cache: Cache, tmp_path: Path) -> Callable[..., Cache]:
 def search(cache: Cache, tmp_path: Path) -> Search:
     request = SearchRequest(cache=Path(cache.path), trials=3, storage=str(tmp_path / "s.log"))
     found = Search(request)
-    found.run()
+    run(found)
     return found
 
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nacpipe.cache import Cache
+from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cli import main
 from nacpipe.core.coverage import covered_area
 from nacpipe.core.metrics import spearman
@@ -53,7 +53,8 @@ def caches(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFa
         for split, count in mistakes.items():
             label = root[f"{split}/label"]
             label[:count] = (label[:count] + 1) % 3  # type: ignore[index, operator]
-    return made
+            CacheWriter(path, made[-1].header).seal(split)
+    return [open_cache(cache.path) for cache in made]
 
 
 def plain_area(cache: Cache, layer: str, params: LayerParams, split: str = "id/train") -> float:

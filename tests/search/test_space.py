@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nacpipe.core.kernels import rank_columns, sort_columns
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import ParamsError, ValuesError
 from nacpipe.search.scoring import Index, IndexOf
@@ -100,7 +101,8 @@ def test_including_widens_only_where_it_must(space: LayerSpace, bins: int, satur
 
 def index_of(train: np.ndarray) -> IndexOf:
     """An index whose training states are these, whatever the layer."""
-    return lambda _layer, _source: Index(train, train, train)  # type: ignore[arg-type]
+    columns = sort_columns(train.T)
+    return lambda _layer, _source: Index(columns, columns, rank_columns(train.T))
 
 
 def test_including_keeps_a_space_that_holds_them_already() -> None:
@@ -114,7 +116,7 @@ def test_ranges_are_measured_from_the_products_that_are_not_0() -> None:
     """|product| is 1 … 101: the median is 51, the 99th percentile 100."""
     sizes = np.arange(1, 102, dtype=np.float32)
     products = np.concatenate([sizes * np.where(sizes % 2, 1, -1), np.zeros(50, np.float32)]).astype(np.float32)
-    space = measure_space("avgpool", index_of(products), train_rows=151)
+    space = measure_space("avgpool", index_of(products[:, None]), train_rows=151)
     assert ends(space)[0] == BINS == (4, 2000)
     assert ends(space)[2] == (1, 151)
     assert ends(space)[1] == (pytest.approx(0.1 / 100), pytest.approx(30 / 51))
