@@ -40,11 +40,16 @@ def read_params(path: str | Path) -> NacParams:
         raise ParamsError(f"{path}: {error}") from None
 
 
-def read_fingerprint(path: str | Path) -> str | None:
-    """Return the fingerprint of the states that a file's parameters were found on; None where it does not say."""
+def read_made_by(path: str | Path) -> Mapping[str, Any]:
+    """Return what a parameter file says of its making; empty where it says nothing."""
     data = json.loads(Path(path).read_text("utf-8"))
     made_by = data.get("made_by") if isinstance(data, dict) else None
-    found = made_by.get("fingerprint") if isinstance(made_by, dict) else None
+    return made_by if isinstance(made_by, dict) else {}
+
+
+def read_fingerprint(path: str | Path) -> str | None:
+    """Return the fingerprint of the states that a file's parameters were found on; None where it does not say."""
+    found = read_made_by(path).get("fingerprint")
     return found if isinstance(found, str) else None
 
 

@@ -19,6 +19,7 @@ from nacpipe.cli.evaluate import evaluate
 from nacpipe.cli.extract import extract
 from nacpipe.cli.inspect import inspect
 from nacpipe.cli.models import layers, models
+from nacpipe.cli.report import report
 from nacpipe.cli.run import run
 from nacpipe.cli.search import search
 from nacpipe.cli.show import printable
@@ -101,5 +102,5 @@ def main(debug: bool) -> None:
     """
 
 
-for _command in (extract, search, evaluate, inspect, run, data, models, layers):
+for _command in (extract, search, evaluate, inspect, report, run, data, models, layers):
     main.add_command(_command)
