@@ -39,7 +39,7 @@ pre { background: var(--tint); padding: .6rem .8rem; font-size: .84rem; white-sp
   overflow-wrap: anywhere; margin: .4rem 0; }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
-  .wide { overflow: visible; } table { font-size: 7pt; } th, td { padding: .1rem .3rem; }
+  .wide { overflow: visible; break-inside: avoid; } table { font-size: 7pt; } th, td { padding: .1rem .3rem; }
   .panels { grid-template-columns: repeat(3, 1fr); } h2, h3 { break-after: avoid; } tr { break-inside: avoid; }
   .verdict, pre, td b { print-color-adjust: exact; }
 }
