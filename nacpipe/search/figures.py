@@ -91,6 +91,23 @@ def draw_coverage(layer: str, fitted: FittedLayer) -> Figure:
     return _with_legend(figure, axes, 2)
 
 
+def draw_values(histograms: Mapping[str, pd.DataFrame], title: str) -> Figure:
+    """Draw a layer's values below each other, `inspection.value_histograms`' frames by name over each other."""
+    names = list(dict.fromkeys(name for frame in histograms.values() for name in frame["value"]))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(1.6 * SIZE[0], 0.4 + 1.5 * len(names)), layout="constrained")
+        figure.suptitle(title, fontsize=STYLE["axes.titlesize"])
+        panels = figure.subplots(len(names), squeeze=False)[:, 0]
+    for axes, name in zip(panels, names, strict=True):
+        for (label, frame), colour in zip(histograms.items(), (INSIDE, OUTSIDE), strict=False):
+            bars = frame[frame["value"] == name]
+            edges = np.append(bars["from"].to_numpy(), bars["to"].to_numpy()[-1:])
+            density = bars["count"].to_numpy() / bars["count"].sum() / np.diff(edges)
+            axes.stairs(density, edges, fill=True, alpha=0.45, color=colour, label=label)
+        axes.set(xlabel=name, ylabel="density")
+    return _with_legend(figure, panels[0], 1)
+
+
 def draw_weights(weights: Mapping[str, float]) -> Figure:
     """Draw the layers' shares in the score."""
     return _draw_bars([(name, 100 * weight) for name, weight in weights.items()], "layer weights", "share, %")
