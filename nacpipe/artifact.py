@@ -59,13 +59,21 @@ def write_params(path: str | Path, params: NacParams, **sections: Mapping[str, A
     Raises:
         InputError: the file cannot be written.
     """
+    write_whole(path, (json.dumps({**params.to_json(), **sections}, indent=2) + "\n").encode())
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     target = Path(path)
-    text = json.dumps({**params.to_json(), **sections}, indent=2) + "\n"
     try:
         handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(draft, 0o644)

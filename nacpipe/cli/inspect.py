@@ -274,13 +274,14 @@ def _compare(cache: Cache, other: Cache, split: str, layer: str | None, plot: Pa
 
 
 def _plot(path: Path, histograms: dict[str, pd.DataFrame], title: str) -> None:
+    from nacpipe.artifact import write_whole
     from nacpipe.errors import MissingExtra
 
     try:
         from nacpipe.search.figures import draw_values, to_png, to_svg
     except ModuleNotFoundError as error:
         raise MissingExtra(f"--plot needs {error.name}; install it with: pip install 'nacpipe[report]'") from None
-    path.write_bytes((to_svg if path.suffix == ".svg" else to_png)(draw_values(histograms, title)))
+    write_whole(path, (to_svg if path.suffix == ".svg" else to_png)(draw_values(histograms, title)))
     note(f"wrote {path}")
 
 

@@ -45,7 +45,7 @@ def report(
     nacpipe report cache/digits-digits_cnn.zarr --output report.html --figures figures
     nacpipe report cache/s0.zarr cache/s1.zarr cache/s2.zarr --output report.html
     """
-    from nacpipe.artifact import check_writable
+    from nacpipe.artifact import check_writable, write_whole
     from nacpipe.cache import open_cache
     from nacpipe.errors import MissingExtra
     from nacpipe.search.evaluate import find_params
@@ -71,7 +71,7 @@ def report(
         chapters.append(read_chapter(cache, params, run, choice))
     frame = tabulate([chapter.run for chapter in chapters])
     drawn = [draw_chapter(chapter) for chapter in chapters]
-    output.write_text(render_report(chapters, frame, ctx.obj, drawn), "utf-8")
+    write_whole(output, render_report(chapters, frame, ctx.obj, drawn).encode())
     note(f"wrote {output}")
     if figures is not None:
         for number, groups in enumerate(drawn, 1):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from nacpipe.cache import Cache
 from nacpipe.core.baselines import energy
-from nacpipe.core.metrics import detect
+from nacpipe.core.metrics import Scores, auroc, detect
 from nacpipe.core.params import NacParams
 from nacpipe.search.explain import Explanation
 from nacpipe.search.figures import (
@@ -38,6 +38,7 @@ from nacpipe.search.scored import ScoredCache
 from nacpipe.search.scoring import Coverage, fit_coverage, has_logits
 from nacpipe.search.tables import footnotes, verdicts
 
+OTHER_CURVES = 5  # beside NAC's, in a picture
 TASKS = {"ood": "OOD detection: ID is id/test", "fsood": "Full spectrum: ID is id/test and csid together"}
 PAIRS = (("fpr95", "auroc"), ("aupr_in", "aupr_out"))
 NAMES = {"fpr95": "FPR@95 ↓", "auroc": "AUROC ↑", "aupr_in": "AUPR-IN ↑", "aupr_out": "AUPR-OUT ↑"}
@@ -109,7 +110,7 @@ def draw_chapter(chapter: Chapter) -> dict[str, dict[str, Figure]]:
         sides = {
             m: (found["id/test"], found[split]) for m, found in scores.items() if {"id/test", split} <= found.keys()
         }
-        curves[f"roc-{slug}"] = draw_roc(sides, f"id/test against {name}")
+        curves[f"roc-{slug}"] = draw_roc(_best(sides), f"id/test against {name}")
     layers = {f"coverage-{name}": draw_coverage(name, fitted) for name, fitted in chapter.coverage.layers.items()}
     total = float(chapter.coverage.weights.sum())
     weights = {name: layer.weight / total for name, layer in chapter.params.layers.items()}
@@ -121,9 +122,16 @@ def draw_chapter(chapter: Chapter) -> dict[str, dict[str, Figure]]:
     return {"Scores": histograms, "ROC curves": curves, "Coverage": layers, "Layers and search": mattered}
 
 
+def _best(sides: Mapping[str, tuple[Scores, Scores]]) -> dict[str, tuple[Scores, Scores]]:
+    """NAC and the others with the greatest AUROC, in the table's order: more curves cannot be told apart."""
+    others = sorted((name for name in sides if name != "NAC"), key=lambda name: -auroc(*sides[name]))
+    return {name: scores for name, scores in sides.items() if name == "NAC" or name in others[:OTHER_CURVES]}
+
+
 _CAPTIONS = {
     "Scores": "NAC's score of every image; larger = more like the training data.",
-    "ROC curves": "How many OOD images a detector flags, over how many ID images it flags wrongly.",
+    "ROC curves": "How many OOD images a detector flags, over how many ID images it flags wrongly: NAC, and of the"
+    " others the five with the greatest AUROC.",
     "Coverage": "How much of the training data each bin of states has seen, min(count / saturation, 1). A state is"
     " sigmoid(alpha × product): ½ where a neuron is silent.",
     "Layers and search": "Shares of the layers in the score. Importances say how unlike the best tenth of the trials"
@@ -177,7 +185,7 @@ def _summary(chapters: Sequence[Chapter], frame: pd.DataFrame) -> list[str]:
     lines = [
         paragraph(
             f"Neuron activation coverage (NAC-UE) and {len(chapters[0].run.methods) - 1} other methods tell"
-            f" {counts['id/test']} ID test images{told}, from {sets} OOD sets."
+            f" {counts['id/test']} ID test images{told}, from {sets} OOD set{'s' * (sets > 1)}."
             + (f" Means over {len(chapters)} training runs." if len(chapters) > 1 else "")
         )
     ]

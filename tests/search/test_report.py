@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,8 +18,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from nacpipe.artifact import write_params
-from nacpipe.cache import Cache
+from nacpipe.cache import Cache, open_cache
 from nacpipe.cli import main
+from nacpipe.core.baselines import MethodScores
 from nacpipe.core.coverage import bin_edges, coverage_table
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.search.figures import draw_coverage, draw_histogram, draw_roc, to_svg
@@ -28,6 +32,7 @@ from nacpipe.search.study import Search
 from nacpipe.search.tables import tabulate
 from tests.search.browser import browse
 
+ROOT = Path(__file__).resolve().parents[2]
 PARAMS = NacParams(
     layers={
         "avgpool": LayerParams(bins=20, saturation=5, alpha=0.5, weight=3),
@@ -222,6 +227,20 @@ def test_roc_curves_thinned_keep_their_area() -> None:
     assert np.trapezoid(curve[:, 1], curve[:, 0]) / 1e4 == pytest.approx(exact, abs=1e-3)
 
 
+def test_no_more_curves_than_can_be_told_apart(place: Path) -> None:
+    cache = open_cache(place / "s0.zarr")
+    run = score_cache(cache, PARAMS)
+    noise = {split: np.random.RandomState(0).randn(rows) for split, rows in run.rows.items()}
+    good = {split: noise[split] - 9.0 * split.startswith("ood/") for split in run.rows}
+    more = {f"noise {n}": MethodScores(scores=noise) for n in range(4)} | {"good": MethodScores(scores=good)}
+    drawn = draw_chapter(read_chapter(cache, PARAMS, score_cache(cache, PARAMS, more=more)))
+    for figure in drawn["ROC curves"].values():
+        assert len(figure.axes[0].lines) == 1 + 6  # and the diagonal
+        labels = [text.get_text() for text in figure.legends[0].texts]
+        assert labels[0] == "NAC"
+        assert "good" in labels
+
+
 def test_a_coverage_curve_is_the_table(small_cache: Cache) -> None:
     fitted = fit_coverage(small_cache, PARAMS).layers["avgpool"]
     drawn = {p.get_label(): p.get_data() for p in draw_coverage("avgpool", fitted).axes[0].patches}  # type: ignore[attr-defined]
@@ -291,9 +310,25 @@ def test_refusals(place: Path) -> None:
     assert (done.exit_code, "--output" in done.stderr) == (2, True)
 
 
-def test_without_matplotlib(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
+def test_without_torch(place: Path) -> None:
+    code = """
+import sys
+class NotThere:  # not None in sys.modules: matplotlib takes that for a torch
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "torchvision", "safetensors"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NotThere())
+from nacpipe.cli import main
+main(["report", sys.argv[1], "--output", sys.argv[2]], standalone_mode=False)
+main(["inspect", sys.argv[1], "id/val", "avgpool", "--plot", sys.argv[3]], standalone_mode=False)
+"""
+    command = [sys.executable, "-W", "error", "-c", code, f"{place}/s0.zarr", f"{place}/bare.html", f"{place}/plot.svg"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, f"wrote {place}/bare.html\nwrote {place}/plot.svg\n")
 
+
+def test_without_matplotlib(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in sys.modules if n.startswith(("nacpipe.search.figures", "nacpipe.search.report"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
