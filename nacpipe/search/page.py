@@ -12,7 +12,7 @@ from html import escape
 STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #5c6670; --line: #d8dde3; --tint: #f4f6f8; --blue: #0072b2; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 1rem clamp(.8rem, 3vw, 2.5rem) 3rem; background: #fff;
+body { margin: 0 auto; max-width: 1320px; padding: 1rem clamp(.8rem, 3vw, 2.5rem) 3rem; background: #fff;
   color: var(--ink); font: 16px/1.5 system-ui, "Liberation Sans", sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .6rem 0 .2rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; padding-top: .8rem; border-top: 2px solid var(--ink);
@@ -24,7 +24,7 @@ p { margin: .4rem 0; max-width: 75ch; }
   max-width: none; }
 .wide { overflow-x: auto; margin: .4rem 0 .8rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .22rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: .22rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 thead th { vertical-align: bottom; color: var(--soft); font-weight: 600; }
 th:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 table.text :is(th, td), table.left :is(th, td) { text-align: left; }

@@ -134,8 +134,8 @@ _CAPTIONS = {
     " others the five with the greatest AUROC.",
     "Coverage": "How much of the training data each bin of states has seen, min(count / saturation, 1). A state is"
     " sigmoid(alpha × product): ½ where a neuron is silent.",
-    "Layers and search": "Shares of the layers in the score. Importances say how unlike the best tenth of the trials"
-    " are to all (PED-ANOVA).",
+    "Layers and search": "Shares of the layers in the score. The greatest importances of the search: how"
+    " unlike the best tenth of the trials are to all (PED-ANOVA).",
 }
 
 
@@ -220,7 +220,11 @@ def _results(frame: pd.DataFrame) -> list[str]:
         parts.append(heading(3, f"{TASKS[str(task)]} ({first['n_id']} images, {accuracy}all in percent)"))
         for group, block in rows.groupby("group", sort=False):
             parts.append(side_by_side(_score_table(block, str(group), metrics) for metrics in PAIRS))
-    parts.append(paragraph("Bold: the best of its column. Means over the sets of a group are unweighted.", "soft"))
+    parts.append(
+        paragraph(
+            "Bold: the best of its column, to the digits shown. Means over the sets of a group are unweighted.", "soft"
+        )
+    )
     return parts + [paragraph(line, "soft") for line in footnotes(frame)]
 
 
@@ -235,7 +239,8 @@ def _score_table(block: pd.DataFrame, group: str, metrics: Sequence[str]) -> str
         values = np.array([cells[method, dataset][metric] for method in methods], float)
         if np.isfinite(values).any():
             best = np.nanmin(values) if metric == "fpr95" else np.nanmax(values)
-            bold |= {(int(row), place + 1) for row in np.flatnonzero(values == best)}
+            # what is printed alike is bold alike
+            bold |= {(row, place + 1) for row, value in enumerate(values) if _percent(value) == _percent(best)}
     rows = [[m, *(_cell(cells[m, dataset], metric) for dataset, metric in columns)] for m in methods]
     heads = [f"{group} mean" if d == "mean" else d for d, _ in columns]
     names = [f"{name}\n{NAMES[metric]}" for name, (_, metric) in zip(heads, columns, strict=True)]

@@ -119,7 +119,7 @@ def check_tables(page: Reader, frame: pd.DataFrame, *, spread: bool) -> None:
                     cell = cells.loc[table[row][0]]
                     text = f"{100 * cell[metric]:.2f}" + (f" ± {100 * cell[f'{metric}_std']:.2f}" if spread else "")
                     assert table[row][column] == text
-                    assert ((number, row, column) in page.bold) == (cell[metric] == best)
+                    assert ((number, row, column) in page.bold) == (f"{100 * cell[metric]:.2f}" == f"{100 * best:.2f}")
     assert next(tables, None) is None
 
 
