@@ -52,11 +52,16 @@ def read_params(path: str | Path) -> NacParams:
         raise ParamsError(f"{path}: {error}") from None
 
 
-def read_fingerprint(path: str | Path) -> str | None:
-    """Return the fingerprint of the states that a file's parameters were found on; None where it does not say."""
+def read_made_by(path: str | Path) -> Mapping[str, Any]:
+    """Return what a parameter file says of its making; empty where it says nothing."""
     data = json.loads(Path(path).read_text("utf-8"))
     made_by = data.get("made_by") if isinstance(data, dict) else None
-    found = made_by.get("fingerprint") if isinstance(made_by, dict) else None
+    return made_by if isinstance(made_by, dict) else {}
+
+
+def read_fingerprint(path: str | Path) -> str | None:
+    """Return the fingerprint of the states that a file's parameters were found on; None where it does not say."""
+    found = read_made_by(path).get("fingerprint")
     return found if isinstance(found, str) else None
 
 
@@ -67,7 +72,7 @@ def write_params(path: str | Path, params: NacParams, **sections: Mapping[str, A
         InputError: the file cannot be written.
     """
     text = json.dumps({**params.to_json(), **sections}, indent=2) + "\n"
-    _write_whole(Path(path), text.encode())
+    write_whole(path, text.encode())
 
 
 def write_detector(path: str | Path, exported: Exported) -> None:
@@ -77,7 +82,7 @@ def write_detector(path: str | Path, exported: Exported) -> None:
         InputError: the file cannot be written.
     """
     text = json.dumps(exported.to_json(), allow_nan=False)
-    _write_whole(Path(path), save(exported.to_arrays(), metadata={_KEY: text}))
+    write_whole(path, save(exported.to_arrays(), metadata={_KEY: text}))
 
 
 def read_detector(path: str | Path) -> Exported:
@@ -112,13 +117,18 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
-def _write_whole(target: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    target = Path(path)
     try:
         handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(draft, 0o644)

@@ -44,7 +44,7 @@ HEAVY = {
     "sklearn": {"network"},
     "skimage": {"network"},
     "pytorch_ood": {"network"},
-    "matplotlib": {"network"},
+    "matplotlib": {"network", "search"},
     "gdown": {"data"},
     "optuna": {"search"},
     "sqlalchemy": {"search"},

@@ -22,6 +22,7 @@ from nacpipe.cli.extract import extract
 from nacpipe.cli.inspect import inspect
 from nacpipe.cli.models import layers, models
 from nacpipe.cli.rank import rank
+from nacpipe.cli.report import report
 from nacpipe.cli.run import run
 from nacpipe.cli.score import score
 from nacpipe.cli.search import search
@@ -112,6 +113,6 @@ def main(debug: bool) -> None:
 
 
 for _command in (
-    extract, search, evaluate, inspect, run, export, score, rank, verify, repair, data, models, layers,
+    extract, search, evaluate, inspect, report, run, export, score, rank, verify, repair, data, models, layers,
 ):  # fmt: skip
     main.add_command(_command)

@@ -120,12 +120,7 @@ def _score(
     from nacpipe.search.evaluate import find_params
     from nacpipe.search.scored import evaluated_splits, score_cache
 
-    if len(choices) not in (0, 1, len(caches)):
-        raise click.UsageError(
-            f"--params is given {len(choices)} times for {len(caches)} caches; give it once for each."
-        )
-    chosen: list[str | None] = [*choices] or [None]
-    chosen *= len(caches) // len(chosen)
+    chosen = match_choices(choices, len(caches))
     names, other = list(baselines), None
     if against is not None and (other := _method_name(against)) is not None:
         names.append(other)
@@ -135,8 +130,16 @@ def _score(
         if against is not None and (other is None or other.startswith("NAC (")):
             other = f"NAC ({against})"
             sets[other] = find_params(cache, against, note)
-        runs.append(score_cache(cache, sets, more=_score_baselines(cache, names, evaluated_splits(cache))))
+        runs.append(score_cache(cache, sets, more=score_baselines_named(cache, names, evaluated_splits(cache))))
     return runs, other
+
+
+def match_choices(choices: Sequence[str], caches: int) -> list[str | None]:
+    """Return --params for each cache: given once for each, once for all, or not at all."""
+    if len(choices) not in (0, 1, caches):
+        raise click.UsageError(f"--params is given {len(choices)} times for {caches} caches; give it once for each.")
+    chosen: list[str | None] = [*choices] or [None]
+    return chosen * (caches // len(chosen))
 
 
 def _method_name(text: str) -> str | None:
@@ -146,7 +149,8 @@ def _method_name(text: str) -> str | None:
     return {name.lower(): name for name in (*LOGIT_BASELINES, *MORE_BASELINES)}.get(text.lower())
 
 
-def _score_baselines(cache: Cache, names: Sequence[str], splits: list[str]) -> Mapping[str, MethodScores]:
+def score_baselines_named(cache: Cache, names: Sequence[str], splits: list[str]) -> Mapping[str, MethodScores]:
+    """Score these splits by further baselines, whose packages are an extra."""
     from nacpipe.core.baselines import choose_baselines
     from nacpipe.errors import MissingExtra
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import format_bytes, note, print_json, print_table, say
+from nacpipe.cli.bars import print_bars
+from nacpipe.cli.show import format_bytes, note, print_json, print_table, printable, say
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from nacpipe.cache import Cache
-
-SHOWN_BINS = 40  # lines a person reads
+    from nacpipe.core.params import LayerParams, NacParams
 
 
 @click.command()
@@ -25,27 +26,75 @@ SHOWN_BINS = 40  # lines a person reads
 @click.argument("layer", required=False)
 @click.option("--params", "choice", metavar="FILE", help="Show states and coverage per bin too: a file, or published.")
 @click.option("--alpha", type=float, help="Show the states sigmoid(alpha · product) too.")
+@click.option(
+    "--against", metavar="CACHE", type=click.Path(path_type=Path), help="Same images, other weights: compare."
+)
+@click.option("--rows", type=click.IntRange(1), metavar="N", help="The N most and N least typical images, by score.")
+@click.option(
+    "--mosaic", metavar="FILE", type=click.Path(path_type=Path), help="A picture of the 25 highest and lowest scored."
+)
+@click.option("--data-root", metavar="DIR", type=click.Path(path_type=Path), help="Of images; default: as extracted.")
+@click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the histograms: .svg or .png.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(
-    cache: Path, split: str | None, layer: str | None, choice: str | None, alpha: float | None, as_json: bool
+    cache: Path,
+    split: str | None,
+    layer: str | None,
+    choice: str | None,
+    alpha: float | None,
+    against: Path | None,
+    rows: int | None,
+    mosaic: Path | None,
+    data_root: Path | None,
+    plot: Path | None,
+    as_json: bool,
 ) -> None:
-    """Print what made CACHE and what it holds; with SPLIT and LAYER, how the states are distributed.
+    """Print what made CACHE and what it holds; with SPLIT what its layers are like, with LAYER the states themselves.
 
     \b
     nacpipe inspect cache/digits-digits_cnn.zarr
     nacpipe inspect cache/digits-digits_cnn.zarr id/val
-    nacpipe inspect cache/digits-digits_cnn.zarr id/val avgpool --alpha 10
+    nacpipe inspect cache/digits-digits_cnn.zarr id/val avgpool --alpha 10 --plot avgpool.svg
+    nacpipe inspect cache/digits-digits_cnn.zarr ood/near/letters --rows 5 --mosaic letters.png
+    nacpipe inspect cache/s0.zarr id/val --against cache/s1.zarr
     """
+    from nacpipe.artifact import check_writable
     from nacpipe.cache import open_cache
-    from nacpipe.search.inspection import summarise_cache, summarise_splits
+    from nacpipe.errors import InputError
 
-    opened = open_cache(cache)
     if choice is not None and alpha is not None:
         raise click.UsageError("Give --params or --alpha, not both.")
-    if layer is not None and split is not None:
-        _inspect_layer(opened, split, layer, choice, alpha, as_json)
-        return
-    frame, summary = summarise_splits(opened, split), summarise_cache(opened)
+    ranks = rows is not None or mosaic is not None
+    if against is not None and (ranks or choice is not None or alpha is not None):
+        raise click.UsageError("--against compares states; leave out --rows, --mosaic, --params and --alpha.")
+    if ranks and alpha is not None:
+        raise click.UsageError("Scores need all parameters: --params, not --alpha.")
+    if split is None and (ranks or against is not None):
+        raise click.UsageError("Name a SPLIT for --rows, --mosaic and --against.")
+    if plot is not None and (split is None or layer is None or ranks):
+        raise click.UsageError("--plot draws a layer: name SPLIT and LAYER, and leave out --rows and --mosaic.")
+    for path in (mosaic, plot):
+        if path is not None and path.suffix not in (".png", *([".svg"] if path == plot else [])):
+            raise InputError(f"{path}: a mosaic is written as .png, a plot as .png or .svg")
+        if path is not None:
+            check_writable(path)
+    opened = open_cache(cache)
+    if split is None:
+        _inspect_cache(opened, as_json)
+    elif ranks:
+        _inspect_rows(opened, split, layer, choice, rows, mosaic, data_root, as_json)
+    elif against is not None:
+        _compare(opened, open_cache(against), split, layer, plot, as_json)
+    elif layer is None:
+        _inspect_split(opened, split, choice, as_json)
+    else:
+        _inspect_layer(opened, split, layer, choice, alpha, plot, as_json)
+
+
+def _inspect_cache(cache: Cache, as_json: bool) -> None:
+    from nacpipe.search.inspection import summarise_cache, summarise_splits
+
+    frame, summary = summarise_splits(cache), summarise_cache(cache)
     if as_json:
         print_json({**summary, "splits": frame.to_dict("records")})
         return
@@ -71,40 +120,179 @@ def print_splits(frame: pd.DataFrame) -> None:
     print_table(("split", "rows", "done", "sealed", "raw", "stored"), rows)
 
 
+def _inspect_split(cache: Cache, split: str, choice: str | None, as_json: bool) -> None:
+    from nacpipe.search.evaluate import find_params
+    from nacpipe.search.inspection import describe_layers, summarise_cache, summarise_splits
+
+    frame = summarise_splits(cache, split)
+    layers = None
+    if frame["sealed"].all():
+        layers = describe_layers(cache, split, None if choice is None else find_params(cache, choice, note))
+    if as_json:
+        states = None if layers is None else layers.to_dict("records")
+        print_json({**summarise_cache(cache), "splits": frame.to_dict("records"), "states": states})
+        return
+    print_splits(frame)
+    if layers is None:
+        note(f"{split} is not finished; finish it with: {cache.command()}")
+        return
+    click.echo("")
+    _print_layers(layers, states=choice is not None)
+
+
+def _print_layers(layers: pd.DataFrame, states: bool) -> None:
+    heads = ["layer", "neurons", "dead", "zeros %", "|product|", "alpha to try"]
+    rows = [
+        [
+            row.layer, str(row.neurons), str(row.dead), f"{100 * row.zeros:.1f}", _number(row.size),
+            f"{_number(row.alpha_low)} … {_number(row.alpha_high)}",
+            *([_number(row.alpha), _percent(row.flat), _percent(row.saturated)] if states else []),
+        ]
+        for row in layers.itertuples()
+    ]  # fmt: skip
+    print_table(heads + ["alpha", "flat %", "saturated %"] * states, rows)
+    click.echo(
+        "\ndead: activation 0 in every row; |product|: the median where it is not 0"
+        + "; flat, saturated: states near ½, near 0 or 1" * states
+    )
+
+
 def _inspect_layer(
-    cache: Cache, split: str, layer: str, choice: str | None, alpha: float | None, as_json: bool
+    cache: Cache, split: str, layer: str, choice: str | None, alpha: float | None, plot: Path | None, as_json: bool
 ) -> None:
     from nacpipe.core.params import LayerParams, NacParams
-    from nacpipe.errors import ParamsError
     from nacpipe.search.evaluate import find_params
-    from nacpipe.search.inspection import describe_bins, describe_layer
+    from nacpipe.search.inspection import describe_bins, describe_layer, describe_layers, value_histograms
     from nacpipe.search.scoring import fit_coverage
 
     params = bins = None
     cache[split][layer]  # both names are checked before anything is read
     if choice is not None:
-        given = find_params(cache, choice)
-        if layer not in given.layers:
-            raise ParamsError(f"{choice} has no parameters for layer {layer!r}; it has {', '.join(given.layers)}")
-        params = replace(given.layers[layer], weight=1.0)  # a layer of weight 0 can be looked at too
+        params = _params_of(find_params(cache, choice), layer, choice)
     elif alpha is not None:
         params = LayerParams(bins=50, saturation=50, alpha=alpha)
         note(f"coverage with {params.bins} bins and saturation {params.saturation}; others with --params FILE")
     if params is not None:
         bins = describe_bins(fit_coverage(cache, NacParams(layers={layer: params})), layer)
-    values = describe_layer(cache, split, layer, params)
+    values, histograms = describe_layer(cache, split, layer, params), value_histograms(cache, split, layer, params)
+    whole = describe_layers(cache, split, None if params is None else NacParams(layers={layer: params}), only=layer)
+    if plot is not None:
+        _plot(plot, {split: histograms}, layer)
     if as_json:
-        print_json({"values": values.to_dict("records"), "bins": None if bins is None else bins.to_dict("records")})
+        told = {"layer": whole.to_dict("records")[0], "values": values.to_dict("records")}
+        told["histograms"] = histograms.to_dict("records")
+        print_json({**told, "bins": None if bins is None else bins.to_dict("records")})
         return
+    _print_layers(whole, states=params is not None)
+    click.echo("")
     _print_numbers(values)
+    for name, bars in histograms.groupby("value", sort=False):
+        click.echo(
+            f"\n{name}" + ("" if name == "state" else ", 1st to 99th percentile; the ends hold what lies beyond")
+        )
+        print_bars(bars["count"].tolist(), float(bars["from"].iloc[0]), float(bars["to"].iloc[-1]))
     if bins is not None:
-        click.echo("\ncoverage built from id/train: states per bin, means over neurons")
-        fullest = bins.nlargest(SHOWN_BINS, "count").sort_values("bin")
-        _print_numbers(fullest)
-        if len(bins) > SHOWN_BINS:
-            note(f"the {SHOWN_BINS} fullest of {len(bins)} bins that hold any; --json has all")
+        click.echo(
+            f"\ncoverage from id/train, mean over neurons, of the {len(bins)} bins that hold any (--json has all)"
+        )
+        print_bars(bins["coverage"].tolist(), float(bins["from"].iloc[0]), float(bins["to"].iloc[-1]), top=1.0)
+
+
+def _params_of(params: NacParams, layer: str, choice: str | None) -> LayerParams:
+    """A layer's parameters with weight 1: a layer of weight 0 can be looked at too."""
+    from nacpipe.errors import ParamsError
+
+    if layer not in params.layers:
+        named = "the parameter file" if choice is None else choice
+        raise ParamsError(f"{named} has no parameters for layer {layer!r}; it has {', '.join(params.layers)}")
+    return replace(params.layers[layer], weight=1.0)
+
+
+def _inspect_rows(
+    cache: Cache,
+    split: str,
+    layer: str | None,
+    choice: str | None,
+    rows: int | None,
+    mosaic: Path | None,
+    data_root: Path | None,
+    as_json: bool,
+) -> None:
+    from nacpipe.cli.pictures import image_names, write_mosaic
+    from nacpipe.core.params import NacParams
+    from nacpipe.search.evaluate import find_params
+    from nacpipe.search.inspection import rank_rows
+
+    cache[split]
+    params = find_params(cache, choice, note)
+    if layer is not None:
+        params = NacParams(layers={layer: _params_of(params, layer, choice)})
+    ranked = rank_rows(cache, split, params)
+    if rows is not None:
+        shown = ranked if 2 * rows >= len(ranked) else ranked.iloc[[*range(rows), *range(-rows, 0)]]
+        shown = shown.assign(image=image_names(cache, split, shown["index"].tolist(), data_root))
+        if as_json:
+            print_json(shown.to_dict("records"))
+        else:
+            lines: list[list[str]] = [
+                [row.image, f"{row.score:.6f}", str(row.row), str(row.label), str(row.predicted)]
+                for row in shown.itertuples()
+            ]
+            if len(shown) < len(ranked):
+                lines.insert(rows, [])
+            print_table(("image", "score", "row", "label", "predicted"), lines)
+    if mosaic is not None:
+        write_mosaic(mosaic, cache, split, ranked, data_root)
+        note(f"wrote {mosaic}")
+
+
+def _compare(cache: Cache, other: Cache, split: str, layer: str | None, plot: Path | None, as_json: bool) -> None:
+    from nacpipe.search.inspection import compare_splits, value_histograms
+
+    for one in (cache, other):
+        if layer is not None:
+            one[split][layer]
+    frame = compare_splits(cache, other, split)
+    if layer is not None:
+        frame = frame[frame["layer"] == layer]
+    if plot is not None and layer is not None:
+        _plot(plot, {one.path: value_histograms(one, split, layer) for one in (cache, other)}, layer)
+    if as_json:
+        print_json({"agree": frame.attrs.get("agree"), "layers": frame.to_dict("records")})
+        return
+    pairs = (("dead", str), ("zeros", _percent), ("size", _number))
+    rows = [
+        [str(row["layer"]), *(f"{show(row[name])} / {show(row[f'{name}_other'])}" for name, show in pairs),
+         _number(row["ratio"]), _number(row["alike"])]
+        for _, row in frame.iterrows()
+    ]  # fmt: skip
+    print_table(("layer", "dead", "zeros %", "|product|", "ratio", "alike"), rows)
+    click.echo(f"\n{printable(cache.path)} / {printable(other.path)}; ratio: the other's |product| over this one's")
+    click.echo("alike: correlation of a neuron's activations over the images, mean over neurons")
+    if (agree := frame.attrs.get("agree")) is not None:
+        click.echo(f"both predict the same class for {_percent(agree)} % of the images")
+
+
+def _plot(path: Path, histograms: dict[str, pd.DataFrame], title: str) -> None:
+    from nacpipe.artifact import write_whole
+    from nacpipe.errors import MissingExtra
+
+    try:
+        from nacpipe.search.figures import draw_values, to_png, to_svg
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f"--plot needs {error.name}; install it with: pip install 'nacpipe[report]'") from None
+    write_whole(path, (to_svg if path.suffix == ".svg" else to_png)(draw_values(histograms, title)))
+    note(f"wrote {path}")
 
 
 def _print_numbers(frame: pd.DataFrame) -> None:
     rows = [[v if isinstance(v, str) else f"{v:.4g}" for v in row] for row in frame.itertuples(index=False)]
     print_table(list(frame.columns), rows)
+
+
+def _number(value: Any) -> str:
+    return "–" if math.isnan(value) else f"{value:.4g}"
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.1f}"

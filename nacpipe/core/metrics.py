@@ -60,6 +60,16 @@ def fpr95(id_scores: Scores, ood_scores: Scores) -> float:
     return int((id_scores <= threshold).sum()) / id_scores.size
 
 
+def roc_curve(id_scores: Scores, ood_scores: Scores) -> NDArray[np.float64]:
+    """Return (points, 2): shares of the ID and of the OOD samples that each distinct score as threshold flags.
+
+    From (0, 0) to (1, 1), ascending; the area under it is the AUROC.
+    """
+    thresholds = np.unique(np.concatenate([id_scores, ood_scores]))
+    sides = [np.searchsorted(np.sort(side), thresholds, side="right") / side.size for side in (id_scores, ood_scores)]
+    return np.concatenate([np.zeros((1, 2)), np.stack(sides, axis=1)])
+
+
 def _aupr(positive: Scores, negative: Scores) -> float:
     """The trapezoid under precision over recall, every distinct score a threshold, from (recall 0, precision 1)."""
     scores = np.concatenate([positive, negative])

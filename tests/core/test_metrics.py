@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import auc, precision_recall_curve, roc_auc_score, roc_curve
+from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
+from sklearn.metrics import roc_curve as sklearn_curve
 
-from nacpipe.core.metrics import Detection, Scores, accuracy, detect
+from nacpipe.core.metrics import Detection, Scores, accuracy, detect, roc_curve
 from nacpipe.errors import ValuesError
 from tests import oracle
 
@@ -32,7 +33,7 @@ def by_openood(id_scores: Scores, ood_scores: Scores) -> Detection:
     """OpenOOD v1.5's `auc_and_fpr_recall`, its two AUPR columns under their right names."""
     conf = np.concatenate([id_scores, ood_scores])
     is_ood = np.arange(conf.size) >= id_scores.size
-    fpr, tpr, _ = roc_curve(is_ood, -conf)
+    fpr, tpr, _ = sklearn_curve(is_ood, -conf)
     precision_in, recall_in, _ = precision_recall_curve(~is_ood, conf)
     precision_out, recall_out, _ = precision_recall_curve(is_ood, -conf)
     return Detection(
@@ -145,3 +146,17 @@ def test_accuracy_by_hand() -> None:
     logits = np.array([[0.1, 0.9], [2.0, -1.0], [0.0, 3.0], [5.0, 4.0]], np.float32)
     assert accuracy(logits, np.array([1, 0, 0, 0])) == 0.75
     assert accuracy(logits, np.array([-1, -1, -1, -1])) == 0.0
+
+
+def test_a_roc_curve_by_hand() -> None:
+    """Thresholds 1, 2, 3: of the ID 2 3 3 none, one, all are flagged; of the OOD 1 2 one, both, both."""
+    found = roc_curve(np.array([2.0, 3.0, 3.0]), np.array([1.0, 2.0]))
+    np.testing.assert_allclose(found, [[0, 0], [0, 0.5], [1 / 3, 1], [1, 1]])
+
+
+@given(SCORES, SCORES)
+def test_the_area_under_a_roc_curve_is_the_auroc(id_scores: Scores, ood_scores: Scores) -> None:
+    found = roc_curve(id_scores, ood_scores)
+    assert (np.diff(found, axis=0) >= 0).all()
+    area = np.trapezoid(found[:, 1], found[:, 0])
+    assert area == pytest.approx(oracle.auroc(id_scores, ood_scores), abs=1e-12)

@@ -11,9 +11,22 @@ from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
 from nacpipe.core.params import LayerParams, NacParams
-from nacpipe.errors import CacheError, InputError
-from nacpipe.search.inspection import describe_bins, describe_layer, summarise_cache, summarise_splits
-from nacpipe.search.scoring import fit_coverage
+from nacpipe.errors import CacheError, IdentityError, InputError
+from nacpipe.search.inspection import (
+    compare_splits,
+    describe_bins,
+    describe_layer,
+    describe_layers,
+    rank_rows,
+    state_shares,
+    suggest_alpha,
+    summarise_cache,
+    summarise_splits,
+    value_histograms,
+)
+from nacpipe.search.result import SearchRequest
+from nacpipe.search.scoring import fit_coverage, score_splits
+from nacpipe.search.study import Search
 
 LAYER = LayerSpec(name="fc", path="body.fc", pooling="none", neurons=2)
 HEADER = Header(
@@ -163,3 +176,126 @@ def test_names_that_are_not_there(cache: Cache, tmp_path: Path) -> None:
         CacheError, match=r"id/val is not finished \(0 of 1 blocks\); finish it with: nacpipe extract digits"
     ):
         describe_layer(open_cache(tmp_path / "c.zarr"), "id/val", "fc")
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def test_layers_by_hand(tmp_path: Path) -> None:
+    """One neuron of two is dead; |product| of id/train that is not 0: 1 1 1 5 5, of id/val 2 4 6."""
+    train = np.array([[0, 1], [1, 1], [5, -5]], np.float32)
+    val = np.array([[0, 1], [0, 2], [0, 3], [0, 0]], np.float32)
+    cache = write(
+        tmp_path / "c.zarr", {"id/train": (train, np.ones_like(train)), "id/val": (val, np.full_like(val, 2))}
+    )
+    params = NacParams(layers={"fc": LayerParams(bins=9, saturation=1, alpha=1.0)})
+    (found,) = describe_layers(cache, "id/val", params).to_dict("records")
+    assert found == {
+        "layer": "fc",
+        "neurons": 2,
+        "dead": 1,
+        "zeros": 5 / 8,
+        "size": 4,
+        "alpha_low": pytest.approx(0.1 / 5),  # the 99th percentile
+        "alpha_high": pytest.approx(30 / 1),  # the median
+        "alpha": 1.0,
+        "flat": 0,
+        "saturated": pytest.approx(1 / 3),  # sigmoid(6) = 0.9975
+    }
+    bare = describe_layers(cache, "id/val")
+    assert bare[["alpha", "flat", "saturated"]].isna().all().all()
+    assert bare.drop(columns=["alpha", "flat", "saturated"]).to_dict("records")[0].items() <= found.items()
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(1.0, (0.5, 0)), (200.0, (0, 0.5)), (1e9, (0, 1)), (1e-9, (1, 0))])
+def test_shares_of_states(alpha: float, expected: tuple[float, float]) -> None:
+    """States of 0.03 and −0.03 at alpha 1: 0.5075 and 0.4925; of 0.05: 0.512; at 200 sigmoid(6), sigmoid(4)."""
+    source = np.array([[0.03, 0.02, 0.05, -0.0401, 0.0, np.inf]], np.float32)
+    if alpha == 200:
+        source = np.array([[0.03, -0.02, 0.0201, -0.05]], np.float32)
+    assert state_shares(source, alpha) == expected
+
+
+def test_a_useful_alpha_is_the_search_s(small_cache: Cache) -> None:
+    space = Search(SearchRequest(cache=Path(small_cache.path)), create=False).space
+    for layer in ("avgpool", "layer1"):
+        alpha = space[layer].alpha["product"]
+        assert suggest_alpha(small_cache, layer) == (alpha.low, alpha.high)  # type: ignore[union-attr]
+
+
+def test_without_a_training_set_no_alpha(tmp_path: Path) -> None:
+    found = suggest_alpha(write(tmp_path / "c.zarr", {"id/val": (ACTIVATION, ACTIVATION)}), "fc")
+    assert np.isnan(found).all()
+    zeros = np.zeros((4, 2), np.float32)
+    assert np.isnan(suggest_alpha(write(tmp_path / "z.zarr", {"id/train": (zeros, zeros)}), "fc")).all()
+
+
+def test_histograms_hold_every_number(cache: Cache) -> None:
+    params = LayerParams(bins=4, saturation=1, alpha=0.5)
+    found = value_histograms(cache, "id/val", "fc", params, bins=10)
+    assert found.groupby("value", sort=False)["count"].agg(["size", "sum"]).values.tolist() == [
+        [10, 11], [10, 12], [10, 11], [10, 11],
+    ]  # fmt: skip
+    activation = found[found["value"] == "activation"]  # 0 … 10, each once; the range is 0.1 … 9.9
+    assert activation["count"].iloc[[0, -1]].tolist() == [2, 2]  # 0 and 1; 9 and 10
+    assert activation["from"].iloc[0] == pytest.approx(0.1)
+    assert activation["to"].iloc[-1] == pytest.approx(9.9)
+    state = found[found["value"] == "state"]
+    assert (state["from"].iloc[0], state["to"].iloc[-1]) == (0, 1)
+    # states sigmoid(0 1 2 … 10): 0.5, 0.73, 0.88, 0.95 and on
+    assert state["count"].tolist() == [0, 0, 0, 0, 0, 1, 0, 1, 1, 8]
+    assert value_histograms(cache, "ood/val", "fc")["value"].unique().tolist() == ["gradient"]  # infinities have none
+
+
+# --- two caches -------------------------------------------------------------------------------------------------------
+
+
+def test_two_caches_by_hand(tmp_path: Path) -> None:
+    train = np.array([[1, 1], [2, 1], [4, 3]], np.float32)
+    one = np.array([[0, 1], [1, 2], [2, 4]], np.float32)
+    other = np.array([[0, -3], [3, -6], [6, -12]], np.float32)  # three times as much; the second neuron turned round
+    ones = np.ones_like(one)
+    caches = [
+        write(tmp_path / f"{n}.zarr", {"id/train": (train, train), "id/val": (x, ones)})
+        for n, x in enumerate([one, other])
+    ]
+    found = compare_splits(*caches, "id/val")
+    assert found.to_dict("records") == [
+        {
+            "layer": "fc",
+            "neurons": 2,
+            "dead": 0,
+            "zeros": 1 / 6,
+            "size": 2.0,
+            "neurons_other": 2,
+            "dead_other": 0,
+            "zeros_other": 1 / 6,
+            "size_other": 6.0,
+            "ratio": 3.0,
+            "alike": pytest.approx(0.0),  # 1 and −1
+        }
+    ]
+    assert found.attrs["agree"] == 1.0
+    assert compare_splits(caches[0], caches[0], "id/val")["alike"].tolist() == [pytest.approx(1.0)]
+
+
+def test_other_images_are_refused(cache: Cache, tmp_path: Path) -> None:
+    other = write(tmp_path / "c.zarr", {"id/val": (ACTIVATION[:4], ACTIVATION[:4])})
+    with pytest.raises(IdentityError, match=r"^id/val of .* and of .* hold other images \(id/val.txt, id/val.txt\)"):
+        compare_splits(cache, other, "id/val")
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_most_typical_come_first(small_cache: Cache) -> None:
+    params = NacParams(layers={"avgpool": LayerParams(bins=20, saturation=5, alpha=0.5)})
+    found = rank_rows(small_cache, "ood/near/letters", params)
+    scores = score_splits(small_cache, params, ["ood/near/letters"])["ood/near/letters"]
+    assert found["score"].tolist() == sorted(scores, reverse=True)
+    assert found["score"].tolist() == scores[found["row"]].tolist()
+    assert sorted(found["row"]) == list(range(35))
+    split = small_cache["ood/near/letters"]
+    assert found["index"].tolist() == split.index[found["row"]].tolist()
+    assert found["predicted"].tolist() == split.read("logits").argmax(axis=1)[found["row"]].tolist()
+    assert set(found["label"]) == {-1}

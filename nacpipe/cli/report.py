@@ -1,0 +1,81 @@
+"""`nacpipe report`: one page to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nacpipe.cli.evaluate import match_choices, score_baselines_named
+from nacpipe.cli.show import note, split_names
+
+
+@click.command()
+@click.argument("caches", metavar="CACHE…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--output", required=True, metavar="FILE", type=click.Path(path_type=Path), help="The page: one HTML file."
+)
+@click.option(
+    "--figures", metavar="DIR", type=click.Path(path_type=Path), help="Write every picture as SVG and PNG too."
+)
+@click.option(
+    "--params",
+    "choices",
+    metavar="FILE",
+    multiple=True,
+    help="A file, or published; default: what search left beside X.zarr. Once for all caches, or once for each.",
+)
+@click.option("--baselines", metavar="NAMES", callback=split_names, help="all, or some by name (nacpipe[baselines]).")
+@click.pass_context
+def report(
+    ctx: click.Context,
+    caches: tuple[Path, ...],
+    output: Path,
+    figures: Path | None,
+    choices: tuple[str, ...],
+    baselines: tuple[str, ...],
+) -> None:
+    """Write one page about CACHE: tables, scores, ROC curves, coverage, the search, and where it all came from.
+
+    Several caches are training runs of one network: mean ± standard deviation, and a section for each. The page is one
+    file that needs no network and no scripts; it can be printed.
+
+    \b
+    nacpipe report cache/digits-digits_cnn.zarr --output report.html
+    nacpipe report cache/digits-digits_cnn.zarr --output report.html --figures figures
+    nacpipe report cache/s0.zarr cache/s1.zarr cache/s2.zarr --output report.html
+    """
+    from nacpipe.artifact import check_writable, write_whole
+    from nacpipe.cache import open_cache
+    from nacpipe.errors import MissingExtra
+    from nacpipe.search.evaluate import find_params
+    from nacpipe.search.runs import check_runs
+    from nacpipe.search.scored import evaluated_splits, score_cache
+    from nacpipe.search.tables import tabulate
+
+    try:
+        from nacpipe.search.figures import write_figure
+        from nacpipe.search.report import draw_chapter, read_chapter, render_report
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f"this needs {error.name}; install it with: pip install 'nacpipe[report]'") from None
+
+    check_writable(output)
+    if figures is not None:
+        figures.mkdir(parents=True, exist_ok=True)
+    opened = [open_cache(path) for path in caches]
+    check_runs(opened)
+    chapters = []
+    for cache, choice in zip(opened, match_choices(choices, len(opened)), strict=True):
+        params = find_params(cache, choice, note)
+        run = score_cache(cache, params, more=score_baselines_named(cache, baselines, evaluated_splits(cache)))
+        chapters.append(read_chapter(cache, params, run, choice))
+    frame = tabulate([chapter.run for chapter in chapters])
+    drawn = [draw_chapter(chapter) for chapter in chapters]
+    write_whole(output, render_report(chapters, frame, ctx.obj, drawn).encode())
+    note(f"wrote {output}")
+    if figures is not None:
+        for number, groups in enumerate(drawn, 1):
+            for pictures in groups.values():
+                for name, figure in pictures.items():
+                    write_figure(figures, name if len(drawn) == 1 else f"run{number}-{name}", figure)
+        note(f"wrote {figures}")
