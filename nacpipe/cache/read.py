@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -100,8 +101,17 @@ class Cache(Mapping[str, SplitView]):
         return SplitView(self, name, group)
 
     def command(self) -> str:
-        """Return the command that made this cache, which also finishes it."""
-        return str(self.header.information.get("command") or f"nacpipe extract BENCHMARK --cache {self.path}")
+        """Return the command that made this cache, which also finishes it, where it is now."""
+        recorded = str(self.header.information.get("command") or "nacpipe extract BENCHMARK")
+        try:
+            words = shlex.split(recorded)
+        except ValueError:  # an open quote: it was not written by nacpipe
+            return recorded
+        if "--cache" in words[:-1]:
+            words[words.index("--cache") + 1] = self.path
+        else:
+            words += ["--cache", self.path]
+        return shlex.join(words)
 
     def classifier(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """Return the last linear layer's weight (classes, features) and bias (classes,), where there is one."""

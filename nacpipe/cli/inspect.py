@@ -163,10 +163,11 @@ def _inspect_layer(
     from nacpipe.core.params import LayerParams, NacParams
     from nacpipe.search.evaluate import find_params
     from nacpipe.search.inspection import describe_bins, describe_layer, describe_layers, value_histograms
-    from nacpipe.search.scoring import fit_coverage
+    from nacpipe.search.scoring import check_layers, fit_coverage
 
     params = bins = None
-    cache[split][layer]  # both names are checked before anything is read
+    check_layers(cache, [layer])  # both names are checked before anything is read
+    cache[split]
     if choice is not None:
         params = _params_of(find_params(cache, choice), layer, choice)
     elif alpha is not None:
@@ -248,10 +249,11 @@ def _inspect_rows(
 
 def _compare(cache: Cache, other: Cache, split: str, layer: str | None, plot: Path | None, as_json: bool) -> None:
     from nacpipe.search.inspection import compare_splits, value_histograms
+    from nacpipe.search.scoring import check_layers
 
     for one in (cache, other):
         if layer is not None:
-            one[split][layer]
+            check_layers(one, [layer])
     frame = compare_splits(cache, other, split)
     if layer is not None:
         frame = frame[frame["layer"] == layer]

@@ -65,7 +65,9 @@ def search(status: bool, explain: bool, dry_run: bool, as_json: bool, **asked: A
         print_explanation(found, as_json)
     elif status:
         print_result(found.result("stopped"), found, as_json)
-        note(f"go on, or ask for more with --trials N: {found.command()}")
+        done = len(found.completed())
+        more = "it is complete; more with --trials N" if done >= found.trials else f"go on with: {found.command()}"
+        note(f"{done} of {found.trials} trials; {more}")
     else:
         run_search(found, as_json)
 
@@ -73,10 +75,11 @@ def search(status: bool, explain: bool, dry_run: bool, as_json: bool, **asked: A
 def run_search(search: Search, as_json: bool = False) -> SearchResult:
     """Run a search with progress on stderr, write the parameters, print what was found."""
     from nacpipe.artifact import write_params
+    from nacpipe.search.result import SearchRequest
     from nacpipe.search.storage import only_runner
     from nacpipe.search.sweep import run
 
-    request, target = search.request, search.request.target
+    request = search.request
     done = len(search.completed())
     if done >= search.trials:
         note(f"the study has {done} completed trials already; more with --trials N")
@@ -90,7 +93,7 @@ def run_search(search: Search, as_json: bool = False) -> SearchResult:
 
     with only_runner(request.where, request.study_name):
         result = run(search, show)
-    _say_what_is_replaced(target, search)
+    target = _where_to(search, result)
     write_params(target, result.params, result=result.to_json(), made_by=search.made_by())
     print_result(result, search, as_json)
     note(f"wrote {target}")
@@ -101,22 +104,30 @@ def run_search(search: Search, as_json: bool = False) -> SearchResult:
     elif result.ended == "patience" and request.patience:
         note(f"no improvement in {request.patience} trials; go on with more: {search.command(2 * request.patience)}")
     else:
-        named = f" --params {target}" if request.output else ""
+        named = f" --params {target}" if target != SearchRequest(cache=request.cache).target else ""
         note(f"next: nacpipe evaluate {request.cache}{named}")
     return result
 
 
-def _say_what_is_replaced(target: Path, search: Search) -> None:
-    """Another study's result is not replaced without a word."""
+def _where_to(search: Search, result: SearchResult) -> Path:
+    """Where the result goes: a better one of another study is not replaced unless its file is named."""
     import json
 
+    from nacpipe.artifact import beside_cache
+
+    request = search.request
     try:
-        before = json.loads(target.read_text("utf-8"))
-        name, value = before["made_by"]["study_name"], before["result"]["val_auroc"]
+        before = json.loads(request.target.read_text("utf-8"))
+        name, value = str(before["made_by"]["study_name"]), float(before["result"]["val_auroc"])
     except (OSError, ValueError, KeyError, TypeError):
-        return
-    if name != search.request.study_name:
-        note(f"{target} held the result of {name} ({_percent(value)} %); it is replaced, keep both with --output FILE")
+        return request.target
+    if name == request.study_name:
+        return request.target
+    if request.output is None and value > result.checks.val_auroc:
+        note(f"{request.target} stays: it holds the better result of {name} ({_percent(value)} %)")
+        return beside_cache(str(request.cache), f".{request.study_name}.params.json")
+    note(f"{request.target} held the result of {name} ({_percent(value)} %); it is replaced")
+    return request.target
 
 
 def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
@@ -176,7 +187,7 @@ def print_explanation(search: Search, as_json: bool) -> None:
             f"{row.layer}.{row.parameter}",
             f"{row.value:.4g}" if isinstance(row.value, float) else str(row.value),
             _percent(row.importance),
-            "" if math.isnan(row.low) else f"{row.low:.4g} … {row.high:.4g}",
+            row.choices if math.isnan(row.low) else f"{row.low:.4g} … {row.high:.4g}",
             "" if math.isnan(row.place) else _gauge(row.place) + " at the edge" * row.at_edge,
         )
         for row in found.parameters.itertuples()

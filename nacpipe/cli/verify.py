@@ -41,6 +41,8 @@ def verify(cache: Path, form_only: bool, as_json: bool) -> None:
         print_table(("split", "array", "block", "rows", "what"), [_cells(d) for d in damage], left=5)
     else:
         say(f"{opened.path}: {len(opened)} splits, " + ("of the right form" if form_only else "whole"))
+    if unfinished := [name for name in opened if not opened.peek(name).sealed]:
+        note(f"not finished: {', '.join(unfinished)}; finish with: {opened.command()}")
     if damage:
         raise CacheError(f"{opened.path}: {len(damage)} damaged; mend it with: nacpipe repair {opened.path}")
 

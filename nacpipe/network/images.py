@@ -147,10 +147,11 @@ def _packaged(source: str) -> tuple[_Opener, NDArray[np.int64], str]:
 
 
 def _opener(listed: ImageList, allow_truncated: bool) -> _Opener:
-    return lambda row: read_image(listed.file(row), listed.where(row), allow_truncated)
+    hint = "; --allow-truncated loads it as OpenOOD does"
+    return lambda row: read_image(listed.file(row), listed.where(row), allow_truncated, hint)
 
 
-def read_image(path: Path, where: str, allow_truncated: bool = False) -> Image.Image:
+def read_image(path: Path, where: str, allow_truncated: bool = False, if_truncated: str = "") -> Image.Image:
     """Read and decode an image file.
 
     Raises:
@@ -163,7 +164,7 @@ def read_image(path: Path, where: str, allow_truncated: bool = False) -> Image.I
     except FileNotFoundError:
         raise ImageError(f"image is not there: {where}") from None
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        hint = "; --allow-truncated loads it as OpenOOD does" if "truncated" in str(error) else ""
+        hint = if_truncated if "truncated" in str(error) else ""
         what = re.sub(r" <_io.BytesIO object at \w+>", "", str(error) or type(error).__name__).splitlines()[0][:120]
         raise ImageError(f"image cannot be read: {where}: {what}{hint}") from error
 

@@ -11,9 +11,9 @@ import pandas as pd
 
 from nacpipe.core.params import NacParams
 from nacpipe.errors import StudyError
-from nacpipe.search.space import Interval
+from nacpipe.search.space import Choice, Interval, LayerSpace
 from nacpipe.search.study import Search
-from nacpipe.search.trials import best_trial, number_of, recorded_fields, trial_params
+from nacpipe.search.trials import best_trial, number_of, trial_params
 
 EDGE = 0.02  # of a range: a best value this near its end asks for a wider range
 FEW = 20  # trials from which importances are worth a look
@@ -25,7 +25,8 @@ class Explanation:
     """Three frames and a picture."""
 
     parameters: pd.DataFrame
-    """layer, parameter, value (the best trial's), importance (share), low, high, place (in the range, 0 … 1), at_edge.
+    """layer, parameter, value (the best trial's), importance (share), low, high, choices, place (in the range, 0 … 1),
+    at_edge; of what is searched.
     """
     layers: pd.DataFrame
     """layer, weight, alone (best validation AUROC with all the weight), without (AUROC when it is left out)."""
@@ -100,7 +101,7 @@ def _parameters(search: Search, params: NacParams) -> pd.DataFrame:
     importances = _importances(search)
     rows = []
     for name, layer in params.layers.items():
-        for field in recorded_fields(search.space[name]):
+        for field in _searched(search.space[name]):
             value = getattr(layer, field)
             row: dict[str, Any] = {"layer": name, "parameter": field, "value": value}
             row |= {
@@ -110,15 +111,22 @@ def _parameters(search: Search, params: NacParams) -> pd.DataFrame:
                 "place": np.nan,
             }
             dimension = search.space[name].dimension(field, layer.source)
+            if isinstance(dimension, Choice):
+                row["choices"] = ", ".join(str(v) for v in dimension.values)
             if isinstance(dimension, Interval):
                 place = dimension.unit(value)
                 row |= {"low": dimension.low, "high": dimension.high, "place": place}
                 row["at_edge"] = dimension.free and not EDGE < place < 1 - EDGE
-            rows.append({"at_edge": False, **row})
-    columns = ["layer", "parameter", "value", "importance", "low", "high", "place", "at_edge"]
+            rows.append({"at_edge": False, "choices": "", **row})
+    columns = ["layer", "parameter", "value", "importance", "low", "high", "choices", "place", "at_edge"]
     frame = pd.DataFrame(rows, columns=columns)
     frame["value"] = pd.Series([row["value"] for row in rows], dtype=object)  # whole numbers stay whole
     return frame
+
+
+def _searched(layer: LayerSpace) -> list[str]:
+    """The fields of a layer that take more than one value; a weight in closed form is a result, not a parameter."""
+    return [*layer.free, *(["weight"] if layer.weight is not None and layer.weight.free else [])]
 
 
 def _importances(search: Search) -> dict[str, float]:
@@ -140,7 +148,8 @@ def _importances(search: Search) -> dict[str, float]:
             )
         )
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    return dict(optuna.importance.get_param_importances(ours, evaluator=evaluator))
+    names = [f"{name}.{field}" for name, layer in search.space.items() for field in _searched(layer)]
+    return dict(optuna.importance.get_param_importances(ours, evaluator=evaluator, params=names)) if names else {}
 
 
 def _layers(search: Search, params: NacParams) -> pd.DataFrame:

@@ -10,10 +10,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache
-from nacpipe.core.coverage import Source, bin_edges, coverage_table
+from nacpipe.core.coverage import LOGITS, Source, bin_edges, coverage_table, logits_gradient
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import IdentityError, ValuesError
-from nacpipe.search.scoring import Coverage, fit_coverage, has_logits, index_from
+from nacpipe.search.scoring import Coverage, check_layers, fit_coverage, has_logits, index_from
 from nacpipe.search.space import Interval, measure_space
 
 QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
@@ -63,7 +63,8 @@ def describe_layer(cache: Cache, split: str, layer: str, params: LayerParams | N
     Columns: value, zeros (share), nan (count, infinities too), then quantiles q0 … q100. With parameters a row for the
     states themselves, sigmoid(alpha · source), too.
     """
-    cache[split][layer]  # refuses a layer that is not there
+    check_layers(cache, [layer])
+    cache[split]  # refuses a split that is not there
     values = _read_values(cache, split, layer, params)
     rows = []
     for name, array in values.items():
@@ -85,7 +86,11 @@ def _read_values(
 ) -> dict[str, NDArray[np.floating]]:
     """Activation, gradient, product, and with parameters the states of all samples and neurons, (rows, neurons)."""
     opened = cache[split]
-    activation, gradient = opened.read(f"{layer}/activation"), opened.read(f"{layer}/gradient")
+    if layer == LOGITS:
+        activation = opened.read("logits")
+        gradient = logits_gradient(activation)
+    else:
+        activation, gradient = opened.read(f"{layer}/activation"), opened.read(f"{layer}/gradient")
     with np.errstate(over="ignore", invalid="ignore"):  # a look at infinities is what this is for
         values: dict[str, NDArray[np.floating]] = {"activation": activation, "gradient": gradient}
         values["product"] = activation * gradient
@@ -190,7 +195,8 @@ def value_histograms(
     From the 1st to the 99th percentile, so that one outlier does not press all others into one bar; `count` of the
     first and last bar holds what lies beyond. States are over all of 0 … 1.
     """
-    cache[split][layer]
+    check_layers(cache, [layer])
+    cache[split]
     rows = []
     for name, array in _read_values(cache, split, layer, params).items():
         finite = array[np.isfinite(array)].astype(np.float64)

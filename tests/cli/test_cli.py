@@ -141,7 +141,7 @@ WRONG = {
     "evaluate c.zarr --params nosuch.json": "there is no parameter file nosuch.json; make one with: nacpipe search ",
     "evaluate c.zarr --params published": "the paper has no parameters for digits, made_up, layers avgpool, layer1 (",
     "inspect c.zarr nosuch": "split 'nosuch' is not in c.zarr; it holds id/train, id/subtrain, id/val, ",
-    "inspect c.zarr id/val layer9": "layer 'layer9' is not in this cache; it holds avgpool, layer1",
+    "inspect c.zarr id/val layer9": LAYER9,
     "inspect c.zarr id/val avgpool --alpha -1": "alpha is -1.0; it must be above 0\n",
     "inspect c.zarr id/val layer1 --params layer9.json": "layer9.json has no parameters for layer 'layer1'; it has ",
     # With torch, which is imported before names are looked up:

@@ -103,26 +103,23 @@ def test_frames_by_hand(small_cache: Cache, tmp_path: Path, objective: Any) -> N
     ]
     assert found.layers["without"][0] != found.layers["without"][1]
 
-    names = ["layer", "parameter", "value", "importance", "low", "high", "place", "at_edge"]
+    names = ["layer", "parameter", "value", "importance", "low", "high", "choices", "place", "at_edge"]
     assert list(found.parameters.columns) == names
     assert found.parameters["importance"].isna().all()  # of five trials
-    fixed = (None, None, None, False)
     first, linear = ("log", 0.5) if objective == "fpr95" else ("linear", 0.1), objective != "fpr95"
     expected = [
-        ("avgpool", "bins", 40, 4, 400, pytest.approx(0.5), False),
-        ("avgpool", "alpha", 0.5, *fixed),
-        ("avgpool", "saturation", 5, *fixed),
-        ("avgpool", "weight", 0.5, 0, 2, pytest.approx(0.25), False),  # on no logarithmic scale
-        ("layer1", "bins", bins, 4, 400, pytest.approx(place), linear),
-        ("layer1", "alpha", first[1], *fixed),
-        ("layer1", "saturation", 5, *fixed),
-        ("layer1", "edges", first[0], *fixed),
-        ("layer1", "weight", 2.0, 0.5, 2, 1.0, True),
+        ("avgpool", "bins", 40, 4, 400, "", pytest.approx(0.5), False),
+        ("avgpool", "alpha", 0.5, None, None, "0.1, 0.5", None, False),
+        ("avgpool", "weight", 0.5, 0, 2, "", pytest.approx(0.25), False),  # on no logarithmic scale
+        ("layer1", "bins", bins, 4, 400, "", pytest.approx(place), linear),
+        ("layer1", "alpha", first[1], None, None, "0.1, 0.5", None, False),
+        ("layer1", "edges", first[0], None, None, "log, linear", None, False),
+        ("layer1", "weight", 2.0, 0.5, 2, "", 1.0, True),
     ]
     rows = found.to_json()["parameters"]
     assert [tuple(row[n] for n in names if n != "importance") for row in rows] == expected
     assert {type(row["at_edge"]) for row in rows} == {bool}
-    assert [type(row["value"]) for row in rows[:4]] == [int, float, int, float]
+    assert [type(row["value"]) for row in rows[:4]] == [int, float, float, int]  # saturation is fixed, and no row
 
     values = [0.5, 0.6, 0.7, 0.3, 0.2] if objective == "fpr95" else [0.60, 0.65, 0.55, 0.80, 0.70]
     reached = [0.5, 0.5, 0.5, 0.3, 0.2] if objective == "fpr95" else [0.60, 0.65, 0.65, 0.80, 0.80]
@@ -141,7 +138,7 @@ def test_near_the_end_of_a_range(small_cache: Cache, tmp_path: Path, bins: int, 
     at_edge = at_edge or bins == 365
     search = open_search(small_cache, tmp_path)
     add(search, [(layers((bins, 1.0), (40, 1.0)), 0.5, 0.5)])
-    assert explain(search).parameters["at_edge"].tolist() == [at_edge, *[False] * 8]
+    assert explain(search).parameters["at_edge"].tolist() == [at_edge, *[False] * 6]
 
 
 def test_a_layer_that_has_all_the_weight(small_cache: Cache, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_names_that_are_not_there(cache: Cache, tmp_path: Path) -> None:
         InputError, match=r"^split 'id/test' is not in .*; it holds id/train, id/val, ood/val; add it with"
     ):
         summarise_splits(cache, "id/test")
-    with pytest.raises(InputError, match=r"^layer 'conv' is not in this cache; it holds fc"):
+    with pytest.raises(InputError, match=r"^layer 'conv' is not in .*; it holds fc, logits"):
         describe_layer(cache, "id/val", "conv")
     begun = CacheWriter(tmp_path / "c.zarr", HEADER)
     begun.prepare("id/val", 3, {})
