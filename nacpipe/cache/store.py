@@ -2,6 +2,7 @@
 
     cache/x.zarr                    a folder
     s3://bucket/x.zarr              objects, read and written; gs:// and az:// come with the same package
+    https://host/x.zarr             files of a web server, read alone (pages.py)
 
 A request that fails is sent again, whatever it was: every one of them reads, writes or removes a whole object (or lists
 names), so that once and twice are the same. What still fails is a CacheError that names the URL.
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 else:
     Base = ObjectStore
 
-OBJECTS = ("s3", "gs", "az")
+OBJECTS, PAGES = ("s3", "gs", "az"), ("http", "https")
 REMOTE_SHARD = 8  # blocks in one object: requests cost more than bytes
 TRIES = 9  # the pauses between them are 0.2 s, 0.4 s, … and 26 s together
 AT_ONCE = 64  # removals in flight
@@ -126,7 +127,7 @@ class RemoteStore(Base):
         return await self._repeat("read", ask)
 
     async def _repeat(self, verb: str, ask: Callable[[], Awaitable[_T]]) -> _T:
-        from obstore.exceptions import BaseError
+        from obstore.exceptions import BaseError, NotSupportedError
 
         for attempt in range(TRIES):
             try:
@@ -135,22 +136,27 @@ class RemoteStore(Base):
                 if verb == "read":
                     raise
                 raise CacheError(f"{self.url} cannot be written: {NO_BUCKET}") from None
+            except NotSupportedError:  # what to do instead is known where it was asked for
+                raise
             except (BaseError, OSError) as error:
-                if (hint := _hopeless(error)) is None and attempt < TRIES - 1:
+                if (hint := _hopeless(error, self.url)) is None and attempt < TRIES - 1:
                     await asyncio.sleep(min(PAUSE * 2**attempt, LONGEST_PAUSE))
                     continue
-                raise CacheError(f"{self.url} cannot be {verb} ({_first_line(error)}); {hint or LATER}") from error
+                raise CacheError(
+                    f"{self.url} cannot be {verb} ({_first_line(error)}); {hint or _later(verb)}"
+                ) from error
         raise AssertionError
 
 
 NO_BUCKET = "there is no such bucket at that server (AWS_ENDPOINT_URL)"
-LATER = (
-    f"asked {TRIES} times: is the server there (AWS_ENDPOINT_URL)? What was written is safe, and the same command"
-    " goes on"
-)
 
 
-def _hopeless(error: Exception) -> str | None:
+def _later(verb: str) -> str:
+    said = f"asked {TRIES} times: is the server there, and is it meant?"
+    return said if verb == "read" else f"{said} What was written is safe, and the same command goes on"
+
+
+def _hopeless(error: Exception, url: str) -> str | None:
     """What to do about an error that asking again does not mend; None where it may."""
     from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
@@ -160,6 +166,8 @@ def _hopeless(error: Exception) -> str | None:
     if "169.254.169.254" in text or "credential" in text.lower():
         return "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
+        if url.startswith("http"):
+            return "the server shows that to nobody, or not to all: files and pages of folders must be readable"
         return "the server does not let these credentials (AWS_ACCESS_KEY_ID, …) do that"
     return None
 
@@ -174,28 +182,35 @@ def open_store(address: str | Path, *, write: bool = False) -> Store | Path:
     """Return the store of a cache; a folder as it is, which Zarr opens itself.
 
     Raises:
-        InputError: a URL of an unknown kind, or one that names no cache.
+        InputError: a URL of an unknown kind, one that names no cache, or one to write that can only be read.
         MissingExtra: obstore is needed.
     """
     if not is_url(address):
         return Path(address)
     url = str(address).rstrip("/")
     scheme, _, rest = url.partition("://")
-    if scheme not in OBJECTS:
-        raise InputError(f"{url}: caches are not kept at {scheme}://; known: {', '.join(OBJECTS)}, and folders")
-    if not rest.partition("/")[2]:
+    if scheme not in OBJECTS + PAGES:
+        known = ", ".join(OBJECTS + PAGES)
+        raise InputError(f"{url}: caches are not kept at {scheme}://; known: {known}, and folders")
+    if write and scheme in PAGES:
+        raise InputError(f"{url} can only be read; write to a folder or to s3://BUCKET/x.zarr")
+    if scheme in OBJECTS and not rest.partition("/")[2]:
         raise InputError(f"{url} names a bucket, not a cache in it, such as {url}/x.zarr")
     try:
         from obstore.exceptions import BaseError
-        from obstore.store import from_url
+        from obstore.store import HTTPStore, from_url
     except ImportError:
         raise MissingExtra(f"{url} needs obstore: pip install 'nacpipe[remote]'") from None
     options: Any = {"allow_http": True, "connect_timeout": CONNECT, "timeout": TIMEOUT}
+    retries: Any = {"max_retries": 0}  # ours repeat more: torn listings, and writes without an answer
     try:
-        client = from_url(url, client_options=options, retry_config={"max_retries": 0})
+        if scheme in PAGES:
+            from nacpipe.cache.pages import PageStore
+
+            return PageStore(HTTPStore.from_url(url, client_options=options, retry_config=retries), url, read_only=True)
+        return RemoteStore(from_url(url, client_options=options, retry_config=retries), url, read_only=not write)
     except (BaseError, ValueError) as error:
         raise InputError(f"{url} cannot be opened: {_first_line(error)}") from error
-    return RemoteStore(client, url, read_only=not write)
 
 
 def holds_cache(address: str | Path) -> bool:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nacpipe.cache import Header, LayerSpec, open_cache
 from nacpipe.cache.append import check_identity
 from nacpipe.cache.layout import check_layer_names, count_blocks
-from nacpipe.cache.store import holds_cache
+from nacpipe.cache.store import holds_cache, open_store
 from nacpipe.core.address import is_url
 from nacpipe.core.benchmarks import Benchmark
 from nacpipe.core.provenance import diff
@@ -138,6 +138,7 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     header = make_header(request, network, layers, classes, features)
     exists = holds_cache(request.cache)
     if is_url(request.cache):
+        open_store(request.cache, write=True)  # or refused
         notes.append(f"{request.cache}: two extractions into it at once are not kept apart, as in a folder; run one")
     done: dict[str, tuple[bool, NDArray[np.bool_]]] = {}
     forced: list[str] = []

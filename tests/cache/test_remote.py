@@ -229,7 +229,7 @@ def test_a_forbidden_request_names_the_credentials(server: str, url: str, monkey
     ("address", "what"),
     [
         ("s3://caches", "names a bucket, not a cache in it, such as s3://caches/x.zarr"),
-        ("ftp://host/x.zarr", "caches are not kept at ftp://; known: s3, gs, az"),
+        ("ftp://host/x.zarr", "caches are not kept at ftp://; known: s3, gs, az, http, https, and folders"),
         ("file:///tmp/x.zarr", "caches are not kept at file://"),
     ],
 )
