@@ -163,7 +163,7 @@ def _hopeless(error: Exception, url: str) -> str | None:
     text = str(error)
     if "NoSuchBucket" in text:
         return NO_BUCKET
-    if "169.254.169.254" in text or "credential" in text.lower():
+    if "/latest/api/token" in text or "credential" in text.lower():  # a cloud's machines have a server for them
         return "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
         if url.startswith("http"):

@@ -225,6 +225,16 @@ def test_a_forbidden_request_names_the_credentials(server: str, url: str, monkey
         assert sum(proxy.requests.values()) == 1
 
 
+def test_without_credentials_it_is_said_what_to_set(proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")  # of a machine that is in no cloud
+    with pytest.raises(CacheError, match=f"^{url} cannot be read .*; give AWS_ACCESS_KEY_ID and AWS_SECRET") as error:
+        open_cache(url)
+    one_line(error)
+    assert not proxy.requests
+
+
 @pytest.mark.parametrize(
     ("address", "what"),
     [
