@@ -24,6 +24,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from nacpipe.core.address import is_url
 from nacpipe.core.exported import Exported
 from nacpipe.core.params import NacParams
 from nacpipe.errors import DetectorError, InputError, ParamsError
@@ -153,8 +154,14 @@ def check_writable(path: str | Path) -> None:
         raise InputError(f"{path} cannot be written: {folder} is not a folder that can be written to")
 
 
-def beside_cache(cache: str, suffix: str) -> Path:
-    """Return the file beside a cache: `X.zarr` → `X` + suffix."""
+def beside_cache(cache: str, suffix: str, options: str = "--output FILE") -> Path:
+    """Return the file beside a cache: `X.zarr` → `X` + suffix.
+
+    Raises:
+        InputError: the cache is at a URL, where no files are put; the message names the options to give instead.
+    """
+    if is_url(cache):
+        raise InputError(f"{cache} is not on this machine, so that nothing is kept beside it; give {options}")
     path = Path(cache)
     path = path if path.name else path.resolve()
     return path.with_name(path.name.removesuffix(".zarr") + suffix)

@@ -99,6 +99,11 @@ def test_an_output_is_checked_before_the_work(tmp_path: Path) -> None:
         check_writable(tmp_path / "file/p.json")
 
 
+def test_nothing_is_beside_a_url() -> None:
+    with pytest.raises(InputError, match=r"^s3://b/x\.zarr is not on this machine, .*; give --storage and --output$"):
+        beside_cache("s3://b/x.zarr", ".params.json", "--storage and --output")
+
+
 def test_names_beside_a_cache() -> None:
     assert beside_cache("a/b.zarr", ".params.json") == Path("a/b.params.json")
     assert beside_cache("a/b.zarr/", ".params.json") == Path("a/b.params.json")

@@ -36,6 +36,7 @@ ROOMS = {
 HEAVY = {
     "zarr": {"cache"},
     "numcodecs": {"cache"},
+    "obstore": {"cache"},
     "torch": {"network"},
     "torchvision": {"network"},
     "safetensors": {"network", "artifact"},

@@ -1,8 +1,9 @@
 """The cache: one Zarr v3 group per network × benchmark × training run. Specified in cache/README.md at the top.
 
-These are the only rooms that know Zarr. `layout` says what a store holds, `append` writes it block by block (`durable`
-waits for the disk, `lock` keeps others out), `read` opens it, a `split` at a time, `seal` sums it up. `form` says
-whether metadata are as specified, `verify` reads everything, `repair` mends what is damaged.
+These are the only rooms that know Zarr. `store` finds the objects, on a disk or at a server (`pages`: of the web).
+`layout` says what a store holds, `append` writes it block by block (`durable` waits for the disk, `lock` keeps others
+out), `read` opens it, a `split` at a time, `seal` sums it up. `form` says whether metadata are as specified, `verify`
+reads everything, `repair` mends what is damaged.
 """
 
 from nacpipe.cache.append import CacheWriter

@@ -28,6 +28,8 @@ from nacpipe.cache.form import open_member, split_problems
 from nacpipe.cache.layout import ALL_BITS, Header, chunk_key, count_blocks, create_array, create_marks, is_there
 from nacpipe.cache.read import open_cache, open_root
 from nacpipe.cache.seal import split_digest
+from nacpipe.cache.store import holds_cache, is_empty, open_store
+from nacpipe.core.address import is_url
 from nacpipe.core.provenance import diff
 from nacpipe.errors import CacheError, FormatError, IdentityError
 
@@ -49,24 +51,40 @@ class CacheWriter:
             CacheError: something else is there, or nothing can be written there.
         """
         self.path = str(path)
+        self._disk = None if is_url(self.path) else Path(self.path)
         with writing(self.path):
             self._open_root(header, first)
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def _open_root(self, header: Header, first: bool) -> None:
-        root = Path(self.path)
-        if (root / "zarr.json").exists():
+        if holds_cache(self.path):
             self.root, self.header = open_root(self.path, mode="r+")
             check_identity(self.path, self.header, header)
-            if first:
-                remove_partials(root, "**/*.partial")
-        elif root.is_file() or any(not entry.match("zarr.*.partial") for entry in root.glob("*")):
+            if first and self._disk:
+                remove_partials(self._disk, "**/*.partial")
+        elif self._is_taken():
             raise CacheError(f"{self.path} is there already and is not a cache; give another --cache")
         else:
-            remove_partials(root, "zarr.*.partial")  # of a root that was never finished
-            self.root = zarr.create_group(self.path, zarr_format=3, attributes=header.to_attributes())
+            if self._disk:
+                remove_partials(self._disk, "zarr.*.partial")  # of a root that was never finished
+            store = open_store(self.path, write=True)
+            self.root = zarr.create_group(store, zarr_format=3, attributes=header.to_attributes())
             self.header = header
-            sync_files([root / "zarr.json"], root)
+            self._sync("zarr.json")
+
+    def _is_taken(self) -> bool:
+        if self._disk is None:
+            return not is_empty(self.path)
+        return self._disk.is_file() or any(not entry.match("zarr.*.partial") for entry in self._disk.glob("*"))
+
+    def _sync(self, *keys: str) -> None:
+        """Wait until these objects are on the disk; a server has them when it says so."""
+        if self._disk:
+            sync_files([self._disk / key for key in keys], self._disk)
+
+    def _sync_below(self, path: str) -> None:
+        if self._disk:
+            sync_below(self._disk / path, self._disk)
 
     def write_classifier(self, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
         """Store the last linear layer: weight (classes, features), bias (classes,). Done once."""
@@ -86,7 +104,7 @@ class CacheWriter:
                     overwrite=True,
                     config={"write_empty_chunks": True},
                 )
-            sync_below(Path(self.path, "classifier"), Path(self.path))
+            self._sync_below("classifier")
             group.attrs["written"] = True
 
     def prepare(self, name: str, rows: int, images: Mapping[str, Any]) -> NDArray[np.bool_]:
@@ -114,7 +132,7 @@ class CacheWriter:
             for array, what in split_problems(group, self.header):
                 raise FormatError(f"{self.path}: {name}/{array} {what}; mend it with: nacpipe repair {self.path}")
             if missing:
-                sync_below(Path(self.path, name), Path(self.path))
+                self._sync_below(name)
         return open_cache(self.path).peek(name).marks()
 
     def write_block(self, name: str, block: int, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -133,7 +151,6 @@ class CacheWriter:
 
     def _write_block(self, name: str, block: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         self._check_there()
-        root = Path(self.path)
         start = block * self.header.block_rows
         count = self.header.shard_blocks
         written = []
@@ -145,13 +162,13 @@ class CacheWriter:
                 raise CacheError(f"{name}/{path}, block {block}: got shape {data.shape}, expected {expected_shape}")
             rounded = self.header.keep_bits < ALL_BITS and target.dtype.kind == "f" and path != "logits"
             target[start:stop] = round_mantissa(data, self.header.keep_bits) if rounded else data
-            written.append(root / chunk_key(target, block, self.header))
+            written.append(chunk_key(target, block, self.header))
         self._check_there()  # or zarr would have made the folders of a store that is gone anew, for these rows alone
-        sync_files(written, root)
+        self._sync(*written)
         self._open(f"{name}/blocks")[block : block + count] = 1
 
     def _check_there(self) -> None:
-        if not Path(self.path, "zarr.json").exists():
+        if self._disk and not (self._disk / "zarr.json").exists():  # a server has no folders to be made anew
             raise CacheError(f"{self.path} is gone: it was moved, removed or unmounted while it was written")
 
     def seal(self, name: str) -> None:
@@ -177,13 +194,13 @@ class CacheWriter:
                     f"{self.path}: {name}/{path} lacks {array.nchunks - array.nchunks_initialized} of its chunks;"
                     f" mend it with: nacpipe repair {self.path}"
                 )
-        sync_below(Path(self.path, name), Path(self.path))
+        self._sync_below(name)
         attributes = dict(group.attrs)
         # One write, where attrs.update makes one per key: killed in between, it would be sealed without a digest.
         group.update_attributes(
             {"sealed": True, "digest": split_digest(group, attributes, sharded=self.header.shard_blocks > 1)}
         )
-        sync_files([Path(self.path, name, "zarr.json")], Path(self.path))
+        self._sync(f"{name}/zarr.json")
 
     def drop(self, name: str) -> None:
         """Remove a split: first its seal, then its marks, then the rest; a half-removed one is never trusted."""

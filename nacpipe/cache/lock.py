@@ -4,7 +4,7 @@
     several ranks      the first exclusive while it creates the store, then all of them shared
 
 so another extraction, which wants it exclusive, is refused while any of them lives, and takes over when all are dead.
-Nothing is left in the folder. Readers take no lock. Not guarded: stores that are not local, file systems without flock
+Nothing is left in the folder. Readers take no lock. Not guarded: caches at URLs, file systems without flock
 (there it is as if nobody held it), and Windows.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from nacpipe.core.address import is_url
 from nacpipe.errors import CacheError
 
 if sys.platform != "win32":
@@ -27,6 +28,7 @@ class CacheLock:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._guards = sys.platform != "win32" and not is_url(path)
         self._handle: int | None = None
 
     def take(self) -> None:
@@ -35,7 +37,7 @@ class CacheLock:
         Raises:
             CacheError: another process has it.
         """
-        if sys.platform == "win32" or self.path.is_file():  # what is in the way is the writer's to say
+        if not self._guards or self.path.is_file():  # what is in the way is the writer's to say
             return
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock(fcntl.LOCK_EX)
@@ -46,7 +48,7 @@ class CacheLock:
         Raises:
             CacheError: another extraction has it.
         """
-        if sys.platform != "win32" and self.path.is_dir():
+        if self._guards and self.path.is_dir():
             self._lock(fcntl.LOCK_SH)
 
     def _lock(self, kind: int) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from nacpipe.cache.form import classifier_problems, open_member
 from nacpipe.cache.layout import Header, find_splits, is_there
 from nacpipe.cache.split import SplitView
+from nacpipe.cache.store import open_store
 from nacpipe.errors import CacheError, FormatError, InputError, NacError
 
 
@@ -32,12 +33,12 @@ def open_cache(path: str | Path) -> Cache:
 def open_root(path: str, *, mode: Literal["r", "r+"]) -> tuple[zarr.Group, Header]:
     """Open the root group and read its header; errors carry the path."""
     try:
-        root = zarr.open_group(path, mode=mode, zarr_format=3, use_consolidated=False)
+        root = zarr.open_group(open_store(path, write=mode == "r+"), mode=mode, zarr_format=3, use_consolidated=False)
     except (FileNotFoundError, zarr.errors.GroupNotFoundError):
         raise CacheError(
             f"there is no cache at {path}; make one with: nacpipe extract BENCHMARK --cache {path}"
         ) from None
-    except MemoryError:
+    except (NacError, MemoryError):
         raise
     except Exception as error:  # zarr answers broken metadata with errors of every kind
         what = f"{type(error).__name__}: {str(error)[:200]}"

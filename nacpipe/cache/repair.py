@@ -27,8 +27,9 @@ from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.read import Cache, open_cache
 from nacpipe.cache.seal import digest_lines, hash_content, hash_keys
 from nacpipe.cache.verify import Damage, verify_cache
+from nacpipe.core.address import is_url
 from nacpipe.core.provenance import fingerprint
-from nacpipe.errors import FormatError
+from nacpipe.errors import FormatError, InputError
 
 _ROUNDS = 5  # each mends one kind of damage of every split: attributes, metadata, rows, the seal
 
@@ -37,9 +38,15 @@ def repair_cache(path: str | Path) -> list[str]:
     """Mend what can be mended and take the marks of the rest; return what was done, a phrase each.
 
     Raises:
+        InputError: the cache is at a URL.
         CacheError: another process writes the cache.
         FormatError: the root's attributes are damaged beyond one bit, or of another version.
     """
+    if is_url(path):
+        raise InputError(
+            f"{path}: repair works on a folder: copy the cache to a disk, mend it there and copy it back, or extract a"
+            " damaged split anew with: nacpipe extract … --force SPLIT"
+        )
     root, done = Path(path), list[str]()
     with CacheLock(root) as lock, writing(str(path)):
         if root.is_dir():

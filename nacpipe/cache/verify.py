@@ -17,7 +17,7 @@ from nacpipe.cache.form import classifier_problems, image_problems, open_member,
 from nacpipe.cache.layout import MISSING_INT, chunk_key, count_blocks, is_there, list_places
 from nacpipe.cache.read import Cache
 from nacpipe.cache.seal import digest_lines, hash_keys
-from nacpipe.errors import CacheError, FormatError
+from nacpipe.errors import CacheError, FormatError, NacError
 
 UNLIKE_SEAL = "is not what was sealed, though every chunk is whole: files or attributes were changed or exchanged"
 
@@ -107,7 +107,7 @@ def _chunk_problem(cache: Cache, array: zarr.Array[Any], block: int) -> str:
     start = block * cache.header.block_rows
     try:
         values = np.asarray(array[start : start + cache.header.block_rows])
-    except (OSError, MemoryError):
+    except (NacError, OSError, MemoryError):
         raise
     except Exception as error:  # crc32c says ValueError, Blosc RuntimeError, a crafted chunk anything
         return f"cannot be read ({type(error).__name__}: {str(error)[:120]})"

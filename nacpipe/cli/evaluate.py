@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import note, output_options, print_frame, print_table, printable, split_names
+from nacpipe.cli.show import Address, note, output_options, print_frame, print_table, printable, split_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +24,7 @@ _SHOWN = {"fpr95": "FPR@95", "auroc": "AUROC", "aupr_in": "AUPR-IN", "aupr_out":
 
 
 @click.command()
-@click.argument("caches", metavar="CACHE…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("caches", metavar="CACHE…", nargs=-1, required=True, type=Address())
 @click.option(
     "--params",
     "choices",
@@ -52,7 +52,7 @@ _SHOWN = {"fpr95": "FPR@95", "auroc": "AUROC", "aupr_in": "AUPR-IN", "aupr_out":
 @click.option("--published-results", is_flag=True, help="Show what papers report for this benchmark, marked as such.")
 @output_options
 def evaluate(
-    caches: tuple[Path, ...],
+    caches: tuple[str | Path, ...],
     choices: tuple[str, ...],
     baselines: tuple[str, ...],
     against: str | None,

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import click
 
-from nacpipe.cli.show import format_bytes, note, print_json, print_table
+from nacpipe.cli.show import Address, format_bytes, note, print_json, print_table
 
 
 @click.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=Address())
 @click.option(
     "--params", "choice", metavar="FILE", help="A file, or published; default: what search left beside X.zarr."
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Default: X.detector.safetensors beside X.zarr.")
 @click.option("--keep", type=float, default=0.95, show_default=True, help="Share of id/val that is not flagged.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def export(cache: Path, choice: str | None, output: Path | None, keep: float, as_json: bool) -> None:
+def export(cache: str | Path, choice: str | None, output: Path | None, keep: float, as_json: bool) -> None:
     """Write a detector: CACHE's coverage under the given parameters, and a threshold chosen on id/val.
 
     \b

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import Progress, format_bytes, note, print_json, print_table, split_names
+from nacpipe.cli.show import Address, Progress, format_bytes, note, print_json, print_table, split_names
+from nacpipe.core.address import is_url
 
 if TYPE_CHECKING:
     from nacpipe.network.plan import Plan
@@ -42,9 +43,9 @@ def extract_options(command: Any) -> Any:
                      help="sum-nchw, sum-nhwc, sum-tokens, class-token or none; again for each layer."),
         click.option("--data-root", type=click.Path(path_type=Path),
                      help="Folder with benchmark_imglist/ and the images; default: data, or what FILE.toml says."),
-        click.option("--cache", type=click.Path(path_type=Path),
-                     help="Default: cache/BENCHMARK-MODEL.zarr. Of several runs each adds -s0, … before .zarr,"
-                     " or stands for {run}."),
+        click.option("--cache", type=Address(),
+                     help="A folder or s3://…; default: cache/BENCHMARK-MODEL.zarr. Of several runs each adds -s0, …"
+                     " before .zarr, or stands for {run}."),
         click.option("--train-images", type=int, default=1000, show_default=True,
                      help="Images of id/train, the same number of each class."),
         click.option("--train-seed", type=click.IntRange(0, 2**32 - 1), default=1, show_default=True,
@@ -62,8 +63,8 @@ def extract_options(command: Any) -> Any:
         click.option("--channels-last/--contiguous", default=None, help="Default: channels last on CUDA."),
         click.option("--keep-bits", type=int, default=23, show_default=True,
                      help="Mantissa bits to store; 10 need half the room."),
-        click.option("--shard-blocks", type=int, default=1, show_default=True,
-                     help="Blocks in one stored object, for caches of very many files."),
+        click.option("--shard-blocks", type=int,
+                     help="Blocks in one stored object; default: 1, of a remote cache 8."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -131,10 +132,14 @@ def make_requests(**asked: Any) -> list[ExtractRequest]:
         return [ExtractRequest(command=command, **asked)]
     return [
         ExtractRequest(
-            command=command, **{**asked, "checkpoint": file, "cache": Path(name_run(str(asked["cache"]), run))}
+            command=command, **{**asked, "checkpoint": file, "cache": _address(name_run(str(asked["cache"]), run))}
         )
         for run, file in find_runs(checkpoint).items()
     ]
+
+
+def _address(cache: str) -> str | Path:
+    return cache if is_url(cache) else Path(cache)
 
 
 def _canonical(asked: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nacpipe.cli.bars import print_bars
-from nacpipe.cli.show import format_bytes, note, print_json, print_table, printable, say
+from nacpipe.cli.show import Address, format_bytes, note, print_json, print_table, printable, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,14 +21,12 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=Address())
 @click.argument("split", required=False)
 @click.argument("layer", required=False)
 @click.option("--params", "choice", metavar="FILE", help="Show states and coverage per bin too: a file, or published.")
 @click.option("--alpha", type=float, help="Show the states sigmoid(alpha · product) too.")
-@click.option(
-    "--against", metavar="CACHE", type=click.Path(path_type=Path), help="Same images, other weights: compare."
-)
+@click.option("--against", metavar="CACHE", type=Address(), help="Same images, other weights: compare.")
 @click.option("--rows", type=click.IntRange(1), metavar="N", help="The N most and N least typical images, by score.")
 @click.option(
     "--mosaic", metavar="FILE", type=click.Path(path_type=Path), help="A picture of the 25 highest and lowest scored."
@@ -37,12 +35,12 @@ if TYPE_CHECKING:
 @click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the histograms: .svg or .png.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(
-    cache: Path,
+    cache: str | Path,
     split: str | None,
     layer: str | None,
     choice: str | None,
     alpha: float | None,
-    against: Path | None,
+    against: str | Path | None,
     rows: int | None,
     mosaic: Path | None,
     data_root: Path | None,

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from nacpipe.cli.show import note, print_frame, print_json, print_table
+from nacpipe.cli.show import Address, note, print_frame, print_json, print_table
 
 
 @click.command()
-@click.argument("caches", metavar="CACHE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("caches", metavar="CACHE...", nargs=-1, required=True, type=Address())
 @click.option("--layer", help="Whose area decides; default: avgpool, layer_11 or the caches' first.")
 @click.option("--bins", type=int, default=50, show_default=True, help="Edges of linear bins.")
 @click.option("--saturation", type=int, default=500, show_default=True, help="Images that fill a bin.")
@@ -25,7 +25,7 @@ from nacpipe.cli.show import note, print_frame, print_json, print_table
 @click.option("--csv", "output", flag_value="csv", help="Print the checkpoints as CSV.")
 @click.option("--json", "output", flag_value="json", help="Print JSON.")
 def rank(
-    caches: tuple[Path, ...],
+    caches: tuple[str | Path, ...],
     layer: str | None,
     bins: int,
     saturation: int,

@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from nacpipe.cli.evaluate import match_choices, score_baselines_named
-from nacpipe.cli.show import note, split_names
+from nacpipe.cli.show import Address, note, split_names
 
 
 @click.command()
-@click.argument("caches", metavar="CACHE…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("caches", metavar="CACHE…", nargs=-1, required=True, type=Address())
 @click.option(
     "--output", required=True, metavar="FILE", type=click.Path(path_type=Path), help="The page: one HTML file."
 )
@@ -29,7 +29,7 @@ from nacpipe.cli.show import note, split_names
 @click.pass_context
 def report(
     ctx: click.Context,
-    caches: tuple[Path, ...],
+    caches: tuple[str | Path, ...],
     output: Path,
     figures: Path | None,
     choices: tuple[str, ...],

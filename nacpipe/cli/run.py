@@ -25,6 +25,7 @@ def run(trials: int | None, seed: int, **asked: Any) -> None:
     from nacpipe.cache import open_cache
     from nacpipe.cli.evaluate import print_evaluation
     from nacpipe.cli.search import run_search
+    from nacpipe.core.address import is_url
     from nacpipe.errors import InputError
     from nacpipe.search.evaluate import evaluate
     from nacpipe.search.result import SearchRequest
@@ -37,6 +38,11 @@ def run(trials: int | None, seed: int, **asked: Any) -> None:
         raise InputError(
             f"checkpoint {asked['checkpoint']} is a folder of {len(requests)} runs; name one of them, or make a cache"
             " of each with: nacpipe extract"
+        )
+    if is_url(requests[0].cache):
+        raise InputError(
+            f"{requests[0].cache} is no folder, beside which search would leave its files; type extract, search and"
+            " evaluate one by one, with --storage and --output"
         )
     extract_requests(requests)
     request = requests[0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import Progress, note, print_json, print_table, split_names
+from nacpipe.cli.show import Address, Progress, note, print_json, print_table, split_names
 
 if TYPE_CHECKING:
     from nacpipe.search.result import SearchResult
@@ -18,7 +18,7 @@ SAMPLERS = ("layers", "tpe", "random", "grid", "nsga2", "cmaes")
 
 
 @click.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=Address())
 @click.option("--trials", type=int, help="Completed trials to reach; default: 2000, or all of a grid.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this time.")
 @click.option("--patience", type=int, metavar="N", help="Stop after N trials without improvement.")

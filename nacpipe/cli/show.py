@@ -7,12 +7,26 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from nacpipe.core.address import is_url
+
 if TYPE_CHECKING:
     import pandas as pd
+
+
+class Address(click.Path):
+    """A cache: a folder, or a URL as it is, which a Path would lose a slash of."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the Path, or the URL."""
+        return value if is_url(value) else super().convert(value, param, ctx)
 
 
 def split_names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import Progress, note, print_json, print_table, say
+from nacpipe.cli.show import Address, Progress, note, print_json, print_table, say
 
 if TYPE_CHECKING:
     from nacpipe.cache import Cache
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=Address())
 @click.option("--format", "form_only", is_flag=True, help="Check the form alone: metadata, no chunk is read.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(cache: Path, form_only: bool, as_json: bool) -> None:
+def verify(cache: str | Path, form_only: bool, as_json: bool) -> None:
     """Read everything in CACHE and name each damaged chunk: split, array and rows. Exit code 1 where there is any.
 
     Metadata must be as cache/README.md has it, every chunk must match its checksum, every split its seal.
@@ -48,8 +48,8 @@ def verify(cache: Path, form_only: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("cache", type=click.Path(path_type=Path))
-def repair(cache: Path) -> None:
+@click.argument("cache", type=Address())
+def repair(cache: str | Path) -> None:
     """Mend CACHE: damaged metadata at once; damaged rows lose their marks, and the same extract computes just those.
 
     Printed is the command that does.

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from nacpipe.cache import Header, LayerSpec, open_cache
 from nacpipe.cache.append import check_identity
 from nacpipe.cache.layout import check_layer_names, count_blocks
+from nacpipe.cache.store import holds_cache, open_store
+from nacpipe.core.address import is_url
 from nacpipe.core.benchmarks import Benchmark
 from nacpipe.core.provenance import diff
 from nacpipe.data.lists import list_path
@@ -134,7 +136,10 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     layers, classes, features, said = measure_layers(network, request.layers, request.pools)
     notes += said
     header = make_header(request, network, layers, classes, features)
-    exists = (request.cache / "zarr.json").exists()
+    exists = holds_cache(request.cache)
+    if is_url(request.cache):
+        open_store(request.cache, write=True)  # or refused
+        notes.append(f"{request.cache}: two extractions into it at once are not kept apart, as in a folder; run one")
     done: dict[str, tuple[bool, NDArray[np.bool_]]] = {}
     forced: list[str] = []
     if exists:

@@ -14,6 +14,8 @@ import torchvision
 import nacpipe
 from nacpipe.cache import Header, LayerSpec
 from nacpipe.cache.layout import ALL_BITS, BLOCK_ROWS
+from nacpipe.cache.store import REMOTE_SHARD
+from nacpipe.core.address import is_url
 from nacpipe.data.own import choose_root, open_benchmark
 from nacpipe.errors import InputError
 from nacpipe.network.load import Network
@@ -27,7 +29,8 @@ class ExtractRequest:
 
     benchmark: str
     model: str
-    cache: Path
+    cache: str | Path
+    """A folder, or a URL."""
     checkpoint: Path | None = None
     layers: tuple[str, ...] = ()
     """Aliases or module paths; none means the model's default four."""
@@ -52,8 +55,13 @@ class ExtractRequest:
     """Memory format; None means on CUDA."""
     keep_bits: int = ALL_BITS
     """Bits of mantissa to keep of activations, gradients and features."""
-    shard_blocks: int = 1
-    """Blocks in one stored object."""
+    shard_blocks: int | None = None
+    """Blocks in one stored object; None: one, and of a remote cache several."""
+
+    @property
+    def blocks_per_object(self) -> int:
+        """Blocks in one stored object of a new cache."""
+        return self.shard_blocks if self.shard_blocks is not None else REMOTE_SHARD if is_url(self.cache) else 1
 
     def channels_last_on(self, device: torch.device) -> bool:
         """Return the memory format: as asked, or channels last on CUDA."""
@@ -66,7 +74,7 @@ class ExtractRequest:
             InputError: naming the option, the value and the limits.
         """
         limits = {"batch-size": (self.batch_size, 1, 1 << 20), "keep-bits": (self.keep_bits, 1, ALL_BITS)}
-        limits |= {"shard-blocks": (self.shard_blocks, 1, 1 << 16)}
+        limits |= {"shard-blocks": (self.blocks_per_object, 1, 1 << 16)}
         for name, (value, low, high) in limits.items():
             if not low <= value <= high:
                 raise InputError(f"{name} is {value}; it must lie between {low} and {high}")
@@ -111,7 +119,7 @@ def make_header(
         classes=classes,
         features=features,
         keep_bits=request.keep_bits,
-        shard_blocks=request.shard_blocks,
+        shard_blocks=request.blocks_per_object,
     )
 
 

@@ -81,7 +81,7 @@ def find_params(cache: Cache, choice: str | None, warn: Callable[[str], None] = 
         if not _found_here(cache, params, choice):
             warn(f"{choice} was found on other states than those of {cache.path}; it may fit them badly")
         return params
-    beside = beside_cache(cache.path, ".params.json")
+    beside = beside_cache(cache.path, ".params.json", "--params FILE")
     if not beside.exists():
         raise ParamsError(
             f"there is no {beside}; make it with: nacpipe search {cache.path},"

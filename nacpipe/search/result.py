@@ -27,7 +27,8 @@ def without_password(where: str) -> str:
 class SearchRequest:
     """What someone asks for."""
 
-    cache: Path
+    cache: str | Path
+    """A folder, or a URL; then `storage` and `output` must be given."""
     trials: int | None = None
     """Completed trials that the study shall have, whatever was done before; None: 2,000, or a whole grid."""
     timeout: float | None = None
@@ -71,12 +72,12 @@ class SearchRequest:
     @property
     def target(self) -> Path:
         """The parameter file."""
-        return self.output or beside_cache(str(self.cache), ".params.json")
+        return self.output or beside_cache(str(self.cache), ".params.json", "--storage and --output")
 
     @property
     def where(self) -> str:
         """The storage."""
-        return self.storage or str(beside_cache(str(self.cache), ".study.log"))
+        return self.storage or str(beside_cache(str(self.cache), ".study.log", "--storage and --output"))
 
     @property
     def shown(self) -> str:

@@ -206,6 +206,7 @@ def _check(request: SearchRequest) -> None:
     for name, value in (("trials", request.trials), ("workers", request.workers), ("patience", request.patience)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
+    assert request.where and request.target  # or refused: of a cache at a URL both must be given
     if request.timeout is not None and not request.timeout > 0:  # nor NaN
         raise InputError(f"timeout is {request.timeout}; it must be above 0 seconds")
     if "/" in request.study:

@@ -1,0 +1,84 @@
+"""A cache behind a web server that shows its folders: read alone.
+
+    https://host/x.zarr/id          a page with a link to each entry, a folder's ending in / (Apache, nginx, python -m
+                                    http.server); HTTP itself has no listing
+
+Byte ranges are asked for; a server that knows none sends the whole object, of which the bytes are taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Sequence
+from urllib.parse import unquote, urlsplit
+
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+
+from nacpipe.cache.store import AT_ONCE, RemoteStore
+from nacpipe.errors import CacheError
+
+_LINK = re.compile(r"""<a\s[^>]*?href=["']([^"'?#]+)["']""", re.IGNORECASE)
+
+
+class PageStore(RemoteStore):
+    """Files of a web server; names come from its pages."""
+
+    _ranges = True  # until the server shows that it knows none
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """Return an object, or the bytes of it that are asked for; None where it is not there."""
+        from obstore.exceptions import NotSupportedError
+
+        if byte_range is not None and self._ranges:
+            try:
+                return await super().get(key, prototype, byte_range)
+            except NotSupportedError:
+                self._ranges = False
+        whole = await super().get(key, prototype)
+        if whole is None or byte_range is None:
+            return whole
+        content = whole.to_bytes()
+        if isinstance(byte_range, RangeByteRequest):
+            part = content[byte_range.start : byte_range.end]
+        elif isinstance(byte_range, OffsetByteRequest):
+            part = content[byte_range.offset :]
+        else:
+            part = content[-byte_range.suffix :]
+        return prototype.buffer.from_bytes(part)
+
+    async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
+        """Yield what is right below a prefix, by its last name."""
+        for name in await self._entries(prefix):
+            yield name.rstrip("/")
+
+    async def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
+        """Yield every key below a folder."""
+        for key in await self._walk(prefix.rstrip("/"), asyncio.Semaphore(AT_ONCE)):
+            yield key
+
+    async def getsize_prefix(self, prefix: str) -> int:
+        """Return the bytes of everything below a folder."""
+        return sum([await self.getsize(key) async for key in self.list_prefix(prefix)])
+
+    async def _walk(self, folder: str, gate: asyncio.Semaphore) -> Sequence[str]:
+        async with gate:
+            names = await self._entries(folder)
+        below = await asyncio.gather(*(self._walk(f"{folder}/{n.rstrip('/')}", gate) for n in names if n[-1] == "/"))
+        return [f"{folder}/{name}" for name in names if name[-1] != "/"] + [key for keys in below for key in keys]
+
+    async def _entries(self, folder: str) -> Sequence[str]:
+        """The entries of a folder's page, folders with a / at their end; none where there is no such folder."""
+        page = await super().get(folder, default_buffer_prototype())
+        if page is None:
+            if folder == "id":
+                raise CacheError(
+                    f"{self.url}: the server shows no page of {folder}/, and which splits there are is read from pages;"
+                    " let it list its folders (autoindex), or copy the cache here"
+                )
+            return []
+        here = f"{urlsplit(self.url).path}/{folder}/"
+        links = (unquote(link) for link in _LINK.findall(page.to_bytes().decode("utf-8", "replace")))
+        names = (link.removeprefix(here).removeprefix("./") for link in links)
+        return [name for name in dict.fromkeys(names) if re.fullmatch(r"[^/.:][^/:]*/?", name)]

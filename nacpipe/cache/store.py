@@ -1,0 +1,230 @@
+"""Where a cache's objects are: an address in, a Zarr store out. All that differs between a disk and a server is here.
+
+    cache/x.zarr                    a folder
+    s3://bucket/x.zarr              objects, read and written; gs:// and az:// come with the same package
+    https://host/x.zarr             files of a web server, read alone (pages.py)
+
+A request that fails is sent again, whatever it was: every one of them reads, writes or removes a whole object (or lists
+names), so that once and twice are the same. What still fails is a CacheError that names the URL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from zarr.abc.store import ByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.common import concurrent_map
+from zarr.core.sync import sync
+from zarr.storage import ObjectStore
+
+from nacpipe.core.address import is_url
+from nacpipe.errors import CacheError, InputError, MissingExtra
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore as Client
+
+    Base = ObjectStore[Client]
+else:
+    Base = ObjectStore
+
+OBJECTS, PAGES = ("s3", "gs", "az"), ("http", "https")
+REMOTE_SHARD = 8  # blocks in one object: requests cost more than bytes
+TRIES = 9  # the pauses between them are 0.2 s, 0.4 s, … and 26 s together
+AT_ONCE = 64  # removals in flight
+PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds
+CONNECT, TIMEOUT = timedelta(seconds=5), timedelta(minutes=2)  # of one request; a shard may have many MB
+
+Entries = list[Buffer | None]  # the class below has a method of that name
+
+_T = TypeVar("_T")
+
+
+class RemoteStore(Base):
+    """Objects on a server; requests are repeated, and errors name the URL."""
+
+    def __init__(self, store: Client, url: str, *, read_only: bool = False) -> None:
+        super().__init__(store, read_only=read_only)
+        self.url = url
+
+    def with_read_only(self, read_only: bool = False) -> RemoteStore:
+        """Return the same store, for reading alone or not."""
+        return type(self)(self.store, self.url, read_only=read_only)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """Return an object, or the bytes of it that are asked for; None where it is not there."""
+        return await self._repeat("read", lambda: super(RemoteStore, self).get(key, prototype, byte_range))
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> Entries:
+        """Return parts of several objects."""
+        return list(await asyncio.gather(*(self.get(key, prototype, wanted) for key, wanted in key_ranges)))
+
+    async def exists(self, key: str) -> bool:
+        """Return whether an object is there."""
+        return await self._repeat("read", lambda: super(RemoteStore, self).exists(key))
+
+    async def getsize(self, key: str) -> int:
+        """Return an object's bytes."""
+        return await self._repeat("read", lambda: super(RemoteStore, self).getsize(key))
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write an object in one request, so that it is there whole or not at all."""
+        import obstore
+
+        self._check_writable()
+        content = value.to_bytes()
+        await self._repeat("written", lambda: obstore.put_async(self.store, key, content, use_multipart=False))
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Write an object, unless it is there."""
+        await self._repeat("written", lambda: super(RemoteStore, self).set_if_not_exists(key, value))
+
+    async def delete(self, key: str) -> None:
+        """Remove an object."""
+        await self._repeat("written", lambda: super(RemoteStore, self).delete(key))
+
+    async def delete_dir(self, prefix: str) -> None:
+        """Remove everything below a prefix."""
+        self._check_writable()
+        below = f"{prefix.rstrip('/')}/" if prefix else ""
+        await concurrent_map([(key,) async for key in self.list_prefix(below)], self.delete, AT_ONCE)
+
+    async def getsize_prefix(self, prefix: str) -> int:
+        """Return the bytes of everything below a prefix."""
+        return sum(size for _, size in await self._objects(prefix))
+
+    def list(self) -> AsyncGenerator[str, None]:
+        """Yield every key."""
+        return self.list_prefix("")
+
+    async def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
+        """Yield every key that starts with a prefix."""
+        for key, _ in await self._objects(prefix):
+            yield key
+
+    async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
+        """Yield what is right below a prefix, by its last name."""
+
+        async def ask() -> Sequence[str]:
+            return [name async for name in super(RemoteStore, self).list_dir(prefix)]
+
+        for name in await self._repeat("read", ask):
+            yield name
+
+    async def _objects(self, prefix: str) -> Sequence[tuple[str, int]]:
+        """All pages of a listing, or none of them: one that broke off would look like objects that are not there."""
+
+        async def ask() -> Sequence[tuple[str, int]]:
+            return [(meta["path"], meta["size"]) async for meta in self._list(prefix)]
+
+        return await self._repeat("read", ask)
+
+    async def _repeat(self, verb: str, ask: Callable[[], Awaitable[_T]]) -> _T:
+        from obstore.exceptions import BaseError, NotSupportedError
+
+        for attempt in range(TRIES):
+            try:
+                return await ask()
+            except FileNotFoundError:
+                if verb == "read":
+                    raise
+                raise CacheError(f"{self.url} cannot be written: {NO_BUCKET}") from None
+            except NotSupportedError:  # what to do instead is known where it was asked for
+                raise
+            except (BaseError, OSError) as error:
+                if (hint := _hopeless(error, self.url)) is None and attempt < TRIES - 1:
+                    await asyncio.sleep(min(PAUSE * 2**attempt, LONGEST_PAUSE))
+                    continue
+                raise CacheError(
+                    f"{self.url} cannot be {verb} ({_first_line(error)}); {hint or _later(verb)}"
+                ) from error
+        raise AssertionError
+
+
+NO_BUCKET = "there is no such bucket at that server (AWS_ENDPOINT_URL)"
+
+
+def _later(verb: str) -> str:
+    said = f"asked {TRIES} times: is the server there, and is it meant?"
+    return said if verb == "read" else f"{said} What was written is safe, and the same command goes on"
+
+
+def _hopeless(error: Exception, url: str) -> str | None:
+    """What to do about an error that asking again does not mend; None where it may."""
+    from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+
+    text = str(error)
+    if "NoSuchBucket" in text:
+        return NO_BUCKET
+    if "/latest/api/token" in text or "credential" in text.lower():  # a cloud's machines have a server for them
+        return "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
+        if url.startswith("http"):
+            return "the server shows that to nobody, or not to all: files and pages of folders must be readable"
+        return "the server does not let these credentials (AWS_ACCESS_KEY_ID, …) do that"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    """The gist of what obstore says: its lines go on with a dump of the error's structure."""
+    text = str(error).split("\n\nDebug source")[0]
+    return re.sub(r"\s+", " ", text).strip()[:300] or type(error).__name__
+
+
+def open_store(address: str | Path, *, write: bool = False) -> Store | Path:
+    """Return the store of a cache; a folder as it is, which Zarr opens itself.
+
+    Raises:
+        InputError: a URL of an unknown kind, one that names no cache, or one to write that can only be read.
+        MissingExtra: obstore is needed.
+    """
+    if not is_url(address):
+        return Path(address)
+    url = str(address).rstrip("/")
+    scheme, _, rest = url.partition("://")
+    if scheme not in OBJECTS + PAGES:
+        known = ", ".join(OBJECTS + PAGES)
+        raise InputError(f"{url}: caches are not kept at {scheme}://; known: {known}, and folders")
+    if write and scheme in PAGES:
+        raise InputError(f"{url} can only be read; write to a folder or to s3://BUCKET/x.zarr")
+    if scheme in OBJECTS and not rest.partition("/")[2]:
+        raise InputError(f"{url} names a bucket, not a cache in it, such as {url}/x.zarr")
+    try:
+        from obstore.exceptions import BaseError
+        from obstore.store import HTTPStore, from_url
+    except ImportError:
+        raise MissingExtra(f"{url} needs obstore: pip install 'nacpipe[remote]'") from None
+    options: Any = {"allow_http": True, "connect_timeout": CONNECT, "timeout": TIMEOUT}
+    retries: Any = {"max_retries": 0}  # ours repeat more: torn listings, and writes without an answer
+    try:
+        if scheme in PAGES:
+            from nacpipe.cache.pages import PageStore
+
+            return PageStore(HTTPStore.from_url(url, client_options=options, retry_config=retries), url, read_only=True)
+        return RemoteStore(from_url(url, client_options=options, retry_config=retries), url, read_only=not write)
+    except (BaseError, ValueError) as error:
+        raise InputError(f"{url} cannot be opened: {_first_line(error)}") from error
+
+
+def holds_cache(address: str | Path) -> bool:
+    """Return whether a root group is there.
+
+    Raises:
+        CacheError: a server does not say.
+    """
+    store = open_store(address)
+    return (store / "zarr.json").exists() if isinstance(store, Path) else sync(store.exists("zarr.json"))
+
+
+def is_empty(url: str) -> bool:
+    """Return whether nothing is below a URL."""
+    store = open_store(url)
+    assert isinstance(store, Store)
+    return sync(store.is_empty(""))

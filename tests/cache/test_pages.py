@@ -1,0 +1,121 @@
+"""Caches behind a plain web server: read as those in a folder, never written."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nacpipe.cache import Cache, CacheWriter, open_cache, store
+from nacpipe.errors import CacheError, InputError
+
+pytest.importorskip("obstore")
+
+
+class Plain(http.server.SimpleHTTPRequestHandler):
+    """Python's own server: pages of folders, no byte ranges."""
+
+    folder = ""
+
+    def translate_path(self, path: str) -> str:
+        self.directory = self.folder
+        return super().translate_path(path)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Nothing."""
+
+
+class Ranges(Plain):
+    """One that sends the bytes that are asked for, as nginx and Apache do."""
+
+    def do_GET(self) -> None:
+        wanted, file = self.headers.get("Range"), Path(self.translate_path(self.path))
+        if wanted is None or not file.is_file():
+            super().do_GET()
+            return
+        content = file.read_bytes()
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        start = int(first) if first else max(0, len(content) - int(last))
+        stop = int(last) + 1 if first and last else len(content)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{start + len(content[start:stop]) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content[start:stop])))
+        self.end_headers()
+        self.wfile.write(content[start:stop])
+
+
+class Blind(Plain):
+    """One that shows no folders, as most do."""
+
+    def list_directory(self, path: object) -> None:
+        self.send_error(404)
+
+
+@pytest.fixture(scope="module")
+def here(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("here") / "x.zarr")
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest, here: Cache) -> Iterator[str]:
+    """The cache's address at a server of the kind that a test names."""
+    kind = type("Handler", (request.param,), {"folder": str(Path(here.path).parent)})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/x.zarr"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("url", [Plain, Ranges], indirect=True)
+def test_a_cache_is_read_as_one_in_a_folder(url: str, here: Cache) -> None:
+    there = open_cache(url)
+    assert list(there) == list(here)
+    for name in ("id/val", "ood/near/letters"):
+        assert there[name].attributes == here[name].attributes  # compared with its digest on the way
+        assert there[name].stored_bytes() == here[name].stored_bytes()
+        for path in here.header.arrays():
+            np.testing.assert_array_equal(there[name].read(path), here[name].read(path), err_msg=f"{name}/{path}")
+
+
+@pytest.mark.parametrize("url", [Plain, Ranges], indirect=True)
+def test_a_changed_file_is_found(url: str, here: Cache) -> None:
+    file = Path(here.path, "id/test/label/c/1")
+    content = file.read_bytes()
+    try:
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(CacheError, match=f"^{url}: id/test is not what was sealed"):
+            open_cache(url)["id/test"]
+        file.unlink()
+        with pytest.raises(CacheError, match=r"id/test/label is damaged \(1 of its chunks are not there\)"):
+            open_cache(url)["id/test"]
+    finally:
+        file.write_bytes(content)
+    assert open_cache(url)["id/test"].rows == 50
+
+
+@pytest.mark.parametrize("url", [Plain], indirect=True)
+def test_it_is_not_written(url: str, here: Cache) -> None:
+    for address in (url, f"{url.removesuffix('x.zarr')}new.zarr"):
+        with pytest.raises(
+            InputError, match=f"^{address} can only be read; write to a folder or to s3://BUCKET/x.zarr"
+        ):
+            CacheWriter(address, here.header)
+
+
+@pytest.mark.parametrize("url", [Blind], indirect=True)
+def test_a_server_without_pages_is_refused_in_words(url: str) -> None:
+    with pytest.raises(CacheError, match=f"^{url}: the server shows no page of id/, .*copy the cache here"):
+        open_cache(url)
+
+
+@pytest.mark.parametrize("url", [Plain], indirect=True)
+def test_what_is_not_there(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CacheError, match=f"there is no cache at {url}x"):
+        open_cache(f"{url}x")
+    monkeypatch.setattr(store, "TRIES", 2)
+    with pytest.raises(CacheError, match=r"^http://127\.0\.0\.1:9/x\.zarr cannot be read .*asked 2 times"):
+        open_cache("http://127.0.0.1:9/x.zarr")
