@@ -75,7 +75,6 @@ def search(status: bool, explain: bool, dry_run: bool, as_json: bool, **asked: A
 def run_search(search: Search, as_json: bool = False) -> SearchResult:
     """Run a search with progress on stderr, write the parameters, print what was found."""
     from nacpipe.artifact import write_params
-    from nacpipe.search.result import SearchRequest
     from nacpipe.search.storage import only_runner
     from nacpipe.search.sweep import run
 
@@ -104,7 +103,7 @@ def run_search(search: Search, as_json: bool = False) -> SearchResult:
     elif result.ended == "patience" and request.patience:
         note(f"no improvement in {request.patience} trials; go on with more: {search.command(2 * request.patience)}")
     else:
-        named = f" --params {target}" if target != SearchRequest(cache=request.cache).target else ""
+        named = f" --params {target}" if request.output or target != request.target else ""
         note(f"next: nacpipe evaluate {request.cache}{named}")
     return result
 
