@@ -255,6 +255,8 @@ def _compare(cache: Cache, other: Cache, split: str, layer: str | None, plot: Pa
     frame = compare_splits(cache, other, split)
     if layer is not None:
         frame = frame[frame["layer"] == layer]
+        if frame.empty:
+            raise click.UsageError("--against compares the network's layers; leave out LAYER logits.")
     if plot is not None and layer is not None:
         _plot(plot, {one.path: value_histograms(one, split, layer) for one in (cache, other)}, layer)
     if as_json:

@@ -166,6 +166,8 @@ def _fit(cache: Cache, baseline: Baseline, head: Head) -> tuple[Any, int]:
             return detector, 0
         if baseline.fitted_on not in cache:
             raise _CannotError(f"the cache has no {baseline.fitted_on}")
+        if not cache.peek(baseline.fitted_on).sealed:
+            raise _CannotError(f"{baseline.fitted_on} is not finished")
         values, label = _fitting_set(cache, cache[baseline.fitted_on], baseline.reads)
         _check_enough(baseline, head, label)
         fit = {"logits": "fit_logits", "features": "fit_features", "maps": "fit_feature_maps"}[baseline.reads]

@@ -1,7 +1,8 @@
 """How sure a table is: bootstrap intervals, and whether two methods differ by more than chance.
 
 ID images and those of every OOD set are drawn again with replacement, as many as there are. A set's draw number b is
-the same for every method, run and cell, so differences between methods are paired, and a group's mean is of one draw.
+the same for every method, run and cell of a task, so differences between methods are paired, and a group's mean is of
+one draw; the full spectrum draws id/test and csid as one set.
 """
 
 from __future__ import annotations

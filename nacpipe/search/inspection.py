@@ -140,7 +140,7 @@ def describe_layers(cache: Cache, split: str, params: NacParams | None = None, o
         low, high = suggest_alpha(cache, name)
         row = {
             "layer": name,
-            "neurons": opened[name].spec.neurons,
+            "neurons": product.shape[1],
             "dead": dead_neurons(values["activation"]).size,
             "zeros": float((product == 0).mean()),
             "size": float(np.median(size)) if size.size else math.nan,

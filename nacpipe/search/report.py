@@ -80,9 +80,10 @@ def check_overfitting(cache: Cache, coverage: Coverage) -> pd.DataFrame:
     """Return one row for NAC and, where there are logits, one for Energy: how well they tell id/val from …
 
     Columns: method, val_auroc and val_fpr95 (from ood/val), subtrain_auroc (from id/subtrain; 0.5 is the ideal).
-    A split that the cache does not hold is NaN.
+    A split that the cache does not hold, or not finished, is NaN.
     """
-    splits = {name: cache[name] for name in ("id/val", "ood/val", "id/subtrain") if name in cache}
+    held = [name for name in ("id/val", "ood/val", "id/subtrain") if name in cache and cache.peek(name).sealed]
+    splits = {name: cache[name] for name in held}
     methods = {"NAC": {name: coverage.score(split) for name, split in splits.items()}}
     if has_logits(cache):
         methods["Energy"] = {name: energy(split.read("logits")) for name, split in splits.items()}

@@ -88,6 +88,7 @@ def _over_runs(tables: list[pd.DataFrame], paths: list[str]) -> pd.DataFrame:
         distinct = set(said.values())
         reasons.append(distinct.pop() if len(distinct) == 1 else "; ".join(f"{p}: {r}" for p, r in said.items() if r))
     frame["reason"] = reasons
+    frame["n_fitted"] = np.stack([table["n_fitted"].to_numpy() for table in tables]).min(axis=0)
     frame["runs"] = len(tables)
     spread = [f"{metric}_std" for metric in (*METRICS, "accuracy")]
     return frame[[*KEYS, *METRICS, "accuracy", *spread, "runs", *COLUMNS[len(KEYS) + len(METRICS) + 1 :]]]

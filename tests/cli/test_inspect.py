@@ -200,3 +200,10 @@ def test_refusals(cache: str, args: list[str], code: int, said: str) -> None:
     assert (done.exit_code, done.stdout) == (code, "")
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_networks_output_is_a_layer_too(place: Path) -> None:
+    done = nacpipe(f"{place}/c.zarr", "id/val", "logits", "--json")
+    assert done.exit_code == 0, done.stderr
+    done = nacpipe(f"{place}/c.zarr", "id/val", "logits", "--against", f"{place}/d.zarr")
+    assert (done.exit_code, "leave out LAYER logits" in done.stderr) == (2, True)
