@@ -101,7 +101,12 @@ class Detector(nn.Module):
             raise InputError(
                 "the network was made under torch.inference_mode, which forbids gradients; make it outside"
             )
-        with torch.inference_mode(False), frozen(network):
+        with (
+            _ONE_AT_A_TIME,
+            torch.inference_mode(False),
+            frozen(network),
+            torch.autocast(like.device.type, enabled=False),
+        ):
             outputs = network(like).shape[-1]
             self.classifier = try_network(name or type(network).__name__, network, like, outputs)
             self._direct = find_direct(network, self._specs, self.classifier, like)

@@ -76,7 +76,8 @@ def fit_detector(
     Raises:
         InputError: there are no images, a layer is not in the network, or a pooling does not fit it.
         ValuesError: states are not finite.
-    """  # fmt: skip
+    """
+    params = NacParams(layers={name: layer for name, layer in params.layers.items() if layer.weight > 0})
     device = next(network.parameters()).device
     coming = iter(batches)
     first = next(coming, None)

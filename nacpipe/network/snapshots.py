@@ -83,7 +83,12 @@ class Snapshots:
         """
         target = self.folder / f"step-{step:06}.zarr"
         device = next(network.parameters()).device
-        with torch.inference_mode(False), frozen(network), torch.autocast(device.type, enabled=False):
+        with (
+            torch.random.fork_rng(devices=[]),  # a DataLoader draws a seed each time it is gone through
+            torch.inference_mode(False),
+            frozen(network),
+            torch.autocast(device.type, enabled=False),
+        ):
             wrapped = wrap_network(network, _example(self.splits["id/train"]).to(device))
             if self.transform is not None:
                 wrapped = replace(wrapped, transform=self.transform)
