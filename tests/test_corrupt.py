@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,15 +12,8 @@ CHANGES = 30  # each reads the cache twice
 
 
 @pytest.fixture
-def corrupt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """bench/ is not a package: its scripts are loaded by path."""
-    path = Path(__file__).resolve().parents[1] / "bench" / "corrupt.py"
-    spec = importlib.util.spec_from_file_location("bench_corrupt", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+def corrupt(load_bench: Callable[[str], ModuleType]) -> ModuleType:
+    return load_bench("corrupt")
 
 
 def test_a_changed_byte_is_found_or_changes_no_value(corrupt: ModuleType, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,15 +15,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIG
 
 
 @pytest.fixture
-def kills(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """bench/ is not a package: its scripts are loaded by path."""
-    path = Path(__file__).resolve().parents[1] / "bench" / "kills.py"
-    spec = importlib.util.spec_from_file_location("bench_kills", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+def kills(load_bench: Callable[[str], ModuleType]) -> ModuleType:
+    return load_bench("kills")
 
 
 def test_killed_commands_end_in_the_values_that_nobody_disturbed(kills: ModuleType, tmp_path: Path) -> None:

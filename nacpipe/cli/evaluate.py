@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import Address, note, output_options, print_frame, print_table, printable, split_names
+from nacpipe.cli.show import (
+    Address,
+    note,
+    output_options,
+    params_option,
+    percent,
+    print_frame,
+    print_table,
+    printable,
+    split_names,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,13 +35,7 @@ _SHOWN = {"fpr95": "FPR@95", "auroc": "AUROC", "aupr_in": "AUPR-IN", "aupr_out":
 
 @click.command()
 @click.argument("caches", metavar="CACHE…", nargs=-1, required=True, type=Address())
-@click.option(
-    "--params",
-    "choices",
-    metavar="FILE",
-    multiple=True,
-    help="A file, or published; default: what search left beside X.zarr. Once for all caches, or once for each.",
-)
+@params_option
 @click.option(
     "--baselines",
     metavar="NAMES",
@@ -214,7 +218,7 @@ def print_comparison(frame: pd.DataFrame) -> None:
                     (
                         f"{group} {dataset}" if place == 0 else "",
                         _SHOWN[row.metric],
-                        *(_percent(value) for value in (row.first_value, row.second_value)),
+                        *(percent(value) for value in (row.first_value, row.second_value)),
                         f"{100 * row.difference:+.2f}" if row.more_than_chance is not None else "–",
                         f"[{100 * row.low:+.2f}, {100 * row.high:+.2f}]" if row.more_than_chance is not None else "–",
                         row.reason or (("better" if better else "worse") if row.more_than_chance else "within chance"),
@@ -230,15 +234,11 @@ def print_comparison(frame: pd.DataFrame) -> None:
 
 def _cell(row: pd.Series[Any], metric: str) -> str:
     """A metric with its deviation over runs and its interval, where the table has them."""
-    text = _percent(row[metric])
+    text = percent(row[metric])
     spread = row.get(f"{metric}_std")
     if spread is not None and not math.isnan(spread):
-        text += f" ± {_percent(spread)}"
+        text += f" ± {percent(spread)}"
     low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
     if low is not None and not math.isnan(low):
-        text += f" [{_percent(low)}, {_percent(high)}]"
+        text += f" [{percent(low)}, {percent(high)}]"
     return text
-
-
-def _percent(value: float) -> str:
-    return "–" if math.isnan(value) else f"{100 * value:.2f}"

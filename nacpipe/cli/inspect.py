@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nacpipe.cli.bars import print_bars
-from nacpipe.cli.show import Address, format_bytes, note, print_json, print_table, printable, say
+from nacpipe.cli.show import Address, format_bytes, note, percent, print_json, print_table, printable, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,7 +144,7 @@ def _print_layers(layers: pd.DataFrame, states: bool) -> None:
         [
             row.layer, str(row.neurons), str(row.dead), f"{100 * row.zeros:.1f}", _number(row.size),
             f"{_number(row.alpha_low)} … {_number(row.alpha_high)}",
-            *([_number(row.alpha), _percent(row.flat), _percent(row.saturated)] if states else []),
+            *([_number(row.alpha), percent(row.flat, 1), percent(row.saturated, 1)] if states else []),
         ]
         for row in layers.itertuples()
     ]  # fmt: skip
@@ -262,7 +262,7 @@ def _compare(cache: Cache, other: Cache, split: str, layer: str | None, plot: Pa
     if as_json:
         print_json({"agree": frame.attrs.get("agree"), "layers": frame.to_dict("records")})
         return
-    pairs = (("dead", str), ("zeros", _percent), ("size", _number))
+    pairs = (("dead", str), ("zeros", lambda share: percent(share, 1)), ("size", _number))
     rows = [
         [str(row["layer"]), *(f"{show(row[name])} / {show(row[f'{name}_other'])}" for name, show in pairs),
          _number(row["ratio"]), _number(row["alike"])]
@@ -272,7 +272,7 @@ def _compare(cache: Cache, other: Cache, split: str, layer: str | None, plot: Pa
     click.echo(f"\n{printable(cache.path)} / {printable(other.path)}; ratio: the other's |product| over this one's")
     click.echo("alike: correlation of a neuron's activations over the images, mean over neurons")
     if (agree := frame.attrs.get("agree")) is not None:
-        click.echo(f"both predict the same class for {_percent(agree)} % of the images")
+        click.echo(f"both predict the same class for {percent(agree, 1)} % of the images")
 
 
 def _plot(path: Path, histograms: dict[str, pd.DataFrame], title: str) -> None:
@@ -294,7 +294,3 @@ def _print_numbers(frame: pd.DataFrame) -> None:
 
 def _number(value: Any) -> str:
     return "–" if math.isnan(value) else f"{value:.4g}"
-
-
-def _percent(value: float) -> str:
-    return "–" if math.isnan(value) else f"{100 * value:.1f}"

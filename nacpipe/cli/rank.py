@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import click
 
-from nacpipe.cli.show import Address, note, print_frame, print_json, print_table
+from nacpipe.cli.show import Address, note, percent, print_frame, print_json, print_table
 
 
 @click.command()
@@ -75,7 +74,7 @@ def rank(
     print_table(
         ("selection", "checkpoint", "accuracy %", "rank correlation %"),
         [
-            (r.selection, r.checkpoint, _percent(float(r.test_in)), _percent(float(r.correlation)))
+            (r.selection, r.checkpoint, percent(float(r.test_in)), percent(float(r.correlation)))
             for r in found.selections.itertuples()
         ],
         left=2,
@@ -85,8 +84,4 @@ def rank(
 def _cell(column: str, value: float) -> str:
     if column == "images":
         return str(value)
-    return f"{value:.4f}" if column.startswith("area_") else _percent(value)
-
-
-def _percent(value: float) -> str:
-    return "–" if math.isnan(value) else f"{100 * value:.2f}"
+    return f"{value:.4f}" if column.startswith("area_") else percent(value)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from nacpipe.cli.evaluate import match_choices, score_baselines_named
-from nacpipe.cli.show import Address, note, split_names
+from nacpipe.cli.show import Address, note, params_option, split_names
 
 
 @click.command()
@@ -18,13 +18,7 @@ from nacpipe.cli.show import Address, note, split_names
 @click.option(
     "--figures", metavar="DIR", type=click.Path(path_type=Path), help="Write every picture as SVG and PNG too."
 )
-@click.option(
-    "--params",
-    "choices",
-    metavar="FILE",
-    multiple=True,
-    help="A file, or published; default: what search left beside X.zarr. Once for all caches, or once for each.",
-)
+@params_option
 @click.option("--baselines", metavar="NAMES", callback=split_names, help="all, or some by name (nacpipe[baselines]).")
 @click.pass_context
 def report(

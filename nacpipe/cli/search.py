@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import Address, Progress, note, print_json, print_table, split_names
+from nacpipe.cli.show import Address, Progress, note, percent, print_json, print_table, split_names
 
 if TYPE_CHECKING:
     from nacpipe.search.result import SearchResult
@@ -123,9 +123,9 @@ def _where_to(search: Search, result: SearchResult) -> Path:
     if name == request.study_name:
         return request.target
     if request.output is None and value > result.checks.val_auroc:
-        note(f"{request.target} stays: it holds the better result of {name} ({_percent(value)} %)")
+        note(f"{request.target} stays: it holds the better result of {name} ({percent(value)} %)")
         return beside_cache(str(request.cache), f".{request.study_name}.params.json")
-    note(f"{request.target} held the result of {name} ({_percent(value)} %); it is replaced")
+    note(f"{request.target} held the result of {name} ({percent(value)} %); it is replaced")
     return request.target
 
 
@@ -141,7 +141,7 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
                 str(p.saturation),
                 f"{p.alpha:.4g}",
                 f"{p.weight:.4f}",
-                _percent(result.alone.get(name)),
+                percent(result.alone.get(name)),
                 *_choices(search, name, p),
             )
             for name, p in result.params.layers.items()
@@ -150,8 +150,8 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
         print_table(("layer", "bins", "saturation", "alpha", "weight", "alone, AUROC %", *extra), rows)
         checks = result.checks
         click.echo(
-            f"\nid/val against {search.request.val}: AUROC {_percent(checks.val_auroc)} %"
-            f" (Energy {_percent(result.energy_val)} %), FPR@95 {_percent(checks.val_fpr95)} %"
+            f"\nid/val against {search.request.val}: AUROC {percent(checks.val_auroc)} %"
+            f" (Energy {percent(result.energy_val)} %), FPR@95 {percent(checks.val_fpr95)} %"
         )
         if result.front is not None:
             click.echo(
@@ -162,8 +162,8 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
             click.echo("overfitting check: the cache has no id/subtrain")
         else:
             click.echo(
-                f"overfitting check, id/val against id/subtrain: AUROC {_percent(checks.subtrain_auroc)} %"
-                f" (50 is ideal; Energy's {_percent(result.energy_subtrain)} %)"
+                f"overfitting check, id/val against id/subtrain: AUROC {percent(checks.subtrain_auroc)} %"
+                f" (50 is ideal; Energy's {percent(result.energy_subtrain)} %)"
             )
         click.echo(f"{result.trials} trials in {result.seconds:.1f} s, seed {result.seed}, {search.request.shown}")
     if result.overfits:
@@ -185,7 +185,7 @@ def print_explanation(search: Search, as_json: bool) -> None:
         (
             f"{row.layer}.{row.parameter}",
             f"{row.value:.4g}" if isinstance(row.value, float) else str(row.value),
-            _percent(row.importance),
+            percent(row.importance),
             row.choices if math.isnan(row.low) else f"{row.low:.4g} … {row.high:.4g}",
             "" if math.isnan(row.place) else _gauge(row.place) + " at the edge" * row.at_edge,
         )
@@ -194,7 +194,7 @@ def print_explanation(search: Search, as_json: bool) -> None:
     print_table(("parameter", "best", "importance %", "range", "place in it"), parameters, left=1)
     click.echo("")
     layers = [
-        (str(row.layer), f"{row.weight:.4f}", _percent(row.alone), _percent(row.without))
+        (str(row.layer), f"{row.weight:.4f}", percent(row.alone), percent(row.without))
         for row in found.layers.itertuples()
     ]
     print_table(("layer", "weight", "alone, AUROC %", "without it, AUROC %"), layers)
@@ -254,7 +254,3 @@ def _values(given: Any) -> str:
     return ", ".join(
         f"{v:.4g}" if isinstance(v, float) else str(v) for v in (given if isinstance(given, list) else [given])
     )
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{100 * value:.2f}"

@@ -86,11 +86,22 @@ def print_frame(frame: pd.DataFrame, output: str) -> None:
             say("| " + " | ".join(row) + " |")
 
 
+def params_option(command: Any) -> Any:
+    """Add --params to a command of several caches, as `choices`."""
+    said = "A file, or published; default: what search left beside X.zarr. Once for all caches, or once for each."
+    return click.option("--params", "choices", metavar="FILE", multiple=True, help=said)(command)
+
+
 def output_options(command: Any) -> Any:
     """Add --json, --csv and --markdown to a command as `output`."""
     for name in ("markdown", "csv", "json"):
         command = click.option(f"--{name}", "output", flag_value=name, help=f"Print {name.upper()}.")(command)
     return command
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """0.12345 → 12.35; what is not there is a dash."""
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
 
 
 def format_bytes(count: int) -> str:

@@ -29,7 +29,7 @@ from nacpipe.core.provenance import diff
 from nacpipe.errors import DetectorError, InputError
 from nacpipe.network.custom import try_network
 from nacpipe.network.request import AUTOCAST
-from nacpipe.network.taps import POOLINGS, Tapped, Taps, find_direct, frozen
+from nacpipe.network.taps import POOLINGS, Tapped, Taps, apart, find_direct
 from nacpipe.network.weights import hash_weights
 
 # Hooks stand on the network while it runs, so that two calls must not overlap.
@@ -101,12 +101,7 @@ class Detector(nn.Module):
             raise InputError(
                 "the network was made under torch.inference_mode, which forbids gradients; make it outside"
             )
-        with (
-            _ONE_AT_A_TIME,
-            torch.inference_mode(False),
-            frozen(network),
-            torch.autocast(like.device.type, enabled=False),
-        ):
+        with _ONE_AT_A_TIME, apart(network, like.device):
             outputs = network(like).shape[-1]
             self.classifier = try_network(name or type(network).__name__, network, like, outputs)
             self._direct = find_direct(network, self._specs, self.classifier, like)
@@ -141,9 +136,7 @@ class Detector(nn.Module):
         """One pass, as extraction makes it, whatever mode the caller is in."""
         with (
             _ONE_AT_A_TIME,
-            torch.inference_mode(False),
-            frozen(self.network),
-            torch.autocast(images.device.type, enabled=False),
+            apart(self.network, images.device),
             Taps(
                 self.network, self._specs, self.classifier, direct=self._direct, autocast=self._autocast
             ) as taps,

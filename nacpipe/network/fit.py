@@ -8,7 +8,6 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from nacpipe.errors import InputError, ValuesError
 from nacpipe.network.detector import Detector, load_detector, select_products
 from nacpipe.network.layers import measure_layers
 from nacpipe.network.load import wrap_network
-from nacpipe.network.taps import Taps, frozen
+from nacpipe.network.taps import Taps, apart
 
 Source = str | Path | NacParams
 
@@ -83,7 +82,7 @@ def fit_detector(
     first = next(coming, None)
     if first is None:
         raise InputError("there are no training images to count")
-    with torch.inference_mode(False), frozen(network):
+    with apart(network, device):
         wrapped = wrap_network(network, first[:1].repeat(2, 1, 1, 1).to(device))
         named = [name for name in params.layers if name != LOGITS]
         specs = measure_layers(wrapped, named, list(pools.items())).layers if named else ()
@@ -94,12 +93,7 @@ def fit_detector(
     }
     counts: dict[str, NDArray[np.int32]] = {}
     for images in chain([first], coming):
-        with (
-            torch.inference_mode(False),
-            frozen(network),
-            torch.autocast(device.type, enabled=False),
-            Taps(network, specs, wrapped.model.classifier) as taps,
-        ):
+        with apart(network, device), Taps(network, specs, wrapped.model.classifier) as taps:
             tapped = taps(images.detach().to(device))
         for name, layer in params.layers.items():
             products = select_products(tapped, name, layer.source).cpu().numpy()

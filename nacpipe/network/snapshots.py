@@ -31,7 +31,7 @@ from nacpipe.core.benchmarks import Transform
 from nacpipe.errors import InputError
 from nacpipe.network.layers import Measured, measure_layers
 from nacpipe.network.load import Network, classifier_weights, wrap_network
-from nacpipe.network.taps import Taps, frozen
+from nacpipe.network.taps import Taps, apart
 
 _SPLIT = re.compile(r"id/(train|val|test)|csid/[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -83,12 +83,8 @@ class Snapshots:
         """
         target = self.folder / f"step-{step:06}.zarr"
         device = next(network.parameters()).device
-        with (
-            torch.random.fork_rng(devices=[]),  # a DataLoader draws a seed each time it is gone through
-            torch.inference_mode(False),
-            frozen(network),
-            torch.autocast(device.type, enabled=False),
-        ):
+        # A DataLoader draws a seed each time it is gone through.
+        with torch.random.fork_rng(devices=[]), apart(network, device):
             wrapped = wrap_network(network, _example(self.splits["id/train"]).to(device))
             if self.transform is not None:
                 wrapped = replace(wrapped, transform=self.transform)

@@ -200,6 +200,15 @@ def freeze(network: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def apart(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Use somebody's network as extraction uses its own: `frozen`, and whatever inference mode or autocast the caller
+    is in.
+    """
+    with torch.inference_mode(False), frozen(network), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
     """`freeze` a network for as long as the `with` block lasts; afterwards every flag is as it was."""
     training = [module for module in network.modules() if module.training]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import optuna
 import pandas as pd
+from optuna.trial import FrozenTrial
 
 from nacpipe.core.params import NacParams
 from nacpipe.errors import StudyError
@@ -90,37 +92,30 @@ def explain(search: Search) -> Explanation:
     history["best"] = history["value"].cummin() if objective == "fpr95" else history["value"].cummax()
     params = trial_params(best, search.space)
     return Explanation(
-        parameters=_parameters(search, params),
-        layers=_layers(search, params),
+        parameters=_parameters(search, trials, params),
+        layers=_layers(search, trials, params),
         history=history,
         maximize=objective != "fpr95",
     )
 
 
-def _parameters(search: Search, params: NacParams) -> pd.DataFrame:
-    importances = _importances(search)
+def _parameters(search: Search, trials: Sequence[FrozenTrial], params: NacParams) -> pd.DataFrame:
+    importances = _importances(search, trials)
     rows = []
     for name, layer in params.layers.items():
         for field in _searched(search.space[name]):
-            value = getattr(layer, field)
-            row: dict[str, Any] = {"layer": name, "parameter": field, "value": value}
-            row |= {
-                "importance": importances.get(f"{name}.{field}", np.nan),
-                "low": np.nan,
-                "high": np.nan,
-                "place": np.nan,
-            }
-            dimension = search.space[name].dimension(field, layer.source)
-            if isinstance(dimension, Choice):
-                row["choices"] = ", ".join(str(v) for v in dimension.values)
+            value, dimension = getattr(layer, field), search.space[name].dimension(field, layer.source)
+            choices = ", ".join(map(str, dimension.values)) if isinstance(dimension, Choice) else ""
+            low = high = place = np.nan
+            at_edge = False
             if isinstance(dimension, Interval):
-                place = dimension.unit(value)
-                row |= {"low": dimension.low, "high": dimension.high, "place": place}
-                row["at_edge"] = dimension.free and not EDGE < place < 1 - EDGE
-            rows.append({"at_edge": False, "choices": "", **row})
+                low, high, place = dimension.low, dimension.high, dimension.unit(value)
+                at_edge = dimension.free and not EDGE < place < 1 - EDGE
+            importance = importances.get(f"{name}.{field}", np.nan)
+            rows.append((name, field, value, importance, low, high, choices, place, at_edge))
     columns = ["layer", "parameter", "value", "importance", "low", "high", "choices", "place", "at_edge"]
     frame = pd.DataFrame(rows, columns=columns)
-    frame["value"] = pd.Series([row["value"] for row in rows], dtype=object)  # whole numbers stay whole
+    frame["value"] = pd.Series([row[2] for row in rows], dtype=object)  # whole numbers stay whole
     return frame
 
 
@@ -129,10 +124,8 @@ def _searched(layer: LayerSpace) -> list[str]:
     return [*layer.free, *(["weight"] if layer.weight is not None and layer.weight.free else [])]
 
 
-def _importances(search: Search) -> dict[str, float]:
+def _importances(search: Search, trials: Sequence[FrozenTrial]) -> dict[str, float]:
     """Parameter → its share; empty where there are too few trials, or all are equally good."""
-    assert search.study is not None
-    trials = search.completed()
     if len(trials) < FEW:
         return {}
     merits = {number_of(t): t.user_attrs["val_auroc"] for t in trials}
@@ -152,8 +145,8 @@ def _importances(search: Search) -> dict[str, float]:
     return dict(optuna.importance.get_param_importances(ours, evaluator=evaluator, params=names)) if names else {}
 
 
-def _layers(search: Search, params: NacParams) -> pd.DataFrame:
-    alone = search.alone(search.completed())
+def _layers(search: Search, trials: Sequence[FrozenTrial], params: NacParams) -> pd.DataFrame:
+    alone = search.alone(trials)
     rows = []
     for name, layer in params.layers.items():
         others = {other: p for other, p in params.layers.items() if other != name}

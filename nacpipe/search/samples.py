@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 
-from nacpipe.artifact import check_writable
+from nacpipe.artifact import check_writable, writing_whole
 from nacpipe.cache import Cache
 from nacpipe.errors import InputError, MissingExtra
 from nacpipe.search.scored import ScoredCache
@@ -46,18 +44,8 @@ def save_scores(path: Path, caches: Sequence[Cache], runs: Sequence[ScoredCache]
         MissingExtra: a Parquet file needs pyarrow.
     """
     check_scores_file(path)
-    try:
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                (_write_npz if path.suffix == ".npz" else _write_parquet)(file, caches, runs)
-            os.chmod(draft, 0o644)
-            os.replace(draft, path)
-        except BaseException:
-            os.unlink(draft)
-            raise
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+    with writing_whole(path) as file:
+        (_write_npz if path.suffix == ".npz" else _write_parquet)(file, caches, runs)
 
 
 def _write_npz(file: BinaryIO, caches: Sequence[Cache], runs: Sequence[ScoredCache]) -> None:
