@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +38,8 @@ PARAMS = NacParams(
 @pytest.fixture(params=NAMES)
 def golden(request: pytest.FixtureRequest, tmp_path: Path) -> Cache:
     name = str(request.param)
-    shutil.unpack_archive(FOLDER / "v1" / f"{name}.tar.xz", tmp_path, filter="data")
+    known: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on
+    shutil.unpack_archive(FOLDER / "v1" / f"{name}.tar.xz", tmp_path, **known)
     return open_cache(tmp_path / f"{name.removeprefix('first-')}.zarr")
 
 
