@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from taps import bare, forward, measure, specs
 
+from nacpipe.core.columns import sort_columns
 from nacpipe.core.coverage import bin_edges, product_borders
 from nacpipe.core.exported import ExportedLayer
-from nacpipe.core.kernels import count_sorted, sort_columns
+from nacpipe.core.kernels import count_sorted
 from nacpipe.core.params import LayerParams
 from nacpipe.network.detector import Detector, select_products
 from nacpipe.network.models import find_model

@@ -21,6 +21,7 @@ depend on the order of summation, the number of threads or the batch size.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -35,8 +36,11 @@ LOGITS = "logits"  # the network's output as a layer, which needs no tap: its gr
 LOG_BASE = 1000.0  # b of design §3; the authors' `logspace(1e3, M)`
 
 
+@lru_cache(4096)
 def bin_edges(bins: int, kind: Edges = "log") -> NDArray[np.float64]:
     """Return the edges of M − 1 bins, (bins,) ascending float64; state s is in bin k when edges[k] ≤ s < edges[k+1].
+
+    Made once for every M, and not to be written to.
 
     `log` is fine near ½, where small products crowd, and coarse near 0 and 1; symmetric about ½, itself an edge:
 
@@ -57,13 +61,15 @@ def bin_edges(bins: int, kind: Edges = "log") -> NDArray[np.float64]:
     if kind == "linear":
         edges = np.linspace(0.0, 1.0, bins)
         edges[-1] = np.nextafter(1.0, 2.0)
-        return edges
-    if kind != "log":
+    elif kind == "log":
+        lower = _log_half((bins + 1) // 2)  # = h for even M
+        upper = (1.0 - _log_half(bins // 2))[::-1]
+        upper[-1] += 0.01
+        edges = np.concatenate([lower[:-1], upper, [1.2]])
+    else:
         raise ParamsError(f"edges is {kind!r}; known: log, linear")
-    lower = _log_half((bins + 1) // 2)  # = h for even M
-    upper = (1.0 - _log_half(bins // 2))[::-1]
-    upper[-1] += 0.01
-    return np.concatenate([lower[:-1], upper, [1.2]])
+    edges.flags.writeable = False
+    return edges
 
 
 def _log_half(points: int) -> NDArray[np.float64]:

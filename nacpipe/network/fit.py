@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from nacpipe.artifact import read_params
 from nacpipe.cache import LayerSpec
+from nacpipe.core.columns import sort_columns
 from nacpipe.core.coverage import LOGITS, bin_edges, product_borders
 from nacpipe.core.exported import ExportedLayer
-from nacpipe.core.kernels import count_sorted, sort_columns
+from nacpipe.core.kernels import count_sorted
 from nacpipe.core.params import NacParams
 from nacpipe.errors import InputError, ValuesError
 from nacpipe.network.detector import Detector, load_detector, select_products

@@ -88,7 +88,7 @@ class Evaluator:
 
     def weigh(self, params: NacParams) -> NacParams:
         """Return the parameters with weights in closed form from id/val and the OOD split."""
-        scores = np.stack([self.scorer.layer_scores(name, layer) for name, layer in params.layers.items()])
+        scores = np.stack(self.scorer.layer_scores(params.layers))
         weights = fisher_weights(scores[:, self.scorer.rows["id/val"]], scores[:, self.scorer.rows[self._ood]])
         return with_weights(params.layers, weights)
 

@@ -20,8 +20,9 @@ import numpy as np
 import pandas as pd
 
 from nacpipe.cache import Cache, SplitView
+from nacpipe.core.columns import sort_columns
 from nacpipe.core.coverage import bin_edges, covered_area, product_borders
-from nacpipe.core.kernels import count_sorted, sort_columns
+from nacpipe.core.kernels import count_sorted
 from nacpipe.core.metrics import accuracy, spearman
 from nacpipe.core.params import LayerParams
 from nacpipe.core.provenance import diff

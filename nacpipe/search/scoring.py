@@ -3,7 +3,7 @@
 Two ways to walk it, which give the same integers and so the same scores:
 
     fit_coverage(cache, params).score(split)      any split, block by block, in bounded memory
-    Scorer(…).layer_scores(layer, params)         the search's splits, indexed once, a few milliseconds per trial
+    Scorer(…).layer_scores(params.layers)          the search's splits, indexed once, a few milliseconds per trial
 
 The network's output is a layer too, `logits`: every sample's logits are in the cache, and their gradient is known.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, SplitView
+from nacpipe.core.columns import Index, index_columns, sort_columns
 from nacpipe.core.coverage import (
     LOGITS,
     Source,
@@ -28,7 +29,7 @@ from nacpipe.core.coverage import (
     product_borders,
     select_source,
 )
-from nacpipe.core.kernels import Columns, count_sorted, fill_ranked, fill_rows, rank_columns, sort_columns
+from nacpipe.core.kernels import Asked, count_sorted, fill_ranked, fill_rows
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import ParamsError, ValuesError
 
@@ -146,15 +147,6 @@ def score_splits(cache: Cache, params: NacParams, splits: Sequence[str]) -> dict
     return {name: coverage.score(cache[name]) for name in splits}
 
 
-@dataclass(frozen=True, slots=True)
-class Index:
-    """One layer's columns, sorted once."""
-
-    train: Columns  # of n_train samples
-    queries: Columns  # of n_query samples
-    ranks: NDArray[np.uint16] | NDArray[np.uint32]  # (neurons, n_query)
-
-
 IndexOf = Callable[[str, Source], Index]
 """Layer and source → their index."""
 
@@ -163,9 +155,8 @@ def index_from(cache: Cache, splits: Sequence[str]) -> IndexOf:
     """Return what reads and sorts a layer's columns: id/train is counted, `splits` are scored."""
 
     def make(layer: str, source: Source) -> Index:
-        train = sort_columns(read_source(cache["id/train"], layer, source))
         evaluated = np.concatenate([read_source(cache[name], layer, source) for name in splits])
-        return Index(train, sort_columns(evaluated), rank_columns(evaluated))
+        return index_columns(read_source(cache["id/train"], layer, source), evaluated)
 
     return make
 
@@ -199,28 +190,27 @@ class Scorer:
         self._remembered: OrderedDict[tuple[str, LayerParams], NDArray[np.float64]] = OrderedDict()
         self._room = remember
 
-    def layer_scores(self, layer: str, params: LayerParams) -> NDArray[np.float64]:
-        """Return one layer's scores of all splits, (samples,); weight plays no part."""
-        key = (layer, replace(params, weight=1.0))
-        found = self._remembered.get(key)
-        if found is not None:
-            self._remembered.move_to_end(key)
-            return found
-        index = self.index(layer, params.source)
-        borders = product_borders(bin_edges(params.bins, params.edges), params.alpha)
-        filled = fill_ranked(index.train, index.queries, index.ranks, borders, params.saturation)
-        scores = layer_score(filled, index.ranks.shape[0], params.saturation)
-        self._remember(key, scores)
-        return scores
-
-    def scores(self, params: NacParams) -> NDArray[np.float64]:
-        """Return the scores of all splits, (samples,); `rows` says which are whose."""
-        layer_scores = np.stack([self.layer_scores(name, layer) for name, layer in params.layers.items()])
-        return combine_layers(layer_scores, np.array([layer.weight for layer in params.layers.values()]))
-
-    def _remember(self, key: tuple[str, LayerParams], scores: NDArray[np.float64]) -> None:
-        self._remembered[key] = scores
-        self._room -= scores.nbytes
+    def layer_scores(self, layers: Mapping[str, LayerParams]) -> list[NDArray[np.float64]]:
+        """Return each layer's scores of all splits, (samples,); weights play no part."""
+        keys = [(layer, replace(params, weight=1.0)) for layer, params in layers.items()]
+        found = {key: self._remembered.pop(key) for key in keys if key in self._remembered}
+        new = [key for key in keys if key not in found]
+        if new:
+            asked = [self._ask(layer, params) for layer, params in new]
+            for key, (index, _, saturation), filled in zip(new, asked, fill_ranked(asked), strict=True):
+                found[key] = layer_score(filled, index.neurons, saturation)
+                self._room -= found[key].nbytes
+        self._remembered |= found  # the newest last
         while self._room < 0:
             _, oldest = self._remembered.popitem(last=False)
             self._room += oldest.nbytes
+        return [found[key] for key in keys]
+
+    def scores(self, params: NacParams) -> NDArray[np.float64]:
+        """Return the scores of all splits, (samples,); `rows` says which are whose."""
+        layer_scores = np.stack(self.layer_scores(params.layers))
+        return combine_layers(layer_scores, np.array([layer.weight for layer in params.layers.values()]))
+
+    def _ask(self, layer: str, params: LayerParams) -> Asked:
+        borders = product_borders(bin_edges(params.bins, params.edges), params.alpha)
+        return self.index(layer, params.source), borders, params.saturation

@@ -187,7 +187,7 @@ def measure_space(
     source = asked.pop("source", Choice(("product",)))
     assert isinstance(source, Choice)
     alpha = asked.pop("alpha", None)
-    alphas = {name: alpha or _measure_alpha(layer, name, index(layer, name).train.ascending) for name in source.values}
+    alphas = {name: alpha or _measure_alpha(layer, name, index(layer, name).train) for name in source.values}
     rest: dict[str, Any] = {
         "bins": Interval(*BINS, whole=True),
         "saturation": Interval(1, max(train_rows, 2), whole=True),

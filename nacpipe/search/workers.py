@@ -23,11 +23,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nacpipe.core.columns import Index
 from nacpipe.core.coverage import Source
 from nacpipe.core.kernels import set_threads
 from nacpipe.errors import InputError, StudyError
 from nacpipe.search.objective import Evaluator, Outcome, Proposal
-from nacpipe.search.scoring import REMEMBER_BYTES, Index, IndexOf, Scorer
+from nacpipe.search.scoring import REMEMBER_BYTES, IndexOf, Scorer
 
 LIVES = 3  # workers that one trial may cost
 PAGE = 4096

@@ -15,8 +15,9 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from nacpipe.core import kernels
+from nacpipe.core.columns import index_columns, sort_columns
 from nacpipe.core.coverage import bin_edges, coverage_table, layer_score, product_borders
-from nacpipe.core.kernels import Columns, count_sorted, fill_ranked, fill_rows, rank_columns, sort_columns
+from nacpipe.core.kernels import count_sorted, fill_ranked, fill_rows
 from tests import oracle
 
 Products = NDArray[np.float32]  # (samples, neurons)
@@ -61,8 +62,10 @@ def one_thread_unless_told() -> Iterator[None]:
     kernels.set_threads(None)
 
 
-def index(train: Products, queries: Products) -> tuple[Columns, Columns, NDArray[np.uint16] | NDArray[np.uint32]]:
-    return sort_columns(train), sort_columns(queries), rank_columns(queries)
+def fill(train: Products, queries: Products, borders: NDArray[np.float32], saturation: int) -> NDArray[np.int64]:
+    """What one layer is filled with."""
+    (filled,) = fill_ranked([(index_columns(train, queries), borders, saturation)])
+    return filled
 
 
 @given(products(30), products(20), BINS, KINDS, ALPHAS, SATURATIONS)
@@ -81,8 +84,8 @@ def test_bins_counts_and_scores_are_the_oracles(
     np.testing.assert_array_equal(found, counts)
     filled = [sum(min(counts[i, k], saturation) for i, k in enumerate(sample)) for sample in query_bins]
     np.testing.assert_array_equal(fill_rows(queries, borders, found, saturation), filled)
-    np.testing.assert_array_equal(fill_ranked(*index(train, queries), borders, saturation), filled)
-    score = layer_score(fill_ranked(*index(train, queries), borders, saturation), 3, saturation)
+    np.testing.assert_array_equal(fill(train, queries, borders, saturation), filled)
+    score = layer_score(fill(train, queries, borders, saturation), 3, saturation)
     np.testing.assert_allclose(score, oracle.layer_score(oracle.table(counts, saturation), query_bins), rtol=1e-13)
 
 
@@ -96,7 +99,7 @@ def test_ranked_and_plain_rows_fill_alike_even_on_the_borders(
     train = np.concatenate([train, np.nextafter(queries, np.float32(-np.inf)), queries])
     counts = count_sorted(sort_columns(train), borders)
     np.testing.assert_array_equal(
-        fill_ranked(*index(train, queries), borders, saturation), fill_rows(queries, borders, counts, saturation)
+        fill(train, queries, borders, saturation), fill_rows(queries, borders, counts, saturation)
     )
     # A border belongs to the bin above it, the number just below to the bin below: here one neuron for each border.
     k = np.flatnonzero(np.isfinite(borders))
@@ -127,8 +130,7 @@ def test_counts_add_over_splits(train: Products, cut: int, bins: int, alpha: flo
 @given(products(30), products(10), BINS, ALPHAS)
 def test_scores_fall_as_saturation_rises(train: Products, queries: Products, bins: int, alpha: float) -> None:
     borders = product_borders(bin_edges(bins), alpha)
-    ranked = index(train, queries)
-    scores = [layer_score(fill_ranked(*ranked, borders, r), 3, r) for r in (1, 2, 5, 50, 5000)]
+    scores = [layer_score(fill(train, queries, borders, r), 3, r) for r in (1, 2, 5, 50, 5000)]
     for lower, higher in itertools.pairwise(scores):
         assert (higher <= lower + 1e-15).all()
 
@@ -158,7 +160,7 @@ def test_fill_is_the_sum_of_the_table_by_hand() -> None:
     borders = np.array([-np.inf, 0, 2, np.inf], np.float32)
     counts = count_sorted(sort_columns(train), borders)
     assert counts.tolist() == [[0, 1, 3], [0, 4, 0]]
-    assert fill_ranked(*index(train, queries), borders, 2).tolist() == [4, 2, 1, 4]
+    assert fill(train, queries, borders, 2).tolist() == [4, 2, 1, 4]
     assert (2 * coverage_table(counts, 2)).tolist() == [[0, 1, 2], [0, 2, 0]]
 
 
@@ -178,7 +180,7 @@ def test_threads_change_nothing(neurons: int) -> None:
     for number in (1, None):
         kernels.set_threads(number)
         counts = count_sorted(sort_columns(train), borders)
-        results += [fill_ranked(*index(train, queries), borders, 3), fill_rows(queries, borders, counts, 3)]
+        results += [fill(train, queries, borders, 3), fill_rows(queries, borders, counts, 3)]
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
     bins = oracle.bins_of(oracle.states(queries, 2.0), oracle.bin_edges(50))
@@ -201,25 +203,36 @@ def test_ranks_are_as_narrow_as_they_can_be_and_right(samples: int) -> None:
     rng = np.random.RandomState(samples)
     queries = rng.randn(samples, 2).astype(np.float32)
     queries[:, 1] = np.round(queries[:, 1])  # many ties
-    ranks = rank_columns(queries)
-    assert ranks.dtype == (np.uint16 if samples <= 65_536 else np.uint32)
-    ordered = sort_columns(queries)
-    for neuron in range(2):
-        assert (np.sort(ranks[neuron]) == np.arange(samples)).all()
-        np.testing.assert_array_equal(ordered.ascending[neuron, ranks[neuron]], queries[:, neuron])
     train = rng.randn(100, 2).astype(np.float32)
+    ranks = index_columns(train, queries).ranks
+    assert ranks.dtype == (np.uint16 if samples <= 65_536 else np.uint32)
+    assert (ranks[:, :, 2:] == 0).all()  # of the two neurons that a four lacks
+    for neuron in range(2):
+        assert (np.sort(ranks[0, :, neuron]) == np.arange(samples)).all()
+        np.testing.assert_array_equal(np.sort(queries[:, neuron])[ranks[0, :, neuron]], queries[:, neuron])
     borders = product_borders(bin_edges(50), 1.0)
     counts = count_sorted(sort_columns(train), borders)
-    np.testing.assert_array_equal(
-        fill_ranked(sort_columns(train), ordered, ranks, borders, 7), fill_rows(queries, borders, counts, 7)
-    )
+    np.testing.assert_array_equal(fill(train, queries, borders, 7), fill_rows(queries, borders, counts, 7))
+
+
+@pytest.mark.parametrize("n_train", [0, 1, 15, 16, 17, 65_535, 65_536])
+@pytest.mark.parametrize("n_query", [0, 1, 15, 31, 32, 33])
+def test_an_index_holds_its_training_samples(n_train: int, n_query: int) -> None:
+    """Beside queries equal to them, at every fill of the last line, with marks of 32 and of 64 bits."""
+    rng = np.random.RandomState(n_train + n_query)
+    train, queries = (np.round(3 * rng.randn(n, 5)).astype(np.float32) for n in (n_train, n_query))
+    made = index_columns(train, queries)
+    assert made.marks.dtype == (np.uint32 if n_train < 65_536 else np.uint64)
+    assert (made.neurons, made.queries) == (5, n_query)
+    np.testing.assert_array_equal(made.train, np.sort(train, axis=0).T)
+    np.testing.assert_array_equal(made.columns.ascending, np.sort(np.concatenate([train, queries]), axis=0).T)
 
 
 def test_no_samples_are_filled_with_nothing() -> None:
     train, none = np.ones((3, 2), np.float32), np.empty((0, 2), np.float32)
     borders = product_borders(bin_edges(10), 1.0)
-    assert fill_ranked(*index(train, none), borders, 5).tolist() == []
-    assert fill_ranked(*index(none, train), borders, 5).tolist() == [0, 0, 0]
+    assert fill(train, none, borders, 5).tolist() == []
+    assert fill(none, train, borders, 5).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("n_train", [1, 15, 16, 17, 50, 255, 256, 257])
@@ -234,7 +247,7 @@ def test_rows_that_end_anywhere_in_a_line(n_train: int, n_query: int) -> None:
         of_train = np.searchsorted(borders, train[:, neuron], side="right") - 1
         of_query = np.searchsorted(borders, queries[:, neuron], side="right") - 1
         expected += np.minimum(np.bincount(of_train, minlength=7)[of_query], 3)
-    assert fill_ranked(*index(train, queries), borders, 3).tolist() == expected.tolist()
+    assert fill(train, queries, borders, 3).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("samples", [0, 1, 15, 16, 17, 239, 240, 255, 256, 257, 4079, 4080, 4095, 4096, 4097, 66_000])
@@ -258,7 +271,7 @@ def test_counts_that_sixteen_bits_do_not_hold(n_train: int, saturation: int) -> 
     train, queries = np.ones((n_train, 5), np.float32), np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0]], np.float32)
     borders = np.array([-np.inf, 0, 1, 2, np.inf], np.float32)
     most = min(n_train, saturation)
-    assert fill_ranked(*index(train, queries), borders, saturation).tolist() == [5 * most, 2 * most]
+    assert fill(train, queries, borders, saturation).tolist() == [5 * most, 2 * most]
 
 
 def test_callers_from_several_threads_do_not_mix() -> None:
@@ -266,10 +279,31 @@ def test_callers_from_several_threads_do_not_mix() -> None:
     indexed = [random.standard_normal((200, 40)).astype(np.float32) for _ in range(8)]
     borders = np.array([-np.inf, -1, 0, 1, np.inf], np.float32)
 
-    def fill(values: NDArray[np.float32]) -> list[int]:
-        columns = kernels.sort_columns(values)
-        return [int(x) for x in kernels.fill_ranked(columns, columns, kernels.rank_columns(values), borders, 30)]
+    def filled(values: NDArray[np.float32]) -> list[int]:
+        return [int(x) for x in fill(values, values, borders, 30)]
 
-    alone = [fill(values) for values in indexed]
+    alone = [filled(values) for values in indexed]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(fill, indexed * 5)) == alone * 5
+        assert list(pool.map(filled, indexed * 5)) == alone * 5
+
+
+def test_layers_are_filled_together_as_alone() -> None:
+    """Of any number of neurons, saturations and samples; also none."""
+    random = np.random.RandomState(1)
+    asked = []
+    for neurons, bins, saturation in (
+        (1, 4, 1),
+        (3, 50, 300),
+        (4, 20, 70_000),
+        (9, 500, 2),
+        (64, 50, 255),
+        (5, 50, 256),
+    ):
+        train, queries = (random.standard_normal((n, neurons)).astype(np.float32) for n in (600, 70))
+        asked.append((index_columns(train, queries), product_borders(bin_edges(bins), 2.0), saturation))
+    for number in (1, None):
+        kernels.set_threads(number)
+        for together, one in zip(fill_ranked(asked), asked, strict=True):
+            np.testing.assert_array_equal(together, fill_ranked([one])[0])
+    kernels.set_threads(1)
+    assert fill_ranked([]) == []

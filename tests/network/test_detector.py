@@ -22,9 +22,10 @@ import nacpipe
 from nacpipe.artifact import write_detector
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.append import round_mantissa
+from nacpipe.core.columns import sort_columns
 from nacpipe.core.coverage import bin_edges, product_borders
 from nacpipe.core.exported import Exported, ExportedLayer
-from nacpipe.core.kernels import count_sorted, sort_columns
+from nacpipe.core.kernels import count_sorted
 from nacpipe.core.metrics import auroc
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.data.own import choose_root, open_benchmark

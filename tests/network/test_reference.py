@@ -13,8 +13,9 @@ import pytest
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, open_cache
+from nacpipe.core.columns import index_columns, sort_columns
 from nacpipe.core.coverage import bin_edges, combine_layers, layer_score, product_borders, select_source
-from nacpipe.core.kernels import count_sorted, fill_ranked, fill_rows, rank_columns, sort_columns
+from nacpipe.core.kernels import count_sorted, fill_ranked, fill_rows
 from nacpipe.core.metrics import accuracy, detect
 from nacpipe.core.params import NacParams
 from nacpipe.search.evaluate import evaluate
@@ -125,9 +126,8 @@ def test_scores_of_the_references_arrays_are_the_references(
             p = known["params"][layer]
             train, queries = (products(reference[split], layer) for split in ("id/train", name))
             borders = product_borders(bin_edges(p["bins"]), p["alpha"])
-            train = sort_columns(train)
-            filled = fill_rows(queries, borders, count_sorted(train, borders), p["saturation"])
-            ranked = fill_ranked(train, sort_columns(queries), rank_columns(queries), borders, p["saturation"])
+            filled = fill_rows(queries, borders, count_sorted(sort_columns(train), borders), p["saturation"])
+            (ranked,) = fill_ranked([(index_columns(train, queries), borders, p["saturation"])])
             np.testing.assert_array_equal(filled, ranked)
             layers.append(layer_score(filled, queries.shape[1], p["saturation"]))
         scores[name] = combine_layers(np.stack(layers), np.ones(4))

@@ -48,6 +48,12 @@ def both_layers(bins: int = 20, alpha: float = 0.5, **more: str) -> NacParams:
     )
 
 
+def alone(scorer: Scorer, layer: str, params: LayerParams) -> NDArray[np.float64]:
+    """One layer's scores."""
+    (scores,) = scorer.layer_scores({layer: params})
+    return scores
+
+
 @pytest.mark.parametrize("source", ["product", "activation", "gradient"])
 @pytest.mark.parametrize("edges", ["log", "linear"])
 @pytest.mark.parametrize("bins", [4, 7, 20, 51])
@@ -56,7 +62,7 @@ def test_both_ways_give_the_oracles_scores(small_cache: Cache, source: str, edge
     scorer, coverage = scorer_of(small_cache, SPLITS), fit_coverage(small_cache, params)
     expected: dict[str, list[NDArray[np.float64]]] = {name: [] for name in SPLITS}
     for layer, p in params.layers.items():
-        indexed = scorer.layer_scores(layer, p)
+        indexed = alone(scorer, layer, p)
         train = values_of(small_cache, "id/train", layer, source)
         for name in SPLITS:
             values = values_of(small_cache, name, layer, source)
@@ -79,7 +85,7 @@ def test_both_ways_give_the_oracles_scores(small_cache: Cache, source: str, edge
 def test_rows_say_which_scores_are_whose(small_cache: Cache) -> None:
     scorer = scorer_of(small_cache, SPLITS)
     assert scorer.rows == {"id/subtrain": slice(0, 33), "id/val": slice(33, 73), "ood/val": slice(73, 110)}
-    assert scorer.layer_scores("avgpool", LayerParams(bins=20, saturation=5, alpha=0.5)).shape == (110,)
+    assert alone(scorer, "avgpool", LayerParams(bins=20, saturation=5, alpha=0.5)).shape == (110,)
 
 
 @pytest.mark.parametrize("block", [1, 7, 16, 39, 4096])
@@ -123,12 +129,12 @@ TRIED = [LayerParams(bins=bins, saturation=5, alpha=0.5) for bins in range(10, 2
 
 
 def test_remembered_scores_are_the_same_and_bounded(small_cache: Cache) -> None:
-    fresh = [scorer_of(small_cache, SPLITS).layer_scores("avgpool", params) for params in TRIED]
+    fresh = [alone(scorer_of(small_cache, SPLITS), "avgpool", params) for params in TRIED]
     room = 3 * fresh[0].nbytes
     scorer = scorer_of(small_cache, SPLITS, room)
     for params, expected in [*zip(TRIED, fresh, strict=True)] * 2:
-        np.testing.assert_array_equal(scorer.layer_scores("avgpool", params), expected)
-        np.testing.assert_array_equal(scorer.layer_scores("avgpool", params), expected)
+        np.testing.assert_array_equal(alone(scorer, "avgpool", params), expected)
+        np.testing.assert_array_equal(alone(scorer, "avgpool", params), expected)
         assert sum(scores.nbytes for scores in scorer._remembered.values()) <= room
     assert len(scorer._remembered) == 3
 
@@ -136,28 +142,44 @@ def test_remembered_scores_are_the_same_and_bounded(small_cache: Cache) -> None:
 def test_what_was_used_longest_ago_is_forgotten_first(small_cache: Cache) -> None:
     a, b, c = TRIED[:3]
     scorer = scorer_of(small_cache, SPLITS, 2 * 110 * 8)
-    first, second = scorer.layer_scores("avgpool", a), scorer.layer_scores("avgpool", b)
-    assert scorer.layer_scores("avgpool", a) is first
-    scorer.layer_scores("avgpool", c)
-    assert scorer.layer_scores("avgpool", a) is first
-    assert scorer.layer_scores("avgpool", b) is not second
+    first, second = alone(scorer, "avgpool", a), alone(scorer, "avgpool", b)
+    assert alone(scorer, "avgpool", a) is first
+    alone(scorer, "avgpool", c)
+    assert alone(scorer, "avgpool", a) is first
+    assert alone(scorer, "avgpool", b) is not second
+
+
+def test_layers_asked_for_together_are_the_layers_alone(small_cache: Cache) -> None:
+    """All new, all known, and one of each; the same layer's older scores make room first."""
+    a, b = TRIED[:2]
+    expected = {
+        (name, p): alone(scorer_of(small_cache, SPLITS), name, p) for name in ("avgpool", "layer1") for p in (a, b)
+    }
+    for room in (1 << 20, 2 * 110 * 8, 1):
+        scorer = scorer_of(small_cache, SPLITS, room)
+        for first, second in ((a, a), (a, a), (a, b), (b, b), (b, a)):
+            found = scorer.layer_scores({"avgpool": first, "layer1": second})
+            np.testing.assert_array_equal(found[0], expected["avgpool", first])
+            np.testing.assert_array_equal(found[1], expected["layer1", second])
+            assert sum(scores.nbytes for scores in scorer._remembered.values()) <= room
+    assert scorer.layer_scores({}) == []
 
 
 def test_no_room_at_all_still_scores(small_cache: Cache) -> None:
-    expected = scorer_of(small_cache, SPLITS).layer_scores("avgpool", TRIED[0])
+    expected = alone(scorer_of(small_cache, SPLITS), "avgpool", TRIED[0])
     scorer = scorer_of(small_cache, SPLITS, 1)
-    np.testing.assert_array_equal(scorer.layer_scores("avgpool", TRIED[0]), expected)
+    np.testing.assert_array_equal(alone(scorer, "avgpool", TRIED[0]), expected)
     assert not scorer._remembered
 
 
 def test_weight_plays_no_part_in_what_is_remembered_and_all_else_does(small_cache: Cache) -> None:
     scorer = scorer_of(small_cache, SPLITS)
     base = {"bins": 20, "saturation": 5, "alpha": 0.5}
-    first = scorer.layer_scores("avgpool", LayerParams(**base, weight=0.2))  # type: ignore[arg-type]
-    assert scorer.layer_scores("avgpool", LayerParams(**base, weight=0.7)) is first  # type: ignore[arg-type]
+    first = alone(scorer, "avgpool", LayerParams(**base, weight=0.2))  # type: ignore[arg-type]
+    assert alone(scorer, "avgpool", LayerParams(**base, weight=0.7)) is first  # type: ignore[arg-type]
     for change in ({"bins": 21}, {"saturation": 6}, {"alpha": 0.6}, {"edges": "linear"}, {"source": "gradient"}):
-        assert not np.array_equal(scorer.layer_scores("avgpool", LayerParams(**{**base, **change})), first)  # type: ignore[arg-type]
-    assert not np.array_equal(scorer.layer_scores("layer1", LayerParams(**base)), first)  # type: ignore[arg-type]
+        assert not np.array_equal(alone(scorer, "avgpool", LayerParams(**{**base, **change})), first)  # type: ignore[arg-type]
+    assert not np.array_equal(alone(scorer, "layer1", LayerParams(**base)), first)  # type: ignore[arg-type]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -230,7 +252,7 @@ def test_values_of_the_training_set_are_checked_too(write: Callable[..., Cache])
     with pytest.raises(ValuesError, match=r"^layer 'avgpool', split id/train, row 2, neuron 0: the product is nan;"):
         fit_coverage(cache, ONE)
     with pytest.raises(ValuesError, match=r"^layer 'avgpool', split id/train, row 2, neuron 0: the product is nan;"):
-        scorer_of(cache, ["id/val"]).layer_scores("avgpool", ONE.layers["avgpool"])
+        alone(scorer_of(cache, ["id/val"]), "avgpool", ONE.layers["avgpool"])
 
 
 def test_only_the_source_is_read(write: Callable[..., Cache]) -> None:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nacpipe.core.kernels import rank_columns, sort_columns
+from nacpipe.core.columns import index_columns
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import ParamsError, ValuesError
-from nacpipe.search.scoring import Index, IndexOf
+from nacpipe.search.scoring import IndexOf
 from nacpipe.search.space import BINS, Choice, Interval, LayerSpace, measure_space, to_json, with_weights
 
 UNITS = st.tuples(*[st.floats(0, 1)] * 3).map(np.array)
@@ -101,8 +101,8 @@ def test_including_widens_only_where_it_must(space: LayerSpace, bins: int, satur
 
 def index_of(train: np.ndarray) -> IndexOf:
     """An index whose training states are these, whatever the layer."""
-    columns = sort_columns(train.T)
-    return lambda _layer, _source: Index(columns, columns, rank_columns(train.T))
+    made = index_columns(train.T, train.T)
+    return lambda _layer, _source: made
 
 
 def test_including_keeps_a_space_that_holds_them_already() -> None:
