@@ -34,6 +34,7 @@ from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import ParamsError, ValuesError
 
 REMEMBER_BYTES = 256 * 2**20  # of layer scores that a Scorer keeps
+PIECE = 8192  # rows that are read at once, whole blocks of whole objects as extraction writes them
 
 
 def read_source(
@@ -61,6 +62,22 @@ def read_source(
             f" the {source} is {values[row, neuron]}; extract the split again with --force {split.name}"
         )
     return np.ascontiguousarray(values)
+
+
+def read_layer(splits: Sequence[SplitView], layer: str, source: Source = "product") -> NDArray[np.float32]:
+    """Return the same of all rows of these splits, one split behind the other, (rows, neurons).
+
+    In pieces: a product is made of two arrays as large as itself, and three of an ImageNet training set are too many.
+    """
+    width = splits[0].logits.shape[1] if layer == LOGITS else splits[0][layer].spec.neurons
+    values = np.empty((sum(split.rows for split in splits), width), np.float32)
+    filled = 0
+    for split in splits:
+        for start in range(0, split.rows, PIECE):
+            piece = read_source(split, layer, source, slice(start, min(start + PIECE, split.rows)))
+            values[filled : filled + len(piece)] = piece
+            filled += len(piece)
+    return values
 
 
 def has_logits(cache: Cache) -> bool:
@@ -136,7 +153,7 @@ def fit_coverage(cache: Cache, params: NacParams) -> Coverage:
     fitted = {}
     for name, layer in params.layers.items():
         borders = product_borders(bin_edges(layer.bins, layer.edges), layer.alpha)
-        train = sort_columns(read_source(cache["id/train"], name, layer.source))
+        train = sort_columns(read_layer([cache["id/train"]], name, layer.source))
         fitted[name] = FittedLayer(layer, borders, count_sorted(train, borders))
     return Coverage(fitted)
 
@@ -155,8 +172,8 @@ def index_from(cache: Cache, splits: Sequence[str]) -> IndexOf:
     """Return what reads and sorts a layer's columns: id/train is counted, `splits` are scored."""
 
     def make(layer: str, source: Source) -> Index:
-        evaluated = np.concatenate([read_source(cache[name], layer, source) for name in splits])
-        return index_columns(read_source(cache["id/train"], layer, source), evaluated)
+        evaluated = read_layer([cache[name] for name in splits], layer, source)
+        return index_columns(read_layer([cache["id/train"]], layer, source), evaluated)
 
     return make
 

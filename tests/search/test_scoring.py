@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,14 +12,17 @@ import pytest
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
+from nacpipe.core.coverage import LOGITS, Source
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import CacheError, InputError, ParamsError, ValuesError
+from nacpipe.search import scoring
 from nacpipe.search.scoring import (
     REMEMBER_BYTES,
     Scorer,
     check_layers,
     fit_coverage,
     index_from,
+    read_layer,
     read_source,
     score_splits,
     split_rows,
@@ -121,6 +125,47 @@ def test_the_training_samples_fill_every_bin_that_they_are_scored_by(small_cache
     """With a saturation of 1, every bin that a training sample falls in is full."""
     params = NacParams(layers={"avgpool": LayerParams(bins=50, saturation=1, alpha=2.0)})
     assert (score_splits(small_cache, params, ["id/train"])["id/train"] == 1).all()
+
+
+# --- what is read -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", ["avgpool", "layer1", LOGITS])
+@pytest.mark.parametrize("source", ["product", "activation", "gradient"])
+def test_layers_are_read_in_pieces(
+    small_cache: Cache, layer: str, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = [small_cache[name] for name in SPLITS]
+    whole = np.concatenate([read_source(split, layer, source) for split in splits])
+    for piece in (1, 7, 8192):
+        monkeypatch.setattr(scoring, "PIECE", piece)
+        np.testing.assert_array_equal(read_layer(splits, layer, source), whole)
+
+
+def test_reading_takes_little_more_memory_than_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "PIECE", 256)
+    rows, neurons = 4096, 512
+    spec = LayerSpec(name="avgpool", path="p", pooling="none", neurons=neurons)
+    header = Header(identity={}, information={}, block_rows=64, layers=(spec,), classes=2, features=0)
+    writer = CacheWriter(tmp_path / "c.zarr", header)
+    writer.prepare("id/train", rows, {})
+    random = np.random.default_rng(0)
+    for block in range(rows // 64):
+        states = {
+            f"avgpool/{kind}": random.normal(size=(64, neurons)).astype(np.float32)
+            for kind in ("activation", "gradient")
+        }
+        rest = {"logits": np.zeros((64, 2), np.float32), "label": np.zeros(64, int), "index": np.arange(64)}
+        writer.write_block("id/train", block, {**states, **rest})
+    writer.seal("id/train")
+    split = open_cache(tmp_path / "c.zarr")["id/train"]
+    read_layer([split], "avgpool")  # zarr sets itself up
+    tracemalloc.start()
+    values = read_layer([split], "avgpool")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert values.nbytes == 4 * rows * neurons
+    assert peak < 1.4 * values.nbytes
 
 
 # --- what is remembered -----------------------------------------------------------------------------------------------

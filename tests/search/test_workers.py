@@ -274,7 +274,7 @@ def make_large(monkeypatch: pytest.MonkeyPatch) -> IndexOf:
     rows = {"id/train": TRAIN, "id/val": QUERIES // 2, "ood/val": QUERIES // 2}
     tables: Any = {name: rng.normal(size=(count, NEURONS)).astype(np.float32) for name, count in rows.items()}
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "read_source", lambda table, _layer, _source: table)
+        patch.setattr(scoring, "read_layer", lambda tables, _layer, _source: np.concatenate(tables))
         made = index_from(tables, ["id/val", "ood/val"])("avgpool", "product")
     return lambda _layer, _source: made
 
