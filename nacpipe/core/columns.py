@@ -103,7 +103,7 @@ def index_columns(
 def _plant(samples: int, neurons: int) -> Columns:
     """A tree without values yet, +∞ everywhere."""
     widths = [(samples // LINE + 1) * LINE]
-    while widths[0] > LINE:
+    while widths[0] > LINE or len(widths) == 1:  # there is a level above the values
         widths.insert(0, -(-widths[0] // LINE**2) * LINE)
     starts = tuple(accumulate(widths, initial=0))
     return Columns(tree=np.full((neurons, starts[-1]), np.inf, np.float32), starts=starts[:-1], samples=samples)

@@ -27,7 +27,17 @@ from numba import prange
 from numpy.typing import NDArray
 
 from nacpipe.core.columns import Columns, Index
-from nacpipe.core.vectors import FOUR, LINE, STRETCH, compiled, count_below, count_bits, fill_stretch, load_four
+from nacpipe.core.vectors import (
+    FOUR,
+    LINE,
+    STRETCH,
+    compiled,
+    count_below,
+    count_bits,
+    fill_stretch,
+    load_four,
+    prefetch,
+)
 
 if "NUMBA_THREADING_LAYER" not in os.environ:
     numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
@@ -67,25 +77,41 @@ def _fill_entries(entries, p, q, saturation):  # type: ignore[no-untyped-def]
             fill_stretch(entries, place, entry)
 
 
+@compiled(inline="always")
+def _find_lines(tree, upper, values, first, borders, lines):  # type: ignore[no-untyped-def]
+    """Which line of its values each border is in, for four neurons; and have memory send these lines."""
+    for j in range(min(FOUR, tree.shape[0] - first)):
+        row = tree[first + j]
+        for k in range(borders.size):
+            line = _find_place(row, upper, borders[k])
+            lines[j, k] = line
+            prefetch(row, values + line * LINE)
+
+
 @compiled(nogil=True)
-def _fill_ranked(tree, starts, marks, ranks, borders, saturation, entries, total):  # type: ignore[no-untyped-def]
+def _fill_ranked(tree, upper, values, marks, ranks, borders, saturation, entries, total):  # type: ignore[no-untyped-def]
     p, q = np.empty(borders.size, np.int64), np.empty(borders.size, np.int64)
+    lines = np.empty((FOUR, borders.size), np.int64)
     a, b, c, d = entries[0], entries[1], entries[2], entries[3]
+    _find_lines(tree, upper, values, 0, borders, lines)
     for four in range(ranks.shape[0]):
         for j in range(FOUR):
             neuron = FOUR * four + j
             if neuron < tree.shape[0]:
+                row = tree[neuron]
                 for k in range(borders.size):
-                    place = _find_place(tree[neuron], starts, borders[k])
-                    mark = np.int64(marks[neuron, place // LINE])
-                    p[k] = (mark >> LINE) + count_bits(mark & ((1 << place % LINE) - 1))
-                    q[k] = place - p[k]
+                    line = lines[j, k]
+                    below = count_below(row, values + line * LINE, borders[k])
+                    mark = np.int64(marks[neuron, line])
+                    p[k] = (mark >> LINE) + count_bits(mark & ((1 << below) - 1))
+                    q[k] = line * LINE + below - p[k]
                 _fill_entries(entries[j], p, q, saturation)
             else:
                 entries[j] = 0
-        row = ranks[four].ravel()
+        _find_lines(tree, upper, values, FOUR * (four + 1), borders, lines)  # they come while entries are added up
+        row_of_ranks = ranks[four].ravel()
         for s in range(total.size):
-            in_a, in_b, in_c, in_d = load_four(row, FOUR * s)
+            in_a, in_b, in_c, in_d = load_four(row_of_ranks, FOUR * s)
             total[s] += np.int64(a[in_a]) + np.int64(b[in_b]) + np.int64(c[in_c]) + np.int64(d[in_d])
 
 
@@ -128,8 +154,9 @@ def _fill_part(asked: Sequence[Asked], part: int, parts: int) -> list[NDArray[An
         entries = np.empty((FOUR, room), np.min_scalar_type(most))
         total = np.zeros(index.queries, np.int32 if most * index.neurons < 1 << 31 else np.int64)
         some = slice(FOUR * first, FOUR * end)
-        tree, marks, ranks = index.columns.tree[some], index.marks[some], index.ranks[first:end]
-        _fill_ranked(tree, index.columns.starts, marks, ranks, borders, saturation, entries, total)
+        tree, (*upper, values) = index.columns.tree[some], index.columns.starts
+        marks, ranks = index.marks[some], index.ranks[first:end]
+        _fill_ranked(tree, tuple(upper), values, marks, ranks, borders, saturation, entries, total)
         totals.append(total)
     return totals
 

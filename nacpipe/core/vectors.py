@@ -100,3 +100,19 @@ def load_four(_typing, row, start):  # type: ignore[no-untyped-def]
         return context.make_tuple(builder, signature.return_type, [builder.zext(part, wide) for part in parts])
 
     return _tuple_of(types.int64, FOUR)(row, types.int64), generate
+
+
+@_intrinsic
+def prefetch(_typing, row, start):  # type: ignore[no-untyped-def]
+    """Have memory send the cache line of row[start], and do not wait for it."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        row, start = arguments
+        address = _address(context, builder, signature.args[0], row, start, ir.IntType(8))
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
+        instruction = builder.module.declare_intrinsic("llvm.prefetch", (address.type,), kind)
+        builder.call(instruction, [address, number(0), number(3), number(1)])  # to read, to keep, data
+        return context.get_dummy_value()
+
+    return types.void(row, types.int64), generate
