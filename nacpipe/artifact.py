@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,16 +55,16 @@ def read_params(path: str | Path) -> NacParams:
         raise ParamsError(f"{path}: {error}") from None
 
 
-def read_made_by(path: str | Path) -> Mapping[str, Any]:
-    """Return what a parameter file says of its making; empty where it says nothing."""
+def read_section(path: str | Path, name: str) -> Mapping[str, Any]:
+    """Return a section of a parameter file, `made_by` or `result`; empty where it has none."""
     data = json.loads(Path(path).read_text("utf-8"))
-    made_by = data.get("made_by") if isinstance(data, dict) else None
-    return made_by if isinstance(made_by, dict) else {}
+    section = data.get(name) if isinstance(data, dict) else None
+    return section if isinstance(section, dict) else {}
 
 
 def read_fingerprint(path: str | Path) -> str | None:
     """Return the fingerprint of the states that a file's parameters were found on; None where it does not say."""
-    found = read_made_by(path).get("fingerprint")
+    found = read_section(path, "made_by").get("fingerprint")
     return found if isinstance(found, str) else None
 
 
@@ -94,6 +95,8 @@ def read_detector(path: str | Path) -> Exported:
         DetectorError: it is not there, no such file, or malformed; the message names the file.
     """
     try:
+        if (Path(path) / "zarr.json").is_file():
+            raise DetectorError(f"it is a cache; make a detector of it with: nacpipe export {shlex.quote(str(path))}")
         if (size := os.path.getsize(path)) > MAX_DETECTOR_BYTES:
             raise DetectorError(f"it has {size} bytes; at most {MAX_DETECTOR_BYTES} are read")
         with safe_open(path, framework="numpy") as file:

@@ -85,8 +85,9 @@ def evaluate(
     from nacpipe.search.samples import check_scores_file, save_scores
     from nacpipe.search.tables import add_published, tabulate
 
-    if against is not None and published_results:
-        raise click.UsageError("Give --against or --published-results, not both.")
+    for option, given in (("--published-results", published_results), ("--baselines", baselines)):
+        if against is not None and given:
+            raise click.UsageError(f"Give --against or {option}, not both.")
     if resamples is not None and confidence is None and against is None:
         raise click.UsageError("--resamples is for --confidence and --against.")
     if scores is not None:
@@ -147,10 +148,17 @@ def match_choices(choices: Sequence[str], caches: int) -> list[str | None]:
 
 
 def _method_name(text: str) -> str | None:
-    """The plain or further baseline of that name; None where it must be a parameter file."""
+    """The plain or further baseline of that name; None for a parameter file or `published`."""
     from nacpipe.core.baselines import LOGIT_BASELINES, MORE_BASELINES
+    from nacpipe.errors import InputError
 
-    return {name.lower(): name for name in (*LOGIT_BASELINES, *MORE_BASELINES)}.get(text.lower())
+    known = {name.lower(): name for name in (*LOGIT_BASELINES, *MORE_BASELINES)}
+    if (name := known.get(text.lower())) is None and text != "published" and not Path(text).exists():
+        raise InputError(
+            f"--against {text} is neither a parameter file that is there nor a method; methods: published,"
+            f" {', '.join(known.values())}"
+        )
+    return name
 
 
 def score_baselines_named(cache: Cache, names: Sequence[str], splits: list[str]) -> Mapping[str, MethodScores]:

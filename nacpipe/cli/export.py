@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from nacpipe.cli.show import Address, format_bytes, note, print_json, print_table
+
+if TYPE_CHECKING:
+    from nacpipe.cache import Header
 
 
 @click.command()
@@ -47,4 +52,34 @@ def export(cache: str | Path, choice: str | None, output: Path | None, keep: flo
         )
         click.echo(f"\nthreshold {exported.threshold:.6g}: at least {100 * keep:g} % of id/val score as high or higher")
     note(f"wrote {target}, {format_bytes(target.stat().st_size)}")
-    note(f"next: nacpipe score {target} IMAGES …")
+    note(f"next: {score_command(target, opened.header)}")
+
+
+def score_command(detector: Path, header: Header) -> str:
+    """Return the command that scores images; what the cache does not know of its network stands in capitals.
+
+    A function in a file, timm's networks and a checkpoint's file are used only where a person names them.
+    """
+    made, kept = str(header.identity.get("architecture")), header.information.get("checkpoint")
+    try:
+        asked = shlex.split(str(header.information.get("command") or ""))  # empty where no command made the cache
+    except ValueError:  # an open quote: it was not written by nacpipe
+        asked = []
+    model, checkpoint = (_value(asked, option) for option in ("--model", "--checkpoint"))
+    words = ["nacpipe", "score", str(detector), "IMAGES"]
+    if made.startswith("timm:"):
+        words += ["--model", made]
+    elif header.identity.get("family") == "custom":
+        words += ["--model", model or (f"FOLDER/{made}" if ":" in made else "FILE.py:FUNCTION")]
+    if checkpoint is not None:
+        several = kept is not None and Path(checkpoint).name != kept  # a folder of training runs
+        words += ["--checkpoint", f"{checkpoint}/RUN/{kept}" if several else checkpoint]
+    elif not asked:
+        named = str(kept or "CHECKPOINT")
+        words += ["--checkpoint", f"FOLDER/{named}" if Path(named).suffix else named]
+    return shlex.join(words)
+
+
+def _value(words: list[str], option: str) -> str | None:
+    """What stands behind an option."""
+    return words[words.index(option) + 1] if option in words[:-1] else None

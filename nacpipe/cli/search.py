@@ -110,14 +110,12 @@ def run_search(search: Search, as_json: bool = False) -> SearchResult:
 
 def _where_to(search: Search, result: SearchResult) -> Path:
     """Where the result goes: a better one of another study is not replaced unless its file is named."""
-    import json
-
-    from nacpipe.artifact import beside_cache
+    from nacpipe.artifact import beside_cache, read_section
 
     request = search.request
     try:
-        before = json.loads(request.target.read_text("utf-8"))
-        name, value = str(before["made_by"]["study_name"]), float(before["result"]["val_auroc"])
+        made_by, before = (read_section(request.target, section) for section in ("made_by", "result"))
+        name, value = str(made_by["study_name"]), float(before["val_auroc"])
     except (OSError, ValueError, KeyError, TypeError):
         return request.target
     if name == request.study_name:

@@ -121,8 +121,6 @@ class Exported:
             raise DetectorError("two of its layers have one name")
         if unknown := sorted(set(arrays) - {f"{n}/{what}" for n in names for what in ("borders", "counts")}):
             raise DetectorError(f"array {unknown[0]!r} belongs to no layer")
-        if not any(one.params.weight > 0 for one in layers):
-            raise DetectorError("every layer's weight is 0")
         identity, information = (_object(data, name) for name in ("identity", "information"))
         if not (isinstance(weights := identity.get("weights"), str) and _SHA256.fullmatch(weights)):
             raise DetectorError(f"the sha256 of its network's weights is {_show(weights)}")
@@ -153,6 +151,8 @@ def _layer(entry: Any, arrays: Arrays, train_rows: int) -> ExportedLayer:
         params = layer_from_json(name, entry["params"])
     except ParamsError as error:
         raise DetectorError(str(error)) from None
+    if params.weight == 0:
+        raise DetectorError(f"layer {name!r} has weight 0; a detector holds only layers that count")
     borders, counts = (_array(arrays, name, what) for what in ("borders", "counts"))
     if borders.dtype != np.float32 or borders.shape != (params.bins,):
         raise DetectorError(
@@ -197,7 +197,6 @@ def _transform(data: Any) -> Transform:
         good = (
             all(type(getattr(transform, name)) is int and 1 <= getattr(transform, name) <= MAX_SIDE for name in sizes)
             and len(transform.mean) == len(transform.std)
-            and len(transform.mean) in (1, 3)
             and all(type(n) in (int, float) and abs(n) < 1e6 for n in numbers)  # neither NaN nor infinite
             and all(n > 0 for n in transform.std)
             and transform.interpolation in INTERPOLATIONS
@@ -206,6 +205,8 @@ def _transform(data: Any) -> Transform:
         good = False
     if not good:
         raise DetectorError(f"its transform is {_show(data)}, which is none")
+    if (channels := len(transform.mean)) not in (1, 3):
+        raise DetectorError(f"its images have {channels} channels; files are prepared as grey (1) or RGB (3)")
     return transform
 
 

@@ -10,7 +10,6 @@ computes for an image may, in its last bits.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,9 +30,6 @@ from nacpipe.network.custom import try_network
 from nacpipe.network.request import AUTOCAST
 from nacpipe.network.taps import POOLINGS, Tapped, Taps, apart, find_direct
 from nacpipe.network.weights import hash_weights
-
-# Hooks stand on the network while it runs, so that two calls must not overlap.
-_ONE_AT_A_TIME = threading.Lock()
 
 
 class Detected(NamedTuple):
@@ -101,7 +97,7 @@ class Detector(nn.Module):
             raise InputError(
                 "the network was made under torch.inference_mode, which forbids gradients; make it outside"
             )
-        with _ONE_AT_A_TIME, apart(network, like.device):
+        with apart(network, like.device):
             outputs = network(like).shape[-1]
             self.classifier = try_network(name or type(network).__name__, network, like, outputs)
             self._direct = find_direct(network, self._specs, self.classifier, like)
@@ -135,12 +131,9 @@ class Detector(nn.Module):
     def _run(self, images: Tensor) -> Tapped:
         """One pass, as extraction makes it, whatever mode the caller is in."""
         with (
-            _ONE_AT_A_TIME,
             apart(self.network, images.device),
-            Taps(
-                self.network, self._specs, self.classifier, direct=self._direct, autocast=self._autocast
-            ) as taps,
-        ):  # fmt: skip
+            Taps(self.network, self._specs, self.classifier, direct=self._direct, autocast=self._autocast) as taps,
+        ):
             return taps(images.detach())
 
 

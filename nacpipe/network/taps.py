@@ -10,6 +10,7 @@ gradient are pooled separately. No model's or layer's name is known here.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ POOLINGS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "class-token": lambda x: x[:, 0],  # (n, tokens, units) → (n, units)
     "none": lambda x: x,  # (n, units)
 }
+
+# Hooks stand on somebody's network while it runs, and its flags are changed: another thread's call must not see either.
+_ONE_AT_A_TIME = threading.RLock()
 
 _DIMENSIONS = {"sum-nchw": (2, 4), "sum-nhwc": (2, 4), "sum-tokens": (3,), "class-token": (3,), "none": (2,)}
 
@@ -201,10 +205,10 @@ def freeze(network: nn.Module) -> nn.Module:
 
 @contextmanager
 def apart(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Use somebody's network as extraction uses its own: `frozen`, and whatever inference mode or autocast the caller
-    is in.
+    """Use somebody's network as extraction uses its own: `frozen`, whatever inference mode or autocast the caller is
+    in, and one thread after the other.
     """
-    with torch.inference_mode(False), frozen(network), torch.autocast(device.type, enabled=False):
+    with _ONE_AT_A_TIME, torch.inference_mode(False), frozen(network), torch.autocast(device.type, enabled=False):
         yield
 
 

@@ -12,7 +12,7 @@ from nacpipe.cache import Cache, LayerSpec
 from nacpipe.core.coverage import LOGITS
 from nacpipe.core.exported import Exported, ExportedLayer
 from nacpipe.core.params import NacParams
-from nacpipe.errors import InputError, ValuesError
+from nacpipe.errors import DetectorError, InputError, ValuesError
 from nacpipe.search.scoring import fit_coverage
 
 
@@ -28,6 +28,7 @@ def export_detector(cache: Cache, params: NacParams, keep: float = 0.95) -> Expo
         InputError: keep is no share.
         ParamsError: a layer is not in the cache.
         ValuesError: id/val is empty.
+        DetectorError: what would be written could not be read: a network of one class, images of 2 or 4 channels, …
     """
     if not 0 < keep <= 1:
         raise InputError(f"keep is {keep}; it must be above 0 and at most 1")
@@ -37,7 +38,7 @@ def export_detector(cache: Cache, params: NacParams, keep: float = 0.95) -> Expo
     embeds = header.identity.get("outputs", "logits") != "logits"
     specs = {spec.name: spec for spec in header.layers}
     specs[LOGITS] = LayerSpec(name=LOGITS, path="", pooling="none", neurons=header.classes)
-    return Exported(
+    made = Exported(
         layers=tuple(
             ExportedLayer(
                 name=name,
@@ -58,6 +59,10 @@ def export_detector(cache: Cache, params: NacParams, keep: float = 0.95) -> Expo
         identity={**header.identity, "splits": {name: dict(cache[name].images) for name in ("id/train", "id/val")}},
         information={"nacpipe": nacpipe.__version__, "cache": cache.path, "extraction": dict(header.information)},
     )
+    try:
+        return Exported.from_json(made.to_json(), made.to_arrays())
+    except DetectorError as error:
+        raise DetectorError(f"{cache.path} cannot be exported: {error}") from None
 
 
 def choose_threshold(scores: NDArray[np.float64], keep: float) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nacpipe.artifact import beside_cache, read_made_by
+from nacpipe.artifact import beside_cache, read_section
 from nacpipe.cache import Cache
 from nacpipe.errors import NacError
 from nacpipe.search.explain import Explanation, explain
@@ -40,7 +40,7 @@ def find_study(cache: Cache, choice: str | None) -> PastStudy:
     if choice == "published":
         return PastStudy(source="published", reason="The parameters are the paper's; no search was made for them.")
     path = Path(choice) if choice is not None else beside_cache(cache.path, ".params.json")
-    made_by = read_made_by(path)
+    made_by = read_section(path, "made_by")
     if not made_by:
         return PastStudy(source=str(path), reason=f"{path} does not say which study found it.")
     study = f"study {made_by.get('study_name')} in {made_by.get('study')}"

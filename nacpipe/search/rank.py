@@ -72,7 +72,7 @@ def rank_checkpoints(
 
     Raises:
         InputError: no caches, accuracies that lack a checkpoint, or networks without logits.
-        IdentityError: the caches are not of one training run.
+        IdentityError: the caches are not of one training run, or their accuracies would be of different images.
         ParamsError: the layer is not in them.
     """
     _check_same(caches, split)
@@ -81,9 +81,7 @@ def rank_checkpoints(
     chosen_by = layer or next((name for name in USUAL if name in held), held[0])
     check_layers(first, [chosen_by])
     names = _name_caches(caches)
-    found = {name: _accuracies_of(cache) for name, cache in zip(names, caches, strict=True)}
-    if accuracies is not None:
-        found = _match(accuracies, names)
+    found = _measure(caches, names) if accuracies is None else _match(accuracies, names)
     rows: list[dict[str, Any]] = []
     for name, cache in zip(names, caches, strict=True):
         correct = is_correct(cache[split])
@@ -174,9 +172,29 @@ def _check_same(caches: Sequence[Cache], split: str) -> None:
     for cache in caches:
         if not has_logits(cache):
             raise InputError(f"{cache.path}: this network gives features, so that no image is classified correctly")
-        if differences := diff(identity(caches[0]), identity(cache)):
-            said = "; ".join(differences).replace("stored", "there").replace("now", "here")
+        if said := _differ(identity(caches[0]), identity(cache)):
             raise IdentityError(f"{cache.path} is not of the same training run as {caches[0].path}: {said}")
+
+
+def _check_judges(first: Cache, second: Cache) -> None:
+    """Refuse accuracies of different images: the sets that judge must be the same in both caches."""
+    ours, theirs = ({name for names in _judges(cache).values() for name in names} for cache in (first, second))
+    if unlike := sorted(ours ^ theirs):
+        has, lacks = (first, second) if unlike[0] in ours else (second, first)
+        raise IdentityError(
+            f"{unlike[0]} is finished in {has.path} and not in {lacks.path}, so that accuracies would be of different"
+            f" images; finish it with: {lacks.command()}, or give --accuracies FILE"
+        )
+    for name in sorted(ours):
+        if said := _differ(first[name].images, second[name].images):
+            raise IdentityError(
+                f"{name} of {second.path} is not of the same images as that of {first.path}: {said}; extract it in both"
+                " from one list, or give --accuracies FILE"
+            )
+
+
+def _differ(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    return "; ".join(diff(there, here)).replace("stored", "there").replace("now", "here")
 
 
 def _name_caches(caches: Sequence[Cache]) -> list[str]:
@@ -189,8 +207,8 @@ def _name_caches(caches: Sequence[Cache]) -> list[str]:
     return names
 
 
-def _accuracies_of(cache: Cache) -> dict[str, float]:
-    """What the cache's own labels tell; sets of one kind count the same, as DomainBed's domains do."""
+def _judges(cache: Cache) -> dict[str, list[str]]:
+    """Kind of accuracy → the finished sets that it is the mean of."""
     sealed = [name for name in cache if cache.peek(name).sealed]
     held_out = [name for name in sealed if name.startswith("csid/")]
     kinds = {
@@ -198,10 +216,22 @@ def _accuracies_of(cache: Cache) -> dict[str, float]:
         "test_out": [name for name in held_out if name.endswith("_out")],
         "train_out": [name for name in sealed if name == "id/val"],
     }
+    return {kind: names for kind, names in kinds.items() if names}
+
+
+def _measure(caches: Sequence[Cache], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """What the caches' own labels tell; sets of one kind count the same, as DomainBed's domains do."""
+    if not any("test_in" in _judges(cache) for cache in caches):
+        return {name: {} for name in names}
+    for cache in caches[1:]:
+        _check_judges(caches[0], cache)
+    kinds = _judges(caches[0])
     return {
-        kind: float(np.mean([accuracy(cache[name].read("logits"), cache[name].label) for name in names]))
-        for kind, names in kinds.items()
-        if names and kinds["test_in"]
+        name: {
+            kind: float(np.mean([accuracy(cache[one].read("logits"), cache[one].label) for one in sets]))
+            for kind, sets in kinds.items()
+        }
+        for name, cache in zip(names, caches, strict=True)
     }
 
 

@@ -115,20 +115,38 @@ def with_driver(where: str) -> str:
 
 
 def is_there(where: str) -> bool:
-    """Return False for a journal or SQLite file that opening would make; of other databases nothing is known."""
-    file = where.removeprefix("sqlite:///")
-    return "://" in file or Path(file).exists()
+    """Return False where opening would make something: a journal or SQLite file, or Optuna's tables in a database.
+
+    Raises:
+        StudyError: a database cannot be reached.
+        MissingExtra: its driver is not installed.
+    """
+    if "://" not in where:
+        return Path(where).exists()
+    import sqlalchemy
+
+    try:
+        url = sqlalchemy.make_url(with_driver(where))
+        if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+            return False
+        with sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool).connect() as connection:
+            held = sqlalchemy.inspect(connection)
+            return all(held.has_table(table) for table in ("version_info", "alembic_version"))  # this one is made last
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        raise cannot_open(where, error) from error
 
 
 def open_storage(where: str, *, write: bool = True) -> BaseStorage:
-    """Open a journal file (a path) or a database (a URL with `://`); only to look, a journal's torn tail is left.
+    """Open a journal file (a path) or a database (a URL with `://`).
+
+    Only to look, a journal's torn tail is left, and a database must have its tables (`is_there`).
 
     Raises:
         StudyError: it cannot be opened, naming it.
     """
     try:
         if "://" in where:
-            return RDBStorage(with_driver(where))
+            return RDBStorage(with_driver(where), skip_table_creation=not write)
         if not Path(where).parent.is_dir():
             raise StudyError(f"the folder of the study {where} is not there")
         if sys.platform == "win32":

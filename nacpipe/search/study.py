@@ -129,7 +129,11 @@ class Search:
             StudyError: no trial is complete.
         """
         request, trials = self.request, self.completed()
-        if self.study is None or not trials:
+        if self.study is None:
+            raise StudyError(
+                f"there is no study {request.study_name} in {request.shown} yet; start it with: {self.command()}"
+            )
+        if not trials:
             raise StudyError(
                 f"there is no completed trial of {request.study_name} in {request.shown};"
                 f" start or go on with: {self.command()}"

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from nacpipe.artifact import read_detector, write_detector, write_params
-from nacpipe.cache import open_cache
+from nacpipe.cache import Header, open_cache
 from nacpipe.cli import main
+from nacpipe.cli.export import score_command
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.network import digits_cnn
 from nacpipe.network.digits import load_set
@@ -160,6 +162,70 @@ def test_a_network_of_your_own(place: Path, detector: Path, tmp_path: Path) -> N
     own = nacpipe("score", detector, image, "--json", "--model", f"{tmp_path / 'own.py'}:net")
     assert own.exit_code == 0, own.stderr
     assert own.stdout == ours.stdout
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_the_next_line_runs_as_it_stands(place: Path, tmp_path: Path, checkpoint: bool) -> None:
+    """But for the images."""
+    (tmp_path / "my nets").mkdir()
+    (tmp_path / "my nets/own.py").write_text(OWN)
+    shutil.copy(digits_cnn.__file__.replace(".py", ".safetensors"), tmp_path / "w.safetensors")
+    cache, options = tmp_path / "c.zarr", ["--model", f"{tmp_path}/my nets/own.py:net"]
+    options += ["--checkpoint", f"{tmp_path}/w.safetensors"] if checkpoint else []
+    chosen = ["--splits", "id/train,id/val", "--layers", "avgpool,layer3"]
+    done = nacpipe("extract", "digits", "--cache", cache, *chosen, *options)
+    assert done.exit_code == 0, done.stderr
+    write_params(tmp_path / "c.params.json", PARAMS)
+    line = nacpipe("export", cache).stderr.splitlines()[-1]
+    detector = tmp_path / "c.detector.safetensors"
+    assert line == "next: " + shlex.join(["nacpipe", "score", str(detector), "IMAGES", *options])
+    words = shlex.split(line.replace("IMAGES", str(place / "pictures/00.png")))
+    assert words[1] == "nacpipe"
+    scored = nacpipe(*words[2:], "--json")
+    assert (scored.exit_code, scored.stderr) == (0, "")
+    assert json.loads(scored.stdout)[0]["score"] == pytest.approx(expected(place)[str(place / "pictures/00.png")])
+
+
+def test_the_next_line_of_the_packaged_network_is_short(place: Path, tmp_path: Path) -> None:
+    done = nacpipe("export", place / "c.zarr", "--output", tmp_path / "d")
+    assert done.stderr.splitlines()[-1] == f"next: nacpipe score {tmp_path}/d IMAGES"
+
+
+@pytest.mark.parametrize(
+    ("identity", "information", "more"),
+    [
+        (  # one of a folder of runs
+            {"architecture": "resnet20", "family": "resnet"},
+            {"command": "nacpipe extract cifar10 --model resnet20 --checkpoint results", "checkpoint": "best.ckpt"},
+            "--checkpoint results/RUN/best.ckpt",
+        ),
+        (
+            {"architecture": "resnet18", "family": "resnet"},
+            {"command": "nacpipe extract imagenet --model resnet18 --checkpoint IMAGENET1K_V1",
+             "checkpoint": "IMAGENET1K_V1"},
+            "--checkpoint IMAGENET1K_V1",
+        ),
+        (
+            {"architecture": "timm:resnet10t", "family": "timm"},
+            {"command": "nacpipe extract imagenet --model timm:resnet10t", "checkpoint": "pretrained"},
+            "--model timm:resnet10t",
+        ),
+        # Made from Python: no command was given.
+        ({"architecture": "resnet20", "family": "resnet"}, {"command": "", "checkpoint": "a.th"},
+         "--checkpoint FOLDER/a.th"),
+        ({"architecture": "digits_cnn", "family": "digits"}, {"checkpoint": "packaged"}, "--checkpoint packaged"),
+        ({"architecture": "own.py:net", "family": "custom"}, {"checkpoint": "a.pth"},
+         "--model FOLDER/own.py:net --checkpoint FOLDER/a.pth"),
+        ({"architecture": "DigitsCNN", "family": "custom"}, {}, "--model FILE.py:FUNCTION --checkpoint CHECKPOINT"),
+        ({"architecture": "digits_cnn"}, {"command": "an open ' quote", "checkpoint": "packaged"},
+         "--checkpoint packaged"),
+    ],
+)  # fmt: skip
+def test_what_the_next_line_knows_of_the_network(
+    identity: dict[str, str], information: dict[str, str], more: str
+) -> None:
+    header = Header(identity=identity, information=information, block_rows=1, layers=(), classes=2, features=0)
+    assert score_command(Path("d"), header) == f"nacpipe score d IMAGES {more}"
 
 
 def test_code_that_a_file_names_is_not_run(place: Path, detector: Path, tmp_path: Path) -> None:

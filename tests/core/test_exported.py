@@ -96,6 +96,19 @@ def array(name: str, value: Any) -> Callable[[dict[str, Any], dict[str, Any]], N
     return lambda _, found: found.update({name: value})
 
 
+def second_layer(weight: float) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    def do(data: dict[str, Any], found: dict[str, Any]) -> None:
+        (layer,) = data["layers"]
+        data["layers"].append({**layer, "name": "layer1", "params": {**layer["params"], "weight": weight}})
+        found.update({name.replace("avgpool", "layer1"): value for name, value in arrays().items()})
+
+    return do
+
+
+def grey(channels: int) -> dict[str, Any]:
+    return {"resize": 8, "crop": 8, "mean": [0.5] * channels, "std": [0.5] * channels}
+
+
 NAN = float("nan")
 WRONG = [
     (change("nacpipe_detector", 2), "it has version 2, this nacpipe reads version 1"),
@@ -114,7 +127,8 @@ WRONG = [
     (change("layers.0.params.bins", 5), r"borders are float32 \(4,\); wanted: float32 \(5,\)"),
     (change("layers.0.params.alpha", NAN), "layer 'avgpool': alpha is nan"),
     (change("layers.0.params.weight", -1), "weight is -1"),
-    (change("layers.0.params.weight", 0), "every layer's weight is 0"),
+    (change("layers.0.params.weight", 0), "layer 'avgpool' has weight 0; a detector holds only layers that count"),
+    (second_layer(0.0), "layer 'layer1' has weight 0"),
     (change("identity.weights", "abc"), "sha256 of its network's weights is 'abc'"),
     (change("identity.dtype", "int8"), "dtype is 'int8'"),
     (change("identity", []), r"identity is \[\], not an object"),
@@ -124,6 +138,10 @@ WRONG = [
     (change("identity.transform.std", [0.0]), "its transform is"),
     (change("identity.transform.std", [NAN]), "its transform is"),
     (change("identity.transform.mean", [0.1, 0.2]), "its transform is"),
+    (
+        change("identity.transform", grey(2)),
+        r"its images have 2 channels; files are prepared as grey \(1\) or RGB \(3\)",
+    ),
     (change("identity.transform.mean", ["0"]), "its transform is"),
     (change("identity.transform.interpolation", "nearest"), "its transform is"),
     (change("identity.transform.more", 1), "its transform is"),
@@ -177,6 +195,10 @@ def test_files_that_are_not_there_too_large_or_folders(tmp_path: Path) -> None:
         read_detector(tmp_path / "nosuch")
     with pytest.raises(DetectorError, match="cannot be read as a detector"):
         read_detector(tmp_path)
+    (tmp_path / "a b.zarr").mkdir()
+    (tmp_path / "a b.zarr/zarr.json").write_text("{}")
+    with pytest.raises(DetectorError, match=r"a b\.zarr: it is a cache; make a .* nacpipe export '.*/a b\.zarr'$"):
+        read_detector(tmp_path / "a b.zarr")
     with open(tmp_path / "large", "wb") as file:
         file.truncate(MAX_DETECTOR_BYTES + 1)
     with pytest.raises(DetectorError, match=f"it has {MAX_DETECTOR_BYTES + 1} bytes"):

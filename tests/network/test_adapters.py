@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,6 +92,57 @@ def test_counts_are_the_caches(cache: Cache, place: Path, network: nn.Module) ->
     np.testing.assert_array_equal(
         fitted(images).score.numpy(), score_splits(cache, PARAMS, ["id/val"])["id/val"][: len(images)]
     )
+
+
+class Pausing(nn.Module):
+    """A network in which a pass stops halfway, until another thread has been through or cannot be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(49, 8), nn.Linear(8, 3)
+        self.meanwhile: threading.Thread | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        state = self.body(images.flatten(1))
+        if (other := self.meanwhile) is not None:
+            self.meanwhile = None
+            other.start()
+            other.join(0.3)
+        logits: Tensor = self.head(state)
+        return logits
+
+
+@pytest.mark.parametrize("first", ["fit", "detector"])
+def test_counting_and_a_detector_at_work_do_not_mix(first: str) -> None:
+    network = Pausing().eval()
+    params = NacParams(layers={"body": LayerParams(bins=9, saturation=3, alpha=2.0)})
+    train, images = torch.randn(40, 1, 7, 7), torch.randn(40, 1, 7, 7)
+    detector = fit_detector(network, params, [train], {})
+    counts, scores = detector._lookups[0].layer.counts, detector(images).score
+    found: dict[str, Any] = {}
+
+    def fit() -> None:
+        found["fit"] = fit_detector(network, params, batches(), {})._lookups[0].layer.counts
+
+    def batches() -> Iterator[Tensor]:
+        yield train[:20]
+        if first == "fit":
+            network.meanwhile = other
+        yield train[20:]
+
+    def score() -> None:
+        found["detector"] = detector(images).score
+
+    other = threading.Thread(target=score if first == "fit" else fit)
+    if first == "fit":
+        fit()
+    else:
+        network.meanwhile = other
+        score()
+    other.join()
+    np.testing.assert_array_equal(found["fit"], counts)
+    assert torch.equal(found["detector"], scores)
 
 
 def test_counting_leaves_the_network_alone(cache: Cache) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nacpipe.artifact import read_detector, write_detector
-from nacpipe.cache import Cache
+from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.core.exported import Exported
 from nacpipe.core.params import LayerParams, NacParams
-from nacpipe.errors import InputError, ParamsError, ValuesError
+from nacpipe.errors import DetectorError, InputError, ParamsError, ValuesError
 from nacpipe.search.export import choose_threshold, export_detector
 from nacpipe.search.scoring import read_source, score_splits
 from tests import oracle
@@ -88,6 +90,33 @@ def test_the_highest_threshold_that_keeps_enough(values: list[int], keep: float)
     found = choose_threshold(scores, keep)
     needed = [t for t in set(values) if sum(v >= t for v in values) >= keep * len(values) - 1e-6]
     assert found == max(needed)
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        (2, r"its images have 2 channels; files are prepared as grey \(1\) or RGB \(3\)$"),
+        (4, "its images have 4 channels"),
+    ],
+)
+def test_what_score_would_refuse_is_not_exported(
+    make_cache: Callable[..., Cache], tmp_path: Path, channels: int, message: str
+) -> None:
+    transform = {"resize": 28, "crop": 28, "mean": [0.5] * channels, "std": [0.5] * channels}
+    cache = make_cache(tmp_path / "c.zarr", identity={"transform": transform})
+    with pytest.raises(DetectorError, match=rf"^{cache.path} cannot be exported: {message}"):
+        export_detector(cache, PARAMS)
+
+
+def test_a_network_of_one_class_is_not_exported(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c.zarr", identity={"outputs": "features"})
+    label = zarr.open_group(cache.path, mode="r+")["id/train/label"]
+    label[:] = 0  # type: ignore[index]
+    CacheWriter(cache.path, cache.header).seal("id/train")
+    with pytest.raises(
+        DetectorError, match=rf"^{cache.path} cannot be exported: classes is 1; it must be a whole number"
+    ):
+        export_detector(open_cache(cache.path), PARAMS)
 
 
 def test_what_cannot_be_exported_is_refused(small_cache: Cache) -> None:

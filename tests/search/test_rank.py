@@ -209,6 +209,53 @@ def test_caches_of_another_run_are_refused(
         rank_checkpoints(caches, layer="layer9")
 
 
+def refuse_judges(first: Cache, second: Cache, message: str) -> None:
+    """In whichever order they are given; accuracies of a file make the choice possible, and it is as before."""
+    with pytest.raises(IdentityError, match=message):
+        rank_checkpoints([first, second])
+    with pytest.raises(IdentityError):
+        rank_checkpoints([second, first])
+    given = {Path(cache.path).stem: {"test_in": 0.5} for cache in (first, second)}
+    found = rank_checkpoints([first, second], accuracies=given).checkpoints
+    assert found["area_avgpool"].tolist() == [plain_area(cache, "avgpool", PAPER) for cache in (first, second)]
+    assert list(found.columns) == ["checkpoint", "images", "area_avgpool", "area_layer1", "test_in"]
+
+
+@pytest.mark.parametrize("lacks", ["csid/b", "csid/b_out", "id/val"])
+def test_a_set_that_only_one_cache_has_judges_nothing(
+    caches: list[Cache], make_cache: Callable[..., Cache], tmp_path: Path, lacks: str
+) -> None:
+    fewer = make_cache(tmp_path / "fewer.zarr", seed=8, rows={**SETS, lacks: 0})
+    refuse_judges(
+        caches[0],
+        fewer,
+        rf"^{lacks} is finished in .*step0\.zarr and not in {fewer.path}, so that accuracies would be of different"
+        rf" images; finish it with: nacpipe extract digits --cache {fewer.path}, or give --accuracies FILE$",
+    )
+
+
+@pytest.mark.parametrize("split", ["csid/a", "csid/a_out", "id/val"])
+def test_accuracies_of_other_images_are_not_compared(
+    caches: list[Cache], make_cache: Callable[..., Cache], tmp_path: Path, split: str
+) -> None:
+    path = tmp_path / "other.zarr"
+    other = make_cache(path, seed=8, rows=SETS)
+    zarr.open_group(path / split, mode="r+").attrs["images"] = {"list": "other.txt", "sha256": "ab" * 32}
+    CacheWriter(path, other.header).seal(split)
+    refuse_judges(
+        caches[0],
+        open_cache(path),
+        rf"^{split} of {path} is not of the same images as that of .*step0\.zarr: list: there {split.replace('/', '_')}"
+        r"\.txt, here other\.txt; sha256: there .{8}…, here abababab…; extract it in both from one list, or give ",
+    )
+
+
+def test_without_held_out_domains_id_val_judges_nothing(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
+    made = [make_cache(tmp_path / f"{name}.zarr", rows=rows) for name, rows in (("a", {}), ("b", {"id/val": 0}))]
+    found = rank_checkpoints(made)
+    assert (found.chosen, found.selections) == ("a", None)
+
+
 def test_like_names_are_told_by_their_folders(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
     made = []
     for folder in ("one", "two"):

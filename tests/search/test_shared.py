@@ -14,9 +14,11 @@ from typing import Any
 
 import optuna
 import pytest
+from click.testing import CliRunner
 from optuna.trial import TrialState
 
 from nacpipe.cache import Cache
+from nacpipe.cli import main
 from nacpipe.errors import StudyError
 from nacpipe.search.desk import Desk
 from nacpipe.search.locks import ServerLocks
@@ -203,6 +205,35 @@ def test_commands_that_start_at_once_on_an_empty_database(small_cache: Cache, em
         _, errors = worker.communicate(timeout=180)
         assert worker.returncode == 0, errors
     assert sorted(number_of(trial) for trial in completed(request)) == list(range(8))
+
+
+def tables(url: str) -> list[str]:
+    import sqlalchemy
+
+    with sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool).connect() as connection:
+        return sqlalchemy.inspect(connection).get_table_names()
+
+
+@pytest.mark.parametrize("option", ["--status", "--explain", "--dry-run"])
+def test_a_look_at_an_empty_database_makes_no_tables(small_cache: Cache, empty: str, option: str) -> None:
+    done = CliRunner().invoke(main, ["search", small_cache.path, "--storage", empty, option])
+    assert tables(empty) == []
+    if option == "--status":
+        said = f"there is no study nac-seed1 in {empty} yet; start it with: nacpipe search {small_cache.path} "
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"nacpipe: {said}")
+    if option == "--dry-run":
+        assert done.stdout.endswith(f"study nac-seed1 in {empty}: 0 of 2000 trials done, sampler layers\n")
+
+
+def test_a_look_needs_no_right_to_write(small_cache: Cache, empty: str, grid: Path) -> None:
+    request = request_(small_cache, empty, grid, trials=8)
+    found = run(Search(request))
+    before = completed(request)
+    reader = f"{empty}?options=-c%20default_transaction_read_only%3Don"
+    result = Search(request_(small_cache, reader, grid, trials=8), create=False).result("stopped")
+    assert (result.params, result.checks, result.trials) == (found.params, found.checks, 8)
+    assert completed(request) == before
 
 
 def test_an_interrupted_command_gives_its_trial_back(small_cache: Cache, postgres: str, grid: Path) -> None:

@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -246,10 +248,17 @@ def test_an_unfinished_split_is_refused(small_cache: Cache, tmp_path: Path, spli
 def test_looking_at_a_study_that_is_not_there(small_cache: Cache, tmp_path: Path) -> None:
     search = Search(request_(small_cache, tmp_path / "s.log"), create=False)
     assert search.completed() == []
-    message = r"^there is no completed trial of nac-seed1 in .*s\.log; start or go on with: nacpipe search "
+    message = r"^there is no study nac-seed1 in .*s\.log yet; start it with: nacpipe search "
     with pytest.raises(StudyError, match=message):
         search.result("stopped")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_study_without_trials_is_looked_at(small_cache: Cache, tmp_path: Path) -> None:
+    search = Search(request_(small_cache, tmp_path / "s.log"))
+    message = r"^there is no completed trial of nac-seed1 in .*s\.log; start or go on with: nacpipe search "
+    with pytest.raises(StudyError, match=message):
+        search.result("stopped")
 
 
 def test_looking_writes_nothing(small_cache: Cache, journal: Path, tmp_path: Path) -> None:
@@ -260,6 +269,18 @@ def test_looking_writes_nothing(small_cache: Cache, journal: Path, tmp_path: Pat
     url = f"sqlite:///{tmp_path}/s.db"
     assert Search(request_(small_cache, url), create=False).completed() == []
     assert not (tmp_path / "s.db").exists()
+
+
+@pytest.mark.parametrize("url", ["sqlite:///{}", "sqlite+pysqlite:///{}"])
+def test_looking_at_a_database_of_something_else_writes_nothing(small_cache: Cache, tmp_path: Path, url: str) -> None:
+    path = tmp_path / "other.db"
+    assert Search(request_(small_cache, url.format(path)), create=False).study is None
+    assert not path.exists()
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE studies (name TEXT)")
+    before = path.read_bytes()
+    assert Search(request_(small_cache, url.format(path)), create=False).study is None
+    assert path.read_bytes() == before
 
 
 def test_the_default_place_is_beside_the_cache(small_cache: Cache, tmp_path: Path) -> None:

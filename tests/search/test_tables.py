@@ -282,7 +282,10 @@ def test_published_rows_as_printed(make_cache: Callable[..., Cache], tmp_path: P
     told = {"task": "ood", "group": "far", "dataset": "mean", "method": "fDBD", "auroc": "0.9316"}
     told |= {"reason": "published, ResNet-18", "source": "published"}
     assert dict(zip(columns, last, strict=True)) == {**dict.fromkeys(columns, ""), **told}
-    assert invoke(cache.path, "--published-results", "--against", "MSP").exit_code == 2
+    for more in (["--published-results"], ["--baselines", "KNN"]):
+        refused = invoke(cache.path, *more, "--against", "MSP")
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert f"Give --against or {more[0]}, not both." in refused.stderr
 
 
 def test_fsood_joins_id_and_csid(runs: list[Cache]) -> None:
