@@ -5,8 +5,8 @@ indexes a layer once, outside the trial's time; the plain way, in torch, compare
 states, float64 edges, batches of 128: (batch, bins, neurons)). Before timing, both must give the same scores; states
 within float32 rounding of an edge alone may fall into its other bin, and are counted. Products are made up: ReLU-like
 activation × signed gradient, 7 % exact zeros, |alpha · product| about 0.1 … 15. Parameters are the published ones with
-alpha, bins and saturation moved by about 1 % before every trial. Both ways in turn, twenty trials to one; prints minimum and median, and the
-time that all cores together were busy with it, which other work on the machine hardly changes.
+alpha, bins and saturation moved by about 1 % before every trial. Both ways in turn, twenty trials to one; prints the
+minimum, the median, and the time that all cores were busy with it, which other work on the machine hardly changes.
 
     python bench/trial.py [--repeats 5]       CIFAR-10, ResNet-18: the ratio; bar 1/1000
     python bench/trial.py --sizes imagenet    ImageNet, ResNet-50: ms per trial; bar 60 ms
