@@ -13,7 +13,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from nacpipe.core.vectors import FOUR, LINE, compiled
+from nacpipe.core.loops import FOUR, LINE, merge
 
 AT_ONCE = 16  # neurons that are sorted in one go: a cache line of each sample's products
 
@@ -94,7 +94,7 @@ def index_columns(
         counted, scored = np.ascontiguousarray(train[:, some].T), np.ascontiguousarray(queries[:, some].T)
         counted.sort(axis=1)
         order = scored.argsort(axis=1)
-        _merge(counted, np.take_along_axis(scored, order, axis=1), columns.ascending[some], marks[some])
+        merge(counted, np.take_along_axis(scored, order, axis=1), columns.ascending[some], marks[some])
         for neuron, places in enumerate(order, start):
             ranks[neuron // FOUR, places, neuron % FOUR] = everyone
     return Index(columns=_grow(columns), marks=marks, ranks=ranks)
@@ -116,24 +116,3 @@ def _grow(columns: Columns) -> Columns:
         last = tree[:, below + LINE - 1 : end : LINE]
         tree[:, start : start + last.shape[1]] = last
     return columns
-
-
-@compiled(nogil=True)
-def _merge(train, queries, ascending, marks):  # type: ignore[no-untyped-def]
-    """Two ascending rows per neuron become one, and the marks say which came from where."""
-    for neuron in range(train.shape[0]):
-        counted = scored = 0
-        for place in range(ascending.shape[1]):
-            line, bit = place // LINE, place % LINE
-            if bit == 0:
-                marks[neuron, line] = counted << LINE
-            more = counted < train.shape[1]
-            if more and (scored == queries.shape[1] or train[neuron, counted] <= queries[neuron, scored]):
-                ascending[neuron, place] = train[neuron, counted]
-                marks[neuron, line] |= 1 << bit
-                counted += 1
-            else:
-                ascending[neuron, place] = queries[neuron, scored]
-                scored += 1
-        if ascending.shape[1] % LINE == 0:  # the last line holds nothing, and all are before it
-            marks[neuron, ascending.shape[1] // LINE] = counted << LINE
