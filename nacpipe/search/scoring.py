@@ -23,6 +23,7 @@ from nacpipe.core.coverage import (
     Source,
     bin_edges,
     combine_layers,
+    layer_of,
     layer_score,
     logits_gradient,
     product_borders,
@@ -44,6 +45,7 @@ def read_source(
         ValuesError: NaN or infinity, naming layer, split and row.
     """
     activation = gradient = None
+    layer = layer_of(layer)
     if layer == LOGITS:
         activation = split.read("logits", rows)
         gradient = logits_gradient(activation)
@@ -79,7 +81,7 @@ def check_layers(cache: Cache, layers: Sequence[str]) -> None:
         ParamsError: naming the layer, the cache and what it holds.
     """
     held = held_layers(cache)
-    for layer in layers:
+    for layer in map(layer_of, layers):
         if layer not in held:
             raise ParamsError(
                 f"layer {layer!r} is not in {cache.path}; it holds {', '.join(held)};"
