@@ -176,14 +176,9 @@ class Workers:
     """Processes beside this one, each with a share of the cores."""
 
     def __init__(
-        self,
-        count: int,
-        shared: SharedIndexes,
-        rows: Mapping[str, slice],
-        ood: str,
-        threads: int | None = None,
-        energy: NDArray[np.float64] | None = None,
-    ) -> None:
+        self, count: int, shared: SharedIndexes, rows: Mapping[str, slice], ood: str,
+        threads: int | None = None, energy: NDArray[np.float64] | None = None,
+    ) -> None:  # fmt: skip
         """Start `count` processes that try proposals on these indexes.
 
         Raises:
