@@ -22,10 +22,14 @@ SAMPLERS = ("layers", "tpe", "random", "grid", "nsga2", "cmaes")
 @click.option("--trials", type=int, help="Completed trials to reach; default: 2000, or all of a grid.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this time.")
 @click.option("--patience", type=int, metavar="N", help="Stop after N trials without improvement.")
-@click.option("--space", default="auto", show_default=True, help="auto, wide, published, or a TOML file.")
+@click.option("--space", default="auto", show_default=True, help="auto, wide, terms, published, or a TOML file.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), help="Default: layers; for the published space its grid.")
 @click.option(
-    "--objective", type=click.Choice(("auroc", "fpr95", "both")), default="auroc", show_default=True, help="Of --val."
+    "--objective",
+    type=click.Choice(("auroc", "fpr95", "both", "soft")),
+    default="auroc",
+    show_default=True,
+    help="Of --val.",
 )
 @click.option("--val", default="ood/val", show_default=True, metavar="SPLIT", help="The split that plays OOD.")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Another seed is another study.")
@@ -84,7 +88,7 @@ def run_search(search: Search, as_json: bool = False) -> SearchResult:
         note(f"the study has {done} completed trials already; more with --trials N")
     if request.val.startswith(("id/test", "csid/", "ood/near/", "ood/far/")):
         note(f"{request.val} is a test set: what is found on it says nothing about how well NAC does there")
-    best = {"auroc": "best", "fpr95": "best FPR@95", "both": "AUROC"}[request.objective]
+    best = {"auroc": "best", "fpr95": "best FPR@95", "both": "AUROC", "soft": "best correlation"}[request.objective]
     progress = Progress(search.trials, done)
 
     def show(told: int, value: float) -> None:

@@ -36,6 +36,11 @@ LOGITS = "logits"  # the network's output as a layer, which needs no tap: its gr
 LOG_BASE = 1000.0  # b of design §3; the authors' `logspace(1e3, M)`
 
 
+def layer_of(term: str) -> str:
+    """Return a term's layer: parameters may hold a layer once per source, `layer3:product` and `layer3:gradient`."""
+    return term.partition(":")[0]
+
+
 @lru_cache(4096)
 def bin_edges(bins: int, kind: Edges = "log") -> NDArray[np.float64]:
     """Return the edges of M − 1 bins, (bins,) ascending float64; state s is in bin k when edges[k] ≤ s < edges[k+1].

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nacpipe.artifact import read_detector
 from nacpipe.cache import LayerSpec
 from nacpipe.cache.layout import ALL_BITS
-from nacpipe.core.coverage import LOGITS, Source, combine_layers, layer_score, logits_gradient, select_source
+from nacpipe.core.coverage import LOGITS, Source, combine_layers, layer_of, layer_score, logits_gradient, select_source
 from nacpipe.core.exported import Exported, ExportedLayer
 from nacpipe.core.kernels import fill_rows
 from nacpipe.core.provenance import diff
@@ -89,9 +89,9 @@ class Detector(nn.Module):
             if layer.pooling not in POOLINGS:
                 raise DetectorError(f"layer {layer.name!r}: pooling {layer.pooling!r} is not known")
         self._specs = [
-            LayerSpec(name=one.name, path=one.path, pooling=one.pooling, neurons=one.counts.shape[0])
-            for one in layers
-            if one.name != LOGITS
+            LayerSpec(name=name, path=one.path, pooling=one.pooling, neurons=one.counts.shape[0])
+            for name, one in {layer_of(one.name): one for one in layers}.items()
+            if name != LOGITS
         ]
         if any(parameter.is_inference() for parameter in network.parameters()):
             raise InputError(
@@ -139,6 +139,7 @@ class Detector(nn.Module):
 
 def select_products(tapped: Tapped, layer: str, source: Source, keep_bits: int = ALL_BITS) -> Tensor:
     """Return what goes under the sigmoid for a layer or the logits, (n, neurons) float32."""
+    layer = layer_of(layer)
     if layer == LOGITS:
         activation = tapped.logits.float().cpu()
         gradient = torch.from_numpy(logits_gradient(activation.numpy()))

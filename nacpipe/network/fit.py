@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nacpipe.artifact import read_params
 from nacpipe.cache import LayerSpec
 from nacpipe.core.columns import sort_columns
-from nacpipe.core.coverage import LOGITS, bin_edges, product_borders
+from nacpipe.core.coverage import LOGITS, bin_edges, layer_of, product_borders
 from nacpipe.core.exported import ExportedLayer
 from nacpipe.core.kernels import count_sorted
 from nacpipe.core.params import NacParams
@@ -85,7 +85,7 @@ def fit_detector(
         raise InputError("there are no training images to count")
     with apart(network, device):
         wrapped = wrap_network(network, first[:1].repeat(2, 1, 1, 1).to(device))
-        named = [name for name in params.layers if name != LOGITS]
+        named = [name for name in dict.fromkeys(map(layer_of, params.layers)) if name != LOGITS]
         specs = measure_layers(wrapped, named, list(pools.items())).layers if named else ()
     by_name = {spec.name: spec for spec in specs}
     by_name[LOGITS] = LayerSpec(name=LOGITS, path="", pooling="none", neurons=0)
@@ -105,8 +105,8 @@ def fit_detector(
     layers = [
         ExportedLayer(
             name=name,
-            path=by_name[name].path,
-            pooling=by_name[name].pooling,
+            path=by_name[layer_of(name)].path,
+            pooling=by_name[layer_of(name)].pooling,
             params=layer,
             borders=borders[name],
             counts=counts[name],

@@ -18,6 +18,7 @@ import pandas as pd
 from nacpipe.artifact import beside_cache, read_fingerprint, read_params
 from nacpipe.cache import Cache
 from nacpipe.core.baselines import MethodScores
+from nacpipe.core.coverage import layer_of
 from nacpipe.core.params import NacParams
 from nacpipe.core.provenance import SEARCH_SPLITS, fingerprint
 from nacpipe.core.published import published_params
@@ -99,7 +100,7 @@ def find_params(cache: Cache, choice: str | None, warn: Callable[[str], None] = 
 def _found_here(cache: Cache, params: NacParams, path: str | Path) -> bool:
     """False where the file says that it was found on other states; a file that says nothing is taken as it is."""
     said = read_fingerprint(path)
-    layers = tuple(params.layers)
+    layers = tuple(map(layer_of, params.layers))
     if not set(layers) <= set(held_layers(cache)):
         return True  # fitting refuses them by name
     return said in (None, fingerprint(cache.search_identity(SEARCH_SPLITS, layers)))

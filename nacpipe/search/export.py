@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 import nacpipe
 from nacpipe.cache import Cache, LayerSpec
-from nacpipe.core.coverage import LOGITS
+from nacpipe.core.coverage import LOGITS, layer_of
 from nacpipe.core.exported import Exported, ExportedLayer
 from nacpipe.core.params import NacParams
 from nacpipe.errors import DetectorError, InputError, ValuesError
@@ -42,8 +42,8 @@ def export_detector(cache: Cache, params: NacParams, keep: float = 0.95) -> Expo
         layers=tuple(
             ExportedLayer(
                 name=name,
-                path=specs[name].path,
-                pooling=specs[name].pooling,
+                path=specs[layer_of(name)].path,
+                pooling=specs[layer_of(name)].pooling,
                 params=fitted.params,
                 borders=fitted.borders,
                 counts=fitted.counts,

@@ -5,6 +5,7 @@ The objective says which of the checks is searched for:
     auroc   AUROC of id/val against the OOD validation split; the default
     fpr95   its FPR@95; among equals (it moves in steps of 1/n) the higher AUROC
     both    the two as a Pareto front; the default search climbs AUROC − FPR@95 / 4, in which both weigh about as much
+    soft    the score's correlation with "ID or OOD" plus half of Energy (weights.py): smooth, so it overfits less
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from nacpipe.core.metrics import auroc, fpr95
 from nacpipe.core.params import NacParams
 from nacpipe.search.scoring import Scorer
 from nacpipe.search.space import with_weights
-from nacpipe.search.weights import fisher_weights
+from nacpipe.search.weights import fisher_weights, soft_target, target_weights
 
-Objective = Literal["auroc", "fpr95", "both"]
+Objective = Literal["auroc", "fpr95", "both", "soft"]
 DIRECTIONS: dict[Objective, list[Literal["minimize", "maximize"]]] = {
     "auroc": ["maximize"],
     "fpr95": ["minimize"],
     "both": ["maximize", "minimize"],
+    "soft": ["maximize"],
 }
 
 
@@ -37,6 +39,8 @@ class Checks:
     val_fpr95: float
     subtrain_auroc: float | None
     """id/val as ID against id/subtrain as if it were OOD; None where the cache has no id/subtrain."""
+    val_soft: float | None = None
+    """Correlation of the score with the soft target; None where it is not searched for."""
 
     def values(self, objective: Objective) -> list[float]:
         """Return the trial's values, in the order of DIRECTIONS."""
@@ -44,12 +48,15 @@ class Checks:
             "auroc": [self.val_auroc],
             "fpr95": [self.val_fpr95],
             "both": [self.val_auroc, self.val_fpr95],
+            "soft": [self.val_soft or 0.0],
         }[objective]
 
     def merit(self, objective: Objective) -> tuple[float, ...]:
         """Return what a climb compares; larger is better, and anything is larger than ()."""
         if objective == "auroc":
             return (self.val_auroc,)
+        if objective == "soft":
+            return (self.val_soft or 0.0,)
         return (-self.val_fpr95, self.val_auroc) if objective == "fpr95" else (self.val_auroc - self.val_fpr95 / 4,)
 
 
@@ -76,10 +83,12 @@ class Outcome:
 class Evaluator:
     """Proposals → outcomes, from indexed states."""
 
-    def __init__(self, scorer: Scorer, ood: str = "ood/val") -> None:
-        """Take id/val as ID and this split as OOD."""
+    def __init__(self, scorer: Scorer, ood: str = "ood/val", energy: NDArray[np.float64] | None = None) -> None:
+        """Take id/val as ID and this split as OOD; with the samples' Energy, (samples,), search for the soft target."""
         self.scorer = scorer
         self._ood = ood
+        pair = (scorer.rows["id/val"], scorer.rows[ood])
+        self._target = None if energy is None else soft_target(energy[pair[0]], energy[pair[1]])
 
     def evaluate(self, proposal: Proposal) -> Outcome:
         """Score one combination, with weights in closed form where the proposal leaves them open."""
@@ -89,7 +98,11 @@ class Evaluator:
     def weigh(self, params: NacParams) -> NacParams:
         """Return the parameters with weights in closed form from id/val and the OOD split."""
         scores = np.stack(self.scorer.layer_scores(params.layers))
-        weights = fisher_weights(scores[:, self.scorer.rows["id/val"]], scores[:, self.scorer.rows[self._ood]])
+        id_scores, ood_scores = scores[:, self.scorer.rows["id/val"]], scores[:, self.scorer.rows[self._ood]]
+        if self._target is None:
+            weights = fisher_weights(id_scores, ood_scores)
+        else:
+            weights = target_weights(np.concatenate([id_scores, ood_scores], axis=1), self._target)
         return with_weights(params.layers, weights)
 
     def measure(self, params: NacParams) -> Checks:
@@ -105,4 +118,10 @@ class Evaluator:
             val_auroc=auroc(split["id/val"], split[self._ood]),
             val_fpr95=fpr95(split["id/val"], split[self._ood]),
             subtrain_auroc=None if subtrain is None else auroc(split["id/val"], subtrain),
+            val_soft=self._soft(np.concatenate([split["id/val"], split[self._ood]])),
         )
+
+    def _soft(self, scores: NDArray[np.float64]) -> float | None:
+        if self._target is None:
+            return None
+        return float(np.corrcoef(scores, self._target)[0, 1]) if np.ptp(scores) > 0 else 0.0

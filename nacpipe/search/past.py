@@ -10,6 +10,7 @@ from typing import Any
 
 from nacpipe.artifact import beside_cache, read_section
 from nacpipe.cache import Cache
+from nacpipe.core.coverage import layer_of
 from nacpipe.errors import NacError
 from nacpipe.search.explain import Explanation, explain
 from nacpipe.search.result import SearchRequest
@@ -50,7 +51,8 @@ def find_study(cache: Cache, choice: str | None) -> PastStudy:
     for named in _requests(cache, made_by):
         try:
             usual = tuple(read_spec(named.space, cache, ()))
-            request = named if layers == usual else replace(named, layers=layers)
+            chosen = tuple(dict.fromkeys(map(layer_of, layers)))
+            request = named if layers == usual else replace(named, layers=chosen)
             search = Search(request, create=False)
             return PastStudy(source=str(path), explanation=explain(search), command=search.command())
         except NacError as error:
@@ -66,7 +68,7 @@ def _requests(cache: Cache, made_by: Mapping[str, Any]) -> Iterator[SearchReques
     if "://" not in where and not Path(where).exists():
         where = usual  # the cache has moved, its study with it
     seed = re.search(r"-seed(\d+)$", name)
-    for words in ("published", "wide", "auto"):
+    for words in ("published", "wide", "terms", "auto"):
         for sampler in (made_by.get("sampler"), None):
             asked: dict[str, Any] = {"space": words, "sampler": sampler, "storage": None if where == usual else where}
             asked |= {key: made_by[key] for key in ("objective", "val") if key in made_by}

@@ -36,7 +36,7 @@ class SearchRequest:
     patience: int | None = None
     """Stop after this many trials without improvement, those of a strategy's opening not counted."""
     space: str = "auto"
-    """`auto`, `wide`, `published`, or a TOML file (space_file.py)."""
+    """`auto`, `wide`, `terms`, `published`, or a TOML file (space_file.py)."""
     sampler: Sampler | None = None
     """None: layer by layer; for the published space its grid."""
     objective: Objective = "auroc"

@@ -24,6 +24,7 @@ from nacpipe.core.coverage import (
     Source,
     bin_edges,
     combine_layers,
+    layer_of,
     layer_score,
     logits_gradient,
     product_borders,
@@ -46,6 +47,7 @@ def read_source(
         ValuesError: NaN or infinity, naming layer, split and row.
     """
     activation = gradient = None
+    layer = layer_of(layer)
     if layer == LOGITS:
         activation = split.read("logits", rows)
         gradient = logits_gradient(activation)
@@ -69,7 +71,8 @@ def read_layer(splits: Sequence[SplitView], layer: str, source: Source = "produc
 
     In pieces: a product is made of two arrays as large as itself, and three of an ImageNet training set are too many.
     """
-    width = splits[0].logits.shape[1] if layer == LOGITS else splits[0][layer].spec.neurons
+    name = layer_of(layer)
+    width = splits[0].logits.shape[1] if name == LOGITS else splits[0][name].spec.neurons
     values = np.empty((sum(split.rows for split in splits), width), np.float32)
     filled = 0
     for split in splits:
@@ -97,7 +100,7 @@ def check_layers(cache: Cache, layers: Sequence[str]) -> None:
         ParamsError: naming the layer, the cache and what it holds.
     """
     held = held_layers(cache)
-    for layer in layers:
+    for layer in map(layer_of, layers):
         if layer not in held:
             raise ParamsError(
                 f"layer {layer!r} is not in {cache.path}; it holds {', '.join(held)};"

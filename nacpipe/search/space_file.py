@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from nacpipe.cache import Cache
-from nacpipe.core.coverage import Edges, Source
+from nacpipe.core.coverage import Edges, Source, layer_of
 from nacpipe.core.params import LayerParams
 from nacpipe.core.published import published_grid
 from nacpipe.errors import InputError, ParamsError
 from nacpipe.search.scoring import held_layers
 from nacpipe.search.space import FIELDS, Choice, Dimension, Given, Interval
 
-NAMED = ("auto", "wide")  # these take any layers
+NAMED = ("auto", "wide", "terms")  # these take any layers
 KNOWN = (*FIELDS, "weight")
 WORDS = {"source": get_args(Source), "edges": get_args(Edges)}
 MAX_BYTES = 2**20
@@ -35,7 +35,7 @@ def read_spec(space: str, cache: Cache, layers: Sequence[str]) -> dict[str, Give
     """Return layer → what is asked of it, in the cache's order.
 
     Args:
-        space: `auto`, `wide`, `published` or a file.
+        space: `auto`, `wide`, `terms`, `published` or a file.
         cache: the layers that there are.
         layers: the layers to use; none means the space's, or all of the cache.
 
@@ -47,6 +47,12 @@ def read_spec(space: str, cache: Cache, layers: Sequence[str]) -> dict[str, Give
         asked: Mapping[str, Given] = {name: {} for name in layers or _default_layers(cache)}
     elif space == "wide":
         asked = {name: {"source": Choice(WORDS["source"])} for name in layers or held_layers(cache)}
+    elif space == "terms":
+        asked = {
+            f"{name}:{source}": {"source": Choice((source,))}
+            for name in layers or held_layers(cache)
+            for source in WORDS["source"]
+        }
     elif space == "published":
         asked = _published(cache)
     else:
@@ -57,7 +63,10 @@ def read_spec(space: str, cache: Cache, layers: Sequence[str]) -> dict[str, Give
                 raise InputError(f"layer {name!r} is not in the space {space}; it has {', '.join(asked)}")
         asked = {name: asked[name] for name in layers}
     held = held_layers(cache)
-    return {name: asked[name] for name in sorted(asked, key=lambda n: held.index(n) if n in held else len(held))}
+    return {
+        name: asked[name]
+        for name in sorted(asked, key=lambda n: held.index(layer_of(n)) if layer_of(n) in held else len(held))
+    }
 
 
 def _default_layers(cache: Cache) -> list[str]:

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial
 import nacpipe
 from nacpipe.cache import Cache, open_cache
 from nacpipe.core.baselines import energy
+from nacpipe.core.coverage import layer_of
 from nacpipe.core.kernels import set_threads
 from nacpipe.core.params import NacParams
 from nacpipe.core.provenance import SEARCH_SPLITS, diff, fingerprint
@@ -59,7 +60,12 @@ class Search:
         make = index_from(self.cache, scored)
         self.shared = SharedIndexes(make) if create and request.workers > 1 else None
         self.scorer = Scorer(self.shared or functools.cache(make), split_rows(self.cache, scored))
-        self.evaluator = Evaluator(self.scorer, request.val)
+        self.energy = None
+        if request.objective == "soft":
+            if not has_logits(self.cache):
+                raise InputError(f"{self.cache.path} holds features, not logits: without Energy, search for auroc")
+            self.energy = np.concatenate([energy(self.cache[name].read("logits")) for name in scored])
+        self.evaluator = Evaluator(self.scorer, request.val, self.energy)
         self.train_rows = self.cache["id/train"].rows
         self.space: Space = {  # before the study is made: a layer that tells nothing is refused here
             name: measure_space(name, self.scorer.index, self.train_rows, given) for name, given in spec.items()
@@ -80,7 +86,7 @@ class Search:
         request = self.request
         if not create and not is_there(request.where):
             return None
-        identity = self.cache.search_identity(self.splits, self.layers)
+        identity = self.cache.search_identity(self.splits, tuple(map(layer_of, self.layers)))
         bound = {"identity": identity, "space": to_json(self.space), "fingerprint": fingerprint(identity)}
         with opening(request.where):
             return self._open_bound(bound, create)
@@ -169,7 +175,7 @@ class Search:
         return {
             "nacpipe": nacpipe.__version__,
             "cache": self.cache.path,
-            "fingerprint": fingerprint(self.cache.search_identity(SEARCH_SPLITS, self.layers)),
+            "fingerprint": fingerprint(self.cache.search_identity(SEARCH_SPLITS, tuple(map(layer_of, self.layers)))),
             "study": request.shown,
             "study_name": request.study_name,
             "sampler": request.how,

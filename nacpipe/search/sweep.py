@@ -112,7 +112,7 @@ class _Sweep:
                 for source in layer.source.values:
                     search.shared(name, source)
             rows = search.scorer.rows
-            self._pool = Workers(request.workers, search.shared, rows, request.val, request.threads)
+            self._pool = Workers(request.workers, search.shared, rows, request.val, request.threads, search.energy)
         self._begun: dict[int, datetime.datetime] = {}
 
     def run(self) -> str:

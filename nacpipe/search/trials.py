@@ -88,6 +88,7 @@ def to_trial(
             "val_auroc": checks.val_auroc,
             "val_fpr95": checks.val_fpr95,
             "subtrain_auroc": checks.subtrain_auroc,
+            "val_soft": checks.val_soft,
             "seconds": seconds,
         },
     )
@@ -117,6 +118,7 @@ def trial_checks(trial: FrozenTrial) -> Checks:
         val_auroc=measured["val_auroc"],
         val_fpr95=measured["val_fpr95"],
         subtrain_auroc=measured["subtrain_auroc"],
+        val_soft=measured.get("val_soft"),
     )
 
 

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nacpipe.core.columns import Index
 from nacpipe.core.coverage import Source
@@ -176,8 +177,9 @@ class Workers:
     """Processes beside this one, each with a share of the cores."""
 
     def __init__(
-        self, count: int, shared: SharedIndexes, rows: Mapping[str, slice], ood: str, threads: int | None = None
-    ) -> None:
+        self, count: int, shared: SharedIndexes, rows: Mapping[str, slice], ood: str,
+        threads: int | None = None, energy: NDArray[np.float64] | None = None,
+    ) -> None:  # fmt: skip
         """Start `count` processes that try proposals on these indexes.
 
         Raises:
@@ -187,7 +189,7 @@ class Workers:
             raise InputError("--workers needs Linux or macOS; leave it out, one process uses all cores too")
         share = max(1, (threads or os.cpu_count() or 1) // count)
         self._shared = shared
-        self._setup = (shared.places, dict(rows), ood, share, REMEMBER_BYTES // count)
+        self._setup = (shared.places, dict(rows), ood, energy, share, REMEMBER_BYTES // count)
         self._lost: dict[int, int] = {}
         self._workers = [self._start() for _ in range(count)]
 
@@ -280,12 +282,12 @@ def serve() -> None:
     """A worker: its setup, then proposals in and outcomes out, until the pipe ends."""
     pipe, file = Connection(int(sys.argv[2])), int(sys.argv[3])
     try:
-        places, rows, ood, threads, remember = pipe.recv()
+        places, rows, ood, energy, threads, remember = pipe.recv()
     except (EOFError, OSError):  # the parent ended
         return
     set_threads(threads)
     made = {key: map_index(file, arrays) for key, arrays in places.items()}
-    evaluator = Evaluator(Scorer(lambda layer, source: made[layer, source], rows, remember), ood)
+    evaluator = Evaluator(Scorer(lambda layer, source: made[layer, source], rows, remember), ood, energy)
     while True:
         try:
             proposal = pipe.recv()

@@ -293,6 +293,21 @@ def test_exported_logits_score_as_the_cache_does(digits: Case, monkeypatch: pyte
     np.testing.assert_array_equal(run(detector, images, 128), expected)
 
 
+def test_a_layer_once_per_source_scores_as_the_cache_does(digits: Case) -> None:
+    layers = ("avgpool", "logits")
+    params = NacParams(
+        layers={
+            f"{layer}:{source}": LayerParams(bins=20, saturation=9, alpha=1.0, source=source, weight=weight)
+            for layer in layers
+            for source, weight in (("product", 1.0), ("gradient", 2.0))
+        }
+    )
+    expected = nacpipe.score_splits(digits.cache, params, ["id/val"])["id/val"]
+    write_detector(digits.file.with_name("terms.safetensors"), export_detector(digits.cache, params))
+    detector = load_detector(digits.file.with_name("terms.safetensors"), digits.network())
+    np.testing.assert_array_equal(run(detector, digits.images("id/val"), 128), expected)
+
+
 def forbid_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("a backward pass ran")

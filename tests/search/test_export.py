@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,3 +127,14 @@ def test_what_cannot_be_exported_is_refused(small_cache: Cache) -> None:
         export_detector(small_cache, NacParams(layers={"layer9": LayerParams(bins=9, saturation=2, alpha=1.0)}))
     with pytest.raises(ValuesError, match="there are no id/val scores"):
         choose_threshold(np.empty(0), 0.95)
+
+
+def test_a_layer_once_per_source(small_cache: Cache) -> None:
+    """Both terms have the layer's module, each its own counts."""
+    layer = LayerParams(bins=20, saturation=5, alpha=0.5)
+    terms = {f"layer1:{source}": replace(layer, source=source) for source in ("product", "activation")}
+    exported = export_detector(small_cache, NacParams(layers=terms))
+    assert [(one.name, one.path) for one in exported.layers] == [(name, "layer1") for name in terms]
+    for one in exported.layers:
+        alone = export_detector(small_cache, NacParams(layers={"layer1": one.params})).layers[0]
+        np.testing.assert_array_equal(one.counts, alone.counts)

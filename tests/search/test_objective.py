@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache
+from nacpipe.core.baselines import energy
 from nacpipe.core.coverage import Source, logits_gradient
 from nacpipe.core.metrics import auroc, fpr95
 from nacpipe.core.params import LayerParams, NacParams
@@ -29,7 +30,7 @@ from nacpipe.search.scoring import (
     score_splits,
     split_rows,
 )
-from nacpipe.search.weights import fisher_weights
+from nacpipe.search.weights import fisher_weights, soft_target, target_weights
 
 SPLITS = ["id/subtrain", "id/val", "ood/val"]
 PARAMS = NacParams(
@@ -47,12 +48,17 @@ def evaluator(cache: Cache, ood: str = "ood/val", splits: list[str] = SPLITS) ->
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
-CHECKS = Checks(val_auroc=0.75, val_fpr95=0.5, subtrain_auroc=None)
+CHECKS = Checks(val_auroc=0.75, val_fpr95=0.5, subtrain_auroc=None, val_soft=0.25)
 
 
 @pytest.mark.parametrize(
     ("objective", "values", "merit"),
-    [("auroc", [0.75], (0.75,)), ("fpr95", [0.5], (-0.5, 0.75)), ("both", [0.75, 0.5], (0.625,))],
+    [
+        ("auroc", [0.75], (0.75,)),
+        ("fpr95", [0.5], (-0.5, 0.75)),
+        ("both", [0.75, 0.5], (0.625,)),
+        ("soft", [0.25], (0.25,)),
+    ],
 )
 def test_values_and_merit(objective: Objective, values: list[float], merit: tuple[float, ...]) -> None:
     assert CHECKS.values(objective) == values
@@ -217,3 +223,41 @@ def test_features_are_no_logits(make_cache: Callable[..., Cache], tmp_path: Path
         check_layers(cache, ["avgpool", "logits"])
     with pytest.raises(ParamsError, match=message):
         fit_coverage(cache, PARAMS)
+
+
+# --- the soft target, and a layer once per source ---------------------------------------------------------------------
+
+TERMS = NacParams(
+    layers={
+        "avgpool:product": replace(PARAMS.layers["avgpool"], weight=1.0),
+        "avgpool:gradient": replace(PARAMS.layers["avgpool"], source="gradient", weight=2.0),
+        "logits:activation": replace(PARAMS.layers["logits"], source="activation", weight=1.0),
+    }
+)
+
+
+def test_a_layers_terms_add_up(small_cache: Cache) -> None:
+    """Each term scores as the layer with that source does alone."""
+    alone = [
+        score_splits(small_cache, NacParams(layers={name.split(":")[0]: term}), ["ood/val"])["ood/val"]
+        for name, term in TERMS.layers.items()
+    ]
+    found = score_splits(small_cache, TERMS, ["ood/val"])["ood/val"]
+    np.testing.assert_allclose(found, (alone[0] + 2 * alone[1] + alone[2]) / 4, rtol=1e-12)
+    assert not np.allclose(alone[0], alone[1])
+    with pytest.raises(ParamsError, match=r"^layer 'conv9' is not in "):
+        score_splits(small_cache, NacParams(layers={"conv9:product": TERMS.layers["avgpool:product"]}), ["ood/val"])
+
+
+def test_the_soft_objective_is_the_correlation_with_its_target(small_cache: Cache) -> None:
+    own = np.concatenate([energy(small_cache[name].read("logits")) for name in SPLITS])
+    scorer = Scorer(index_from(small_cache, SPLITS), split_rows(small_cache, SPLITS))
+    rows = scorer.rows
+    target = soft_target(own[rows["id/val"]], own[rows["ood/val"]])
+    pair = np.r_[rows["id/val"], rows["ood/val"]]
+    outcome = Evaluator(scorer, "ood/val", own).evaluate(Proposal(number=0, phase="", params=TERMS, fit=True))
+    layers = np.stack([scorer.layer_scores(name, term) for name, term in TERMS.layers.items()])[:, pair]
+    weights = target_weights(layers, target)
+    np.testing.assert_allclose([term.weight for term in outcome.params.layers.values()], weights, atol=1e-12)
+    assert outcome.checks.val_soft == pytest.approx(np.corrcoef(weights @ layers, target)[0, 1])
+    assert evaluator(small_cache).measure(TERMS).val_soft is None

@@ -27,6 +27,8 @@ def search(*args: str) -> None:
         ["--space", "wide"],
         ["--objective", "fpr95", "--study", "my-own"],
         ["--layers", "layer1"],
+        ["--space", "terms"],
+        ["--space", "terms", "--layers", "layer1"],
         ["--val", "ood/far/textures"],
         ["--storage", "ELSEWHERE"],
     ],

@@ -304,3 +304,15 @@ def test_sizes_of_the_papers_grids(key: tuple[str, str], combinations: int, fits
     found = [dict(everything.ask(number).params.layers) for number in range(combinations)]
     assert list(chosen) == list(grid)
     assert found.count(dict(chosen)) == 1
+
+
+def test_the_space_of_terms(small_cache: Cache) -> None:
+    """Every layer once per source, the network's output too; --layers names layers."""
+    found = read_spec("terms", small_cache, ())
+    assert list(found) == [
+        f"{layer}:{source}"
+        for layer in (*(spec.name for spec in small_cache.header.layers), "logits")
+        for source in ("product", "activation", "gradient")
+    ]
+    assert all(given == {"source": Choice((name.split(":")[1],))} for name, given in found.items())
+    assert list(read_spec("terms", small_cache, ("layer1",))) == [name for name in found if name.startswith("layer1:")]

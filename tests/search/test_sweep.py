@@ -187,3 +187,27 @@ def test_progress_counts_completed_trials(make_cache: Callable[..., Cache], tmp_
     run(Search(request_(cache, tmp_path, trials=6)), lambda done, best: seen.append((done, best)))
     assert [done for done, _ in seen] == [1, 2, 3, 4, 5, 6]
     assert [best for _, best in seen] == sorted(best for _, best in seen)
+
+
+# --- the soft objective -----------------------------------------------------------------------------------------------
+
+
+def test_the_soft_objective_finds_the_same_in_workers(small_cache: Cache, tmp_path: Path) -> None:
+    """A grid of terms: workers know Energy too, and the best trial is the one that correlates most."""
+    (tmp_path / "space.toml").write_text("[default]\nbins = [10, 20]\nalpha = [0.5, 2]\nsaturation = 5\n")
+    asked = {"space": str(tmp_path / "space.toml"), "sampler": "grid", "objective": "soft"}
+    results = []
+    for workers in (1, 2):
+        (tmp_path / str(workers)).mkdir()
+        search = Search(request_(small_cache, tmp_path / str(workers), workers=workers, **asked))
+        results.append(run(search))
+        values = [trial.values[0] for trial in search.completed()]
+        assert len(values) == 16
+        assert results[-1].checks.val_soft == max(values) > min(values)
+    assert results[0].params == results[1].params
+
+
+def test_features_have_no_energy_to_learn_from(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "f.zarr", identity={"outputs": "features"})
+    with pytest.raises(InputError, match=r"f\.zarr holds features, not logits: without Energy, search for auroc$"):
+        Search(request_(cache, tmp_path, objective="soft"))

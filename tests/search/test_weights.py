@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from nacpipe.search.weights import fisher_weights
+from nacpipe.search.weights import RIDGE, TEACHER, fisher_weights, soft_target, target_weights
 
 Scores = NDArray[np.float64]  # (layers, samples)
 
@@ -109,3 +111,28 @@ def test_no_other_direction_separates_better(seed: int) -> None:
 
     best = ratio(fisher_weights(id_scores, ood))
     assert best >= max(ratio(np.array([share, 1 - share])) for share in np.linspace(0, 1, 1001)) * (1 - 1e-5)
+
+
+def test_the_soft_target_by_hand() -> None:
+    """ID or OOD is ±1 already; the energies 3, 1, 1, −1 have mean 1 and spread √2."""
+    hard, soft = np.array([1, 1, -1, -1]), np.array([2, 0, 0, -2]) / np.sqrt(2)
+    found = soft_target(np.array([3.0, 1.0]), np.array([1.0, -1.0]))
+    np.testing.assert_allclose(found, hard + TEACHER * soft)
+    np.testing.assert_allclose(soft_target(np.full(2, 4.0), np.full(2, 4.0)), hard)  # Energy tells nothing
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [((3, 1), (0.75, 0.25)), ((1, 0), (1, 0)), ((1, -2), (1, 0))],  # the last: the second would be negative
+)
+def test_weights_for_a_target_are_those_it_is_made_of(target: Sequence[float], expected: Sequence[float]) -> None:
+    found = target_weights(APART + 5, np.array(target) @ APART)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_ridge_shares_a_weight_among_equal_layers() -> None:
+    """Correlation ρ between two layers: (1 + λ)a + ρb = g₁, ρa + (1 + λ)b = g₂."""
+    scores = np.vstack([APART[0], APART[0] + 0.5 * APART[1]])  # variances 1 and 1.25, covariance 1
+    target = 2 * APART[0] + APART[1]  # covariances 2 and 2.5
+    expected = np.linalg.solve([[1 + RIDGE, 1], [1, 1.25 * (1 + RIDGE)]], [2, 2.5])
+    np.testing.assert_allclose(target_weights(scores, target), expected / expected.sum(), rtol=1e-12)
