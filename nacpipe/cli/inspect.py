@@ -246,6 +246,7 @@ def _inspect_rows(
 
 
 def _compare(cache: Cache, other: Cache, split: str, layer: str | None, plot: Path | None, as_json: bool) -> None:
+    from nacpipe.core.coverage import layer_of
     from nacpipe.search.inspection import compare_splits, value_histograms
     from nacpipe.search.scoring import check_layers
 
@@ -254,7 +255,7 @@ def _compare(cache: Cache, other: Cache, split: str, layer: str | None, plot: Pa
             check_layers(one, [layer])
     frame = compare_splits(cache, other, split)
     if layer is not None:
-        frame = frame[frame["layer"] == layer]
+        frame = frame[frame["layer"] == layer_of(layer)]
         if frame.empty:
             raise click.UsageError("--against compares the network's layers; leave out LAYER logits.")
     if plot is not None and layer is not None:

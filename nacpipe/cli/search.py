@@ -79,6 +79,7 @@ def search(status: bool, explain: bool, dry_run: bool, as_json: bool, **asked: A
 def run_search(search: Search, as_json: bool = False) -> SearchResult:
     """Run a search with progress on stderr, write the parameters, print what was found."""
     from nacpipe.artifact import write_params
+    from nacpipe.search.objective import SHOWN
     from nacpipe.search.storage import only_runner
     from nacpipe.search.sweep import run
 
@@ -88,7 +89,7 @@ def run_search(search: Search, as_json: bool = False) -> SearchResult:
         note(f"the study has {done} completed trials already; more with --trials N")
     if request.val.startswith(("id/test", "csid/", "ood/near/", "ood/far/")):
         note(f"{request.val} is a test set: what is found on it says nothing about how well NAC does there")
-    best = {"auroc": "best", "fpr95": "best FPR@95", "both": "AUROC", "soft": "best correlation"}[request.objective]
+    best = "best" if request.objective == "auroc" else f"best {SHOWN[request.objective]}"
     progress = Progress(search.trials, done)
 
     def show(told: int, value: float) -> None:

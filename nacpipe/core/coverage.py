@@ -22,7 +22,7 @@ depend on the order of summation, the number of threads or the batch size.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,12 @@ LOG_BASE = 1000.0  # b of design §3; the authors' `logspace(1e3, M)`
 
 def layer_of(term: str) -> str:
     """Return a term's layer: parameters may hold a layer once per source, `layer3:product` and `layer3:gradient`."""
-    return term.partition(":")[0]
+    return term.removesuffix(f":{source_of(term)}")
+
+
+def source_of(term: str) -> Source:
+    """Return the source that a term is named after, the product where it is named after none."""
+    return next((source for source in get_args(Source) if term.endswith(f":{source}")), "product")
 
 
 @lru_cache(4096)

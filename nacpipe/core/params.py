@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from nacpipe.core.coverage import Edges, Source
+from nacpipe.core.coverage import Edges, Source, layer_of, source_of
 from nacpipe.errors import ParamsError
 
 MIN_BINS, MAX_BINS = 4, 100_000
@@ -49,7 +49,10 @@ class LayerParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NacParams:
-    """The parameters of a whole detector: one record per layer, in the order of the score's sum."""
+    """The parameters of a whole detector: one record per layer, in the order of the score's sum.
+
+    A layer may be there once per source, as `layer3:product` and `layer3:gradient`.
+    """
 
     layers: Mapping[str, LayerParams]
 
@@ -58,6 +61,9 @@ class NacParams:
             raise ParamsError("there are no layers in these parameters")
         if not any(layer.weight > 0 for layer in self.layers.values()):
             raise ParamsError("every layer's weight is 0; at least one must be above 0")
+        for name, layer in self.layers.items():
+            if layer_of(name) != name and layer.source != source_of(name):
+                raise ParamsError(f"layer {name!r} is named after its source, which is {layer.source!r}")
 
     def to_json(self) -> dict[str, Any]:
         """Return `{"layers": {name: {field: value}}}`, ready for json.dumps."""

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 
 from nacpipe.core.params import NacParams
 from nacpipe.errors import StudyError
+from nacpipe.search.objective import SHOWN, Objective
 from nacpipe.search.space import Choice, Interval, LayerSpace
 from nacpipe.search.study import Search
 from nacpipe.search.trials import best_trial, number_of, trial_params
@@ -34,7 +35,12 @@ class Explanation:
     """layer, weight, alone (best validation AUROC with all the weight), without (AUROC when it is left out)."""
     history: pd.DataFrame
     """number, phase, value, best (so far)."""
-    maximize: bool
+    objective: Objective
+
+    @property
+    def maximize(self) -> bool:
+        """Return whether larger values are better."""
+        return self.objective != "fpr95"
 
     def to_json(self) -> dict[str, Any]:
         """Return the frames as lists of records; NaN as null."""
@@ -64,7 +70,7 @@ class Explanation:
         drawn = [f"{label} ┤{''.join(row)}".rstrip() for label, row in zip(labels, rows, strict=True)]
         last = int(self.history["number"].iloc[-1])
         foot = f"{'':7} └{'─' * len(columns)}\n{'':9}0{f'trial {last}':>{max(len(columns) - 1, 1)}}"
-        return "\n".join([*drawn, foot, f"{'':9}━ best so far   · best of the column, %"])
+        return "\n".join([*drawn, foot, f"{'':9}━ best so far   · best of the column: {SHOWN[self.objective]}, %"])
 
 
 def explain(search: Search) -> Explanation:
@@ -95,7 +101,7 @@ def explain(search: Search) -> Explanation:
         parameters=_parameters(search, trials, params),
         layers=_layers(search, trials, params),
         history=history,
-        maximize=objective != "fpr95",
+        objective=objective,
     )
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from nacpipe.core.coverage import bin_edges, coverage_table
 from nacpipe.core.metrics import roc_curve
 from nacpipe.search.explain import Explanation
+from nacpipe.search.objective import SHOWN
 from nacpipe.search.scoring import FittedLayer
 
 SIZE = (3.6, 2.7)  # inches: a phone's width at CSS's 96 dots an inch
@@ -120,9 +121,9 @@ def draw_importances(parameters: pd.DataFrame) -> Figure:
     return _draw_bars(bars, "importances in the search", "share, %")
 
 
-def draw_history(found: Explanation, objective: str) -> Figure:
+def draw_history(found: Explanation) -> Figure:
     """Draw every trial's value and the best so far, in percent."""
-    figure, axes = _panel("the search", "trial", f"{objective}, %")
+    figure, axes = _panel("the search", "trial", f"{SHOWN[found.objective]}, %")
     values, best = 100 * found.history["value"].to_numpy(float), 100 * found.history["best"].to_numpy(float)
     axes.plot(found.history["number"], values, ".", color=OTHERS[3], markersize=2, rasterized=True, label="trial")
     axes.plot(found.history["number"], best, color=INSIDE, linewidth=1.5, drawstyle="steps-post", label="best so far")

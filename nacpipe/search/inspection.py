@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache
-from nacpipe.core.coverage import LOGITS, Source, bin_edges, coverage_table, logits_gradient
+from nacpipe.core.coverage import LOGITS, bin_edges, coverage_table, layer_of, logits_gradient, source_of
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import IdentityError, ValuesError
 from nacpipe.search.scoring import Coverage, check_layers, fit_coverage, has_logits, index_from
@@ -85,7 +86,7 @@ def _read_values(
     cache: Cache, split: str, layer: str, params: LayerParams | None = None
 ) -> dict[str, NDArray[np.floating]]:
     """Activation, gradient, product, and with parameters the states of all samples and neurons, (rows, neurons)."""
-    opened = cache[split]
+    opened, layer = cache[split], layer_of(layer)
     if layer == LOGITS:
         activation = opened.read("logits")
         gradient = logits_gradient(activation)
@@ -125,6 +126,8 @@ def describe_bins(coverage: Coverage, layer: str) -> pd.DataFrame:
 def describe_layers(cache: Cache, split: str, params: NacParams | None = None, only: str | None = None) -> pd.DataFrame:
     """Return one row per layer, or of one layer alone: what is dead, what is saturated, and which alphas make sense.
 
+    A layer that the parameters hold once per source has a row for each, `layer3:gradient`.
+
     Columns: layer, neurons, dead (neurons whose activation is 0 for every sample), zeros (share of products that are
     0), size (median |product| of those that are not), alpha_low and alpha_high (the range that `search` takes, from
     id/train). With parameters, of the layers they name: alpha, flat (share of states of non-zero sources within 0.01
@@ -133,7 +136,9 @@ def describe_layers(cache: Cache, split: str, params: NacParams | None = None, o
     """
     opened = cache[split]
     rows = []
-    for name in [only] if only else list(opened):
+    terms = list(params.layers) if params is not None else []
+    names = [[term for term in terms if layer_of(term) == name] or [name] for name in opened]
+    for name in [only] if only else chain.from_iterable(names):
         values = _read_values(cache, split, name)
         product = values["product"]
         size = np.abs(product[np.isfinite(product) & (product != 0)])
@@ -174,7 +179,7 @@ def state_shares(source: NDArray[np.float32], alpha: float) -> tuple[float, floa
     return float((away < flat).mean()), float((away > saturated).mean())
 
 
-def suggest_alpha(cache: Cache, layer: str, source: Source = "product") -> tuple[float, float]:
+def suggest_alpha(cache: Cache, layer: str) -> tuple[float, float]:
     """Return the range of alpha that `search` takes for a layer; NaN where id/train is not there or all 0."""
     if "id/train" not in cache or not cache.peek("id/train").sealed:
         return math.nan, math.nan
@@ -182,7 +187,7 @@ def suggest_alpha(cache: Cache, layer: str, source: Source = "product") -> tuple
         measured = measure_space(layer, index_from(cache, ["id/train"]), cache["id/train"].rows)
     except ValuesError:
         return math.nan, math.nan
-    alpha = measured.alpha[source]
+    alpha = measured.alpha[source_of(layer)]
     assert isinstance(alpha, Interval)
     return alpha.low, alpha.high
 

@@ -29,6 +29,8 @@ DIRECTIONS: dict[Objective, list[Literal["minimize", "maximize"]]] = {
     "both": ["maximize", "minimize"],
     "soft": ["maximize"],
 }
+SHOWN: dict[Objective, str] = {"auroc": "AUROC", "fpr95": "FPR@95", "both": "AUROC", "soft": "correlation"}
+"""What the first of a trial's values is called where people look."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -112,14 +112,17 @@ def draw_chapter(chapter: Chapter) -> dict[str, dict[str, Figure]]:
             m: (found["id/test"], found[split]) for m, found in scores.items() if {"id/test", split} <= found.keys()
         }
         curves[f"roc-{slug}"] = draw_roc(_best(sides), f"id/test against {name}")
-    layers = {f"coverage-{name}": draw_coverage(name, fitted) for name, fitted in chapter.coverage.layers.items()}
+    layers = {
+        f"coverage-{name.replace(':', '-')}": draw_coverage(name, fitted)
+        for name, fitted in chapter.coverage.layers.items()
+    }
     total = float(chapter.coverage.weights.sum())
     weights = {name: layer.weight / total for name, layer in chapter.params.layers.items()}
     mattered = {"weights": draw_weights(weights)}
     if found is not None:
         if found.parameters["importance"].notna().any():
             mattered["importances"] = draw_importances(found.parameters)
-        mattered["history"] = draw_history(found, "AUROC" if found.maximize else "FPR@95")
+        mattered["history"] = draw_history(found)
     return {"Scores": histograms, "ROC curves": curves, "Coverage": layers, "Layers and search": mattered}
 
 

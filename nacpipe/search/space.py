@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nacpipe.core.coverage import Source
+from nacpipe.core.coverage import Source, source_of
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import ValuesError
 from nacpipe.search.scoring import IndexOf
@@ -184,7 +184,7 @@ def measure_space(
         ValuesError: a source is 0 everywhere; the layer tells nothing.
     """
     asked = dict(given or {})
-    source = asked.pop("source", Choice(("product",)))
+    source = asked.pop("source", Choice((source_of(layer),)))
     assert isinstance(source, Choice)
     alpha = asked.pop("alpha", None)
     alphas = {name: alpha or _measure_alpha(layer, name, index(layer, name).train) for name in source.values}

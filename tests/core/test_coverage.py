@@ -13,9 +13,11 @@ from nacpipe.core.coverage import (
     bin_edges,
     combine_layers,
     coverage_table,
+    layer_of,
     layer_score,
     product_borders,
     select_source,
+    source_of,
 )
 from nacpipe.errors import ParamsError
 from tests import oracle
@@ -156,3 +158,18 @@ def test_weighted_score_is_the_oracles(weights: list[float], seed: int) -> None:
 def test_bad_weights_are_refused(weights: list[float]) -> None:
     with pytest.raises(ParamsError, match=r"^weights are \[.*\]; they must be ≥ 0, finite and not all 0$"):
         combine_layers(np.zeros((2, 3)), np.array(weights))
+
+
+@pytest.mark.parametrize(
+    ("term", "layer", "source"),
+    [
+        ("layer3", "layer3", "product"),
+        ("layer3:product", "layer3", "product"),
+        ("layer3.0:gradient", "layer3.0", "gradient"),
+        ("logits:activation", "logits", "activation"),
+        ("a:b", "a:b", "product"),  # a layer's own name
+        ("a:b:gradient", "a:b", "gradient"),
+    ],
+)
+def test_terms(term: str, layer: str, source: str) -> None:
+    assert (layer_of(term), source_of(term)) == (layer, source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
@@ -152,3 +152,12 @@ def test_layers_without_weight_are_refused() -> None:
 def test_records_are_frozen() -> None:
     with pytest.raises(FrozenInstanceError, match="bins"):
         LayerParams(**GOOD).bins = 7  # type: ignore[misc]
+
+
+def test_a_layer_may_be_there_once_per_source_and_is_named_after_it() -> None:
+    layer = LayerParams(bins=9, saturation=1, alpha=1.0)
+    gradient = replace(layer, source="gradient")
+    both = NacParams(layers={"layer3:product": layer, "layer3:gradient": gradient, "layer3": gradient})
+    assert NacParams.from_json(json.loads(json.dumps(both.to_json()))) == both
+    with pytest.raises(ParamsError, match=r"^layer 'layer3:gradient' is named after its source, which is 'product'$"):
+        NacParams(layers={"layer3:gradient": layer})

@@ -18,7 +18,7 @@ from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import StudyError
 from nacpipe.search import sweep
 from nacpipe.search.explain import FEW, HEIGHT, WIDTH, Explanation, explain
-from nacpipe.search.objective import Checks, Outcome, Proposal
+from nacpipe.search.objective import Checks, Objective, Outcome, Proposal
 from nacpipe.search.result import SearchRequest
 from nacpipe.search.study import Search
 from nacpipe.search.trials import distributions, to_trial
@@ -232,21 +232,19 @@ def test_json_has_no_nan(small_cache: Cache, tmp_path: Path) -> None:
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 
-def picture(values: Sequence[float], maximize: bool = True) -> list[str]:
+def picture(values: Sequence[float], objective: Objective = "auroc") -> list[str]:
     history = pd.DataFrame({"number": range(len(values)), "phase": "", "value": values})
-    history["best"] = history["value"].cummax() if maximize else history["value"].cummin()
+    history["best"] = history["value"].cummin() if objective == "fpr95" else history["value"].cummax()
     nothing = pd.DataFrame()
-    return Explanation(parameters=nothing, layers=nothing, history=history, maximize=maximize).picture().split("\n")
+    found = Explanation(parameters=nothing, layers=nothing, history=history, objective=objective)
+    return found.picture().split("\n")
 
 
-LEGEND = "         ━ best so far   · best of the column, %"
-
-
-def drawn(marks: dict[int, str], high: str, low: str, foot: str) -> list[str]:
+def drawn(marks: dict[int, str], high: str, low: str, foot: str, value: str = "AUROC") -> list[str]:
     """A picture from the rows that have marks; the top is row 0."""
     labels = {0: high, HEIGHT - 1: low}
     rows = [f"{labels.get(row, ''):>7} ┤{marks.get(row, '')}" for row in range(HEIGHT)]
-    return [*rows, *foot.split("\n"), LEGEND]
+    return [*rows, *foot.split("\n"), f"         ━ best so far   · best of the column: {value}, %"]
 
 
 def test_a_picture_by_hand() -> None:
@@ -254,7 +252,8 @@ def test_a_picture_by_hand() -> None:
     rising, falling = [0.0, 0.11, 0.05], [0.11, 0.0, 0.05]
     foot = "        └───\n         0trial 2"
     assert picture(rising) == drawn({0: " ━━", 6: "  ·", 11: "━"}, "11.00", "0.00", foot)
-    assert picture(falling, maximize=False) == drawn({0: "━", 6: "  ·", 11: " ━━"}, "11.00", "0.00", foot)
+    assert picture(falling, "fpr95") == drawn({0: "━", 6: "  ·", 11: " ━━"}, "11.00", "0.00", foot, "FPR@95")
+    assert picture(rising, "soft") == drawn({0: " ━━", 6: "  ·", 11: "━"}, "11.00", "0.00", foot, "correlation")
 
 
 def test_a_picture_of_one_value() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
@@ -205,6 +207,21 @@ def test_layers_by_hand(tmp_path: Path) -> None:
     bare = describe_layers(cache, "id/val")
     assert bare[["alpha", "flat", "saturated"]].isna().all().all()
     assert bare.drop(columns=["alpha", "flat", "saturated"]).to_dict("records")[0].items() <= found.items()
+
+
+def test_a_layer_has_a_row_per_source_of_the_parameters(small_cache: Cache) -> None:
+    layer = LayerParams(bins=9, saturation=1, alpha=0.7)
+    terms = {"avgpool:gradient": replace(layer, source="gradient"), "avgpool:product": layer}
+    found = describe_layers(small_cache, "id/val", NacParams(layers=terms)).set_index("layer")
+    assert list(found.index) == ["avgpool:gradient", "avgpool:product", "layer1"]
+    for name, term in terms.items():
+        alone = describe_layers(small_cache, "id/val", NacParams(layers={"avgpool": term})).set_index("layer")
+        both = ["neurons", "dead", "zeros", "size", "alpha", "flat", "saturated"]
+        pd.testing.assert_series_equal(found.loc[name, both], alone.loc["avgpool", both], check_names=False)
+        assert tuple(found.loc[name, ["alpha_low", "alpha_high"]]) == suggest_alpha(small_cache, name)
+        only = describe_layers(small_cache, "id/val", NacParams(layers={name: term}), only=name).set_index("layer")
+        pd.testing.assert_series_equal(found.loc[name], only.loc[name])
+    assert found.loc["avgpool:gradient", "flat"] != found.loc["avgpool:product", "flat"]
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(1.0, (0.5, 0)), (200.0, (0, 0.5)), (1e9, (0, 1)), (1e-9, (1, 0))])

@@ -256,7 +256,7 @@ def test_the_soft_objective_is_the_correlation_with_its_target(small_cache: Cach
     target = soft_target(own[rows["id/val"]], own[rows["ood/val"]])
     pair = np.r_[rows["id/val"], rows["ood/val"]]
     outcome = Evaluator(scorer, "ood/val", own).evaluate(Proposal(number=0, phase="", params=TERMS, fit=True))
-    layers = np.stack([scorer.layer_scores(name, term) for name, term in TERMS.layers.items()])[:, pair]
+    layers = np.stack(scorer.layer_scores(TERMS.layers))[:, pair]
     weights = target_weights(layers, target)
     np.testing.assert_allclose([term.weight for term in outcome.params.layers.values()], weights, atol=1e-12)
     assert outcome.checks.val_soft == pytest.approx(np.corrcoef(weights @ layers, target)[0, 1])

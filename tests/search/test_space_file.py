@@ -15,6 +15,7 @@ from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.core.published import GRIDS, PUBLISHED
 from nacpipe.errors import InputError, ParamsError
 from nacpipe.search.samplers import Grid
+from nacpipe.search.scoring import index_from
 from nacpipe.search.space import Choice, Dimension, Given, Interval, LayerSpace, measure_space
 from nacpipe.search.space_file import MAX_BYTES, read_spec
 
@@ -316,3 +317,15 @@ def test_the_space_of_terms(small_cache: Cache) -> None:
     ]
     assert all(given == {"source": Choice((name.split(":")[1],))} for name, given in found.items())
     assert list(read_spec("terms", small_cache, ("layer1",))) == [name for name in found if name.startswith("layer1:")]
+
+
+def test_a_file_may_name_a_layer_once_per_source(read: Read, small_cache: Cache) -> None:
+    """Its source is the one that it is named after, unless another is asked for."""
+    made = index_from(small_cache, ["id/val"])
+    asked = read('[layers."layer1:gradient"]\nbins = 9\n[layers.layer1]\n')
+    spaces = {name: measure_space(name, made, small_cache["id/train"].rows, given) for name, given in asked.items()}
+    assert {name: space.source for name, space in spaces.items()} == {
+        "layer1:gradient": Choice(("gradient",)),
+        "layer1": Choice(("product",)),
+    }
+    assert spaces["layer1:gradient"].alpha["gradient"] != spaces["layer1"].alpha["product"]
