@@ -260,8 +260,8 @@ def test_a_server_that_is_gone_is_said_in_words(
 
 def test_a_forbidden_request_names_the_credentials(server: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Forbidden(Proxy):
-        def draw(self, method: str) -> str:
-            super().draw(method)
+        def draw(self, method: str, path: str) -> str:
+            super().draw(method, path)
             return "403"
 
     with Forbidden(server) as proxy:
