@@ -25,7 +25,7 @@ class ScoredCache:
     """Split → images: id/test, csid, near and far sets, in this order; those that are not finished too."""
     correct: Mapping[str, int]
     """Finished ID split → images whose largest logit is their label's; none where the network gives no logits."""
-    unfinished: Sequence[str]
+    unfinished: Sequence[str] = ()
     """The splits among `rows` that are not finished: no method has scores of them."""
     note: str
     """What a reader must know of the table; empty where there is nothing."""

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,21 @@ def test_nor_do_they_when_a_read_is_interrupted(small_cache: Cache) -> None:
     assert said.splitlines()[1:] == [
         f"nacpipe: interrupted; what was written is safe, go on with: nacpipe inspect {small_cache.path} id/val layer1"
     ]
+
+
+def test_one_damaged_chunk_among_hundreds_is_one_line_each_time(
+    make_cache: Callable[..., Cache], tmp_path: Path
+) -> None:
+    """As it is typed: most of these processes wrote hundreds of lines more."""
+    others = dict.fromkeys(["id/train", "id/subtrain", "id/test", "ood/val", "ood/near/letters", "ood/far/textures"], 0)
+    path = Path(make_cache(tmp_path / "c.zarr", rows={**others, "id/val": 16 * 300}).path)
+    chunk = path / "id/val/layer1/gradient/c/0/0"
+    content = bytearray(chunk.read_bytes())
+    content[20] ^= 1
+    chunk.write_bytes(bytes(content))
+    words = [sys.executable, "-m", "nacpipe", "inspect", str(path), "id/val", "layer1"]
+    for _ in range(4):
+        done = subprocess.run(words, capture_output=True, text=True, check=False, env=ENV)
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith(f"nacpipe: {path}: id/val/layer1/gradient is damaged (")
