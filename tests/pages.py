@@ -48,17 +48,11 @@ class Blind(Plain):
         self.send_error(404)
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Python's own lets five connections wait; the next is tried again a second later."""
-
-    request_queue_size = 128
-
-
 @contextlib.contextmanager
 def serve(folder: Path, kind: type[Plain]) -> Iterator[str]:
     """Serve a folder while this lasts; yield its address."""
     handler = type("Handler", (kind,), {"folder": str(folder)})
-    with Server(("127.0.0.1", 0), handler) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

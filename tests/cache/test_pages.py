@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from nacpipe.cache import Cache, CacheWriter, open_cache, store
+from nacpipe.cache import Cache, CacheWriter, open_cache, pages, store
 from nacpipe.cache.repair import repair_cache
 from nacpipe.errors import CacheError, InputError
 from tests.pages import Blind, Plain, Ranges, serve
@@ -79,3 +80,24 @@ def test_what_is_not_there(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "TRIES", 2)
     with pytest.raises(CacheError, match=r"^http://127\.0\.0\.1:9/x\.zarr cannot be read .*asked 2 times"):
         open_cache("http://127.0.0.1:9/x.zarr")
+
+
+@pytest.mark.parametrize("url", [Plain], indirect=True)
+def test_no_more_requests_are_under_way_than_a_small_server_lets_wait(
+    url: str, here: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A split's digest asks for every chunk at once."""
+    repeat, at_once, most = store.RemoteStore._repeat, 0, 0
+
+    async def count(*args: Any) -> Any:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        try:
+            return await repeat(*args)
+        finally:
+            at_once -= 1
+
+    monkeypatch.setattr(store.RemoteStore, "_repeat", count)
+    assert open_cache(url)["id/train"].rows == here["id/train"].rows
+    assert most == pages.IN_FLIGHT
