@@ -4,8 +4,8 @@
                                     http.server); HTTP itself has no listing
 
 Byte ranges are asked for; a server that knows none sends the whole object, of which the bytes are taken. Six requests
-are under way at once, as in browsers: `python -m http.server` lets no more wait, and who is turned away there comes back
-a second later.
+are under way at once, as in browsers: `python -m http.server` lets no more wait, and who is turned away there comes
+back a second later.
 """
 
 from __future__ import annotations
