@@ -77,7 +77,7 @@ class Proxy(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self._random, self._lock = random.Random(seed), threading.Lock()
 
-    def draw(self, method: str) -> str:
+    def draw(self, method: str, path: str) -> str:
         """The fault of the next request, empty for none."""
         with self._lock:
             self.requests[method] += 1
@@ -106,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        kind = self.server.draw(self.command)
+        kind = self.server.draw(self.command, self.path)
         if kind.isdigit():
             self.close_connection = True
             self.wfile.write(f"HTTP/1.1 {kind} Fault\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())

@@ -69,13 +69,21 @@ def split_problems(group: zarr.Group, header: Header) -> Iterator[tuple[str, str
         yield "", what
     if isinstance(rows, bool) or not isinstance(rows, int) or not 0 < rows <= MAX_ROWS:
         return
+    begun = only_begun(group)
     for path, (width, dtype) in header.arrays().items():
+        if begun and not is_there(group, f"{group.path}/{path}/zarr.json"):
+            continue
         for what in _array_problems(group, path, (rows, width) if width else (rows,), dtype, header):
             yield path, what
-    if not attributes.get("sealed") and not is_there(group, f"{group.path}/blocks/zarr.json"):
-        return  # only begun
+    if begun:
+        return
     for what in _mark_problems(group, count_blocks(rows, header.block_rows)):
         yield "blocks", what
+
+
+def only_begun(group: zarr.Group) -> bool:
+    """Return whether a split has no marks yet, which are created last: what it lacks is no damage."""
+    return not group.attrs.get("sealed") and not is_there(group, f"{group.path}/blocks/zarr.json")
 
 
 def missing_chunks(header: Header, rows: int, keys: Iterable[str]) -> Iterator[tuple[str, int]]:

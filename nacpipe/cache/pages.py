@@ -3,22 +3,29 @@
     https://host/x.zarr/id          a page with a link to each entry, a folder's ending in / (Apache, nginx, python -m
                                     http.server); HTTP itself has no listing
 
-Byte ranges are asked for; a server that knows none sends the whole object, of which the bytes are taken.
+Byte ranges are asked for; a server that knows none sends the whole object, of which the bytes are taken. Six requests
+are under way at once, as in browsers: `python -m http.server` lets no more wait, and who is turned away there comes
+back a second later.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit
+from weakref import WeakKeyDictionary
 
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 
-from nacpipe.cache.store import AT_ONCE, RemoteStore
+from nacpipe.cache.store import RemoteStore
 from nacpipe.errors import CacheError
 
+IN_FLIGHT = 6  # requests
+_GATES: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()  # a fork has its own loop
+_T = TypeVar("_T")
 _LINK = re.compile(r"""<a\s[^>]*?href=["']([^"'?#]+)["']""", re.IGNORECASE)
 
 
@@ -55,17 +62,20 @@ class PageStore(RemoteStore):
 
     async def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
         """Yield every key below a folder."""
-        for key in await self._walk(prefix.rstrip("/"), asyncio.Semaphore(AT_ONCE)):
+        for key in await self._walk(prefix.rstrip("/")):
             yield key
 
     async def getsize_prefix(self, prefix: str) -> int:
         """Return the bytes of everything below a folder."""
         return sum([await self.getsize(key) async for key in self.list_prefix(prefix)])
 
-    async def _walk(self, folder: str, gate: asyncio.Semaphore) -> Sequence[str]:
-        async with gate:
-            names = await self._entries(folder)
-        below = await asyncio.gather(*(self._walk(f"{folder}/{n.rstrip('/')}", gate) for n in names if n[-1] == "/"))
+    async def _repeat(self, verb: str, ask: Callable[[], Awaitable[_T]]) -> _T:
+        async with _GATES.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(IN_FLIGHT)):
+            return await super()._repeat(verb, ask)
+
+    async def _walk(self, folder: str) -> Sequence[str]:
+        names = await self._entries(folder)
+        below = await asyncio.gather(*(self._walk(f"{folder}/{n.rstrip('/')}") for n in names if n[-1] == "/"))
         return [f"{folder}/{name}" for name in names if name[-1] != "/"] + [key for keys in below for key in keys]
 
     async def _entries(self, folder: str) -> Sequence[str]:

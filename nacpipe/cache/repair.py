@@ -9,7 +9,6 @@ whole, unsealed  (exchanged, or of another time): no telling which rows, so ever
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,17 @@ from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from nacpipe.cache.append import remove_partials
-from nacpipe.cache.durable import replace_file, sync_below, writing
+from nacpipe.cache.durable import sync_below, writing
 from nacpipe.cache.form import attribute_problems
 from nacpipe.cache.layout import Header, chunk_key, count_blocks, create_array, create_marks
 from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.read import Cache, open_cache
 from nacpipe.cache.seal import digest_lines, hash_content, hash_keys
+from nacpipe.cache.store import Objects
 from nacpipe.cache.verify import Damage, verify_cache
 from nacpipe.core.address import is_url
 from nacpipe.core.provenance import fingerprint
-from nacpipe.errors import FormatError, InputError
+from nacpipe.errors import FormatError
 
 _ROUNDS = 5  # each mends one kind of damage of every split: attributes, metadata, rows, the seal
 
@@ -38,35 +38,33 @@ def repair_cache(path: str | Path) -> list[str]:
     """Mend what can be mended and take the marks of the rest; return what was done, a phrase each.
 
     Raises:
-        InputError: the cache is at a URL.
-        CacheError: another process writes the cache.
+        InputError: the cache is at a URL that can only be read.
+        CacheError: another process writes the cache, or it cannot be written.
         FormatError: the root's attributes are damaged beyond one bit, or of another version.
     """
-    if is_url(path):
-        raise InputError(
-            f"{path}: repair works on a folder: copy the cache to a disk, mend it there and copy it back, or extract a"
-            " damaged split anew with: nacpipe extract … --force SPLIT"
-        )
-    root, done = Path(path), list[str]()
-    with CacheLock(root) as lock, writing(str(path)):
-        if root.is_dir():
+    disk, done = None if is_url(path) else Path(path), list[str]()
+    with CacheLock(path) as lock, writing(str(path)):
+        if disk and disk.is_dir():
             lock.take()
-        done += _mend_root(root)
-        remove_partials(root, "**/*.partial")
+        objects = Objects(path)
+        done += _mend_root(path, objects)
+        if disk:
+            remove_partials(disk, "**/*.partial")
         for _ in range(_ROUNDS):
-            cache = open_cache(root)
+            cache = open_cache(path)
             damage = verify_cache(cache)
-            mended = list(_mend(cache, damage))
+            mended = list(_mend(cache, objects, damage))
             if not mended:
                 break
             done += mended
-        sync_below(root, root)
+        if disk:
+            sync_below(disk, disk)
     return done
 
 
-def _mend_root(root: Path) -> list[str]:
+def _mend_root(path: str | Path, objects: Objects) -> list[str]:
     try:
-        open_cache(root)
+        open_cache(path)
         return []
     except FormatError as error:
 
@@ -74,61 +72,60 @@ def _mend_root(root: Path) -> list[str]:
             rest = {key: value for key, value in attributes.items() if key != "digest"}
             return attributes.get("digest") == fingerprint(rest)
 
-        file = root / "zarr.json"
-        if not file.is_file() or whole(_read_attributes(file.read_bytes())):  # of another version: nothing to mend
+        content = objects.read("zarr.json")
+        if content is None or whole(_read_attributes(content)):  # of another version: nothing to mend
             raise
-        if not _mend_bit(file, whole):
+        if not _mend_bit(objects, "zarr.json", whole):
             raise FormatError(f"{error}; no single bit would mend it") from error
-        open_cache(root)  # of another version after all?
+        open_cache(path)  # of another version after all?
         return ["the root's attributes: one bit mended"]
 
 
-def _mend(cache: Cache, damage: Sequence[Damage]) -> Iterator[str]:
+def _mend(cache: Cache, objects: Objects, damage: Sequence[Damage]) -> Iterator[str]:
     """One round: of every split the first kind of damage that it has."""
-    root = Path(cache.path)
     for split in dict.fromkeys(d.split for d in damage):
         found = [d for d in damage if d.split == split]
         if split == "":
             for path in (d.array for d in found if d.array):
-                replace_file(root / path / "zarr.json", _metadata(cache.header, 1)["zarr.json"])
+                objects.replace(f"{path}/zarr.json", _metadata(cache.header, 1)["zarr.json"])
                 yield f"{path}: metadata written anew"
         elif split == "classifier":
-            shutil.rmtree(root / "classifier")
+            objects.remove_below("classifier")
             yield "classifier: is to be written again"
         elif any(d.array == "" for d in found):
-            yield from _mend_attributes(cache, split)
+            yield from _mend_attributes(cache, objects, split)
         elif arrays := [d.array for d in found if d.block is None]:
             metadata = _metadata(cache.header, cache.peek(split).rows)
             for array in dict.fromkeys(arrays):
-                replace_file(root / split / array / "zarr.json", metadata[f"{array}/zarr.json"])
+                objects.replace(f"{split}/{array}/zarr.json", metadata[f"{array}/zarr.json"])
                 yield f"{split}/{array}: metadata written anew"
         else:
-            yield from _mend_blocks(cache, split, found)
+            yield from _mend_blocks(cache, objects, split, found)
 
 
-def _mend_blocks(cache: Cache, name: str, found: Sequence[Damage]) -> Iterator[str]:
+def _mend_blocks(cache: Cache, objects: Objects, name: str, found: Sequence[Damage]) -> Iterator[str]:
     """Chunks are damaged, or marks of a sealed split, which had them all."""
-    split, folder = cache.peek(name), Path(cache.path, name)
+    split = cache.peek(name)
     spans = {d.block: d.rows for d in found if d.array != "blocks"}
     for d in found:
         if d.array == "blocks" and d.block not in spans:
-            replace_file(folder / f"blocks/c/{d.block}", _metadata(cache.header, 1)["blocks/c/0"])
+            objects.replace(f"{name}/blocks/c/{d.block}", _metadata(cache.header, 1)["blocks/c/0"])
             yield f"{name}: the mark of block {d.block} written anew"
     if spans:
-        _take_marks(cache, name, [block for block in spans if block is not None])
+        _take_marks(objects, name, [block for block in spans if block is not None])
     for d in found:
         if d.array != "blocks" and d.block is not None:  # a damaged chunk would be read before its last rows are set
-            Path(cache.path, chunk_key(split.array(d.array), d.block, cache.header)).unlink(missing_ok=True)
+            objects.remove(chunk_key(split.array(d.array), d.block, cache.header))
     for block, rows in spans.items():
         if rows is not None:
             yield f"{name}: block {block}, rows {rows.start} to {rows.stop - 1}, is to be computed again"
 
 
-def _mend_attributes(cache: Cache, name: str) -> Iterator[str]:
+def _mend_attributes(cache: Cache, objects: Objects, name: str) -> Iterator[str]:
     """A split's attributes are damaged, or its seal does not fit what is whole by itself."""
-    folder = Path(cache.path, name)
-    if not (folder / "zarr.json").is_file():
-        shutil.rmtree(folder)
+    content = objects.read(f"{name}/zarr.json")
+    if content is None:
+        objects.remove_below(name)
         yield f"{name}: what was left of it is removed; it is to be extracted again"
         return
     sharded = cache.header.shard_blocks > 1
@@ -138,7 +135,7 @@ def _mend_attributes(cache: Cache, name: str) -> Iterator[str]:
         good = attributes.get("sealed") is True and not any(attribute_problems(attributes))
         return good and digest_lines(attributes, hashes) == attributes["digest"]
 
-    attributes = _read_attributes((folder / "zarr.json").read_bytes())
+    attributes = _read_attributes(content)
     if fits(attributes):
         return  # they were sealed so, whatever else is wrong with them
     usable = not any(attribute_problems(attributes))
@@ -151,39 +148,38 @@ def _mend_attributes(cache: Cache, name: str) -> Iterator[str]:
         if fits(attributes, kept | wanted):
             for key in wanted:
                 if hashes.get(key) != wanted[key]:
-                    replace_file(folder / key, ours[key])
+                    objects.replace(f"{name}/{key}", ours[key])
                     yield f"{name}/{key} written anew"
             for key in set(hashes) - set(kept) - set(wanted):
-                (folder / key).unlink()
+                objects.remove(f"{name}/{key}")
                 yield f"{name}/{key}, which does not belong there, is removed"
             return
-    if _mend_bit(folder / "zarr.json", fits):
+    if _mend_bit(objects, f"{name}/zarr.json", fits):
         yield f"{name}: one bit of its attributes mended"
     elif usable:
-        _take_marks(cache, name, range(count_blocks(attributes["rows"], cache.header.block_rows)))
+        _take_marks(objects, name, range(count_blocks(attributes["rows"], cache.header.block_rows)))
         yield f"{name}: no telling which rows are not those that were sealed; all of it is to be computed again"
     else:
-        shutil.rmtree(folder)
+        objects.remove_below(name)
         yield f"{name}: its attributes are lost; it is to be extracted again"
 
 
-def _take_marks(cache: Cache, name: str, blocks: Iterable[int]) -> None:
+def _take_marks(objects: Objects, name: str, blocks: Iterable[int]) -> None:
     """Take the seal first, then these marks."""
-    folder = Path(cache.path, name)
-    content = json.loads((folder / "zarr.json").read_bytes())
+    content = json.loads(objects.read(f"{name}/zarr.json") or b"")
     content["attributes"].update(sealed=False, digest=None)
-    replace_file(folder / "zarr.json", json.dumps(content, indent=2).encode())
+    objects.replace(f"{name}/zarr.json", json.dumps(content, indent=2).encode())
     for block in blocks:
-        (folder / f"blocks/c/{block}").unlink(missing_ok=True)
+        objects.remove(f"{name}/blocks/c/{block}")
 
 
-def _mend_bit(file: Path, fits: Callable[[dict[str, Any]], bool]) -> bool:
+def _mend_bit(objects: Objects, key: str, fits: Callable[[dict[str, Any]], bool]) -> bool:
     """Turn each bit of a zarr.json in turn until its attributes fit a digest; False where no single one does it."""
-    content = bytearray(file.read_bytes())
+    content = bytearray(objects.read(key) or b"")
     for place in range(8 * min(len(content), 2**16)):
         content[place // 8] ^= 1 << place % 8
         if fits(_read_attributes(bytes(content))):
-            replace_file(file, bytes(content))
+            objects.replace(key, bytes(content))
             return True
         content[place // 8] ^= 1 << place % 8
     return False

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarr.abc.store import ByteRequest, Store
-from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.buffer import Buffer, BufferPrototype, cpu, default_buffer_prototype
 from zarr.core.common import concurrent_map
 from zarr.core.sync import sync
-from zarr.storage import ObjectStore
+from zarr.storage import LocalStore, ObjectStore
 
+from nacpipe.cache.durable import replace_file
 from nacpipe.core.address import is_url
 from nacpipe.errors import CacheError, InputError, MissingExtra
 
@@ -228,3 +229,32 @@ def is_empty(url: str) -> bool:
     store = open_store(url)
     assert isinstance(store, Store)
     return sync(store.is_empty(""))
+
+
+class Objects:
+    """A cache's objects as bytes, for who mends them: read, replaced and removed whole."""
+
+    def __init__(self, address: str | Path) -> None:
+        found = open_store(address, write=True)
+        self._disk = found if isinstance(found, Path) else None
+        self._store = LocalStore(found) if isinstance(found, Path) else found
+
+    def read(self, key: str) -> bytes | None:
+        """Return an object; None where it is not there."""
+        buffer = sync(self._store.get(key, default_buffer_prototype()))
+        return None if buffer is None else buffer.to_bytes()
+
+    def replace(self, key: str, content: bytes) -> None:
+        """Write an object whole or not at all; it is on the disk when this returns."""
+        if self._disk:
+            replace_file(self._disk / key, content)
+        else:
+            sync(self._store.set(key, cpu.Buffer.from_bytes(content)))
+
+    def remove(self, key: str) -> None:
+        """Remove an object, if it is there."""
+        sync(self._store.delete(key))
+
+    def remove_below(self, path: str) -> None:
+        """Remove everything below a path."""
+        sync(self._store.delete_dir(path))

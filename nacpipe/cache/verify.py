@@ -13,12 +13,20 @@ from typing import Any
 import numpy as np
 import zarr
 
-from nacpipe.cache.form import classifier_problems, image_problems, open_member, root_problems, split_problems
+from nacpipe.cache.form import (
+    classifier_problems,
+    image_problems,
+    only_begun,
+    open_member,
+    root_problems,
+    split_problems,
+)
 from nacpipe.cache.layout import MISSING_INT, chunk_key, count_blocks, is_there, list_places
 from nacpipe.cache.read import Cache
 from nacpipe.cache.seal import digest_lines, hash_keys
 from nacpipe.errors import CacheError, FormatError, NacError
 
+NO_METADATA = "has no zarr.json"
 UNLIKE_SEAL = "is not what was sealed, though every chunk is whole: files or attributes were changed or exchanged"
 
 
@@ -140,7 +148,7 @@ def _form_of_split(cache: Cache, name: str) -> Iterator[Damage]:
     for what in image_problems(group.attrs):
         yield Damage(split=name, array="", what=what)
     for spec in cache.header.layers:
-        if what := _group_problem(cache, f"{name}/{spec.name}"):
+        if (what := _group_problem(cache, f"{name}/{spec.name}")) and not (what == NO_METADATA and only_begun(group)):
             yield Damage(split=name, array=spec.name, what=what)
 
 
@@ -148,6 +156,6 @@ def _group_problem(cache: Cache, path: str) -> str:
     try:
         return "" if isinstance(open_member(cache.root, path), zarr.Group) else "is an array, not a group"
     except KeyError:
-        return "has no zarr.json"
+        return NO_METADATA
     except FormatError as error:
         return str(error).removeprefix(f"{path}/")

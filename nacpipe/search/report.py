@@ -104,7 +104,7 @@ def draw_chapter(chapter: Chapter) -> dict[str, dict[str, Figure]]:
     run, found = chapter.run, chapter.past.explanation
     scores = {name: method.scores for name, method in run.methods.items()}
     histograms, curves = {}, {}
-    for split in run.ood_sets():
+    for split in [name for name in run.ood_sets() if name not in run.unfinished]:
         name = split.removeprefix("ood/")
         slug = name.replace("/", "-")
         histograms[f"scores-{slug}"] = draw_histogram(scores["NAC"]["id/test"], scores["NAC"][split], ("id/test", name))
@@ -185,7 +185,7 @@ def _summary(chapters: Sequence[Chapter], frame: pd.DataFrame) -> list[str]:
     counts = chapters[0].run.rows
     accuracy = frame["accuracy"].iloc[0]
     told = f", which the network classifies with an accuracy of {_percent(accuracy)} %" if accuracy == accuracy else ""
-    sets = len(chapters[0].run.ood_sets())
+    sets = len(set(chapters[0].run.ood_sets()).difference(chapters[0].run.unfinished))
     lines = [
         paragraph(
             f"Neuron activation coverage (NAC-UE) and {len(chapters[0].run.methods) - 1} other methods tell"

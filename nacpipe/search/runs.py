@@ -9,7 +9,7 @@ from typing import Any
 from nacpipe.cache import Cache
 from nacpipe.core.provenance import diff
 from nacpipe.errors import IdentityError
-from nacpipe.search.scored import evaluated_splits
+from nacpipe.search.scored import table_splits
 
 
 def check_runs(caches: Sequence[Cache]) -> None:
@@ -35,5 +35,5 @@ def check_runs(caches: Sequence[Cache]) -> None:
 def _common(cache: Cache) -> dict[str, Any]:
     """What runs have in common: the identity without the weights, and the images of every split in a table."""
     layers = tuple(spec.name for spec in cache.header.layers)
-    splits = ("id/train", "id/val", *evaluated_splits(cache))
+    splits = ("id/train", "id/val", *table_splits(cache))
     return {k: v for k, v in cache.search_identity(splits, layers).items() if k != "weights"}

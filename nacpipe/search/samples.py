@@ -37,7 +37,8 @@ def save_scores(path: Path, caches: Sequence[Cache], runs: Sequence[ScoredCache]
 
     `.npz`: arrays named SPLIT/index (position in the image list), SPLIT/label (−1 for OOD) and SPLIT/METHOD, each
     (rows,); of several caches CACHE/SPLIT/…. `.parquet`: one row per image with columns cache, split, index, label and
-    one per method. A method without scores of a split is left out of the one and null in the other.
+    one per method. A method without scores of a split is left out of the one and null in the other; so is a split that
+    is not finished, which has none.
 
     Raises:
         InputError: the file cannot be written.
@@ -52,7 +53,7 @@ def _write_npz(file: BinaryIO, caches: Sequence[Cache], runs: Sequence[ScoredCac
     arrays: dict[str, Any] = {}
     for cache, run in zip(caches, runs, strict=True):
         prefix = f"{run.path}/" if len(runs) > 1 else ""
-        for split in run.rows:
+        for split in run.finished():
             arrays |= {f"{prefix}{split}/{name}": values for name, values in _columns(cache, run, split).items()}
     np.savez(file, allow_pickle=False, **arrays)
 
@@ -60,7 +61,7 @@ def _write_npz(file: BinaryIO, caches: Sequence[Cache], runs: Sequence[ScoredCac
 def _write_parquet(file: BinaryIO, caches: Sequence[Cache], runs: Sequence[ScoredCache]) -> None:
     parts = []
     for cache, run in zip(caches, runs, strict=True):
-        for split in run.rows:
+        for split in run.finished():
             columns = pd.DataFrame(_columns(cache, run, split))
             columns.insert(0, "split", split)
             columns.insert(0, "cache", run.path)

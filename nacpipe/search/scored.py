@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,9 +22,11 @@ class ScoredCache:
     methods: Mapping[str, MethodScores]
     """NAC first where there are parameters, then the plain baselines, then others."""
     rows: Mapping[str, int]
-    """Split → images: id/test, csid, near and far sets, in this order."""
+    """Split → images: id/test, csid, near and far sets, in this order; those that are not finished too."""
     correct: Mapping[str, int]
-    """ID split → images whose largest logit is their label's; none where the network gives no logits."""
+    """Finished ID split → images whose largest logit is their label's; none where the network gives no logits."""
+    unfinished: Sequence[str] = ()
+    """The splits among `rows` that are not finished: no method has scores of them."""
     note: str
     """What a reader must know of the table; empty where there is nothing."""
 
@@ -37,18 +39,26 @@ class ScoredCache:
         """Return the near sets, then the far sets."""
         return [name for name in self.rows if name.startswith("ood/")]
 
+    def finished(self) -> list[str]:
+        """Return the splits of which there are scores."""
+        return [name for name in self.rows if name not in self.unfinished]
+
+
+def table_splits(cache: Cache) -> list[str]:
+    """Return what a table names: id/test and every csid, near and far set, finished or not."""
+    return ["id/test", *(name for name in cache if name.startswith(("csid/", "ood/near/", "ood/far/")))]
+
 
 def evaluated_splits(cache: Cache) -> list[str]:
-    """Return what a table is made of: id/test and every finished csid, near and far set.
+    """Return what of a table can be scored: id/test and every finished csid, near and far set.
 
     Raises:
         InputError: there is no finished near or far set.
     """
-    finished = [name for name in cache if cache.peek(name).sealed]
-    sets = [name for name in finished if name.startswith(("ood/near/", "ood/far/"))]
-    if not sets:
+    found = [name for name in table_splits(cache) if name == "id/test" or cache.peek(name).sealed]
+    if not any(name.startswith("ood/") for name in found):
         raise InputError(f"{cache.path} holds no finished near or far set; add them with: {cache.command()}")
-    return ["id/test", *(name for name in finished if name.startswith("csid/")), *sets]
+    return found
 
 
 def score_cache(
@@ -57,7 +67,7 @@ def score_cache(
     *,
     more: Mapping[str, MethodScores] | None = None,
 ) -> ScoredCache:
-    """Score id/test and every finished csid, near and far set.
+    """Score id/test and every finished csid, near and far set; one that is not finished is a reason, not a number.
 
     Args:
         cache: a cache with id/test and at least one finished near or far set.
@@ -83,12 +93,18 @@ def score_cache(
     if not has_logits(cache):
         notes.append(f"accuracy, {', '.join(LOGIT_BASELINES)} are left empty: {NO_LOGITS}")
     if unfinished := [name for name in cache if not cache.peek(name).sealed]:
-        notes.append(f"not finished, left out: {', '.join(unfinished)}; finish with: {cache.command()}")
+        notes.append(
+            f"not finished: {', '.join(unfinished)}; what needs them is left empty; finish with: {cache.command()}"
+        )
+    rows = {split: cache.peek(split).rows for split in table_splits(cache)}
+    reasons = {split: f"{split} is not finished" for split in rows if split not in splits}
+    methods = {**coverages, **plain, **(more or {})}
     return ScoredCache(
         path=cache.path,
-        methods={**coverages, **plain, **(more or {})},
-        rows={split: cache[split].rows for split in splits},
+        methods={name: replace(found, reasons={**found.reasons, **reasons}) for name, found in methods.items()},
+        rows=rows,
         correct={split: count for split, count in correct.items() if not split.startswith("ood/")},
+        unfinished=list(reasons),
         note=". ".join(notes),
     )
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -49,6 +50,18 @@ class TailMendingLock:
     def release(self) -> None:
         """Give the lock back."""
         os.close(self._held.pop())
+
+
+class NamingJournal(JournalFileBackend):
+    """Optuna's journal; where the system refuses a line (a full disk), its error names the file."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append lines."""
+        try:
+            super().append_logs(logs)
+        except OSError as error:
+            error.filename = error.filename or self._file_path
+            raise
 
 
 def _check_journal(handle: int, path: str) -> None:
@@ -150,12 +163,12 @@ def open_storage(where: str, *, write: bool = True) -> BaseStorage:
         if not Path(where).parent.is_dir():
             raise StudyError(f"the folder of the study {where} is not there")
         if sys.platform == "win32":
-            return JournalStorage(JournalFileBackend(where, lock_obj=JournalFileOpenLock(where)))
+            return JournalStorage(NamingJournal(where, lock_obj=JournalFileOpenLock(where)))
         lock = TailMendingLock(where)
         if write:
             lock.acquire()  # mends the tail before the first reading
             lock.release()
-        return JournalStorage(JournalFileBackend(where, lock_obj=lock))  # type: ignore[arg-type]
+        return JournalStorage(NamingJournal(where, lock_obj=lock))  # type: ignore[arg-type]
     except StudyError:
         raise
     except Exception as error:  # every database driver has errors of its own

@@ -44,7 +44,8 @@ def _rows(run: ScoredCache) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for task, id_splits in run.tasks().items():
         n_id = sum(run.rows[split] for split in id_splits)
-        accuracy = sum(run.correct[split] for split in id_splits) / n_id if run.correct else math.nan
+        told = all(split in run.correct for split in id_splits)
+        accuracy = sum(run.correct[split] for split in id_splits) / n_id if told else math.nan
         for group in ("near", "far"):
             sets = [name for name in run.ood_sets() if name.startswith(f"ood/{group}/")]
             cells = {name: [_cell(method, id_splits, split) for split in sets] for name, method in run.methods.items()}

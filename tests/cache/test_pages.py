@@ -2,57 +2,19 @@
 
 from __future__ import annotations
 
-import http.server
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from nacpipe.cache import Cache, CacheWriter, open_cache, store
+from nacpipe.cache import Cache, CacheWriter, open_cache, pages, store
+from nacpipe.cache.repair import repair_cache
 from nacpipe.errors import CacheError, InputError
+from tests.pages import Blind, Plain, Ranges, serve
 
 pytest.importorskip("obstore")
-
-
-class Plain(http.server.SimpleHTTPRequestHandler):
-    """Python's own server: pages of folders, no byte ranges."""
-
-    folder = ""
-
-    def translate_path(self, path: str) -> str:
-        self.directory = self.folder
-        return super().translate_path(path)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Nothing."""
-
-
-class Ranges(Plain):
-    """One that sends the bytes that are asked for, as nginx and Apache do."""
-
-    def do_GET(self) -> None:
-        wanted, file = self.headers.get("Range"), Path(self.translate_path(self.path))
-        if wanted is None or not file.is_file():
-            super().do_GET()
-            return
-        content = file.read_bytes()
-        first, _, last = wanted.removeprefix("bytes=").partition("-")
-        start = int(first) if first else max(0, len(content) - int(last))
-        stop = int(last) + 1 if first and last else len(content)
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{start + len(content[start:stop]) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content[start:stop])))
-        self.end_headers()
-        self.wfile.write(content[start:stop])
-
-
-class Blind(Plain):
-    """One that shows no folders, as most do."""
-
-    def list_directory(self, path: object) -> None:
-        self.send_error(404)
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +25,8 @@ def here(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def url(request: pytest.FixtureRequest, here: Cache) -> Iterator[str]:
     """The cache's address at a server of the kind that a test names."""
-    kind = type("Handler", (request.param,), {"folder": str(Path(here.path).parent)})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/x.zarr"
-        server.shutdown()
+    with serve(Path(here.path).parent, request.param) as address:
+        yield f"{address}/x.zarr"
 
 
 @pytest.mark.parametrize("url", [Plain, Ranges], indirect=True)
@@ -104,6 +63,8 @@ def test_it_is_not_written(url: str, here: Cache) -> None:
             InputError, match=f"^{address} can only be read; write to a folder or to s3://BUCKET/x.zarr"
         ):
             CacheWriter(address, here.header)
+    with pytest.raises(InputError, match=f"^{url} can only be read"):
+        repair_cache(url)
 
 
 @pytest.mark.parametrize("url", [Blind], indirect=True)
@@ -119,3 +80,24 @@ def test_what_is_not_there(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "TRIES", 2)
     with pytest.raises(CacheError, match=r"^http://127\.0\.0\.1:9/x\.zarr cannot be read .*asked 2 times"):
         open_cache("http://127.0.0.1:9/x.zarr")
+
+
+@pytest.mark.parametrize("url", [Plain], indirect=True)
+def test_no_more_requests_are_under_way_than_a_small_server_lets_wait(
+    url: str, here: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A split's digest asks for every chunk at once."""
+    repeat, at_once, most = store.RemoteStore._repeat, 0, 0
+
+    async def count(*args: Any) -> Any:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        try:
+            return await repeat(*args)
+        finally:
+            at_once -= 1
+
+    monkeypatch.setattr(store.RemoteStore, "_repeat", count)
+    assert open_cache(url)["id/train"].rows == here["id/train"].rows
+    assert most == pages.IN_FLIGHT

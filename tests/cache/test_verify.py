@@ -189,6 +189,20 @@ def test_marked_blocks_of_an_unfinished_split_are_read_too(path: Path, whole: Ca
     assert_whole(path, whole)
 
 
+def test_a_split_that_was_only_begun_lacks_nothing(path: Path, whole: Cache) -> None:
+    """Stopped among its metadata, of which the marks' come last. What is there must be right all the same."""
+    edit(path / "id/val/zarr.json", sealed=False, digest=None)
+    for part in ("blocks", "layer1", "logits"):
+        shutil.rmtree(path / "id/val" / part)
+    assert damage_of(path) == []
+    assert repair_cache(path) == []
+    flip(path / "id/val/features/zarr.json", 40)
+    assert [(d.split, d.array) for d in damage_of(path)] == [("id/val", "features")]
+    assert repair_cache(path) == ["id/val/features: metadata written anew"]
+    assert extract_again(path, whole) == [("id/val", 0), ("id/val", 1), ("id/val", 2)]
+    assert_whole(path, whole)
+
+
 def test_attributes_that_more_than_a_bit_was_lost_of_are_extracted_anew(path: Path, whole: Cache) -> None:
     (path / "id/val/zarr.json").write_bytes(b"\0" * 700)
     with pytest.raises(FormatError, match=r"id/val/zarr\.json is damaged .*; nacpipe repair .*mends what can be"):

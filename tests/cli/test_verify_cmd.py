@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,3 +88,67 @@ def test_a_damaged_cache_gives_no_score(damaged: Path, tmp_path: Path) -> None:
         assert done.exit_code == 1
         assert "id/val/layer1/gradient is damaged" in done.stderr
         assert "mend it with: nacpipe repair c.zarr" in done.stderr
+
+
+# --- one line, and nothing after it -----------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[2]
+# The damaged chunk is there at once; its siblings' reads are still under way when the process ends.
+SLOW = """
+import asyncio, sys
+from zarr.storage import LocalStore
+from nacpipe.cli import main
+
+get = LocalStore.get
+
+async def slow(self, key, *rest, **more):
+    if "gradient/c/" in key and "/c/1/0" not in key:
+        print("reading", flush=True)
+        await asyncio.sleep(60)
+    return await get(self, key, *rest, **more)
+
+LocalStore.get = slow
+main(sys.argv[1:], prog_name="nacpipe")
+"""
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_reads_that_are_still_under_way_say_nothing_at_the_end(damaged: Path) -> None:
+    """asyncio would write of each that it was destroyed."""
+    words = [sys.executable, "-c", SLOW, "inspect", "c.zarr", "id/val", "layer1"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=ENV, timeout=50)
+    assert done.returncode == 1
+    assert "reading" in done.stdout
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("nacpipe: c.zarr: id/val/layer1/gradient is damaged (")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a child on Windows")
+def test_nor_do_they_when_a_read_is_interrupted(small_cache: Cache) -> None:
+    words = [sys.executable, "-c", SLOW, "inspect", small_cache.path, "id/val", "layer1"]
+    with subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV) as child:
+        assert child.stdout is not None and child.stdout.readline() == "reading\n"
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=50)
+    assert child.returncode == 130
+    assert said.splitlines()[1:] == [
+        f"nacpipe: interrupted; what was written is safe, go on with: nacpipe inspect {small_cache.path} id/val layer1"
+    ]
+
+
+def test_one_damaged_chunk_among_hundreds_is_one_line_each_time(
+    make_cache: Callable[..., Cache], tmp_path: Path
+) -> None:
+    """As it is typed: most of these processes wrote hundreds of lines more."""
+    others = dict.fromkeys(["id/train", "id/subtrain", "id/test", "ood/val", "ood/near/letters", "ood/far/textures"], 0)
+    path = Path(make_cache(tmp_path / "c.zarr", rows={**others, "id/val": 16 * 300}).path)
+    chunk = path / "id/val/layer1/gradient/c/0/0"
+    content = bytearray(chunk.read_bytes())
+    content[20] ^= 1
+    chunk.write_bytes(bytes(content))
+    words = [sys.executable, "-m", "nacpipe", "inspect", str(path), "id/val", "layer1"]
+    for _ in range(4):
+        done = subprocess.run(words, capture_output=True, text=True, check=False, env=ENV)
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith(f"nacpipe: {path}: id/val/layer1/gradient is damaged (")

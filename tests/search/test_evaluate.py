@@ -21,9 +21,11 @@ from nacpipe.core import baselines, published
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.core.provenance import SEARCH_SPLITS, fingerprint
 from nacpipe.errors import InputError, ParamsError
+from nacpipe.search.bootstrap import add_confidence, compare_methods
 from nacpipe.search.evaluate import evaluate, find_params
+from nacpipe.search.samples import save_scores
 from nacpipe.search.scored import score_cache
-from nacpipe.search.tables import verdicts
+from nacpipe.search.tables import tabulate, verdicts
 from tests import oracle
 
 COLUMNS = [
@@ -184,21 +186,70 @@ def unseal(path: Path, split: str) -> None:
     (path / split / "zarr.json").write_text(json.dumps(content))
 
 
-def test_unfinished_sets_are_left_out(cache: Cache, frame: pd.DataFrame, tmp_path: Path) -> None:
+def test_a_set_that_is_not_finished_is_empty_and_so_are_its_means(
+    cache: Cache, frame: pd.DataFrame, tmp_path: Path
+) -> None:
     path = tmp_path / "c.zarr"
     shutil.copytree(cache.path, path)
     unseal(path, "ood/far/faces")
+    unseal(path, "id/subtrain")
+    found = evaluate(open_cache(path), PARAMS)
+    empty = (found["group"] == "far") & found["dataset"].isin(["faces", "mean"])
+    assert found.loc[empty, METRICS].isna().all(axis=None)
+    assert dict(zip(found.loc[empty, "dataset"], found.loc[empty, "reason"], strict=True)) == {
+        "faces": "ood/far/faces is not finished",
+        "mean": "faces: ood/far/faces is not finished",
+    }
+    pd.testing.assert_frame_equal(found[~empty], frame[~empty])
+    same = [column for column in COLUMNS if column not in (*METRICS, "reason")]
+    pd.testing.assert_frame_equal(found[same], frame[same])
+    assert found.attrs["note"] == (
+        f"not finished: id/subtrain, ood/far/faces; what needs them is left empty; finish with: {cache.command()}"
+    ).replace(cache.path, str(path))
+    assert [line.split(":")[0] for line in verdicts(found)] == ["near-OOD", "near-OOD, full spectrum"]
+
+
+def test_a_csid_set_that_is_not_finished_empties_the_full_spectrum(
+    cache: Cache, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.zarr"
+    shutil.copytree(cache.path, path)
     unseal(path, "csid/noisy")
     found = evaluate(open_cache(path), PARAMS)
-    assert "faces" not in set(found["dataset"])
-    assert set(found.query("task == 'fsood'")["n_id"]) == {75}
-    near = "task == 'ood' and group == 'near'"
-    pd.testing.assert_frame_equal(found.query(near), frame.query(near))
-    for split in ("ood/far/textures", "ood/far/words", "ood/near/letters"):
+    full = found["task"] == "fsood"
+    pd.testing.assert_frame_equal(found[~full], frame[~full])
+    assert found.loc[full, [*METRICS, "accuracy"]].isna().all(axis=None)
+    assert set(found.loc[full, "reason"]) == {"csid/noisy is not finished"}
+    assert set(found.loc[full, "n_id"]) == {93}
+
+
+def test_without_a_finished_set_there_is_no_table(cache: Cache, tmp_path: Path) -> None:
+    path = tmp_path / "c.zarr"
+    shutil.copytree(cache.path, path)
+    for split in ("ood/far/faces", "ood/far/textures", "ood/far/words", "ood/near/letters"):
         unseal(path, split)
     message = rf"^{path} holds no finished near or far set; add them with: nacpipe extract digits --cache "
     with pytest.raises(InputError, match=message):
         evaluate(open_cache(path), PARAMS)
+
+
+def test_what_follows_from_a_table_takes_an_unfinished_set(cache: Cache, tmp_path: Path) -> None:
+    """Saved scores, intervals, a comparison, and the mean over runs of which one lacks the set."""
+    path = tmp_path / "c.zarr"
+    shutil.copytree(cache.path, path)
+    unseal(path, "ood/far/faces")
+    part, run = open_cache(path), score_cache(open_cache(path), PARAMS)
+    save_scores(tmp_path / "s.npz", [part], [run])
+    with np.load(tmp_path / "s.npz") as saved:
+        assert {name.rpartition("/")[0] for name in saved} == set(run.rows) - {"ood/far/faces"}
+    sure = add_confidence(tabulate([run]), [run], resamples=20)
+    empty = (sure["group"] == "far") & sure["dataset"].isin(["faces", "mean"])
+    assert sure.loc[empty, ["auroc_low", "auroc_high"]].isna().all(axis=None)
+    assert sure.loc[~empty, ["auroc_low", "auroc_high"]].notna().all(axis=None)
+    compared = compare_methods([run], "NAC", "Energy", resamples=20)
+    assert set(compared[compared["more_than_chance"].isna()]["dataset"]) == {"faces", "mean"}
+    both = tabulate([score_cache(cache, PARAMS), run])
+    assert (both["auroc"].isna() == empty).all()
 
 
 # --- which parameters -------------------------------------------------------------------------------------------------

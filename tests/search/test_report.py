@@ -208,6 +208,27 @@ def test_splits_that_are_not_there_are_no_number(make_cache: Callable[..., Cache
     assert found["val_auroc"].notna().all()
 
 
+def test_a_set_that_is_not_finished_has_no_picture_and_empty_cells(
+    make_cache: Callable[..., Cache], tmp_path: Path
+) -> None:
+    file = Path(make_cache(tmp_path / "c.zarr").path, "ood/far/textures/zarr.json")
+    content = json.loads(file.read_text())
+    content["attributes"].update(sealed=False, digest=None)
+    file.write_text(json.dumps(content))
+    cache = open_cache(tmp_path / "c.zarr")
+    run = score_cache(cache, PARAMS)
+    write_params(tmp_path / "c.params.json", PARAMS)
+    chapter = read_chapter(cache, PARAMS, run)
+    drawn = draw_chapter(chapter)
+    assert [*drawn["Scores"], *drawn["ROC curves"]] == ["scores-near-letters", "roc-near-letters"]
+    page = Reader(render_report([chapter], tabulate([run]), "nacpipe report", [drawn]))
+    far = [table for table in page.tables if table[0][0] == "far"]
+    assert [set(row[1:]) for table in far for row in table[1:]] == [{"–"}] * 8
+    assert "ID test images, which the network classifies" in page.text
+    assert "from 1 OOD set." in page.text
+    assert "empty: NAC, MSP, MaxLogit, Energy: ood/far/textures is not finished" in page.text
+
+
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
