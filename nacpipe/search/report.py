@@ -112,10 +112,8 @@ def draw_chapter(chapter: Chapter) -> dict[str, dict[str, Figure]]:
             m: (found["id/test"], found[split]) for m, found in scores.items() if {"id/test", split} <= found.keys()
         }
         curves[f"roc-{slug}"] = draw_roc(_best(sides), f"id/test against {name}")
-    layers = {
-        f"coverage-{name.replace(':', '-')}": draw_coverage(name, fitted)
-        for name, fitted in chapter.coverage.layers.items()
-    }
+    fitted = chapter.coverage.layers
+    layers = {f"coverage-{name.replace(':', '-')}": draw_coverage(name, one) for name, one in fitted.items()}
     total = float(chapter.coverage.weights.sum())
     weights = {name: layer.weight / total for name, layer in chapter.params.layers.items()}
     mattered = {"weights": draw_weights(weights)}
