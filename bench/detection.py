@@ -3,10 +3,11 @@
 Measured: for every row and seed one `nacpipe search`, then the mean AUROC over the near and over the far test sets.
 Which row is best was decided on the validation AUROC alone; test sets were read for this table only.
 
-    python bench/detection.py CACHE [CACHE …] [--seeds 1,2,3] [--trials 2000]
+    python bench/detection.py CACHE [CACHE …] [--layers A,B] [--seeds 1,2,3] [--trials 2000]
 
-Each CACHE is searched with its layers, with `logits` as a layer too, and in the wide space, which has every
-state source besides. A cache of more layers or more training images is one more argument.
+Each CACHE is searched with its layers (all, or those named), with `logits` as a layer too, in the wide space, which has
+every state source besides, and with every layer once per source for the smooth objective. A cache of more layers, more
+training images or another network is one more argument.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import pandas as pd
 
 from nacpipe.cache import open_cache
 from nacpipe.search.evaluate import evaluate
+from nacpipe.search.objective import Objective
 from nacpipe.search.result import SearchRequest
 from nacpipe.search.study import Search
 from nacpipe.search.sweep import run
@@ -33,34 +35,36 @@ def means(frame: pd.DataFrame, method: str) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("caches", type=Path, nargs="+")
+    parser.add_argument("--layers", type=lambda text: text.split(","), help="some of the cache's")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3])
     parser.add_argument("--trials", type=int, default=2000)
     asked = parser.parse_args()
-    print("cache, layers, states                          seed   val AUROC   near    far")
+    print("cache, layers, space and objective             seed   val AUROC   near    far")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for path in asked.caches:
             cache = open_cache(path)
-            held = tuple(spec.name for spec in cache.header.layers)
-            for title, layers, space in (
-                (f"{path.stem}, {len(held)} layers", held, "auto"),
-                (f"{path.stem}, {len(held)} layers and logits", (*held, "logits"), "auto"),
-                (f"{path.stem}, wide", (), "wide"),
-            ):
+            held = tuple(asked.layers or (spec.name for spec in cache.header.layers))
+            all_layers = (*held, "logits")
+            rows: list[tuple[str, tuple[str, ...], str, Objective]] = [
+                (f"{path.stem}, {len(held)} layers", held, "auto", "auroc"),
+                (f"{path.stem}, {len(held)} layers and logits", all_layers, "auto", "auroc"),
+                (f"{path.stem}, {len(held)} layers and logits, wide", all_layers, "wide", "auroc"),
+                (f"{path.stem}, {len(held)} layers and logits, terms soft", all_layers, "terms", "soft"),
+            ]
+            for title, layers, space, objective in rows:
                 for seed in asked.seeds:
-                    storage = folder / f"{title} {seed}.log"
                     request = SearchRequest(
-                        cache=path, layers=layers, space=space, seed=seed, trials=asked.trials, storage=str(storage)
-                    )
+                        cache=path, layers=layers, space=space, objective=objective, seed=seed, trials=asked.trials,
+                        storage=str(folder / f"{title} {seed}.log"),
+                    )  # fmt: skip
                     result = run(Search(request))
                     near, far = means(evaluate(cache, result.params), "NAC")
-                    print(
-                        f"{title:<48}{seed}      {100 * result.checks.val_auroc:.2f}   {near:.2f}  {far:.2f}",
-                        flush=True,
-                    )
-            frame = evaluate(cache, result.params)
+                    value = 100 * result.checks.val_auroc
+                    print(f"{title:<48}{seed}      {value:.2f}   {near:.2f}  {far:.2f}", flush=True)
+            table = evaluate(cache, result.params)
             for method in ("MSP", "MaxLogit", "Energy"):
-                print(f"{path.stem + ', ' + method:<64}{means(frame, method)[0]:.2f}  {means(frame, method)[1]:.2f}")
+                print(f"{f'{path.stem}, {method}':<66}{means(table, method)[0]:.2f}  {means(table, method)[1]:.2f}")
 
 
 if __name__ == "__main__":
