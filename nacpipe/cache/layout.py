@@ -16,6 +16,7 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.sync import sync
 
+from nacpipe.core.coverage import layer_of, source_of
 from nacpipe.core.provenance import fingerprint
 from nacpipe.errors import FormatError, InputError
 
@@ -173,6 +174,8 @@ def check_layer_names(names: list[str]) -> None:
     for name in names:
         if name in RESERVED or not name or name.startswith(".") or "/" in name:
             raise InputError(f"layer name {name!r} cannot be used in a cache; reserved: {', '.join(RESERVED)}")
+        if layer_of(name) != name:  # parameters mean one state of a layer by that
+            raise InputError(f"layer name {name!r} cannot be used in a cache: it ends like a state, {source_of(name)}")
 
 
 def count_blocks(rows: int, block_rows: int) -> int:

@@ -94,6 +94,8 @@ def _mend(cache: Cache, objects: Objects, damage: Sequence[Damage]) -> Iterator[
             yield "classifier: is to be written again"
         elif any(d.array == "" for d in found):
             yield from _mend_attributes(cache, objects, split)
+        elif _all_misshapen(cache, found) and _mend_bit(objects, f"{split}/zarr.json", _sealed_with(cache, split)):
+            yield f"{split}: one bit of its attributes mended"
         elif arrays := [d.array for d in found if d.block is None]:
             metadata = _metadata(cache.header, cache.peek(split).rows)
             for array in dict.fromkeys(arrays):
@@ -121,6 +123,22 @@ def _mend_blocks(cache: Cache, objects: Objects, name: str, found: Sequence[Dama
             yield f"{name}: block {block}, rows {rows.start} to {rows.stop - 1}, is to be computed again"
 
 
+def _all_misshapen(cache: Cache, found: Sequence[Damage]) -> bool:
+    """Whether every array is said to be: then the split's number of rows is rather wrong than all of them."""
+    return {d.array for d in found if d.block is None} >= set(cache.header.arrays())
+
+
+def _sealed_with(cache: Cache, name: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Return what tells the attributes that a split was sealed with, as its chunks and metadata are now."""
+    hashes = hash_keys(cache.root, name, sharded=cache.header.shard_blocks > 1)
+    return lambda attributes: _fits(attributes, hashes)
+
+
+def _fits(attributes: Mapping[str, Any], hashes: Mapping[str, str]) -> bool:
+    good = attributes.get("sealed") is True and not any(attribute_problems(attributes))
+    return good and digest_lines(attributes, hashes) == attributes["digest"]
+
+
 def _mend_attributes(cache: Cache, objects: Objects, name: str) -> Iterator[str]:
     """A split's attributes are damaged, or its seal does not fit what is whole by itself."""
     content = objects.read(f"{name}/zarr.json")
@@ -130,13 +148,8 @@ def _mend_attributes(cache: Cache, objects: Objects, name: str) -> Iterator[str]
         return
     sharded = cache.header.shard_blocks > 1
     hashes = hash_keys(cache.root, name, sharded=sharded)
-
-    def fits(attributes: Mapping[str, Any], hashes: Mapping[str, str] = hashes) -> bool:
-        good = attributes.get("sealed") is True and not any(attribute_problems(attributes))
-        return good and digest_lines(attributes, hashes) == attributes["digest"]
-
     attributes = _read_attributes(content)
-    if fits(attributes):
+    if _fits(attributes, hashes):
         return  # they were sealed so, whatever else is wrong with them
     usable = not any(attribute_problems(attributes))
     if usable:
@@ -145,7 +158,7 @@ def _mend_attributes(cache: Cache, objects: Objects, name: str) -> Iterator[str]
         chunks = _chunk_keys(cache.header, attributes["rows"])
         kept = {key: value for key, value in hashes.items() if key in chunks}
         wanted = {key: hash_content(content, key, sharded=sharded) for key, content in ours.items()}
-        if fits(attributes, kept | wanted):
+        if _fits(attributes, kept | wanted):
             for key in wanted:
                 if hashes.get(key) != wanted[key]:
                     objects.replace(f"{name}/{key}", ours[key])
@@ -154,7 +167,7 @@ def _mend_attributes(cache: Cache, objects: Objects, name: str) -> Iterator[str]
                 objects.remove(f"{name}/{key}")
                 yield f"{name}/{key}, which does not belong there, is removed"
             return
-    if _mend_bit(objects, f"{name}/zarr.json", fits):
+    if _mend_bit(objects, f"{name}/zarr.json", _sealed_with(cache, name)):
         yield f"{name}: one bit of its attributes mended"
     elif usable:
         _take_marks(objects, name, range(count_blocks(attributes["rows"], cache.header.block_rows)))

@@ -113,7 +113,7 @@ class SplitView(Mapping[str, LayerView]):
         except (NacError, OSError, MemoryError):
             raise
         except Exception as error:  # crc32c says ValueError, Blosc RuntimeError, a crafted chunk anything
-            raise self._damaged(path, error) from error
+            raise self._damaged(path, str(error).split(" Stored: b")[0]) from error
         if (bad := _without_number(path, values)).any():
             row = int(np.argmax(bad)) + (rows.start or 0)
             key = chunk_key(array, row // self._cache.header.block_rows, self._cache.header)

@@ -44,7 +44,7 @@ _SHOWN = {"fpr95": "FPR@95", "auroc": "AUROC", "aupr_in": "AUPR-IN", "aupr_out":
 )
 @click.option(
     "--against",
-    metavar="FILE",
+    metavar="NAME",
     help="Compare NAC, image by image, with a method by name, another parameter file, or published.",
 )
 @click.option("--confidence", metavar="SHARE", type=float, help="Add bootstrap intervals of that level, as 0.95.")

@@ -158,6 +158,7 @@ def _print_layers(layers: pd.DataFrame, states: bool) -> None:
 def _inspect_layer(
     cache: Cache, split: str, layer: str, choice: str | None, alpha: float | None, plot: Path | None, as_json: bool
 ) -> None:
+    from nacpipe.core.coverage import source_of
     from nacpipe.core.params import LayerParams, NacParams
     from nacpipe.search.evaluate import find_params
     from nacpipe.search.inspection import describe_bins, describe_layer, describe_layers, value_histograms
@@ -169,7 +170,7 @@ def _inspect_layer(
     if choice is not None:
         params = _params_of(find_params(cache, choice), layer, choice)
     elif alpha is not None:
-        params = LayerParams(bins=50, saturation=50, alpha=alpha)
+        params = LayerParams(bins=50, saturation=50, alpha=alpha, source=source_of(layer))
         note(f"coverage with {params.bins} bins and saturation {params.saturation}; others with --params FILE")
     if params is not None:
         bins = describe_bins(fit_coverage(cache, NacParams(layers={layer: params})), layer)
@@ -199,11 +200,13 @@ def _inspect_layer(
 
 def _params_of(params: NacParams, layer: str, choice: str | None) -> LayerParams:
     """A layer's parameters with weight 1: a layer of weight 0 can be looked at too."""
+    from nacpipe.core.coverage import layer_of
     from nacpipe.errors import ParamsError
 
     if layer not in params.layers:
         named = "the parameter file" if choice is None else choice
-        raise ParamsError(f"{named} has no parameters for layer {layer!r}; it has {', '.join(params.layers)}")
+        held = [name for name in params.layers if layer_of(name) == layer] or list(params.layers)
+        raise ParamsError(f"{named} has no parameters for layer {layer!r}; it has {', '.join(held)}")
     return replace(params.layers[layer], weight=1.0)
 
 

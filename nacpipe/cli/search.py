@@ -89,7 +89,8 @@ def run_search(search: Search, as_json: bool = False) -> SearchResult:
         note(f"the study has {done} completed trials already; more with --trials N")
     if request.val.startswith(("id/test", "csid/", "ood/near/", "ood/far/")):
         note(f"{request.val} is a test set: what is found on it says nothing about how well NAC does there")
-    best = "best" if request.objective == "auroc" else f"best {SHOWN[request.objective]}"
+    shown = SHOWN[request.objective]
+    best = {"auroc": "best", "both": shown}.get(request.objective, f"best {shown}")
     progress = Progress(search.trials, done)
 
     def show(told: int, value: float) -> None:
@@ -161,6 +162,8 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
                 f"{result.front} trials are on the front of AUROC and FPR@95; this one is nearest the best of both,"
                 " each measured by its extent on the front"
             )
+        if checks.val_soft is not None:
+            click.echo(f"correlation with ID or OOD and half of Energy, which was searched for: {checks.val_soft:.4f}")
         if checks.subtrain_auroc is None:
             click.echo("overfitting check: the cache has no id/subtrain")
         else:

@@ -34,14 +34,16 @@ def verify(cache: str | Path, form_only: bool, as_json: bool) -> None:
 
     opened = open_cache(cache)
     damage = check_form(opened) if form_only else verify_cache(opened, _progress(opened, "verify"))
+    unfinished = [name for name in opened if not opened.peek(name).sealed]
     if as_json:
         found = [asdict(d) | {"rows": d.rows and [d.rows.start, d.rows.stop - 1]} for d in damage]
         print_json({"cache": opened.path, "splits": len(opened), "damage": found})
     elif damage:
         print_table(("split", "array", "block", "rows", "what"), [_cells(d) for d in damage], left=5)
     else:
-        say(f"{opened.path}: {len(opened)} splits, " + ("of the right form" if form_only else "whole"))
-    if unfinished := [name for name in opened if not opened.peek(name).sealed]:
+        rest = f", {len(unfinished)} of them not finished" if unfinished else ""
+        say(f"{opened.path}: {len(opened)} splits, {'of the right form' if form_only else 'whole'}{rest}")
+    if unfinished:
         note(f"not finished: {', '.join(unfinished)}; finish with: {opened.command()}")
     if damage:
         raise CacheError(f"{opened.path}: {len(damage)} damaged; mend it with: nacpipe repair {opened.path}")

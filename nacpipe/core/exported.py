@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.core.benchmarks import INTERPOLATIONS, Transform
+from nacpipe.core.coverage import layer_of
 from nacpipe.core.params import LayerParams, layer_from_json
 from nacpipe.errors import DetectorError, ParamsError
 
@@ -119,6 +120,8 @@ class Exported:
         names = [one.name for one in layers]
         if len(set(names)) < len(names):
             raise DetectorError("two of its layers have one name")
+        if len({(layer_of(one.name), one.path, one.pooling) for one in layers}) > len({layer_of(n) for n in names}):
+            raise DetectorError("two states of one of its layers have another path or pooling")
         if unknown := sorted(set(arrays) - {f"{n}/{what}" for n in names for what in ("borders", "counts")}):
             raise DetectorError(f"array {unknown[0]!r} belongs to no layer")
         identity, information = (_object(data, name) for name in ("identity", "information"))

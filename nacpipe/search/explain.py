@@ -66,7 +66,9 @@ class Explanation:
             for value, mark in ((top, "·"), (reached, "━")):
                 place = min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.5
                 rows[HEIGHT - 1 - round(place * (HEIGHT - 1))][column] = mark
-        labels = [f"{100 * high:7.2f}", *[" " * 7] * (HEIGHT - 2), f"{100 * low:7.2f}"]
+        over, under = (mark if beyond else "" for mark, beyond in (("≥", seen.max() > high), ("≤", seen.min() < low)))
+        ends = [f"{f'{mark}{100 * value:.2f}':>7}" for mark, value in ((over, high), (under, low))]
+        labels = [ends[0], *[" " * 7] * (HEIGHT - 2), ends[1]]
         drawn = [f"{label} ┤{''.join(row)}".rstrip() for label, row in zip(labels, rows, strict=True)]
         last = int(self.history["number"].iloc[-1])
         foot = f"{'':7} └{'─' * len(columns)}\n{'':9}0{f'trial {last}':>{max(len(columns) - 1, 1)}}"
@@ -137,6 +139,8 @@ def _importances(search: Search, trials: Sequence[FrozenTrial]) -> dict[str, flo
     merits = {number_of(t): t.user_attrs["val_auroc"] for t in trials}
     if search.request.objective == "fpr95":
         merits = {number_of(t): -t.user_attrs["val_fpr95"] for t in trials}
+    if search.request.objective == "soft":
+        merits = {number_of(t): t.user_attrs["val_soft"] for t in trials}
     if len(set(merits.values())) == 1:
         return {}
     ours = optuna.create_study(direction="maximize")  # without others' trials, with one value each

@@ -51,7 +51,8 @@ def find_study(cache: Cache, choice: str | None) -> PastStudy:
     for named in _requests(cache, made_by):
         try:
             usual = tuple(read_spec(named.space, cache, ()))
-            chosen = tuple(dict.fromkeys(map(layer_of, layers)))
+            shorter = tuple(dict.fromkeys(map(layer_of, layers)))
+            chosen = shorter if tuple(read_spec(named.space, cache, shorter)) == layers else layers
             request = named if layers == usual else replace(named, layers=chosen)
             search = Search(request, create=False)
             return PastStudy(source=str(path), explanation=explain(search), command=search.command())

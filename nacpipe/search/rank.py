@@ -21,12 +21,12 @@ import pandas as pd
 
 from nacpipe.cache import Cache, SplitView
 from nacpipe.core.columns import sort_columns
-from nacpipe.core.coverage import bin_edges, covered_area, product_borders
+from nacpipe.core.coverage import bin_edges, covered_area, layer_of, product_borders
 from nacpipe.core.kernels import count_sorted
 from nacpipe.core.metrics import accuracy, spearman
 from nacpipe.core.params import LayerParams
 from nacpipe.core.provenance import diff
-from nacpipe.errors import IdentityError, InputError
+from nacpipe.errors import IdentityError, InputError, ParamsError
 from nacpipe.search.scoring import check_layers, has_logits, read_source
 
 PAPER = LayerParams(bins=50, saturation=500, alpha=0.1, edges="linear")
@@ -79,6 +79,10 @@ def rank_checkpoints(
     first = caches[0]
     held = [spec.name for spec in first.header.layers]
     chosen_by = layer or next((name for name in USUAL if name in held), held[0])
+    if layer_of(chosen_by) != chosen_by:
+        raise ParamsError(
+            f"layer {chosen_by!r} is one state of a layer; NAC-ME has one per layer: {layer_of(chosen_by)}"
+        )
     check_layers(first, [chosen_by])
     names = _name_caches(caches)
     found = _measure(caches, names) if accuracies is None else _match(accuracies, names)

@@ -135,7 +135,7 @@ _CAPTIONS = {
     "ROC curves": "How many OOD images a detector flags, over how many ID images it flags wrongly: NAC, and of the"
     " others the five with the greatest AUROC.",
     "Coverage": "How much of the training data each bin of states has seen, min(count / saturation, 1). A state is"
-    " sigmoid(alpha × product): ½ where a neuron is silent.",
+    " sigmoid(alpha × product), ½ where a neuron is silent, or that of the activation or gradient alone.",
     "Layers and search": "Shares of the layers in the score. The greatest importances of the search: how"
     " unlike the best tenth of the trials are to all (PED-ANOVA).",
 }

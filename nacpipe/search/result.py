@@ -127,4 +127,5 @@ class SearchResult:
             "seed": self.seed,
             "ended": self.ended,
             **({"front": self.front} if self.front is not None else {}),
+            **({"val_soft": self.checks.val_soft} if self.checks.val_soft is not None else {}),
         }

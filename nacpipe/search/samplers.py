@@ -130,7 +130,7 @@ class OptunaSampler:
             MissingExtra: cmaes is not installed.
         """
         if sampler == "cmaes" and objective == "both":
-            raise InputError("cmaes has one objective; search for auroc or fpr95, or take --sampler nsga2 or tpe")
+            raise InputError("cmaes has one objective; search for auroc, fpr95 or soft, or take --sampler nsga2 or tpe")
         self._name, self._space, self._seed, self._objective = sampler, space, seed, objective
         self._distributions = {
             f"{name}.{field}": as_distribution(*dimensions)

@@ -213,14 +213,16 @@ class Scorer:
     def layer_scores(self, layers: Mapping[str, LayerParams]) -> list[NDArray[np.float64]]:
         """Return each layer's scores of all splits, (samples,); weights play no part."""
         keys = [(layer, replace(params, weight=1.0)) for layer, params in layers.items()]
-        found = {key: self._remembered.pop(key) for key in keys if key in self._remembered}
+        found = {key: self._remembered[key] for key in keys if key in self._remembered}
         new = [key for key in keys if key not in found]
         if new:
             asked = [self._ask(layer, params) for layer, params in new]
             for key, (index, _, saturation), filled in zip(new, asked, fill_ranked(asked), strict=True):
                 found[key] = layer_score(filled, index.neurons, saturation)
-                self._room -= found[key].nbytes
-        self._remembered |= found  # the newest last
+        for key in keys:
+            self._remembered[key] = found[key]
+            self._remembered.move_to_end(key)
+        self._room -= sum(found[key].nbytes for key in new)
         while self._room < 0:
             _, oldest = self._remembered.popitem(last=False)
             self._room += oldest.nbytes

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from nacpipe.cache import Cache
-from nacpipe.core.coverage import Edges, Source, layer_of
+from nacpipe.core.coverage import Edges, Source, layer_of, source_of
 from nacpipe.core.params import LayerParams
 from nacpipe.core.published import published_grid
 from nacpipe.errors import InputError, ParamsError
@@ -46,12 +46,12 @@ def read_spec(space: str, cache: Cache, layers: Sequence[str]) -> dict[str, Give
     if space == "auto":
         asked: Mapping[str, Given] = {name: {} for name in layers or _default_layers(cache)}
     elif space == "wide":
-        asked = {name: {"source": Choice(WORDS["source"])} for name in layers or held_layers(cache)}
+        asked = {name: {"source": Choice(_sources(name))} for name in layers or held_layers(cache)}
     elif space == "terms":
         asked = {
-            f"{name}:{source}": {"source": Choice((source,))}
+            f"{layer_of(name)}:{source}": {"source": Choice((source,))}
             for name in layers or held_layers(cache)
-            for source in WORDS["source"]
+            for source in _sources(name)
         }
     elif space == "published":
         asked = _published(cache)
@@ -67,6 +67,11 @@ def read_spec(space: str, cache: Cache, layers: Sequence[str]) -> dict[str, Give
         name: asked[name]
         for name in sorted(asked, key=lambda n: held.index(layer_of(n)) if layer_of(n) in held else len(held))
     }
+
+
+def _sources(name: str) -> tuple[Source, ...]:
+    """Every source, or the one that a name says."""
+    return get_args(Source) if layer_of(name) == name else (source_of(name),)
 
 
 def _default_layers(cache: Cache) -> list[str]:
@@ -95,7 +100,9 @@ def _read_file(path: Path, layers: Sequence[str]) -> dict[str, Given]:
             raise ValueError(f"it has more than {MAX_BYTES} bytes")
         data = tomllib.loads(text.decode("utf-8"))
     except FileNotFoundError:
-        raise InputError(f"there is no space file {path}; name a file, or --space auto or published") from None
+        raise InputError(
+            f"there is no space file {path}; name a file, or --space auto, wide, terms or published"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the space file {path} cannot be read: {error}") from None
     unknown = [key for key in data if key not in ("default", "layers")]
@@ -110,6 +117,12 @@ def _read_file(path: Path, layers: Sequence[str]) -> dict[str, Given]:
     for name in tables or layers:
         fields = {**default, **tables.get(name, {})}
         spec[name] = {field: d for field, value in fields.items() if (d := _dimension(path, name, field, value))}
+        source = spec[name].get("source")
+        if isinstance(source, Choice) and not set(source.values) <= set(_sources(name)):
+            told = ", ".join(source.values)
+            raise InputError(
+                f"{path}: layers.{name}.source is {told}; the layer is named after another, so leave it out"
+            )
     fitted = [name for name, given in spec.items() if "weight" not in given]
     if fitted and len(fitted) < len(spec):
         given = next(name for name in spec if name not in fitted)

@@ -87,7 +87,12 @@ class Search:
         if not create and not is_there(request.where):
             return None
         identity = self.cache.search_identity(self.splits, tuple(map(layer_of, self.layers)))
-        bound = {"identity": identity, "space": to_json(self.space), "fingerprint": fingerprint(identity)}
+        bound = {
+            "identity": identity,
+            "objective": request.objective,
+            "space": to_json(self.space),
+            "fingerprint": fingerprint(identity),
+        }
         with opening(request.where):
             return self._open_bound(bound, create)
 
@@ -270,6 +275,11 @@ def _check_bound(request: SearchRequest, name: str, stored: Mapping[str, Any], b
         raise StudyError(
             f"study {name} in {request.shown} searches other layers of this cache: {'; '.join(differences)}."
             " Give another --study NAME"
+        )
+    if name == request.study_name and stored.get("objective", request.objective) != request.objective:
+        raise StudyError(
+            f"study {name} in {request.shown} searches for {stored['objective']}, not {request.objective}. Give another"
+            " --study NAME"
         )
     if name == request.study_name and "space" not in stored:
         raise StudyError(

@@ -2,7 +2,8 @@
 
 params       layer.bins, layer.saturation, layer.alpha, layer.weight; layer.source and layer.edges where searched
 value        the objective; two where both are searched for
-user_attrs   number, phase, val_auroc, val_fpr95, subtrain_auroc, seconds (of all sessions until here)
+user_attrs   number, phase, val_auroc, val_fpr95, subtrain_auroc, seconds (of all sessions until here); val_soft where
+             that is searched for
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def to_trial(
             "val_auroc": checks.val_auroc,
             "val_fpr95": checks.val_fpr95,
             "subtrain_auroc": checks.subtrain_auroc,
-            "val_soft": checks.val_soft,
             "seconds": seconds,
+            **({} if checks.val_soft is None else {"val_soft": checks.val_soft}),
         },
     )
     trial.datetime_start, trial.datetime_complete = begun, datetime.datetime.now()

@@ -45,7 +45,8 @@ def target_weights(
     """Return the ridge regression of the target on the scores with no weight below 0, summing to 1, (layers,)."""
     centred = scores - scores.mean(axis=1, keepdims=True)
     spread, gap = centred @ centred.T / target.size, centred @ (target - target.mean()) / target.size
-    return _solve(spread + np.diag(RIDGE * np.diag(spread) + 1e-300), gap)
+    floor = 1e-9 * np.trace(spread) / len(spread) + 1e-300  # what rounding leaves of a constant layer is no signal
+    return _solve(spread + np.diag(RIDGE * np.diag(spread) + floor), gap)
 
 
 def _solve(spread: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -35,9 +35,9 @@ def path(whole: Cache, tmp_path: Path) -> Path:
     return tmp_path / "c.zarr"
 
 
-def flip(file: Path, position: int) -> None:
+def flip(file: Path, position: int, bit: int = 0) -> None:
     content = bytearray(file.read_bytes())
-    content[position] ^= 0x01
+    content[position] ^= 1 << bit
     file.write_bytes(bytes(content))
 
 
@@ -144,6 +144,18 @@ def test_damage_in_metadata_costs_no_row(path: Path, whole: Cache) -> None:
         "ood/val: the mark of block 0 written anew",
         "the root's attributes: one bit mended",
     ]
+    assert_whole(path, whole)
+
+
+@pytest.mark.parametrize(("digit", "bit"), [(0, 0), (0, 1), (1, 0), (1, 3)])
+def test_a_number_of_rows_that_lost_a_bit_costs_no_row(path: Path, whole: Cache, digit: int, bit: int) -> None:
+    """Every array then looks misshapen; it is the attribute that is mended, not they."""
+    content = (path / "id/val/zarr.json").read_bytes()
+    place = content.index(b'"rows": ') + 8 + digit
+    flip(path / "id/val/zarr.json", place, bit)
+    assert json.loads((path / "id/val/zarr.json").read_bytes())["attributes"]["rows"] != whole["id/val"].rows
+    assert damage_of(path) != []
+    assert repair_cache(path) == ["id/val: one bit of its attributes mended"]
     assert_whole(path, whole)
 
 

@@ -96,11 +96,14 @@ def array(name: str, value: Any) -> Callable[[dict[str, Any], dict[str, Any]], N
     return lambda _, found: found.update({name: value})
 
 
-def second_layer(weight: float) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+def second_layer(
+    weight: float, name: str = "layer1", path: str = "avgpool"
+) -> Callable[[dict[str, Any], dict[str, Any]], None]:
     def do(data: dict[str, Any], found: dict[str, Any]) -> None:
         (layer,) = data["layers"]
-        data["layers"].append({**layer, "name": "layer1", "params": {**layer["params"], "weight": weight}})
-        found.update({name.replace("avgpool", "layer1"): value for name, value in arrays().items()})
+        params = {**layer["params"], "weight": weight}
+        data["layers"].append({**layer, "name": name, "path": path, "params": params})
+        found.update({key.replace("avgpool", name): value for key, value in arrays().items()})
 
     return do
 
@@ -122,6 +125,7 @@ WRONG = [
     (change("train_rows", 0), "train_rows is 0"),
     (change("layers", []), "it has no layers"),
     (change("layers", [GOOD["layers"][0]] * 2), "two of its layers have one name"),
+    (second_layer(1.0, "avgpool:product", "elsewhere"), "two states of one of its layers have another path or pooling"),
     (change("layers.0.path", 3), "a layer's path is 3; it must be text"),
     (change("layers.0.extra", 3), "a layer is not"),
     (change("layers.0.params.bins", 5), r"borders are float32 \(4,\); wanted: float32 \(5,\)"),

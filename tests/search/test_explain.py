@@ -266,7 +266,7 @@ def test_a_failure_does_not_press_the_rest_together() -> None:
     values = [0.5, -100.0, *[0.5 + 0.01 * step for step in range(1, 12)]]
     found = picture(values)
     assert found[0].startswith("  61.00 ┤")
-    assert found[HEIGHT - 1].startswith("  50.00 ┤")
+    assert found[HEIGHT - 1].startswith(" ≤50.00 ┤")
     assert found[HEIGHT - 1][9:] == "━━" or found[HEIGHT - 1][9:] == "━·"
 
 

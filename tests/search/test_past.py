@@ -29,6 +29,7 @@ def search(*args: str) -> None:
         ["--layers", "layer1"],
         ["--space", "terms"],
         ["--space", "terms", "--layers", "layer1"],
+        ["--layers", "avgpool:gradient,layer1:product"],
         ["--val", "ood/far/textures"],
         ["--storage", "ELSEWHERE"],
     ],

@@ -321,3 +321,10 @@ def test_the_command_says_when_nothing_judges(small_cache: Cache) -> None:
     assert done.exit_code == 0
     assert done.stderr.startswith("no accuracies on held-out domains are known")
     assert nacpipe("rank", small_cache.path, "--bins", "3").stderr.startswith("nacpipe: bins is 3; it must lie between")
+
+
+def test_one_state_of_a_layer_does_not_decide(caches: list[Cache]) -> None:
+    with pytest.raises(
+        ParamsError, match=r"^layer 'layer1:gradient' is one state of a layer; NAC-ME has one per layer: layer1$"
+    ):
+        rank_checkpoints(caches, layer="layer1:gradient")

@@ -238,7 +238,7 @@ def test_a_file_that_is_too_large_is_not_cut(read: Read) -> None:
 
 def test_files_that_are_not_there(small_cache: Cache, tmp_path: Path) -> None:
     path = tmp_path / "no.toml"
-    message = rf"^there is no space file {path}; name a file, or --space auto or published$"
+    message = rf"^there is no space file {path}; name a file, or --space auto, wide, terms or published$"
     with pytest.raises(InputError, match=message):
         read_spec(str(path), small_cache, ())
     with pytest.raises(InputError, match=rf"^the space file {tmp_path} cannot be read: .*Is a directory"):
@@ -329,3 +329,26 @@ def test_a_file_may_name_a_layer_once_per_source(read: Read, small_cache: Cache)
         "layer1": Choice(("product",)),
     }
     assert spaces["layer1:gradient"].alpha["gradient"] != spaces["layer1"].alpha["product"]
+
+
+STATES = ("product", "activation", "gradient")
+
+
+@pytest.mark.parametrize(("space", "rest"), [("wide", ["layer1"]), ("terms", [f"layer1:{state}" for state in STATES])])
+def test_a_named_space_keeps_to_the_source_that_a_name_says(small_cache: Cache, space: str, rest: list[str]) -> None:
+    found = read_spec(space, small_cache, ("avgpool:gradient", "layer1"))
+    assert list(found) == ["avgpool:gradient", *rest]
+    assert found["avgpool:gradient"] == {"source": Choice(("gradient",))}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[layers."avgpool:gradient"]\nsource = ["product", "gradient"]',
+        '[default]\nsource = "product"\n[layers."avgpool:gradient"]',
+    ],
+)
+def test_a_file_may_not_give_another_source_than_the_name_says(read: Read, text: str) -> None:
+    with pytest.raises(InputError, match=r"s\.toml: layers\.avgpool:gradient\.source is product.*leave it out$"):
+        read(text)
+    assert read(text.replace("product", "gradient")) == {"avgpool:gradient": {"source": Choice(("gradient",))}}

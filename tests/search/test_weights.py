@@ -135,4 +135,12 @@ def test_ridge_shares_a_weight_among_equal_layers() -> None:
     scores = np.vstack([APART[0], APART[0] + 0.5 * APART[1]])  # variances 1 and 1.25, covariance 1
     target = 2 * APART[0] + APART[1]  # covariances 2 and 2.5
     expected = np.linalg.solve([[1 + RIDGE, 1], [1, 1.25 * (1 + RIDGE)]], [2, 2.5])
-    np.testing.assert_allclose(target_weights(scores, target), expected / expected.sum(), rtol=1e-12)
+    np.testing.assert_allclose(target_weights(scores, target), expected / expected.sum(), rtol=1e-6)
+
+
+def test_what_rounding_leaves_of_a_constant_layer_is_no_signal() -> None:
+    """0.3, 800 times, is centred to some 1e-16: noise over noise would be a weight."""
+    random = np.random.default_rng(0)
+    target = random.normal(size=800)
+    scores = np.stack([np.full(800, 0.3), target + random.normal(size=800), np.full(800, 0.1), np.zeros(800)])
+    np.testing.assert_allclose(target_weights(scores, target), [0, 1, 0, 0], atol=1e-9)
