@@ -3,8 +3,9 @@
 Measured: `nacpipe search CACHE` as a process of its own for every seed, its study new, from start to end, imports and
 reading included. Numba's compiled code is on disk; --compile adds a run without it. Beside it, Optuna's TPESampler over
 the same ranges and the layers' weights, every trial scored by the same code and recorded in a journal too, for the same
-seconds; its clock starts after imports, reading and sorting, so it has the longer time. Test splits are not read. On a
-busy machine seconds grow; the time that all cores together were busy hardly does, trials and AUROC not at all.
+seconds; its clock starts after imports, reading and sorting, so it has the longer time. What each found is evaluated
+afterwards: mean AUROC over the near and the far test sets. On a busy machine seconds grow; the time that all cores
+together were busy hardly does, trials and AUROC not at all.
 
     python bench/search.py CACHE [--seeds 1,2,3,4,5] [--tpe-seeds 1] [--trials 2000] [--compile]
 """
@@ -21,23 +22,33 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import optuna
+from detection import means
 
+from nacpipe.artifact import read_params
+from nacpipe.cache import open_cache
 from nacpipe.core.params import LayerParams, NacParams
-from nacpipe.search.result import Checks, SearchRequest
+from nacpipe.search.evaluate import evaluate
+from nacpipe.search.objective import Checks
+from nacpipe.search.result import SearchRequest
+from nacpipe.search.space import Interval
 from nacpipe.search.storage import open_storage
 from nacpipe.search.study import Search
 
-COLUMNS = "seed      seconds   on all cores   trials   val AUROC   FPR@95   subtrain AUROC   (%)"
+COLUMNS = "seed      seconds   on all cores   trials   val AUROC   FPR@95   subtrain AUROC    near     far   (%)"
 Times = tuple[float, float]
-Found = tuple[Times, int, Checks]
+Found = tuple[Times, int, Checks, NacParams]
 
 
-def row(name: str, times: Times, trials: int, checks: Checks) -> str:
+def row(cache: Path, name: str, times: Times, trials: int, checks: Checks, params: NacParams) -> str:
+    near, far = means(evaluate(open_cache(cache), params), "NAC")
     subtrain = float("nan") if checks.subtrain_auroc is None else 100 * checks.subtrain_auroc
-    values = f"{100 * checks.val_auroc:9.3f}   {100 * checks.val_fpr95:6.2f}   {subtrain:14.2f}"
+    values = (
+        f"{100 * checks.val_auroc:9.3f}   {100 * checks.val_fpr95:6.2f}   {subtrain:14.2f}   {near:5.2f}   {far:5.2f}"
+    )
     return f"{name:<8}   {times[0]:6.2f}   {times[1]:12.2f}   {trials:6d}   {values}"
 
 
@@ -62,32 +73,37 @@ def run_search(cache: Path, seed: int, trials: int, folder: Path, compiled: Path
     times = since(before, clock(resource.RUSAGE_CHILDREN))
     assert ran.returncode == 0, ran.stderr
     result = json.loads(output.read_text())["result"]
-    return times, result["trials"], Checks(**{k: result[k] for k in ("val_auroc", "val_fpr95", "subtrain_auroc")})
+    checks = Checks(**{key: result[key] for key in ("val_auroc", "val_fpr95", "subtrain_auroc")})
+    return times, result["trials"], checks, read_params(output)
 
 
 def run_tpe(cache: Path, seed: int, seconds: float, folder: Path) -> Found:
     """Return the times, the trials and the best of joint TPE in this many seconds."""
     search = Search(SearchRequest(cache=cache, storage=str(folder / "ranges.log")))
-    space = search.space()
-    middle = {name: ranges.params(np.full(3, 0.5)) for name, ranges in space.items()}
-    search.measure(NacParams(layers=middle))  # every layer is read and sorted by now
+    middle = {name: ranges.params(np.full(3, 0.5)) for name, ranges in search.space.items()}
+    best = NacParams(layers=middle)
+    reached = search.evaluator.measure(best)  # every layer is read and sorted by now
     sampler, storage = optuna.samplers.TPESampler(seed=seed), open_storage(str(folder / f"tpe{seed}.log"))
     study = optuna.create_study(direction="maximize", sampler=sampler, storage=storage)
-    best, trials, before = Checks(val_auroc=0.0, val_fpr95=1.0, subtrain_auroc=None), 0, clock(resource.RUSAGE_SELF)
+    trials, before = 0, clock(resource.RUSAGE_SELF)
     while time.perf_counter() - before[0] < seconds:
         trial = study.ask()
         layers = {}
-        for name, ranges in space.items():
-            layers[name] = LayerParams(
-                bins=trial.suggest_int(f"{name}.bins", *ranges.bins, log=True),
-                saturation=trial.suggest_int(f"{name}.saturation", *ranges.saturation, log=True),
-                alpha=trial.suggest_float(f"{name}.alpha", *ranges.alpha, log=True),
-                weight=trial.suggest_float(f"{name}.weight", 0.0, 1.0),
-            )
-        checks = search.measure(NacParams(layers=layers))
+        for name, ranges in search.space.items():
+            chosen: dict[str, Any] = {}
+            for field in ("bins", "saturation", "alpha"):
+                dimension = ranges.dimension(field, "product")
+                assert isinstance(dimension, Interval)
+                suggest: Any = trial.suggest_int if dimension.whole else trial.suggest_float
+                chosen[field] = suggest(f"{name}.{field}", dimension.low, dimension.high, log=True)
+            layers[name] = LayerParams(**chosen, weight=trial.suggest_float(f"{name}.weight", 0.0, 1.0))
+        params = NacParams(layers=layers)
+        checks = search.evaluator.measure(params)
         study.tell(trial, checks.val_auroc)
-        best, trials = max(best, checks, key=lambda found: found.val_auroc), trials + 1
-    return since(before, clock(resource.RUSAGE_SELF)), trials, best
+        trials += 1
+        if checks.val_auroc > reached.val_auroc:
+            best, reached = params, checks
+    return since(before, clock(resource.RUSAGE_SELF)), trials, reached, best
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -107,14 +123,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for seed in asked.seeds:
-            times, trials, checks = run_search(asked.cache, seed, asked.trials, folder)
-            found.append((*times, 100 * checks.val_auroc))
-            print(row(str(seed), times, trials, checks), flush=True)
+            times, *ours = run_search(asked.cache, seed, asked.trials, folder)
+            found.append((*times, 100 * ours[1].val_auroc))
+            print(row(asked.cache, str(seed), times, *ours), flush=True)
             if seed in asked.tpe_seeds:
-                print(row(f"{seed}, TPE", *run_tpe(asked.cache, seed, times[0], folder)), flush=True)
+                print(row(asked.cache, f"{seed}, TPE", *run_tpe(asked.cache, seed, times[0], folder)), flush=True)
         if asked.compile:
             (folder / "anew").mkdir()
-            print(row("1, anew", *run_search(asked.cache, 1, asked.trials, folder / "anew", folder / "numba")))
+            print(
+                row(
+                    asked.cache, "1, anew", *run_search(asked.cache, 1, asked.trials, folder / "anew", folder / "numba")
+                )
+            )
     seconds, cores, values = zip(*found, strict=True)
     print(
         f"seconds: minimum {min(seconds):.2f}, median {median(seconds):.2f}, on all cores {median(cores):.2f}", end="; "
