@@ -258,6 +258,11 @@ def _published(cache: Cache, space: Space) -> NacParams | None:
     return with_weights(layers, np.array([float(name in found) for name in space]))
 
 
+def _what(identity: Mapping[str, Any]) -> str:
+    layers, splits = (", ".join(identity.get(key, ())) for key in ("layers", "splits"))
+    return f"{layers} ({splits})"
+
+
 def _check_bound(request: SearchRequest, name: str, stored: Mapping[str, Any], bound: Mapping[str, Any]) -> None:
     """Refuse a study of other states or other ranges: its trials' values would mean nothing here."""
     if stored.get("fingerprint") is None:
@@ -273,8 +278,8 @@ def _check_bound(request: SearchRequest, name: str, stored: Mapping[str, Any], b
         )
     if differences:
         raise StudyError(
-            f"study {name} in {request.shown} searches other layers of this cache: {'; '.join(differences)}."
-            " Give another --study NAME"
+            f"study {name} in {request.shown} searches {_what(stored['identity'])} of this cache, not"
+            f" {_what(bound['identity'])}. Give another --study NAME"
         )
     if name == request.study_name and stored.get("objective", request.objective) != request.objective:
         raise StudyError(

@@ -220,7 +220,8 @@ def test_in_a_database_only_the_study_itself_must_be_the_caches_own(
 def test_the_same_cache_with_other_layers_is_a_neighbour(small_cache: Cache, journal: Path, tmp_path: Path) -> None:
     where = tmp_path / "s.log"
     shutil.copy(journal, where)
-    message = r"searches other layers of this cache: layers\.avgpool: stored \{.*\}, now nothing\. Give another --study"
+    splits = r"\(id/train, id/subtrain, id/val, ood/val\)"
+    message = rf"searches avgpool, layer1 {splits} of this cache, not layer1 {splits}\. Give another --study NAME$"
     with pytest.raises(StudyError, match=message):
         Search(request_(small_cache, where, layers=("layer1",)))
     search = run(request_(small_cache, where, layers=("layer1",), study="one", trials=3))
