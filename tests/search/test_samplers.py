@@ -244,7 +244,7 @@ def test_two_objectives(small_cache: Cache, tmp_path: Path, sampler: Sampler) ->
 
 
 def test_cmaes_has_one_objective(small_cache: Cache, tmp_path: Path) -> None:
-    message = r"^cmaes has one objective; search for auroc or fpr95, or take --sampler nsga2 or tpe$"
+    message = r"^cmaes has one objective; search for auroc, fpr95 or soft, or take --sampler nsga2 or tpe$"
     with pytest.raises(InputError, match=message):
         Search(request(small_cache, tmp_path, "cmaes", objective="both"))
     assert not (tmp_path / "s.log").exists()
