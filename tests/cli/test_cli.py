@@ -296,6 +296,6 @@ def test_an_interrupted_search_says_how_to_go_on(cache: str, tmp_path: Path, num
     assert stdout.startswith("layer ")
     result = json.loads((tmp_path / "c.params.json").read_text())["result"]
     assert result["ended"] == "interrupted"
-    assert result["trials"] >= 14
+    assert result["trials"] >= 13  # of twenty lines, seven make the study
     printed = nacpipe("search", cache, "--trials", str(result["trials"] + 2))
     assert f"\n{result['trials'] + 2} trials in " in printed.stdout
