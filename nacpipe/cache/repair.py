@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def _mend(cache: Cache, objects: Objects, damage: Sequence[Damage]) -> Iterator[
             yield "classifier: is to be written again"
         elif any(d.array == "" for d in found):
             yield from _mend_attributes(cache, objects, split)
-        elif _all_misshapen(cache, found) and _mend_bit(objects, f"{split}/zarr.json", _sealed_with(cache, split)):
+        elif _mend_rows(cache, objects, split, found):
             yield f"{split}: one bit of its attributes mended"
         elif arrays := [d.array for d in found if d.block is None]:
             metadata = _metadata(cache.header, cache.peek(split).rows)
@@ -123,18 +124,16 @@ def _mend_blocks(cache: Cache, objects: Objects, name: str, found: Sequence[Dama
             yield f"{name}: block {block}, rows {rows.start} to {rows.stop - 1}, is to be computed again"
 
 
-def _all_misshapen(cache: Cache, found: Sequence[Damage]) -> bool:
-    """Whether every array is said to be: then the split's number of rows is rather wrong than all of them."""
-    return {d.array for d in found if d.block is None} >= set(cache.header.arrays())
-
-
-def _sealed_with(cache: Cache, name: str) -> Callable[[Mapping[str, Any]], bool]:
-    """Return what tells the attributes that a split was sealed with, as its chunks and metadata are now."""
+def _mend_rows(cache: Cache, objects: Objects, name: str, found: Sequence[Damage]) -> bool:
+    """Where every array is said to be misshapen, the split's number of rows is rather wrong than all of them."""
+    if not {d.array for d in found if d.block is None} >= set(cache.header.arrays()):
+        return False
     hashes = hash_keys(cache.root, name, sharded=cache.header.shard_blocks > 1)
-    return lambda attributes: _fits(attributes, hashes)
+    return _mend_bit(objects, f"{name}/zarr.json", partial(_fits, hashes=hashes))
 
 
 def _fits(attributes: Mapping[str, Any], hashes: Mapping[str, str]) -> bool:
+    """Whether a split was sealed with these attributes."""
     good = attributes.get("sealed") is True and not any(attribute_problems(attributes))
     return good and digest_lines(attributes, hashes) == attributes["digest"]
 
@@ -167,7 +166,7 @@ def _mend_attributes(cache: Cache, objects: Objects, name: str) -> Iterator[str]
                 objects.remove(f"{name}/{key}")
                 yield f"{name}/{key}, which does not belong there, is removed"
             return
-    if _mend_bit(objects, f"{name}/zarr.json", _sealed_with(cache, name)):
+    if _mend_bit(objects, f"{name}/zarr.json", partial(_fits, hashes=hashes)):
         yield f"{name}: one bit of its attributes mended"
     elif usable:
         _take_marks(objects, name, range(count_blocks(attributes["rows"], cache.header.block_rows)))

@@ -89,12 +89,11 @@ def explain(search: Search) -> Explanation:
     if search.study is None or not trials:
         raise StudyError(f"there is no completed trial to explain; start with: {search.command()}")
     best = best_trial(trials, objective)
-    values = [float((trial.values or [0.0])[0]) for trial in trials]
     history = pd.DataFrame(
         {
             "number": [number_of(trial) for trial in trials],
             "phase": [str(trial.user_attrs["phase"]) for trial in trials],
-            "value": values,
+            "value": [_value(trial) for trial in trials],
         }
     )
     history["best"] = history["value"].cummin() if objective == "fpr95" else history["value"].cummax()
@@ -105,6 +104,11 @@ def explain(search: Search) -> Explanation:
         history=history,
         objective=objective,
     )
+
+
+def _value(trial: FrozenTrial) -> float:
+    """The objective's value, of two the first."""
+    return float((trial.values or [0.0])[0])
 
 
 def _parameters(search: Search, trials: Sequence[FrozenTrial], params: NacParams) -> pd.DataFrame:
@@ -136,11 +140,8 @@ def _importances(search: Search, trials: Sequence[FrozenTrial]) -> dict[str, flo
     """Parameter → its share; empty where there are too few trials, or all are equally good."""
     if len(trials) < FEW:
         return {}
-    merits = {number_of(t): t.user_attrs["val_auroc"] for t in trials}
-    if search.request.objective == "fpr95":
-        merits = {number_of(t): -t.user_attrs["val_fpr95"] for t in trials}
-    if search.request.objective == "soft":
-        merits = {number_of(t): t.user_attrs["val_soft"] for t in trials}
+    sign = -1.0 if search.request.objective == "fpr95" else 1.0
+    merits = {number_of(t): sign * _value(t) for t in trials}
     if len(set(merits.values())) == 1:
         return {}
     ours = optuna.create_study(direction="maximize")  # without others' trials, with one value each
