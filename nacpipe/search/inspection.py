@@ -11,10 +11,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache
-from nacpipe.core.coverage import LOGITS, bin_edges, coverage_table, layer_of, logits_gradient, source_of
+from nacpipe.core.coverage import bin_edges, coverage_table, layer_of, source_of
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import IdentityError, ValuesError
-from nacpipe.search.scoring import Coverage, check_layers, fit_coverage, has_logits, index_from
+from nacpipe.search.scoring import Coverage, check_layers, fit_coverage, has_logits, index_from, read_states
 from nacpipe.search.space import Interval, measure_space
 
 QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
@@ -86,12 +86,9 @@ def _read_values(
     cache: Cache, split: str, layer: str, params: LayerParams | None = None
 ) -> dict[str, NDArray[np.floating]]:
     """Activation, gradient, product, and with parameters the states of all samples and neurons, (rows, neurons)."""
-    opened, layer = cache[split], layer_of(layer)
-    if layer == LOGITS:
-        activation = opened.read("logits")
-        gradient = logits_gradient(activation)
-    else:
-        activation, gradient = opened.read(f"{layer}/activation"), opened.read(f"{layer}/gradient")
+    activation, gradient = read_states(cache[split], layer)
+    assert activation is not None
+    assert gradient is not None
     with np.errstate(over="ignore", invalid="ignore"):  # a look at infinities is what this is for
         values: dict[str, NDArray[np.floating]] = {"activation": activation, "gradient": gradient}
         values["product"] = activation * gradient

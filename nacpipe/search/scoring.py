@@ -38,6 +38,20 @@ REMEMBER_BYTES = 256 * 2**20  # of layer scores that a Scorer keeps
 PIECE = 8192  # rows that are read at once, whole blocks of whole objects as extraction writes them
 
 
+def read_states(
+    split: SplitView, layer: str, source: Source = "product", rows: slice = slice(None)
+) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+    """Return a layer's activation and gradient, (rows, neurons) each; None for the one that a source does not need."""
+    layer = layer_of(layer)
+    if layer == LOGITS:
+        logits = split.read("logits", rows)
+        return logits, logits_gradient(logits)
+    split[layer]  # refuses a layer that is not there
+    activation = split.read(f"{layer}/activation", rows) if source != "gradient" else None
+    gradient = split.read(f"{layer}/gradient", rows) if source != "activation" else None
+    return activation, gradient
+
+
 def read_source(
     split: SplitView, layer: str, source: Source = "product", rows: slice = slice(None)
 ) -> NDArray[np.float32]:
@@ -46,21 +60,13 @@ def read_source(
     Raises:
         ValuesError: NaN or infinity, naming layer, split and row.
     """
-    activation = gradient = None
-    layer = layer_of(layer)
-    if layer == LOGITS:
-        activation = split.read("logits", rows)
-        gradient = logits_gradient(activation)
-    else:
-        split[layer]  # refuses a layer that is not there
-        activation = split.read(f"{layer}/activation", rows) if source != "gradient" else None
-        gradient = split.read(f"{layer}/gradient", rows) if source != "activation" else None
+    activation, gradient = read_states(split, layer, source, rows)
     with np.errstate(over="ignore", invalid="ignore"):
         values = select_source(activation, gradient, source)  # type: ignore[arg-type]
     if not np.isfinite(values).all():
         row, neuron = np.argwhere(~np.isfinite(values))[0]
         raise ValuesError(
-            f"layer {layer!r}, split {split.name}, row {int(row) + (rows.start or 0)}, neuron {int(neuron)}:"
+            f"layer {layer_of(layer)!r}, split {split.name}, row {int(row) + (rows.start or 0)}, neuron {int(neuron)}:"
             f" the {source} is {values[row, neuron]}; extract the split again with --force {split.name}"
         )
     return np.ascontiguousarray(values)
