@@ -1,4 +1,4 @@
-"""Hostile input, drawn: whatever a cache, list, TOML or parameter file holds, it is read or refused in words.
+"""Hostile input, drawn: whatever a cache, list, folder, image, TOML or parameter file holds, it is read or refused.
 
 A few draws of each in `make check`, many in `make fuzz`. Never a traceback, never a path outside, never memory for more
 than what is really stored.
