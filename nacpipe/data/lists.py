@@ -25,6 +25,7 @@ from nacpipe.data.folders import SUFFIXES, list_folders, walk_images
 from nacpipe.errors import ImageError, InputError
 
 BLANKS = " \t\r"  # around a line and between path and label; other white space may be part of a path
+_USUAL = re.compile(r"([^ \t\r\0]+) (-1|0|[1-9][0-9]{0,8})")  # read at once: lists have a million lines
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)")
 _BEFORE_DICTIONARY = re.compile(r"[ \t]+(?=\{)")
 OOD = -1
@@ -164,6 +165,8 @@ def _parse_line(line: str) -> tuple[str, int]:
     Raises:
         ValueError: why it has none.
     """
+    if usual := _USUAL.fullmatch(line):
+        return usual[1], int(usual[2])
     if not line:
         raise ValueError("it is empty")
     if line[-1] == "}":
