@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from nacpipe.data.folders import is_hidden
 from nacpipe.errors import CheckpointError
 
 BEST = "best.ckpt"
@@ -34,7 +35,8 @@ def name_run(cache: str, run: str) -> str:
 def _checkpoint(folder: Path) -> Path:
     if (folder / BEST).is_file():
         return folder / BEST
-    found = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+    visible = (path for path in folder.iterdir() if not is_hidden(path.name))
+    found = sorted(path for path in visible if path.suffix in _SUFFIXES and path.is_file())
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise CheckpointError(f"{folder} has no {BEST}, and not one checkpoint but {len(found)}: {names}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from nacpipe.cache import Cache
 from nacpipe.core.baselines import LOGIT_BASELINES, NO_LOGITS, MethodScores, row_slices
+from nacpipe.core.metrics import find_wrong_labels
 from nacpipe.core.params import NacParams
 from nacpipe.errors import InputError
 from nacpipe.search.scoring import fit_coverage, has_logits
@@ -92,6 +93,8 @@ def score_cache(
     notes = []
     if not has_logits(cache):
         notes.append(f"accuracy, {', '.join(LOGIT_BASELINES)} are left empty: {NO_LOGITS}")
+    else:
+        notes += _note_wrong_labels(cache, [split for split in splits if not split.startswith("ood/")])
     if unfinished := [name for name in cache if not cache.peek(name).sealed]:
         notes.append(
             f"not finished: {', '.join(unfinished)}; what needs them is left empty; finish with: {cache.command()}"
@@ -107,6 +110,19 @@ def score_cache(
         unfinished=list(reasons),
         note=". ".join(notes),
     )
+
+
+def _note_wrong_labels(cache: Cache, splits: Iterable[str]) -> list[str]:
+    """Say of ID splits how many labels are no classes; today's `extract` refuses them."""
+    classes, notes = cache.header.classes, []
+    for split in splits:
+        label = cache[split].label
+        if wrong := find_wrong_labels(label, classes).size:
+            notes.append(
+                f"{wrong} of {label.size} labels of {split} are outside 0 … {classes - 1}; accuracy counts them as"
+                " wrong"
+            )
+    return notes
 
 
 def score_logits(cache: Cache, splits: Iterable[str]) -> tuple[dict[str, MethodScores], dict[str, int]]:

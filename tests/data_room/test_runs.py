@@ -51,3 +51,8 @@ def test_runs_that_do_not_say_which_checkpoint(tmp_path: Path) -> None:
 )
 def test_each_run_has_its_cache(cache: str, named: str) -> None:
     assert name_run(cache, "s0") == named
+
+
+def test_what_a_mac_adds_is_no_checkpoint(tmp_path: Path) -> None:
+    touch(tmp_path, "s0/net.pth", "s0/._net.pth", "s1/a.ckpt", "s1/.a.ckpt.pth")
+    assert find_runs(tmp_path) == {"s0": tmp_path / "s0/net.pth", "s1": tmp_path / "s1/a.ckpt"}
