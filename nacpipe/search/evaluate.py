@@ -37,7 +37,7 @@ def evaluate(cache: Cache, params: NacParams | None, *, more: Mapping[str, Metho
     Args:
         cache: a cache with id/test and at least one finished near or far set.
         params: NAC's parameters; None evaluates the baselines alone.
-        more: further methods, as `nacpipe.network.baselines.score_baselines` gives them.
+        more: further methods, as `nacpipe.search.baselines.score_baselines` gives them.
 
     Raises:
         InputError: there is nothing to evaluate.
