@@ -70,12 +70,14 @@ def download(
     """Fetch OpenOOD's archives for BENCHMARK, unpack them, and check that every listed file is there.
 
     What is complete is left alone; stopped at any moment, the same command goes on. Needs gdown: pip install
-    'nacpipe[data]'.
+    'nacpipe[data]'. Lists are OpenOOD's of 2024-07-30; the older ones, which the authors of NAC-UE used, are
+    benchmark_imglist_authors.
 
     \b
     nacpipe data download cifar10 --data-root data --dry-run
     nacpipe data download cifar10 --data-root data --only benchmark_imglist,mnist
     nacpipe data download cifar10 --data-root data --checkpoints
+    nacpipe data download imagenet --data-root data --only benchmark_imglist_authors
     """
     from nacpipe.data.download import choose_archives, download_archives, plan_download, read_lists
     from nacpipe.data.own import choose_root, open_benchmark
@@ -83,7 +85,7 @@ def download(
 
     opened = open_benchmark(benchmark)
     root = choose_root(opened, data_root)
-    archives = choose_archives(opened, only, checkpoints)
+    archives = choose_archives(opened, only, checkpoints, root)
     if dry_run:
         lists = read_lists(opened, root)
         _print_downloads([plan_download(opened, archive, lists, root, results, mirror) for archive in archives])

@@ -40,7 +40,7 @@ _SHOWN = {"fpr95": "FPR@95", "auroc": "AUROC", "aupr_in": "AUPR-IN", "aupr_out":
     "--baselines",
     metavar="NAMES",
     callback=split_names,
-    help="all, or some by name: Temperature, KNN, ViM, …, fitted on the cache (nacpipe[baselines]).",
+    help="all, or some by name: Temperature, Entropy, GEN, KNN, ViM, …, fitted on the cache.",
 )
 @click.option(
     "--against",

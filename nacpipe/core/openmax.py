@@ -46,7 +46,8 @@ def fit_openmax(training: Training) -> Score:
         squared = (values**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1) - 2 * values @ centres.T
         distance = np.sqrt(np.maximum(np.take_along_axis(squared, largest, axis=1), 0))
         position = np.log((distance + shifts[largest]) / scales[largest])
-        w = -np.expm1(-np.exp(shapes[largest] * position))
+        with np.errstate(over="ignore"):  # far beyond the tail, where w is 1
+            w = -np.expm1(-np.exp(shapes[largest] * position))
         moved = top * omega * w
         np.put_along_axis(values, largest, top - moved, axis=1)
         revised = np.concatenate([moved.sum(axis=1, keepdims=True), values], axis=1)

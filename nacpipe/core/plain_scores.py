@@ -106,7 +106,9 @@ def fit_temperature(
     """
     at_label = logits[np.arange(len(label)), label].astype(np.float64) - logits.max(axis=1)
     if not np.isfinite(at_label).all():
-        raise InputError(f"{int((~np.isfinite(at_label)).sum())} labels have a logit of −inf: no temperature fits them")
+        raise InputError(
+            f"the labels of {int((~np.isfinite(at_label)).sum())} images have a logit of −inf: no temperature fits them"
+        )
     if not (at_label < 0).any():
         raise InputError(
             "all images are classified correctly: the smaller the temperature the better, none is the best"

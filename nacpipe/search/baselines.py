@@ -214,7 +214,8 @@ def _too_few(baseline: Baseline, training: Training, split: str) -> str:
     if len(label) < baseline.images:
         return f"it needs {baseline.images} images; {split} has {len(label)}"
     if baseline.per_class and (fewest := int(np.bincount(label, minlength=classes).min())) < baseline.per_class:
-        return f"it needs {baseline.per_class} images of every class; {split} has a class with {fewest}"
+        images = f"{baseline.per_class} images" if baseline.per_class > 1 else "an image"
+        return f"it needs {images} of every class; {split} has a class with {fewest}"
     if baseline.covariance and len(label) < (needed := features + classes):
         return (
             f"the covariance of {features} features in {classes} classes needs {needed} images; {split} has"
