@@ -4,8 +4,8 @@
                └──▶ compare_methods, save_scores       bootstrap.py, samples.py
 
 OpenOOD's two tasks: `ood` has id/test as ID; `fsood` (full spectrum) has id/test and all csid sets together. Near and
-far means are unweighted means over their sets. AUPR-IN has ID as the positive class, as in OpenOOD since 2023-12 (4a72488);
-before, and in the authors' code still, AUPR-IN and AUPR-OUT stand under each other's name.
+far means are unweighted means over their sets. AUPR-IN has ID as the positive class, as in OpenOOD since
+4a72488 of 2023-12; before, and in the authors' code still, AUPR-IN and AUPR-OUT stand under each other's name.
 """
 
 from __future__ import annotations
