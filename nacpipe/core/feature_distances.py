@@ -1,7 +1,7 @@
 """Post-hoc detectors that compare an image's features with the training images' or with the last linear layer's rows.
 
 z is an image's features, l = W z + b the last linear layer's logits, k their largest's place. In each docstring: the
-paper, then the score. All of them are computed in float64 from float32 features.
+paper, then the score. They are computed in float64 from float32 features, NNGuide's similarities in float32.
 """
 
 from __future__ import annotations
@@ -61,12 +61,13 @@ def fit_nnguide(training: Training) -> Score:
 
     A training image's similarity is the cosine times its own Energy.
     """
-    bank = _unit(training.samples.features) * energy(training.samples.linear_logits)[:, None]
+    energies = energy(training.samples.linear_logits)[:, None]
+    bank = (_unit(training.samples.features) * energies).astype(np.float32)
 
     def score(samples: Samples) -> Floats:
-        similarity = _unit(samples.features) @ bank.T
-        guidance = np.partition(similarity, -NNGUIDE_NEIGHBOURS, axis=1)[:, -NNGUIDE_NEIGHBOURS:].mean(axis=1)
-        return np.asarray(guidance * energy(samples.linear_logits))
+        similarity = _unit(samples.features).astype(np.float32) @ bank.T
+        nearest = np.partition(similarity, -NNGUIDE_NEIGHBOURS, axis=1)[:, -NNGUIDE_NEIGHBOURS:]
+        return np.asarray(nearest.mean(axis=1, dtype=np.float64) * energy(samples.linear_logits))
 
     return score
 
@@ -83,7 +84,9 @@ def fit_vim(training: Training) -> Score:
     def lengths(values: Floats) -> Floats:  # (samples, features) → (samples,)
         return np.asarray(np.linalg.norm(values - (values @ principal) @ principal.T, axis=1))
 
-    alpha = training.samples.linear_logits.max(axis=1).mean(dtype=np.float64) / lengths(centred).mean()
+    parts = np.array_split(centred, 1 + len(centred) // 4096)  # lengths() holds three times what it is given
+    mean_length = np.concatenate([lengths(part) for part in parts]).mean()
+    alpha = training.samples.linear_logits.max(axis=1).mean(dtype=np.float64) / mean_length
     return lambda samples: energy(samples.linear_logits) - alpha * lengths(samples.features - origin)
 
 

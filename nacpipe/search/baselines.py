@@ -210,7 +210,7 @@ def _too_few(baseline: Baseline, training: Training, split: str) -> str:
         return ""
     label, (classes, features) = training.label, training.linear.weight.shape
     if baseline.labels and (wrong := int(((label < 0) | (label >= classes)).sum())):
-        return f"{wrong} of {len(label)} labels of {split} are not in 0 … {classes - 1}"
+        return f"{wrong} of {len(label)} labels of {split} are outside 0 … {classes - 1}"
     if len(label) < baseline.images:
         return f"it needs {baseline.images} images; {split} has {len(label)}"
     if baseline.per_class and (fewest := int(np.bincount(label, minlength=classes).min())) < baseline.per_class:

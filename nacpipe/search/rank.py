@@ -255,14 +255,12 @@ def _measure(caches: Sequence[Cache], names: Sequence[str]) -> dict[str, dict[st
         _check_judges(caches[0], cache)
     kinds = _judges(caches[0])
     return {
-        name: {kind: float(np.mean([_accuracy(cache[one]) for one in sets])) for kind, sets in kinds.items()}
+        name: {
+            kind: float(np.mean([accuracy(cache[one].read("logits"), cache[one].label) for one in sets]))
+            for kind, sets in kinds.items()
+        }
         for name, cache in zip(names, caches, strict=True)
     }
-
-
-def _accuracy(split: SplitView) -> float:
-    """The share of samples that are classified correctly; NaN of a split without labels."""
-    return math.nan if (split.label < 0).all() else accuracy(split.read("logits"), split.label)
 
 
 def _match(accuracies: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> dict[str, dict[str, float]]:

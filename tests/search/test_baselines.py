@@ -206,12 +206,12 @@ def test_labels_that_cannot_be_learned_from(make_cache: Callable[..., Cache], tm
 
     cache = relabel(cache, "id/train", spoil)
     found = reasons(cache, "all")
-    wrong = {"3 of 60 labels of id/train are not in 0 … 2"}
+    wrong = {"3 of 60 labels of id/train are outside 0 … 2"}
     labelled = ("OpenMax", "Mahalanobis", "RMD", "SHE")
     assert {name: found[name] for name in labelled} == dict.fromkeys(labelled, wrong)
     assert all(found[name] == set() for name in MORE_BASELINES if name not in labelled)
     cache = relabel(cache, "id/val", lambda label: np.where(label == 0, 7, label))
-    assert reasons(cache, "Temperature")["Temperature"] == {"13 of 40 labels of id/val are not in 0 … 2"}
+    assert reasons(cache, "Temperature")["Temperature"] == {"13 of 40 labels of id/val are outside 0 … 2"}
     cache = relabel(cache, "id/train", lambda _: (classes + 1) % 3)
     said = reasons(cache, "SHE")["SHE"].pop()
     assert said.startswith("id/train: no image of class ") and " is classified correctly (" in said

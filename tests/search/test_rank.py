@@ -416,21 +416,6 @@ def test_a_split_without_labels_is_said(run: list[Cache]) -> None:
     assert (printed.exit_code, printed.stderr) == (1, f"nacpipe: no checkpoint is chosen: {found.reason}\n")
 
 
-@pytest.mark.parametrize("split", ["csid/a", "csid/a_out", "id/val"])
-def test_held_out_sets_without_labels_judge_nothing(run: list[Cache], split: str) -> None:
-    for cache in run:
-        zarr.open_group(cache.path, mode="r+")[f"{split}/label"][:] = -1  # type: ignore[index]
-        CacheWriter(cache.path, cache.header).seal(split)
-    found = rank_checkpoints(reopen(run))
-    assert found.chosen == rank_checkpoints(reopen(run), accuracies={f"s{place}": {} for place in range(3)}).chosen
-    column = {"csid/a": "test_in", "csid/a_out": "test_out", "id/val": "train_out"}[split]
-    assert found.checkpoints[column].isna().all()
-    ways = None if found.selections is None else found.selections["selection"].tolist()
-    everything = ["oracle", "last", "training-domain validation", "coverage"]
-    lost = {"csid/a": None, "csid/a_out": "oracle", "id/val": "training-domain validation"}[split]
-    assert ways == (None if lost is None else [way for way in everything if way != lost])
-
-
 def test_a_way_that_goes_by_zeros_alone_chooses_none(run: list[Cache]) -> None:
     for cache in run:
         wrong_everywhere(cache, "id/val", "csid/a_out", "csid/b_out")
