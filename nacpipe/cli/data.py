@@ -125,6 +125,7 @@ def split_train(benchmark: str, data_root: Path | None, count: int, seed: int, f
 def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
     """Print one line per set, and what to do next."""
     from nacpipe.data.archives import has_archives
+    from nacpipe.data.download import unlisted_splits
     from nacpipe.data.status import survey
 
     sets = survey(benchmark, root)
@@ -142,7 +143,8 @@ def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
         if s.missing:
             note(f"{s.split}: {s.missing} of {s.images} images are not there, the first {s.first}")
     if has_archives(benchmark.name):
-        lacking = [s.split for s in sets if not s.complete and s.split != "id/subtrain"]
+        unlisted = ("id/subtrain", *unlisted_splits(benchmark, root))
+        lacking = [s.split for s in sets if not s.complete and s.split not in unlisted]
         if lacking:
             note(f"get what is missing: nacpipe data download {benchmark.name} --data-root {root}")
         elif not next(s for s in sets if s.split == "id/subtrain").complete:

@@ -63,9 +63,16 @@ def choose_archives(
     if only:
         return [archive for archive in known.values() if archive.name in only]
     authors = root is not None and _done(root, AUTHORS_LISTS).exists()
-    unused = known[AUTHORS_LISTS].lacks if authors else ()
-    left_out = {LISTS if authors else AUTHORS_LISTS, *(split.removeprefix("csid/") for split in unused)}
+    left_out = {LISTS if authors else AUTHORS_LISTS}
+    if root is not None:
+        left_out |= {split.removeprefix("csid/") for split in unlisted_splits(benchmark, root)}
     return [a for a in known.values() if a.name not in left_out and (checkpoints or not a.checkpoints)]
+
+
+def unlisted_splits(benchmark: Benchmark, root: Path) -> tuple[str, ...]:
+    """Return the splits of which the lists that were downloaded below `root` know nothing: none of OpenOOD's."""
+    authors = next(archive for archive in find_archives(benchmark.name) if archive.name == AUTHORS_LISTS)
+    return authors.lacks if _done(root, AUTHORS_LISTS).exists() else ()
 
 
 def read_lists(benchmark: Benchmark, root: Path) -> Lists:
