@@ -3,7 +3,8 @@
     python bench/reference.py CACHE METRICS.json
 
 METRICS.json: {name: {"params": {layer: …}, "metrics": {"id-test against ood-SET": {"auroc": …, "fpr95": …, …}}}}.
-Prints the largest difference of every metric over the cache's near and far sets, AUPRs under their right names.
+Prints the largest difference of every metric over the cache's near and far sets, AUPRs under their right names (the
+authors' code swaps the two).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ params = NacParams(layers={name: LayerParams(bins=500, saturation=50, alpha=1.0)
 def run(path):
     cache, more = open_cache(path), {}
     if names:
-        from nacpipe.network.baselines import score_baselines
+        from nacpipe.search.baselines import score_baselines
         more = score_baselines(cache, names.split(","), evaluated_splits(cache))
     return evaluate(cache, params, more=more)
 

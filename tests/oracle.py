@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import Decimal, localcontext
 from typing import Any
 
 import numpy as np
@@ -187,3 +188,39 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     mx, my = math.fsum(x) / len(x), math.fsum(y) / len(y)
     covariance = math.fsum((p - mx) * (q - my) for p, q in zip(x, y, strict=True))
     return covariance / math.sqrt(math.fsum((p - mx) ** 2 for p in x) * math.fsum((q - my) ** 2 for q in y))
+
+
+# --- plain scores -----------------------------------------------------------------------------------------------------
+
+
+def plain_scores(logits: Sequence[float], *, gamma: str = "0.1", largest: int = 100) -> dict[str, float]:
+    """One image's scores from their definitions, with 80 digits, so that no probability is rounded to 0 or 1."""
+    with localcontext() as context:
+        context.prec = 80
+        masses = [Decimal(value).exp() for value in logits]  # exp(-inf) is 0
+        total = sum(masses)
+        p = sorted((mass / total for mass in masses), reverse=True)
+        return {
+            "MSP": float(p[0]),
+            "MaxLogit": max(logits),
+            "Energy": float(total.ln()),
+            "Entropy": float(sum(q * q.ln() for q in p if q > 0)),
+            "GEN": -float(sum((q * (1 - q)) ** Decimal(gamma) for q in p[:largest] if 0 < q < 1)),
+        }
+
+
+def temperature(logits: Sequence[Sequence[float]], label: Sequence[int]) -> float:
+    """Where the mean negative log likelihood of softmax(logits / T) is smallest: its derivative's sign, halved."""
+
+    def rises(slope: float) -> bool:  # the derivative of log Σ exp(slope l) − slope l at the label
+        total = 0.0
+        for row, k in zip(logits, label, strict=True):
+            masses = [math.exp(slope * (value - max(row))) for value in row]
+            total += math.fsum(m * v for m, v in zip(masses, row, strict=True)) / math.fsum(masses) - row[k]
+        return total > 0
+
+    low, high = 1e-6, 1e6
+    while high / low > 1 + 1e-14:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if rises(middle) else (middle, high)
+    return 1 / low

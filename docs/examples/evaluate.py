@@ -40,8 +40,8 @@ alone = nacpipe.NacParams(layers=dict([next(iter(params.layers.items()))]))
 both = nacpipe.score_cache(cache, {"all layers": params, "one layer": alone})
 print(nacpipe.compare_methods([both], "all layers", "one layer", resamples=200)[["dataset", "metric", "difference"]])
 
-# %% Baselines that learn from the cache (needs torch and pytorch-ood): nacpipe evaluate CACHE --baselines ViM,KNN
-from nacpipe.network.baselines import score_baselines  # noqa: E402
+# %% Baselines that learn from the cache: nacpipe evaluate CACHE --baselines ViM,KNN
+from nacpipe.search.baselines import score_baselines  # noqa: E402
 
 more = score_baselines(cache, ["ViM", "KNN"], list(scored.rows))
 print(nacpipe.evaluate(cache, params, more=more)[["dataset", "method", "auroc", "fitted_on", "n_fitted", "reason"]])

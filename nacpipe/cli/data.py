@@ -70,12 +70,14 @@ def download(
     """Fetch OpenOOD's archives for BENCHMARK, unpack them, and check that every listed file is there.
 
     What is complete is left alone; stopped at any moment, the same command goes on. Needs gdown: pip install
-    'nacpipe[data]'.
+    'nacpipe[data]'. Lists are OpenOOD's of 2024-07-30; the older ones, which the authors of NAC-UE used, are
+    benchmark_imglist_authors.
 
     \b
     nacpipe data download cifar10 --data-root data --dry-run
     nacpipe data download cifar10 --data-root data --only benchmark_imglist,mnist
     nacpipe data download cifar10 --data-root data --checkpoints
+    nacpipe data download imagenet --data-root data --only benchmark_imglist_authors
     """
     from nacpipe.data.download import choose_archives, download_archives, plan_download, read_lists
     from nacpipe.data.own import choose_root, open_benchmark
@@ -83,7 +85,7 @@ def download(
 
     opened = open_benchmark(benchmark)
     root = choose_root(opened, data_root)
-    archives = choose_archives(opened, only, checkpoints)
+    archives = choose_archives(opened, only, checkpoints, root)
     if dry_run:
         lists = read_lists(opened, root)
         _print_downloads([plan_download(opened, archive, lists, root, results, mirror) for archive in archives])
@@ -123,6 +125,7 @@ def split_train(benchmark: str, data_root: Path | None, count: int, seed: int, f
 def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
     """Print one line per set, and what to do next."""
     from nacpipe.data.archives import has_archives
+    from nacpipe.data.download import unlisted_splits
     from nacpipe.data.status import survey
 
     sets = survey(benchmark, root)
@@ -152,7 +155,8 @@ def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
                 f" is {s.first_wrong}"
             )
     if has_archives(benchmark.name):
-        lacking = [s.split for s in sets if not s.complete and s.split != "id/subtrain"]
+        unlisted = ("id/subtrain", *unlisted_splits(benchmark, root))
+        lacking = [s.split for s in sets if not s.complete and s.split not in unlisted]
         if lacking:
             note(f"get what is missing: nacpipe data download {benchmark.name} --data-root {root}")
         elif not next(s for s in sets if s.split == "id/subtrain").complete:

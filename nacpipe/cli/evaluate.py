@@ -40,7 +40,7 @@ _SHOWN = {"fpr95": "FPR@95", "auroc": "AUROC", "aupr_in": "AUPR-IN", "aupr_out":
     "--baselines",
     metavar="NAMES",
     callback=split_names,
-    help="all, or some by name: Temperature, KNN, ViM, …, fitted on the cache (nacpipe[baselines]).",
+    help="all, or some by name: Temperature, Entropy, GEN, KNN, ViM, …, fitted on the cache.",
 )
 @click.option(
     "--against",
@@ -162,20 +162,10 @@ def _method_name(text: str) -> str | None:
 
 
 def score_baselines_named(cache: Cache, names: Sequence[str], splits: list[str]) -> Mapping[str, MethodScores]:
-    """Score these splits by further baselines, whose packages are an extra."""
-    from nacpipe.core.baselines import choose_baselines
-    from nacpipe.errors import MissingExtra
+    """Score these splits by further baselines."""
+    from nacpipe.search.baselines import score_baselines
 
-    chosen = choose_baselines(names)
-    if not chosen:
-        return {}
-    try:
-        from nacpipe.network.baselines import score_baselines
-    except ModuleNotFoundError as error:
-        raise MissingExtra(
-            f"{chosen[0]} needs {error.name}; install it with: pip install 'nacpipe[baselines]'"
-        ) from None
-    return score_baselines(cache, chosen, splits)
+    return score_baselines(cache, names, splits) if names else {}
 
 
 def print_evaluation(frame: pd.DataFrame) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from nacpipe.cli.show import Address, note, percent, print_frame, print_json, print_table
+
+if TYPE_CHECKING:
+    from nacpipe.search.rank import Ranking
 
 
 @click.command()
@@ -35,7 +39,8 @@ def rank(
 ) -> None:
     """Rank the checkpoints of a training run, a CACHE each in the order of training, by their covered area (NAC-ME).
 
-    No OOD data are needed. Where accuracies on held-out domains are known, a second table compares the choice with
+    No OOD data are needed. A checkpoint that classifies no image correctly is never chosen; where none does, the exit
+    code is 1. Where accuracies on held-out domains are known, a second table compares the choice with
     the oracle's, the last checkpoint and that of the best validation accuracy; they play no part in the choice.
 
     \b
@@ -44,6 +49,7 @@ def rank(
     """
     from nacpipe.cache import open_cache
     from nacpipe.core.params import LayerParams
+    from nacpipe.errors import InputError
     from nacpipe.search.rank import rank_checkpoints, read_accuracies
 
     params = LayerParams(bins=bins, saturation=saturation, alpha=alpha, edges="linear")
@@ -52,12 +58,19 @@ def rank(
     found = rank_checkpoints(opened, layer=layer, params=params, split=split, accuracies=given)
     if output == "csv":
         print_frame(found.checkpoints, "csv")
-        return
-    if output == "json":
+    elif output == "json":
         selections = None if found.selections is None else found.selections.to_dict("records")
         checkpoints = found.checkpoints.to_dict("records")
-        print_json({"layer": found.layer, "chosen": found.chosen, "checkpoints": checkpoints, "selections": selections})
-        return
+        choice = {"layer": found.layer, "chosen": found.chosen, "reason": found.reason}
+        print_json({**choice, "checkpoints": checkpoints, "selections": selections})
+    else:
+        _print(found)
+    if found.chosen is None:
+        raise InputError(f"no checkpoint is chosen: {found.reason}")
+
+
+def _print(found: Ranking) -> None:
+    """Print the areas, the choice and how it is judged."""
     rows = [
         [
             str(name),
@@ -66,7 +79,7 @@ def rank(
         for name, *values in found.checkpoints.itertuples(index=False)
     ]
     print_table([column.replace("_", " ") for column in found.checkpoints.columns], rows)
-    click.echo(f"\nlargest covered area of {found.layer}: {found.chosen}")
+    click.echo(f"\nlargest covered area of {found.layer}: {found.chosen or 'none'}")
     if found.selections is None:
         note("no accuracies on held-out domains are known; give them with --accuracies FILE to judge the choice")
         return
@@ -74,7 +87,12 @@ def rank(
     print_table(
         ("selection", "checkpoint", "accuracy %", "rank correlation %"),
         [
-            (r.selection, r.checkpoint, percent(float(r.test_in)), percent(float(r.correlation)))
+            (
+                r.selection,
+                r.checkpoint if isinstance(r.checkpoint, str) else "none",
+                percent(float(r.test_in)),
+                percent(float(r.correlation)),
+            )
             for r in found.selections.itertuples()
         ],
         left=2,

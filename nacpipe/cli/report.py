@@ -19,7 +19,7 @@ from nacpipe.cli.show import Address, note, params_option, split_names
     "--figures", metavar="DIR", type=click.Path(path_type=Path), help="Write every picture as SVG and PNG too."
 )
 @params_option
-@click.option("--baselines", metavar="NAMES", callback=split_names, help="all, or some by name (nacpipe[baselines]).")
+@click.option("--baselines", metavar="NAMES", callback=split_names, help="all, or some by name, as of evaluate.")
 @click.pass_context
 def report(
     ctx: click.Context,

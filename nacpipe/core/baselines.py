@@ -1,4 +1,4 @@
-"""Scores that need only logits, and what any method has to say for itself; larger = more like the training data."""
+"""Which methods stand beside NAC in a table, and what any of them has to say for itself."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from nacpipe.core.plain_scores import PLAIN_SCORES, Floats, Logits
 from nacpipe.errors import InputError
-
-Logits = NDArray[np.floating]  # (samples, classes)
 
 BLOCK_BYTES = 32 * 2**20  # of one array that is held at a time
 
@@ -29,30 +28,12 @@ class MethodScores:
     """Images of that split that it learned from; 0 also where it could not."""
 
 
-def msp(logits: Logits) -> NDArray[np.float64]:
-    """Maximum softmax probability (Hendrycks & Gimpel, 2017), (samples,)."""
-    return np.exp(max_logit(logits) - energy(logits))
-
-
-def max_logit(logits: Logits) -> NDArray[np.float64]:
-    """The largest logit (Hendrycks et al., 2022), (samples,)."""
-    return np.asarray(logits.max(axis=1), dtype=np.float64)
-
-
-def energy(logits: Logits) -> NDArray[np.float64]:
-    """log Σ exp(logits), the negative free energy at temperature 1 (Liu et al., 2020), (samples,)."""
-    wide = logits.astype(np.float64)
-    top = wide.max(axis=1)
-    return np.asarray(top + np.log(np.exp(wide - top[:, None]).sum(axis=1)))
-
-
-LOGIT_BASELINES: Mapping[str, Callable[[Logits], NDArray[np.float64]]] = {
-    "MSP": msp,
-    "MaxLogit": max_logit,
-    "Energy": energy,
+LOGIT_BASELINES: Mapping[str, Callable[[Logits], Floats]] = {
+    name: PLAIN_SCORES[name] for name in ("MSP", "MaxLogit", "Energy")
 }
+"""Those of every table."""
 
-MORE_BASELINES = (  # fitted and scored by network/baselines.py
+MORE_BASELINES = (  # fitted and scored by search/baselines.py
     *("Temperature", "Entropy", "GEN", "KL-Matching", "OpenMax", "Mahalanobis", "RMD", "KNN", "ViM", "SHE", "ReAct"),
     *("ASH", "SCALE", "DICE", "fDBD", "NCI", "NNGuide"),
 )

@@ -135,7 +135,7 @@ def _cifar(name: str, classes: int, transform: Transform, other: str, csid: Mapp
     )
 
 
-def _imagenet(name: str, classes: int) -> Benchmark:
+def _imagenet(name: str, classes: int, csid: tuple[str, ...]) -> Benchmark:
     return _openood(
         name,
         classes,
@@ -144,7 +144,7 @@ def _imagenet(name: str, classes: int) -> Benchmark:
         val="openimage_o",
         near=("ssb_hard", "ninco"),
         far=("inaturalist", "textures", "openimage_o"),
-        csid={f"imagenet_{kind}": f"test_{name}_{kind}.txt" for kind in ("v2", "c", "r")},
+        csid={f"imagenet_{kind}": f"test_{name}_{kind}.txt" for kind in csid},
     )
 
 
@@ -185,8 +185,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             other="cifar10",
             csid={},
         ),
-        _imagenet("imagenet200", 200),
-        _imagenet("imagenet", 1000),
+        _imagenet("imagenet200", 200, csid=("v2", "c", "r")),
+        _imagenet("imagenet", 1000, csid=("v2", "c", "r", "es")),  # OpenOOD's since 2024-07; the authors' has no `es`
     )
 }
 

@@ -27,7 +27,11 @@ class Detection:
     aupr_in: float
     """Area under precision and recall with ID as the positive class."""
     aupr_out: float
-    """The same with OOD as the positive class. (OpenOOD prints these two under each other's name, its issue 211.)"""
+    """The same with OOD as the positive class.
+
+    OpenOOD had these two under each other's name until 2023-12 (its issue 211, mended in 4a72488); the authors' code of
+    NAC-UE still has.
+    """
 
 
 def detect(id_scores: Scores, ood_scores: Scores) -> Detection:

@@ -8,8 +8,13 @@ from nacpipe.errors import InputError
 
 DRIVE = "https://drive.google.com/uc?id="
 LISTS = "benchmark_imglist"
+AUTHORS_LISTS = "benchmark_imglist_authors"  # not downloaded unless named
 
 # fmt: off
+_LISTS = {
+    LISTS: "1lI1j0_fDDvjIt9JlWAw09X8ks-yrR_H1",  # OpenOOD's since 2024-07-30 (275260a)
+    AUTHORS_LISTS: "1XKzBdWCqg3vPoj-D32YixJyJJ0hL63gP",  # OpenOOD's before, and the authors' of NAC-UE
+}
 _CLASSIC = {
     "cifar10": "1Co32RiiWe16lTaiOU6JMMnyUYS41IlO1",
     "cifar100": "1PGKheHUsf29leJPPGuXqzLBMwl8qMF8_",
@@ -29,6 +34,7 @@ _LARGE = {
     "imagenet_v2": "1akg2IiE22HcbvTBpwXQoD7tgfPCdkoho",
     "imagenet_c": "1JeXL9YH4BO8gCJ631c5BHbaSsl-lekHt",
     "imagenet_r": "1EzjMN2gq-bVV7lg-MEAdeuBuz-7jbGYU",
+    "imagenet_es": "1ATz11vKmPqyzfEaEDRaPTF9TXiC244sw",
 }
 _CHECKPOINTS = {
     "cifar10_res18_v1.5": "1byGeYxM_PlLjT72wZsMQvP6popJeWBgt",
@@ -39,7 +45,7 @@ _CHECKPOINTS = {
 _NEEDS = {
     "cifar10": ("cifar10", "cifar100", "tin", "mnist", "svhn", "texture", "places365", "cifar10c"),
     "cifar100": ("cifar100", "cifar10", "tin", "mnist", "svhn", "texture", "places365"),
-    "imagenet200": (*_LARGE, "texture"),
+    "imagenet200": (*(name for name in _LARGE if name != "imagenet_es"), "texture"),
     "imagenet": (*_LARGE, "texture"),
 }
 _TRAINED = dict(zip(_NEEDS, _CHECKPOINTS, strict=True))
@@ -59,6 +65,10 @@ class Archive:
     folder: str
     """Where it is unpacked: below the data root, or for checkpoints below the folder of results."""
     checkpoints: bool = False
+    lists: bool = False
+    """Whether it holds image lists and no images."""
+    lacks: tuple[str, ...] = ()
+    """The benchmark's splits of which these lists know nothing."""
     note: str = ""
     """What to say when images that a list names are not in it."""
 
@@ -73,7 +83,7 @@ def has_archives(benchmark: str) -> bool:
 
 
 def find_archives(benchmark: str) -> tuple[Archive, ...]:
-    """Return a benchmark's archives: the lists, then the images, last the checkpoints.
+    """Return a benchmark's archives: OpenOOD's lists, the authors', then the images, last the checkpoints.
 
     Raises:
         InputError: OpenOOD has none for this benchmark.
@@ -82,7 +92,14 @@ def find_archives(benchmark: str) -> tuple[Archive, ...]:
         raise InputError(f"there is nothing to download for benchmark {benchmark}; there is for {', '.join(_NEEDS)}")
     trained = _TRAINED[benchmark]
     return (
-        Archive(name=LISTS, drive="1XKzBdWCqg3vPoj-D32YixJyJJ0hL63gP", folder=LISTS),
+        Archive(name=LISTS, drive=_LISTS[LISTS], folder=LISTS, lists=True),
+        Archive(
+            name=AUTHORS_LISTS,
+            drive=_LISTS[AUTHORS_LISTS],
+            folder=LISTS,
+            lists=True,
+            lacks=("csid/imagenet_es",) if benchmark == "imagenet" else (),
+        ),
         *(
             Archive(
                 name=name,

@@ -8,6 +8,7 @@ images_X/.NAME.unpacking   unpacked whole, then moved into place: a new folder a
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nacpipe.core.benchmarks import Benchmark, Split
-from nacpipe.data.archives import LISTS, Archive, find_archives
+from nacpipe.data.archives import AUTHORS_LISTS, LISTS, Archive, find_archives
 from nacpipe.data.folders import is_hidden
 from nacpipe.data.lists import ImageList, read_list
 from nacpipe.data.unpack import BrokenArchive, unpack
@@ -43,17 +44,36 @@ class DownloadPlan:
         return self.zip.with_suffix(".done")
 
 
-def choose_archives(benchmark: Benchmark, only: Sequence[str] = (), checkpoints: bool = False) -> list[Archive]:
+def choose_archives(
+    benchmark: Benchmark, only: Sequence[str] = (), checkpoints: bool = False, root: Path | None = None
+) -> list[Archive]:
     """Return the archives to download: those named, or the lists and all images, and the checkpoints if asked for.
 
+    The lists are OpenOOD's, or the authors' where those were downloaded below `root` by name before; then images that
+    only OpenOOD's lists name are left out.
+
     Raises:
-        InputError: one is not the benchmark's.
+        InputError: one is not the benchmark's, or both archives of lists are named.
     """
     known = {archive.name: archive for archive in find_archives(benchmark.name)}
     for name in only:
         if name not in known:
             raise InputError(f"archive {name!r} is not part of {benchmark.name}; it has {', '.join(known)}")
-    return [a for a in known.values() if (a.name in only if only else checkpoints or not a.checkpoints)]
+    if {LISTS, AUTHORS_LISTS} <= {*only}:
+        raise InputError(f"{LISTS} and {AUTHORS_LISTS} are unpacked into the same folder; name one of them")
+    if only:
+        return [archive for archive in known.values() if archive.name in only]
+    authors = root is not None and _done(root, AUTHORS_LISTS).exists()
+    left_out = {LISTS if authors else AUTHORS_LISTS}
+    if root is not None:
+        left_out |= {split.removeprefix("csid/") for split in unlisted_splits(benchmark, root)}
+    return [a for a in known.values() if a.name not in left_out and (checkpoints or not a.checkpoints)]
+
+
+def unlisted_splits(benchmark: Benchmark, root: Path) -> tuple[str, ...]:
+    """Return the splits of which the lists that were downloaded below `root` know nothing: none of OpenOOD's."""
+    authors = next(archive for archive in find_archives(benchmark.name) if archive.name == AUTHORS_LISTS)
+    return authors.lacks if _done(root, AUTHORS_LISTS).exists() else ()
 
 
 def read_lists(benchmark: Benchmark, root: Path) -> Lists:
@@ -68,7 +88,7 @@ def plan_download(
     base = results if archive.checkpoints else root
     draft = base / ".download" / f"{archive.name}.zip"
     listed, missing, _ = count_missing(benchmark, archive, lists, root)
-    if listed and not missing:
+    if listed and not missing and archive.name != AUTHORS_LISTS:  # OpenOOD's lists have the same names
         state = "complete"
     elif draft.with_suffix(".done").exists():
         state = "unpacked before"
@@ -92,11 +112,13 @@ def download(
         progress: called with the bytes unpacked and their total.
 
     Raises:
-        DownloadError: the archive cannot be fetched, or is broken or not safe to unpack, and is set aside.
+        DownloadError: the archive cannot be fetched, or is broken or not safe to unpack, and is set aside; or it holds
+            lists and another archive's lists are there.
         MissingExtra: gdown is not installed.
     """
     if plan.state in ("complete", "unpacked before"):
         return
+    _check_lists(plan)
     plan.zip.parent.mkdir(parents=True, exist_ok=True)
     if plan.state == "to fetch":
         (fetch or fetch_with_gdown)(plan.url, plan.zip)
@@ -139,7 +161,7 @@ def download_archives(
         plan = plan_download(benchmark, archive, lists, root, results, mirror)
         say(f"{archive.name}: {plan.state}" + (f" from {plan.url}" if plan.state == "to fetch" else ""))
         download(plan, lists, fetch, progress)
-        if archive.name == LISTS:
+        if archive.lists:
             lists = read_lists(benchmark, root)
         total, missing, first = count_missing(benchmark, archive, lists, root)
         if not total and not archive.checkpoints:
@@ -155,9 +177,10 @@ def count_missing(benchmark: Benchmark, archive: Archive, lists: Lists, root: Pa
 
     Of the archive of lists, the lists are counted; of checkpoints, nothing is known.
     """
-    if archive.name == LISTS:
-        gone = [f"{benchmark.lists}/{split.source}" for split, listed in lists if listed is None]
-        return len(lists), len(gone), gone[0] if gone else ""
+    if archive.lists:
+        wanted = [(split, listed) for split, listed in lists if split.name not in archive.lacks]
+        gone = [f"{benchmark.lists}/{split.source}" for split, listed in wanted if listed is None]
+        return len(wanted), len(gone), gone[0] if gone else ""
     total, missing, first = 0, 0, ""
     for listed, rows in _rows_below(archive, lists, root):
         gone_rows = listed.missing(rows)
@@ -188,6 +211,28 @@ def fetch_with_gdown(url: str, file: Path) -> None:
         raise DownloadError(f"{url} cannot be downloaded: gdown left no {file}")
 
 
+def _check_lists(plan: DownloadPlan) -> None:
+    """Refuse to mix the lists of two archives: what is there is never overwritten, so both would be used in part.
+
+    OpenOOD's lists are added to lists that are there, of which nobody knows where they are from.
+    """
+    if not plan.archive.lists or not plan.target.exists():
+        return
+    other = LISTS if plan.archive.name == AUTHORS_LISTS else AUTHORS_LISTS
+    done = _done(plan.zip.parent.parent, other)
+    if plan.archive.name == AUTHORS_LISTS or done.exists():
+        aside = plan.target.with_name(f"{plan.target.name}.before")
+        whose = f"the lists of {other}" if done.exists() else "other lists"
+        next_command = shlex.join(["mv", str(plan.target), str(aside)])
+        if done.exists():
+            next_command += f" && {shlex.join(['rm', str(done)])}"
+        raise DownloadError(f"{plan.target} holds {whose}; to use those of {plan.archive.name}: {next_command}")
+
+
+def _done(root: Path, name: str) -> Path:
+    return root / ".download" / f"{name}.done"
+
+
 def _rows_below(archive: Archive, lists: Lists, root: Path) -> Iterator[tuple[ImageList, list[int]]]:
     """Yield, of every list, the positions whose files belong to an archive of images."""
     for _, listed in lists:
@@ -205,7 +250,7 @@ def _choose_top(plan: DownloadPlan, lists: Lists, draft: Path) -> Path:
     visible = {path.name for path in draft.iterdir() if not is_hidden(path.name)}
     if plan.archive.checkpoints or visible != {inner.name}:
         return draft
-    if plan.archive.name == LISTS:
+    if plan.archive.lists:
         return inner
     root = plan.zip.parent.parent
     found = dict.fromkeys((draft, inner), 0)

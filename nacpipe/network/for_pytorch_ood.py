@@ -21,7 +21,7 @@ from nacpipe.network.fit import Recipe, Source
 try:
     from pytorch_ood.api import GradientDetector, RequiresFittingException
 except ModuleNotFoundError as error:
-    raise MissingExtra("this needs pytorch-ood; install it with: pip install 'nacpipe[baselines]'") from error
+    raise MissingExtra("this needs pytorch-ood; install it with: pip install 'nacpipe[pytorch-ood]'") from error
 
 
 class NAC(GradientDetector):  # type: ignore[misc]

@@ -4,8 +4,8 @@
                └──▶ compare_methods, save_scores       bootstrap.py, samples.py
 
 OpenOOD's two tasks: `ood` has id/test as ID; `fsood` (full spectrum) has id/test and all csid sets together. Near and
-far means are unweighted means over their sets. OpenOOD prints AUPR-IN and AUPR-OUT under each other's name (its issue
-211); here each stands under its own.
+far means are unweighted means over their sets. AUPR-IN has ID as the positive class, as in OpenOOD since
+4a72488 of 2023-12; before, and in the authors' code still, AUPR-IN and AUPR-OUT stand under each other's name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def evaluate(cache: Cache, params: NacParams | None, *, more: Mapping[str, Metho
     Args:
         cache: a cache with id/test and at least one finished near or far set.
         params: NAC's parameters; None evaluates the baselines alone.
-        more: further methods, as `nacpipe.network.baselines.score_baselines` gives them.
+        more: further methods, as `nacpipe.search.baselines.score_baselines` gives them.
 
     Raises:
         InputError: there is nothing to evaluate.

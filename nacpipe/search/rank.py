@@ -44,12 +44,15 @@ class Ranking:
     checkpoints: pd.DataFrame
     """checkpoint, images (classified correctly), area_LAYER for every layer, and what is known of test_in, test_out and
     train_out; fractions."""
-    chosen: str
-    """The checkpoint of the largest area; the first of equals."""
+    chosen: str | None
+    """The checkpoint of the largest area, the first of equals, among those that classify an image correctly; None where
+    there is none."""
+    reason: str
+    """Why none is chosen; empty where one is."""
     selections: pd.DataFrame | None
     """selection (oracle, last, training-domain validation, coverage), checkpoint, test_in (its accuracy), correlation
     (Spearman's, of what it goes by with test_in over all checkpoints; NaN where it goes by nothing); None where no
-    accuracies are known."""
+    accuracies are known. A selection that goes by nothing but zeros has no checkpoint (a missing value)."""
 
 
 def rank_checkpoints(
@@ -60,7 +63,7 @@ def rank_checkpoints(
     split: str = "id/train",
     accuracies: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Ranking:
-    """Measure every checkpoint's covered area and choose the largest.
+    """Measure every checkpoint's covered area and choose the largest, of those that classify an image correctly.
 
     Args:
         caches: one per checkpoint, in the order of training.
@@ -94,15 +97,36 @@ def rank_checkpoints(
         areas = {f"area_{one}": area(cache[split], one, params, correct) for one in layers}
         rows.append({"checkpoint": name, "images": int(correct.sum()), **areas, **found[name]})
     frame = pd.DataFrame(rows)
-    by = frame[f"area_{chosen_by}"]
+    place = _largest(_eligible(frame, f"area_{chosen_by}"))
     return Ranking(
         layer=chosen_by,
         checkpoints=frame,
-        chosen=names[int(by.argmax())],
+        chosen=None if place is None else names[place],
+        reason=_why_none(frame, chosen_by, first[split]) if place is None else "",
         selections=_select(frame, f"area_{chosen_by}")
         if "test_in" in frame and not frame["test_in"].isna().any()
         else None,
     )
+
+
+def _eligible(frame: pd.DataFrame, area_column: str) -> pd.Series[float]:
+    """The areas of the checkpoints that classify an image correctly; NaN for the others."""
+    return frame[area_column].where(frame["images"] > 0)
+
+
+def _largest(values: pd.Series[float]) -> int | None:
+    """The place of the largest value above 0, the first of equals; None where there is none."""
+    numbers = values.to_numpy(float, na_value=math.nan)
+    return int(np.nanargmax(numbers)) if np.nanmax(numbers, initial=0.0) > 0 else None
+
+
+def _why_none(frame: pd.DataFrame, layer: str, split: SplitView) -> str:
+    if (split.label < 0).all():
+        return f"{split.name} has no labels, all {split.rows} are −1; name a split that has, with --split"
+    if (frame["images"] > 0).any():
+        return f"no checkpoint that classifies an image of {split.name} correctly has an area of {layer}"
+    subject = f"none of {len(frame)} checkpoints classifies an" if len(frame) > 1 else "the checkpoint classifies no"
+    return f"{subject} image of {split.name} correctly; are its labels in the order of the network's classes?"
 
 
 def is_correct(split: SplitView) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
@@ -257,19 +281,25 @@ def _match(accuracies: Mapping[str, Mapping[str, float]], names: Sequence[str]) 
 
 
 def _select(frame: pd.DataFrame, area_column: str) -> pd.DataFrame:
-    """The authors' table: what each way of choosing would have chosen, judged by the accuracy on held-out domains."""
+    """The authors' table: what each way of choosing would have chosen, judged by the accuracy on held-out domains.
+
+    A way that goes by zeros alone has nothing to choose by.
+    """
     oracle = "test_out" if "test_out" in frame else "test_in"
     ways = {"oracle": oracle, "last": None, "training-domain validation": "train_out", "coverage": area_column}
     rows = []
     for selection, column in ways.items():
         if column is not None and (column not in frame or frame[column].isna().any()):
             continue
-        place = len(frame) - 1 if column is None else int(frame[column].argmax())
+        if column is None:
+            place: int | None = len(frame) - 1
+        else:
+            place = _largest(_eligible(frame, column) if column == area_column else frame[column])
         rows.append(
             {
                 "selection": selection,
-                "checkpoint": frame["checkpoint"].iloc[place],
-                "test_in": float(frame["test_in"].iloc[place]),
+                "checkpoint": None if place is None else frame["checkpoint"].iloc[place],
+                "test_in": math.nan if place is None else float(frame["test_in"].iloc[place]),
                 "correlation": math.nan
                 if column is None
                 else spearman(frame[column].to_numpy(float), frame["test_in"].to_numpy(float)),

@@ -17,9 +17,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from nacpipe.cache import Cache
-from nacpipe.core.baselines import energy
 from nacpipe.core.metrics import Scores, auroc, detect
 from nacpipe.core.params import NacParams
+from nacpipe.core.plain_scores import energy
 from nacpipe.search.explain import Explanation
 from nacpipe.search.figures import (
     draw_coverage,

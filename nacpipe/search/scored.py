@@ -73,7 +73,7 @@ def score_cache(
     Args:
         cache: a cache with id/test and at least one finished near or far set.
         params: NAC's parameters; several sets by name, `{"NAC": …, "NAC (published)": …}`; None for none.
-        more: further methods that have scored `evaluated_splits(cache)`, as nacpipe.network.baselines gives them.
+        more: further methods that have scored `evaluated_splits(cache)`, as nacpipe.search.baselines gives them.
 
     Raises:
         InputError: there is nothing to evaluate.

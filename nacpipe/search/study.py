@@ -17,10 +17,10 @@ from optuna.trial import FrozenTrial
 
 import nacpipe
 from nacpipe.cache import Cache, open_cache
-from nacpipe.core.baselines import energy
 from nacpipe.core.coverage import layer_of
 from nacpipe.core.kernels import set_threads
 from nacpipe.core.params import NacParams
+from nacpipe.core.plain_scores import energy
 from nacpipe.core.provenance import SEARCH_SPLITS, diff, fingerprint
 from nacpipe.core.published import published_params
 from nacpipe.errors import InputError, ParamsError, StudyError

@@ -90,6 +90,24 @@ def test_status_names_labels_that_are_no_classes(tmp_path: Path) -> None:
     assert {row["split"]: row["wrong_labels"] for row in rows if row["wrong_labels"]} == {"id/test": 4}
 
 
+def test_status_of_the_authors_lists_asks_for_no_more(tmp_path: Path) -> None:
+    """OpenOOD's have imagenet_es: without the authors' mark it is what is missing."""
+    write_lists(tmp_path, "imagenet", images=True)
+    (tmp_path / "benchmark_imglist/imagenet/test_imagenet_es.txt").unlink()
+    for name in ("train_imagenet", "val_imagenet", "test_imagenet"):  # 1,000 lines for 20 images
+        (tmp_path / f"benchmark_imglist/imagenet/{name}.txt").write_text(f"{name}/0.png 0\n")
+    command = ("data", "status", "imagenet", "--data-root", str(tmp_path))
+    printed = nacpipe(*command)
+    assert re.search(r"^csid/imagenet_es +test_imagenet_es\.txt +no list", printed.stdout, re.MULTILINE)
+    assert "get what is missing" in printed.stderr
+    (tmp_path / ".download").mkdir()
+    (tmp_path / ".download/benchmark_imglist_authors.done").touch()
+    assert "get what is missing" not in nacpipe(*command).stderr
+    plan = nacpipe("data", "download", "imagenet", "--data-root", str(tmp_path), "--dry-run").stdout
+    assert not re.search(r"^(imagenet_es|benchmark_imglist) ", plan, re.MULTILINE)
+    assert re.search(r"^benchmark_imglist_authors +unpacked before ", plan, re.MULTILINE)
+
+
 def test_split_train_writes_two_lists(tmp_path: Path) -> None:
     write_lists(tmp_path, "cifar10", rows=50)
     args = ("data", "split-train", "cifar10", "--data-root", str(tmp_path), "--count", "20")

@@ -62,7 +62,10 @@ def test_cifar100_is_openoods() -> None:
 
 IMAGENET = {  # after the benchmark's name in OpenOOD's lists: its classes, its csid sets' lists
     "imagenet200": (200, ["test_imagenet200_v2.txt", "test_imagenet200_c.txt", "test_imagenet200_r.txt"]),
-    "imagenet": (1000, ["test_imagenet_v2.txt", "test_imagenet_c.txt", "test_imagenet_r.txt"]),
+    "imagenet": (
+        1000,
+        ["test_imagenet_v2.txt", "test_imagenet_c.txt", "test_imagenet_r.txt", "test_imagenet_es.txt"],
+    ),
 }
 
 
@@ -75,9 +78,7 @@ def test_the_imagenets_are_openoods(name: str) -> None:
         "id/subtrain": f"sub_train_{name}.txt",
         "id/val": f"val_{name}.txt",
         "id/test": f"test_{name}.txt",
-        "csid/imagenet_v2": csid[0],
-        "csid/imagenet_c": csid[1],
-        "csid/imagenet_r": csid[2],
+        **dict(zip([f"csid/imagenet_{kind}" for kind in ("v2", "c", "r", "es")], csid, strict=False)),
         "ood/val": "val_openimage_o.txt",
         "ood/near/ssb_hard": "test_ssb_hard.txt",
         "ood/near/ninco": "test_ninco.txt",

@@ -30,7 +30,7 @@ def by_the_oracle(id_scores: Scores, ood_scores: Scores) -> Detection:
 
 
 def by_openood(id_scores: Scores, ood_scores: Scores) -> Detection:
-    """OpenOOD v1.5's `auc_and_fpr_recall`, its two AUPR columns under their right names."""
+    """OpenOOD's `auc_and_fpr_recall` since 4a72488; before, AUPR-IN and AUPR-OUT stood under each other's name."""
     conf = np.concatenate([id_scores, ood_scores])
     is_ood = np.arange(conf.size) >= id_scores.size
     fpr, tpr, _ = sklearn_curve(is_ood, -conf)

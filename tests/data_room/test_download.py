@@ -33,7 +33,7 @@ def pack(files: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED) -> b
 
 
 def get(root: Path, mirror: Any, *only: str, checkpoints: bool = False) -> list[str]:
-    archives = choose_archives(CIFAR10, only, checkpoints)
+    archives = choose_archives(CIFAR10, only, checkpoints, root)
     return download_archives(CIFAR10, archives, root, root / "results", mirror=mirror.url)
 
 
@@ -63,6 +63,7 @@ def test_everything_is_fetched_unpacked_and_complete(tmp_path: Path, mirror: Any
     assert len(mirror.asked) == len(left) == 10
     assert states(tmp_path) == {
         **dict.fromkeys((a.name for a in find_archives("cifar10")), "complete"),
+        "benchmark_imglist_authors": "to fetch",
         "cifar10_res18_v1.5": "unpacked before",
     }
     assert get(tmp_path, mirror, checkpoints=True) == []
@@ -74,7 +75,10 @@ def test_only_some_archives(tmp_path: Path, mirror: Any) -> None:
     assert [name for name, _ in mirror.asked] == ["benchmark_imglist.zip", "mnist.zip"]
     state = {s.split: s.state for s in survey(CIFAR10, tmp_path)}
     assert (state["ood/far/mnist"], state["ood/far/svhn"], state["id/subtrain"]) == ("complete", "missing", "no list")
-    message = r"^archive 'minst' is not part of cifar10; it has benchmark_imglist, cifar10, .*, cifar10_res18_v1\.5$"
+    message = (
+        r"^archive 'minst' is not part of cifar10; it has benchmark_imglist, benchmark_imglist_authors, cifar10, .*,"
+        r" cifar10_res18_v1\.5$"
+    )
     with pytest.raises(InputError, match=message):
         choose_archives(CIFAR10, ("minst",))
 
@@ -83,6 +87,62 @@ def test_checkpoints_are_fetched_when_asked_for() -> None:
     assert "cifar10_res18_v1.5" not in {a.name for a in choose_archives(CIFAR10)}
     assert choose_archives(CIFAR10, checkpoints=True)[-1].name == "cifar10_res18_v1.5"
     assert [a.name for a in choose_archives(CIFAR10, ("cifar10_res18_v1.5",))] == ["cifar10_res18_v1.5"]
+
+
+# --- the authors' lists -----------------------------------------------------------------------------------------------
+
+IMAGENET = find_benchmark("imagenet")
+
+
+def chosen(root: Path | None = None) -> set[str]:
+    return {archive.name for archive in choose_archives(IMAGENET, root=root)}
+
+
+def test_lists_are_openoods_unless_the_authors_are_there(tmp_path: Path, mirror: Any) -> None:
+    """Then images that only OpenOOD's lists name are left out, and their list is not missing."""
+    assert chosen() == chosen(tmp_path) >= {"benchmark_imglist", "imagenet_es", "imagenet_r"}
+    assert "benchmark_imglist_authors" not in chosen()
+    lists = {f"benchmark_imglist/imagenet/{s.fallback or s.source}": b"a/b.png 1\n" for s in IMAGENET.splits}
+    del lists["benchmark_imglist/imagenet/test_imagenet_es.txt"]
+    mirror.files["benchmark_imglist_authors.zip"] = pack(lists)
+    named = choose_archives(IMAGENET, ("benchmark_imglist_authors",), root=tmp_path)
+    assert download_archives(IMAGENET, named, tmp_path, tmp_path / "results", mirror=mirror.url) == []
+    assert chosen(tmp_path) == chosen() - {"benchmark_imglist", "imagenet_es"} | {"benchmark_imglist_authors"}
+    plan = plan_download(IMAGENET, named[0], read_lists(IMAGENET, tmp_path), tmp_path, tmp_path / "results")
+    assert plan.state == "unpacked before"
+    with pytest.raises(
+        InputError, match=r"^benchmark_imglist and benchmark_imglist_authors are unpacked into the same "
+    ):
+        choose_archives(IMAGENET, ("benchmark_imglist", "benchmark_imglist_authors"))
+
+
+def test_the_lists_of_two_archives_are_never_mixed(tmp_path: Path, mirror: Any) -> None:
+    root = tmp_path / "my data"
+    content = {f"benchmark_imglist/cifar10/{s.fallback or s.source}": b"a/b.png 1\n" for s in CIFAR10.splits}
+    mirror.files["benchmark_imglist_authors.zip"] = pack(content)
+    get(root, mirror, "benchmark_imglist")
+    folder, before = root / "benchmark_imglist", files(root / "benchmark_imglist")
+    with pytest.raises(DownloadError) as raised:
+        get(root, mirror, "benchmark_imglist_authors")
+    assert str(raised.value) == (
+        f"{folder} holds the lists of benchmark_imglist; to use those of benchmark_imglist_authors:"
+        f" mv '{folder}' '{folder}.before' && rm '{root}/.download/benchmark_imglist.done'"
+    )
+    assert files(folder) == before
+    (root / ".download/benchmark_imglist.done").unlink()  # lists of somebody
+    with pytest.raises(
+        DownloadError, match=r"benchmark_imglist holds other lists; to use those of benchmark_imglist_auth"
+    ):
+        get(root, mirror, "benchmark_imglist_authors")
+    folder.rename(f"{folder}.before")
+    get(root, mirror, "benchmark_imglist_authors")
+    assert (folder / "cifar10/test_mnist.txt").read_bytes() == b"a/b.png 1\n"
+    (folder / "cifar10/test_mnist.txt").unlink()
+    with pytest.raises(
+        DownloadError, match=r"holds the lists of benchmark_imglist_authors; to use those of benchmark_"
+    ):
+        get(root, mirror, "benchmark_imglist")
+    assert not (folder / "cifar10/test_mnist.txt").exists()
 
 
 # --- resumed ----------------------------------------------------------------------------------------------------------
@@ -283,20 +343,25 @@ def test_archives_are_openoods() -> None:
     """Typed a second time by hand."""
     found = {a.name: a for a in find_archives("cifar10")}
     assert list(found) == [
-        *("benchmark_imglist", "cifar10", "cifar100", "tin", "mnist", "svhn", "texture", "places365", "cifar10c"),
+        *("benchmark_imglist", "benchmark_imglist_authors"),
+        *("cifar10", "cifar100", "tin", "mnist", "svhn", "texture", "places365", "cifar10c"),
         "cifar10_res18_v1.5",
     ]
-    assert found["benchmark_imglist"].url() == "https://drive.google.com/uc?id=1XKzBdWCqg3vPoj-D32YixJyJJ0hL63gP"
+    assert found["benchmark_imglist"].url() == "https://drive.google.com/uc?id=1lI1j0_fDDvjIt9JlWAw09X8ks-yrR_H1"
     assert found["svhn"].url("http://here/x/") == "http://here/x/svhn.zip"
     assert found["places365"].folder == "images_classic/places365"
     large = {a.name: a for a in find_archives("imagenet")}
     assert list(large) == [
-        *("benchmark_imglist", "imagenet_1k", "ssb_hard", "ninco", "inaturalist", "openimage_o"),
-        *("imagenet_v2", "imagenet_c", "imagenet_r", "texture", "imagenet_res50_v1.5"),
+        *("benchmark_imglist", "benchmark_imglist_authors"),
+        *("imagenet_1k", "ssb_hard", "ninco", "inaturalist", "openimage_o"),
+        *("imagenet_v2", "imagenet_c", "imagenet_r", "imagenet_es", "texture", "imagenet_res50_v1.5"),
     ]
+    assert large["imagenet_es"].folder == "images_largescale/imagenet_es"
+    assert "imagenet_es" not in {a.name for a in find_archives("imagenet200")}
     assert (large["ninco"].folder, large["texture"].folder) == ("images_largescale/ninco", "images_classic/texture")
     assert {a.name: a.drive for name in BENCHMARKS if name != "digits" for a in find_archives(name)} == {
-        "benchmark_imglist": "1XKzBdWCqg3vPoj-D32YixJyJJ0hL63gP",
+        "benchmark_imglist": "1lI1j0_fDDvjIt9JlWAw09X8ks-yrR_H1",
+        "benchmark_imglist_authors": "1XKzBdWCqg3vPoj-D32YixJyJJ0hL63gP",
         "cifar10": "1Co32RiiWe16lTaiOU6JMMnyUYS41IlO1",
         "cifar100": "1PGKheHUsf29leJPPGuXqzLBMwl8qMF8_",
         "tin": "1PZ-ixyx52U989IKsMA2OT-24fToTrelC",
@@ -312,6 +377,7 @@ def test_archives_are_openoods() -> None:
         "openimage_o": "1VUFXnB_z70uHfdgJG2E_pjYOcEgqM7tE",
         "imagenet_v2": "1akg2IiE22HcbvTBpwXQoD7tgfPCdkoho",
         "imagenet_r": "1EzjMN2gq-bVV7lg-MEAdeuBuz-7jbGYU",
+        "imagenet_es": "1ATz11vKmPqyzfEaEDRaPTF9TXiC244sw",
         "imagenet_c": "1JeXL9YH4BO8gCJ631c5BHbaSsl-lekHt",
         "cifar10_res18_v1.5": "1byGeYxM_PlLjT72wZsMQvP6popJeWBgt",
         "cifar100_res18_v1.5": "1s-1oNrRtmA0pGefxXJOUVRYpaoAML0C-",

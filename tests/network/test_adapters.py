@@ -261,7 +261,7 @@ def test_pytorch_ood_missing_is_said() -> None:
     code = "import sys; sys.modules['pytorch_ood'] = None; import nacpipe.network.for_pytorch_ood"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1] == (
-        "nacpipe.errors.MissingExtra: this needs pytorch-ood; install it with: pip install 'nacpipe[baselines]'"
+        "nacpipe.errors.MissingExtra: this needs pytorch-ood; install it with: pip install 'nacpipe[pytorch-ood]'"
     )
 
 

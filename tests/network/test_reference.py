@@ -18,6 +18,8 @@ from nacpipe.core.coverage import bin_edges, combine_layers, layer_score, produc
 from nacpipe.core.kernels import count_sorted, fill_ranked, fill_rows
 from nacpipe.core.metrics import accuracy, detect
 from nacpipe.core.params import NacParams
+from nacpipe.core.plain_scores import fit_temperature
+from nacpipe.search.baselines import score_baselines
 from nacpipe.search.evaluate import evaluate
 from nacpipe.search.result import SearchRequest
 from nacpipe.search.study import Search
@@ -106,6 +108,17 @@ def test_cells_of_the_table_are_the_references(extracted: Cache, shared: Path, w
         for metric, tolerance in {"auroc": 5e-4, "aupr_in": 5e-4, "aupr_out": 5e-4, "fpr95": 3e-3}.items():
             assert row[metric] == pytest.approx(metrics[metric], abs=tolerance)
         assert row["accuracy"] == metrics["accuracy"]
+
+
+def test_gen_and_the_temperature_of_the_table(extracted: Cache) -> None:
+    """As OpenOOD's code has them in float64; clamped probabilities give SVHN 0.8831, fifty small steps T = 1.22."""
+    more = score_baselines(extracted, ["GEN", "Temperature"], ["id/test", "ood/near/cifar100", "ood/far/svhn"])
+    table = evaluate(extracted, None, more=more).query("task == 'ood'").set_index(["dataset", "method"])["auroc"]
+    assert table["svhn", "GEN"] == pytest.approx(0.87466, abs=5e-5)
+    assert table["cifar100", "GEN"] == pytest.approx(0.88092, abs=5e-5)
+    val = extracted["id/val"]
+    assert fit_temperature(val.read("logits"), val.label) == pytest.approx(2.279, abs=2e-3)
+    assert more["Temperature"].n_fitted == 1000
 
 
 def products(arrays: Arrays, layer: str) -> NDArray[np.float32]:

@@ -14,10 +14,10 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache
-from nacpipe.core.baselines import energy
 from nacpipe.core.coverage import Source, logits_gradient
 from nacpipe.core.metrics import auroc, fpr95
 from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.core.plain_scores import energy
 from nacpipe.errors import ParamsError
 from nacpipe.search.objective import DIRECTIONS, Checks, Evaluator, Objective, Proposal
 from nacpipe.search.scoring import (

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import zarr
 from click.testing import CliRunner, Result
@@ -23,6 +25,7 @@ from nacpipe.core.coverage import covered_area
 from nacpipe.core.metrics import spearman
 from nacpipe.core.params import LayerParams
 from nacpipe.errors import IdentityError, InputError, ParamsError
+from nacpipe.search import rank as ranking
 from nacpipe.search.rank import PAPER, rank_checkpoints, read_accuracies
 from nacpipe.search.scoring import read_source
 from tests import oracle
@@ -328,3 +331,96 @@ def test_one_state_of_a_layer_does_not_decide(caches: list[Cache]) -> None:
         ParamsError, match=r"^layer 'layer1:gradient' is one state of a layer; NAC-ME has one per layer: layer1$"
     ):
         rank_checkpoints(caches, layer="layer1:gradient")
+
+
+# --- nothing to choose by ---------------------------------------------------------------------------------------------
+
+
+def wrong_everywhere(cache: Cache, *splits: str) -> None:
+    """Every label becomes a class that the network does not predict."""
+    root = zarr.open_group(cache.path, mode="r+")
+    for split in splits:
+        predicted = np.asarray(root[f"{split}/logits"][:]).argmax(axis=1)  # type: ignore[index]
+        root[f"{split}/label"][:] = (predicted + 1) % 3  # type: ignore[index]
+        CacheWriter(cache.path, cache.header).seal(split)
+
+
+@pytest.fixture
+def run(caches: list[Cache], tmp_path: Path) -> list[Cache]:
+    """Copies of three checkpoints, which a test may write to."""
+    paths = [shutil.copytree(cache.path, tmp_path / f"s{number}.zarr") for number, cache in enumerate(caches[:3])]
+    return [open_cache(path) for path in paths]
+
+
+def reopen(run: list[Cache]) -> list[Cache]:
+    return [open_cache(cache.path) for cache in run]
+
+
+def test_none_is_chosen_where_none_classifies_an_image(run: list[Cache]) -> None:
+    for cache in run:
+        wrong_everywhere(cache, "id/train")
+    found = rank_checkpoints(reopen(run))
+    assert found.chosen is None
+    assert found.checkpoints["images"].tolist() == found.checkpoints["area_avgpool"].tolist() == [0, 0, 0]
+    reason = (
+        "none of 3 checkpoints classifies an image of id/train correctly;"
+        " are its labels in the order of the network's classes?"
+    )
+    assert found.reason == reason
+    assert found.selections is not None
+    rows = found.selections.set_index("selection")
+    assert rows.loc["coverage"].isna().all()
+    assert rows.loc["last", "checkpoint"] == "s2"
+    paths = [cache.path for cache in run]
+    printed = nacpipe("rank", *paths)
+    assert printed.exit_code == 1
+    assert printed.stderr == f"nacpipe: no checkpoint is chosen: {reason}\n"
+    assert "\nlargest covered area of avgpool: none\n" in printed.stdout
+    assert printed.stdout.splitlines()[-1].split() == ["coverage", "none", "–", "–"]
+    told = json.loads((done := nacpipe("rank", *paths, "--json")).stdout)
+    assert (done.exit_code, told["chosen"], told["reason"]) == (1, None, reason)
+    assert told["selections"][-1] == {"selection": "coverage", "checkpoint": None, "test_in": None, "correlation": None}
+    assert (done := nacpipe("rank", *paths, "--csv")).exit_code == 1
+    assert done.stdout.splitlines()[0].startswith("checkpoint,images,area_avgpool")
+    alone = nacpipe("rank", paths[0])
+    assert "no checkpoint is chosen: the checkpoint classifies no image of id/train correctly" in alone.stderr
+
+
+@pytest.mark.parametrize("wrong", [(0, 1), (1, 2), (0, 2)])
+def test_a_checkpoint_that_classifies_no_image_is_never_chosen(run: list[Cache], wrong: tuple[int, ...]) -> None:
+    """Wherever it stands, and whatever parameters would make of its area."""
+    for place in wrong:
+        wrong_everywhere(run[place], "id/train")
+    (left,) = {0, 1, 2} - {*wrong}
+    found = rank_checkpoints(reopen(run), params=replace(PAPER, saturation=100_000))
+    assert (found.chosen, found.reason) == (f"s{left}", "")
+    assert [area > 0 for area in found.checkpoints["area_avgpool"]] == [place == left for place in range(3)]
+    assert nacpipe("rank", *(cache.path for cache in run)).exit_code == 0
+
+
+def test_areas_that_are_no_numbers_are_never_chosen() -> None:
+    """NaN beside a number, NaN alone, and a number of a checkpoint that classifies no image."""
+    frame = pd.DataFrame({"images": [3, 2, 0, 4], "area_x": [math.nan, 0.1, 0.9, 0.1]})
+    assert ranking._largest(ranking._eligible(frame, "area_x")) == 1
+    assert ranking._largest(ranking._eligible(frame.assign(area_x=math.nan), "area_x")) is None
+    assert ranking._largest(ranking._eligible(frame.assign(images=0), "area_x")) is None
+    assert ranking._largest(pd.Series([0.0, 0.0])) is None
+    assert ranking._largest(pd.Series([0.0, 0.5, 0.5])) == 1
+
+
+def test_a_split_without_labels_is_said(run: list[Cache]) -> None:
+    found = rank_checkpoints(run, split="ood/val")
+    assert found.chosen is None
+    assert found.reason == "ood/val has no labels, all 37 are −1; name a split that has, with --split"
+    printed = nacpipe("rank", *(cache.path for cache in run), "--split", "ood/val")
+    assert (printed.exit_code, printed.stderr) == (1, f"nacpipe: no checkpoint is chosen: {found.reason}\n")
+
+
+def test_a_way_that_goes_by_zeros_alone_chooses_none(run: list[Cache]) -> None:
+    for cache in run:
+        wrong_everywhere(cache, "id/val", "csid/a_out", "csid/b_out")
+    selections = rank_checkpoints(reopen(run)).selections
+    assert selections is not None
+    rows = selections.set_index("selection")["checkpoint"]
+    assert rows[["oracle", "training-domain validation"]].isna().all()
+    assert rows["last"] == "s2" and rows["coverage"] in ("s0", "s1", "s2")

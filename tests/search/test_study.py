@@ -16,9 +16,9 @@ from optuna.trial import TrialState
 from nacpipe.artifact import read_params, write_params
 from nacpipe.cache import Cache
 from nacpipe.core import published
-from nacpipe.core.baselines import energy
 from nacpipe.core.metrics import auroc, detect
 from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.core.plain_scores import energy
 from nacpipe.errors import InputError, ParamsError
 from nacpipe.search import sweep
 from nacpipe.search.objective import Checks, Evaluator
