@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from safetensors.numpy import save
 from nacpipe.core.address import is_url
 from nacpipe.core.exported import Exported
 from nacpipe.core.params import NacParams
+from nacpipe.core.text import command_line
 from nacpipe.errors import DetectorError, InputError, ParamsError
 
 MAX_BYTES = 16 * 2**20  # a parameter file is a few kB; more is a mistake
@@ -96,7 +96,7 @@ def read_detector(path: str | Path) -> Exported:
     """
     try:
         if (Path(path) / "zarr.json").is_file():
-            raise DetectorError(f"it is a cache; make a detector of it with: nacpipe export {shlex.quote(str(path))}")
+            raise DetectorError(f"it is a cache; make a detector of it with: {command_line('export', path)}")
         if (size := os.path.getsize(path)) > MAX_DETECTOR_BYTES:
             raise DetectorError(f"it has {size} bytes; at most {MAX_DETECTOR_BYTES} are read")
         with safe_open(path, framework="numpy") as file:

@@ -1,4 +1,5 @@
-"""Hostile input, drawn: whatever a cache, list, folder, image, TOML or parameter file holds, it is read or refused.
+"""Hostile input, drawn: whatever a cache, list, folder, image, TOML, parameter file, checkpoint or name is, it is read or
+refused in words.
 
 A few draws of each in `make check`, many in `make fuzz`. Never a traceback, never a path outside, never memory for more
 than what is really stored.
@@ -6,11 +7,16 @@ than what is really stored.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import json
 import os
+import re
+import shlex
 import shutil
+import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -191,6 +197,23 @@ PIECES = st.sampled_from(
         b" {",
         b"}",
         "\u00a0".encode(),
+        codecs.BOM_UTF8,
+        b"\r\n",
+        b"a b.png",
+        b"\ta.png\t1",
+        b"caf\xe9.png",  # Latin-1
+        "a.png 1\n".encode("utf-16"),
+        b"9" * 5000,
+        b"1e400",
+        b"0x10",
+        b"1_000",
+        "\u0663".encode(),  # a digit, and none that int() takes in a list
+        "\u2028\x85\x0c".encode(),
+        b"{'label': 99999999999999999999}",
+        b"2147483648",
+        b"x" * 5000,
+        b"#",
+        b"\xed\xb3\xa9",  # a surrogate, encoded
     ]
 )
 
@@ -199,13 +222,18 @@ PIECES = st.sampled_from(
 @given(content=st.lists(PIECES, max_size=12).map(b"".join) | st.binary(max_size=40))
 @example(content=b"a/../../b.png 1")
 @example(content=b"[" * 5000 + b" 1")
+@example(content=codecs.BOM_UTF8 + b"a.png 1\r\nb c.png\t2\r\n")
+@example(content=b"a.png " + b"9" * 5000)
+@example(content="a.png 1\n".encode("utf-16"))
+@example(content=b"caf\xe9.png 1")
 def test_any_list_is_read_or_refused_and_none_leaves_its_folder(content: bytes) -> None:
     try:
         names, labels = parse_list(content, "list.txt")
     except ImageError as error:
-        assert "list.txt" in str(error) and "\n" not in error.one_line()
+        assert "list.txt" in str(error) and "\n" not in error.one_line() and len(error.one_line()) < 1000
         return
     assert len(names) == labels.size > 0
+    assert np.abs(labels).max() <= 2**31
     for name in names:
         path = PurePosixPath(name)
         assert not path.is_absolute() and ".." not in path.parts and not {"\0", "\r", "\n"} & {*name}
@@ -370,3 +398,314 @@ def test_any_parameters_are_read_or_refused(tmp_path: Path, place: tuple[Any, ..
         return
     for layer in found.layers.values():
         assert 4 <= layer.bins <= 100_000 and layer.alpha > 0 and np.isfinite([layer.alpha, layer.weight]).all()
+
+
+# --- labels, folders and links, through the command line --------------------------------------------------------------
+
+OWN = """
+name = "mine"
+classes = 3
+[transform]
+resize = 8
+crop = 8
+mean = [0.5, 0.5, 0.5]
+std = [0.25, 0.25, 0.25]
+"""
+SETS = ["id.train", "id.subtrain", "id.val", "id.test", "csid.x", "ood.val", "ood.near.x", "ood.far.x"]
+NETWORK = """
+from torch import nn
+def build():
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
+"""
+PIXELS = b"P6 1 1 255\n\x01\x02\x03"  # a whole image, in few bytes
+
+
+def invoke(*args: str, charset: str = "utf-8") -> tuple[int, str, str]:
+    """Run a command; it ends with an exit code and one line, never with a traceback."""
+    done = CliRunner(charset=charset).invoke(main, list(args), prog_name="nacpipe")
+    if not isinstance(done.exception, SystemExit | None):
+        raise AssertionError(f"{args}: {done.exception!r}") from done.exception
+    assert done.exit_code in (0, 1)
+    errors = done.stderr_bytes.decode(charset)
+    assert all(c.isprintable() or c == "\n" for c in errors)
+    if done.exit_code == 1:
+        assert errors.splitlines()[-1].startswith("nacpipe: ")
+    return done.exit_code, done.stdout_bytes.decode(charset), errors
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A benchmark of lists, with three images and a small network."""
+    folder = tmp_path_factory.mktemp("listed")
+    tables = "".join(f'[{name}]\nlist = "{name}.txt"\n' for name in SETS)
+    (folder / "mine.toml").write_text(OWN + tables)
+    (folder / "net.py").write_text(NETWORK)
+    for name in "abc":
+        (folder / f"{name}.ppm").write_bytes(PIXELS)
+    return folder
+
+
+LABELS = st.sampled_from([-1, 0, 1, 2]) | st.sampled_from([-2, 3, 4, 10, 999, 2**31, -(2**31), 2**63, 10**30])
+
+
+@fuzzed
+@given(data=st.data())
+def test_any_labels_are_taken_or_refused(listed: Path, data: st.DataObject) -> None:
+    drawn = {}
+    for name in SETS:
+        labels = data.draw(st.lists(LABELS, min_size=3, max_size=6), label=name)
+        if name.startswith("ood"):
+            labels = [-1 for _ in labels] if data.draw(st.booleans()) else labels
+        drawn[name] = labels
+        end = data.draw(st.sampled_from(["\n", "\r\n"]))
+        lines = end.join(f"{'abc'[i % 3]}.ppm {label}" for i, label in enumerate(labels))
+        (listed / f"{name}.txt").write_bytes(lines.encode())
+    invoke("data", "status", str(listed / "mine.toml"))
+    cache = ["--cache", str(listed / "c.zarr"), "--train-images", "3"]
+    model = ["--model", f"{listed / 'net.py'}:build"]
+    code, _, errors = invoke("extract", str(listed / "mine.toml"), *model, *cache, "--dry-run")
+    if any(not 0 <= label < 3 for label in drawn["id.train"]):
+        assert code == 1 and "id.train.txt" in errors
+    # Line 5 of issue 12 wants the same of every ID and csid list, by file and line; it is mended elsewhere. Then:
+    # if any(not 0 <= label < 3 for name in SETS[:5] for label in drawn[name]):
+    #     assert code == 1 and re.search(r"line \d+ of .*(id|csid)\.\w+\.txt", errors)
+
+
+FILE_NAMES = st.sampled_from(
+    [
+        "a.ppm",
+        "b c.ppm",
+        ".a.ppm",
+        "._a.ppm",
+        "Thumbs.db",
+        "x\ny.ppm",
+        "caf\udce9.ppm",
+        "\u202eppm.ppm",
+        "-a.ppm",
+        "a.PPM",
+    ]
+)
+FOLDER_NAMES = st.sampled_from(["0", "1", "2", "deep", ".hidden", "caf\udce9", "a b", "x\ny"])
+TARGETS = st.sampled_from([".", "..", "../..", "0", "../0", "deep", "/", "nosuch", "self", "a.ppm", "../outside"])
+
+
+@fuzzed
+@given(data=st.data())
+def test_any_folder_is_walked_or_refused(data: st.DataObject) -> None:
+    """Links to folders above and below, to themselves, to nothing, out of the set; hidden files; names of bytes."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        tables = "".join(f'[{key}]\nfolders = "{key}"\n' for key in ("id.train", "id.val", "ood.val"))
+        (place / "mine.toml").write_text(OWN + tables)
+        (place / "net.py").write_text(NETWORK)
+        (place / "outside").mkdir()
+        (place / "outside/o.ppm").write_bytes(PIXELS)
+        for key in ("id.train", "id.val", "ood.val"):
+            folders = [place / key / str(label) for label in range(3)]
+            for folder in folders:
+                folder.mkdir(parents=True)
+                (folder / "a.ppm").write_bytes(PIXELS)
+            folders.append(place / key)
+            for _ in range(data.draw(st.integers(0, 4), label=f"changes in {key}")):
+                where = data.draw(st.sampled_from(folders))
+                kind = data.draw(st.sampled_from(["file", "folder", "link", "nothing", "garbage"]))
+                target = where / data.draw(FOLDER_NAMES if kind == "folder" else FILE_NAMES | FOLDER_NAMES)
+                with contextlib.suppress(OSError):  # it is there already, or its folder is not any more
+                    if kind == "folder":
+                        target.mkdir()
+                        folders.append(target)
+                    elif kind == "link":
+                        target.symlink_to(data.draw(TARGETS))
+                    elif kind == "nothing":
+                        shutil.rmtree(where)
+                    elif not os.path.lexists(target):
+                        target.write_bytes(PIXELS if kind == "file" else b"no image")
+        toml = str(place / "mine.toml")
+        invoke("data", "status", toml)
+        invoke("data", "status", toml, "--json")
+        if data.draw(st.integers(0, 4), label="planned") == 0:
+            cache = ["--cache", str(place / "c.zarr"), "--train-images", "3"]
+            invoke("extract", toml, "--model", f"{place / 'net.py'}:build", *cache, "--dry-run")
+        with contextlib.suppress(ImageError):
+            from nacpipe.network.score import find_images
+
+            assert all(path.is_relative_to(place) for path in find_images([place]))
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+PREFIXES = ["", "module.", "_orig_mod.", "model.", "net.", "backbone.", "module._orig_mod.", "encoder.module."]
+NESTS = ["model", "net", "state_dict", "model_state_dict", "ema", "weights", "", "1"]
+DTYPES = ["float32", "float64", "float16", "bfloat16", "int64", "bool", "float8_e4m3fn"]
+# What stands beside the weights in files of training loops.
+OTHERS: list[Any] = [7, "text", None, [1, 2], {}, {"lr": 0.1}, (1,), True, b"bytes", {"a": {"b": 3}}]
+# Lines 17 and 21 of issue 12, which are mended elsewhere: with these `load_weights` gives a traceback as it is here.
+# When they are mended, they belong in DTYPES, OTHERS and `change_tensor`:
+#   a dtype complex64; keys that are no text (1, ("a", 1), None); sparse, quantised and meta tensors.
+
+
+def change_tensor(tensor: Any, how: str) -> Any:
+    """A tensor as somebody might have saved it."""
+    import torch
+
+    changes: dict[str, Callable[[], Any]] = {
+        "parameter": lambda: torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()),
+        "transposed": lambda: tensor.t() if tensor.dim() == 2 else tensor,
+        "strided": lambda: torch.stack([tensor, tensor], dim=-1)[..., 0],
+        "empty": lambda: tensor[:0] if tensor.dim() else tensor,
+        "scalar": lambda: torch.tensor(1.0),
+        "nan": lambda: torch.full_like(tensor.float(), float("nan")),
+        "expanded": lambda: torch.zeros(1).expand(tensor.shape),
+        "text": lambda: "text",
+        "nothing": lambda: None,
+    }
+    return changes[how]() if how in changes else tensor.to(getattr(torch, how))
+
+
+@fuzzed
+@given(data=st.data())
+def test_any_checkpoint_is_loaded_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    from nacpipe.core.benchmarks import find_benchmark
+    from nacpipe.network.digits_cnn import DigitsCNN
+    from nacpipe.network.load import load_network
+    from nacpipe.network.models import find_model
+
+    state: dict[Any, Any] = dict(DigitsCNN().state_dict())
+    for _ in range(data.draw(st.integers(0, 3), label="changes")):
+        key = data.draw(st.sampled_from(sorted(state)))
+        kind = data.draw(st.sampled_from(["tensor", "remove", "add", "rename"]))
+        if kind == "tensor" and isinstance(state[key], torch.Tensor):
+            hows = [
+                *DTYPES,
+                "parameter",
+                "transposed",
+                "strided",
+                "empty",
+                "scalar",
+                "nan",
+                "expanded",
+                "text",
+                "nothing",
+            ]
+            state[key] = change_tensor(state[key], data.draw(st.sampled_from(hows), label=key))
+        elif kind == "remove":
+            del state[key]
+        elif kind == "rename":
+            state[data.draw(st.sampled_from(["x", "", "module.", key + ".", "\ud800", key.upper()]))] = state.pop(key)
+        else:
+            state["_extra_state"] = data.draw(st.sampled_from(OTHERS))
+    dtype = data.draw(st.sampled_from(DTYPES), label="dtype of all")
+    if data.draw(st.booleans()):
+        state = {k: v.to(getattr(torch, dtype)) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+    prefix = data.draw(st.sampled_from(PREFIXES), label="prefix")
+    content: Any = data.draw(st.sampled_from([dict, OrderedDict]))({prefix + k: v for k, v in state.items()})
+    for _ in range(data.draw(st.integers(0, 2), label="nested")):
+        content = {data.draw(st.sampled_from(NESTS)): content}
+        if data.draw(st.booleans()):
+            content["epoch"] = data.draw(st.sampled_from([*OTHERS, dict(state)]))
+    tensors = all(isinstance(v, torch.Tensor) for v in content.values()) and all(isinstance(k, str) for k in content)
+    if tensors and data.draw(st.booleans(), label="safetensors"):
+        file = tmp_path / "net.safetensors"
+        with contextlib.suppress(ValueError, RuntimeError, UnicodeEncodeError):  # shared memory, a key that is no text
+            save_file({k: v.detach().contiguous().clone() for k, v in content.items()}, file)
+    else:
+        torch.save(content, file := tmp_path / "net.pth")
+    if file.exists() and data.draw(st.integers(0, 3), label="damaged") == 0:
+        whole = bytearray(file.read_bytes())
+        at = data.draw(st.integers(0, len(whole) - 1))
+        whole[at] ^= 1 << data.draw(st.integers(0, 7))
+        file.write_bytes(whole[: data.draw(st.sampled_from([len(whole), at]))])
+    try:
+        network = load_network(find_model("digits_cnn"), find_benchmark("digits"), file, torch.device("cpu"))
+    except NacError as error:
+        assert "\n" not in error.one_line() and file.name in str(error)
+        return
+    finally:
+        file.unlink(missing_ok=True)
+    assert re.fullmatch("[0-9a-f]{64}", network.weights)
+
+
+# --- names and encodings ----------------------------------------------------------------------------------------------
+
+CHARSETS = st.sampled_from(["utf-8", "cp1252", "latin-1", "ascii", "cp437", "cp1251", "shift_jis", "gb18030"])
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=12)
+NAMES = st.one_of(
+    TEXTS,
+    st.binary(min_size=1, max_size=12).map(lambda b: os.fsdecode(b.replace(b"/", b"x").replace(b"\0", b"x"))),
+    st.sampled_from(
+        ["a b", "it's", "$(ls)", "`x`", "a;b", "*", "~", "caf\udce9", "\u202e", "a\nb", "\x1b[2J", "é", "測定", '"']
+    ),
+).filter(lambda name: name not in (".", "..") and not name.startswith("-") and "://" not in name)
+
+
+@pytest.fixture(scope="module")
+def searched(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cache, c.zarr, and what a search left beside it."""
+    folder = tmp_path_factory.mktemp("searched")
+    make_cache(folder / "c.zarr", rows={"id/train": 20, "id/val": 17, "ood/val": 17})
+    assert invoke("search", str(folder / "c.zarr"), "--trials", "25")[0] == 0
+    return folder
+
+
+COMMANDS: list[list[str]] = [
+    ["inspect", "CACHE"],
+    ["inspect", "CACHE", "id/val", "avgpool", "--alpha", "2"],
+    ["inspect", "CACHE", "NAME"],
+    ["inspect", "CACHE", "id/val", "NAME"],
+    ["inspect", "CACHE", "--json"],
+    ["search", "CACHE", "--status"],
+    ["search", "CACHE", "--explain"],
+    ["search", "CACHE", "--dry-run"],
+    ["search", "CACHE", "--trials", "2", "--study", "NAME"],
+    ["search", "CACHE", "--status", "--study", "NAME"],
+    ["search", "CACHE", "--trials", "2", "--storage", "NAME"],
+    ["search", "CACHE", "--trials", "2", "--storage", "sqlite+pysqlite:///NAME"],
+    ["search", "CACHE", "--space", "NAME"],
+    ["search", "CACHE", "--layers", "NAME"],
+    ["search", "CACHE", "--val", "NAME"],
+    ["evaluate", "CACHE"],
+    ["evaluate", "CACHE", "--csv"],
+    ["evaluate", "CACHE", "--markdown"],
+    ["evaluate", "CACHE", "--against", "CACHE.params.json", "--json"],
+    ["evaluate", "CACHE", "--params", "NAME"],
+    ["rank", "CACHE", "--csv"],
+    ["verify", "CACHE"],
+    ["repair", "CACHE"],
+    ["export", "CACHE", "--json"],
+    ["data", "status", "NAME.toml"],
+    ["evaluate", "NAME"],
+    ["extract", "NAME"],
+]
+BEFORE_COMMANDS = r"(?:next|with): (nacpipe .*)"
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Optuna closes its databases when they are collected
+@fuzzed
+@given(name=NAMES, charset=CHARSETS, command=st.sampled_from(COMMANDS))
+@example(name="caf\udce9", charset="cp1252", command=COMMANDS[10])
+@example(name="a\nb", charset="ascii", command=COMMANDS[0])
+def test_any_name_in_any_encoding(searched: Path, name: str, charset: str, command: list[str]) -> None:
+    """What is printed is of the terminal's encoding, one line where a command fails; names in commands are quoted."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache = os.path.join(folder, name)
+        try:
+            shutil.copytree(searched / "c.zarr", f"{cache}.zarr")
+        except OSError:
+            return  # the file system takes no such name
+        for ending in ("params.json", "study.log"):
+            shutil.copy(searched / f"c.{ending}", f"{cache}.{ending}")
+        args = [arg.replace("CACHE.params", f"{cache}.params").replace("CACHE", f"{cache}.zarr") for arg in command]
+        args = [
+            arg.replace("NAME", os.path.join(folder, "other " + name) if "--study" not in args else name)
+            for arg in args
+        ]
+        code, printed, errors = invoke(*args, charset=charset)
+        if "--json" in command and code == 0:
+            json.loads(printed.encode("ascii"))
+        if charset == "utf-8" and name.isprintable():
+            for pasted in re.findall(BEFORE_COMMANDS, errors):
+                for path in (f"{cache}.zarr", f"{folder}/other {name}"):
+                    assert path not in pasted or shlex.quote(path) in pasted

@@ -12,6 +12,7 @@ vouches for is on the disk (fsync), so that a power cut is no worse than a kill.
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from nacpipe.cache.seal import split_digest
 from nacpipe.cache.store import holds_cache, is_empty, open_store
 from nacpipe.core.address import is_url
 from nacpipe.core.provenance import diff
+from nacpipe.core.text import command_line
 from nacpipe.errors import CacheError, FormatError, IdentityError
 
 
@@ -118,7 +120,8 @@ class CacheWriter:
             for what, wanted in (("rows", rows), ("images", images)):
                 if (found := group.attrs.get(what)) != wanted:
                     raise CacheError(
-                        f"{self.path}: {name} has {found} {what}, not {wanted}; drop it first with --force {name}"
+                        f"{self.path}: {name} has {found} {what}, not {wanted}; drop it first with --force"
+                        f" {shlex.quote(name)}"
                     )
             missing = [path for path in self.header.arrays() if not self._holds(f"{name}/{path}")]
             if missing and self._holds(f"{name}/blocks"):
@@ -130,7 +133,9 @@ class CacheWriter:
             if not self._holds(f"{name}/blocks"):
                 create_marks(group, count_blocks(rows, self.header.block_rows))
             for array, what in split_problems(group, self.header):
-                raise FormatError(f"{self.path}: {name}/{array} {what}; mend it with: nacpipe repair {self.path}")
+                raise FormatError(
+                    f"{self.path}: {name}/{array} {what}; mend it with: {command_line('repair', self.path)}"
+                )
             if missing:
                 self._sync_below(name)
         return open_cache(self.path).peek(name).marks()
@@ -192,7 +197,7 @@ class CacheWriter:
             if array.nchunks_initialized < array.nchunks:
                 raise CacheError(
                     f"{self.path}: {name}/{path} lacks {array.nchunks - array.nchunks_initialized} of its chunks;"
-                    f" mend it with: nacpipe repair {self.path}"
+                    f" mend it with: {command_line('repair', self.path)}"
                 )
         self._sync_below(name)
         attributes = dict(group.attrs)
@@ -234,7 +239,7 @@ class CacheWriter:
         try:
             return open_member(self.root, path)
         except FormatError as error:
-            raise FormatError(f"{self.path}: {error}; mend it with: nacpipe repair {self.path}") from error
+            raise FormatError(f"{self.path}: {error}; mend it with: {command_line('repair', self.path)}") from error
 
     def _open(self, path: str) -> zarr.Array[Any]:
         if path not in self._arrays:

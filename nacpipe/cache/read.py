@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import shlex
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from nacpipe.cache.form import classifier_problems, open_member
 from nacpipe.cache.layout import Header, find_splits, is_there
 from nacpipe.cache.split import SplitView
 from nacpipe.cache.store import open_store
+from nacpipe.core.text import command_line, escape_bytes
 from nacpipe.errors import CacheError, FormatError, InputError, NacError
 
 
@@ -36,7 +38,7 @@ def open_root(path: str, *, mode: Literal["r", "r+"]) -> tuple[zarr.Group, Heade
         root = zarr.open_group(open_store(path, write=mode == "r+"), mode=mode, zarr_format=3, use_consolidated=False)
     except (FileNotFoundError, zarr.errors.GroupNotFoundError):
         raise CacheError(
-            f"there is no cache at {path}; make one with: nacpipe extract BENCHMARK --cache {path}"
+            f"there is no cache at {path}; make one with: {command_line('extract', 'BENCHMARK', '--cache', path)}"
         ) from None
     except (NacError, MemoryError):
         raise
@@ -57,6 +59,8 @@ class Cache(Mapping[str, SplitView]):
         self.header = header
         self.root = root
         self._names = find_splits(root)
+        if odd := [name for name in self._names if escape_bytes(name) != name]:
+            raise FormatError(f"{path}: the name of split {escape_bytes(odd[0])} is not UTF-8; rename its folder")
         self._checked: set[str] = set()
 
     def __getitem__(self, name: str) -> SplitView:
@@ -96,18 +100,19 @@ class Cache(Mapping[str, SplitView]):
         except KeyError:
             raise CacheError(f"{self.path}: {name} is gone; is it being extracted anew?") from None
         except FormatError as error:
-            raise FormatError(f"{self.path}: {error}; nacpipe repair {self.path} mends what can be mended") from error
+            raise FormatError(
+                f"{self.path}: {error}; {command_line('repair', self.path)} mends what can be mended"
+            ) from error
         if not isinstance(group, zarr.Group):
             raise FormatError(f"{self.path}: {name} is an array, not a split")
         return SplitView(self, name, group)
 
     def command(self) -> str:
         """Return the command that made this cache, which also finishes it, where it is now."""
-        recorded = str(self.header.information.get("command") or "nacpipe extract BENCHMARK")
-        try:
-            words = shlex.split(recorded)
-        except ValueError:  # an open quote: it was not written by nacpipe
-            return recorded
+        words = ["nacpipe", "extract", "BENCHMARK"]
+        with contextlib.suppress(ValueError):  # an open quote
+            recorded = shlex.split(str(self.header.information.get("command")))
+            words = recorded if recorded[:2] == words[:2] else words  # anything may stand in somebody's cache
         if "--cache" in words[:-1]:
             words[words.index("--cache") + 1] = self.path
         else:
@@ -121,17 +126,21 @@ class Cache(Mapping[str, SplitView]):
         except FormatError as error:
             problems = [("zarr.json", str(error))]
         for array, what in problems:
-            raise CacheError(f"{self.path}: classifier/{array} {what}; mend it with: nacpipe repair {self.path}")
+            raise CacheError(
+                f"{self.path}: classifier/{array} {what}; mend it with: {command_line('repair', self.path)}"
+            )
         if not is_there(self.root, "classifier/zarr.json") or not self.root["classifier"].attrs.get("written"):
             return None
         try:
             weight, bias = (np.asarray(self.root[f"classifier/{name}"][:]) for name in ("weight", "bias"))  # type: ignore[index]
         except (ValueError, RuntimeError) as error:
             raise CacheError(
-                f"{self.path}: classifier is damaged ({error}); mend it with: nacpipe repair {self.path}"
+                f"{self.path}: classifier is damaged ({error}); mend it with: {command_line('repair', self.path)}"
             ) from error
         if np.isnan(weight).any() or np.isnan(bias).any():
-            raise CacheError(f"{self.path}: classifier holds no value; mend it with: nacpipe repair {self.path}")
+            raise CacheError(
+                f"{self.path}: classifier holds no value; mend it with: {command_line('repair', self.path)}"
+            )
         return weight, bias
 
     def search_identity(self, splits: tuple[str, ...], layers: tuple[str, ...]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from nacpipe.cache.form import missing_chunks, open_member, split_problems
 from nacpipe.cache.layout import MISSING_INT, LayerSpec, chunk_key, count_blocks, is_there
 from nacpipe.cache.seal import digest_lines, hash_keys, list_keys
+from nacpipe.core.text import command_line
 from nacpipe.errors import CacheError, FormatError, InputError, NacError, ValuesError
 
 if TYPE_CHECKING:
@@ -127,8 +128,8 @@ class SplitView(Mapping[str, LayerView]):
 
     def _damaged(self, path: str, what: object) -> CacheError:
         return CacheError(
-            f"{self._cache.path}: {self.name}/{path} is damaged ({what}); mend it with: nacpipe repair"
-            f" {self._cache.path}"
+            f"{self._cache.path}: {self.name}/{path} is damaged ({what}); mend it with:"
+            f" {command_line('repair', self._cache.path)}"
         )
 
     def check(self) -> None:
@@ -149,7 +150,7 @@ class SplitView(Mapping[str, LayerView]):
         if not sharded and digest_lines(self.attributes, hashes) != self.attributes["digest"]:
             raise CacheError(
                 f"{self._cache.path}: {self.name} is not what was sealed: files were changed, exchanged or lost;"
-                f" nacpipe verify {self._cache.path} says which"
+                f" {command_line('verify', self._cache.path)} says which"
             )
 
     def marks(self) -> NDArray[np.bool_]:

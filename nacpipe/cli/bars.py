@@ -19,10 +19,13 @@ def print_bars(heights: Sequence[float], low: float, high: float, top: float | N
     bars = squeeze(heights, WIDTH)
     peak = max(bars) if top is None else top
     eighths = [max(round(8 * HEIGHT * bar / peak), 1) if bar > 0 else 0 for bar in bars]
-    for line in range(HEIGHT - 1, -1, -1):
-        click.echo("  " + "".join(EIGHTHS[min(max(e - 8 * line, 0), 8)] for e in eighths).rstrip())
+    lines = [
+        "  " + "".join(EIGHTHS[min(max(e - 8 * line, 0), 8)] for e in eighths).rstrip()
+        for line in range(HEIGHT - 1, -1, -1)
+    ]
     ends = f"{low:.4g}", f"{high:.4g}"
-    click.echo(f"  {'─' * len(bars)}\n  {ends[0]} {ends[1].rjust(max(len(bars) - len(ends[0]) - 1, 1))}")
+    lines += [f"  {'─' * len(bars)}", f"  {ends[0]} {ends[1].rjust(max(len(bars) - len(ends[0]) - 1, 1))}"]
+    click.echo("\n".join(lines))  # in one piece: where the terminal lacks blocks, all is drawn in ASCII
 
 
 def squeeze(heights: Sequence[float], width: int) -> list[float]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nacpipe.cli.show import Progress, note, print_json, print_table, split_names
+from nacpipe.core.text import command_line
 
 if TYPE_CHECKING:
     from nacpipe.core.benchmarks import Benchmark
@@ -158,9 +159,10 @@ def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
         unlisted = ("id/subtrain", *unlisted_splits(benchmark, root))
         lacking = [s.split for s in sets if not s.complete and s.split not in unlisted]
         if lacking:
-            note(f"get what is missing: nacpipe data download {benchmark.name} --data-root {root}")
+            note(f"get what is missing: {command_line('data', 'download', benchmark.name, '--data-root', root)}")
         elif not next(s for s in sets if s.split == "id/subtrain").complete:
-            note(f"make the list of id/subtrain: nacpipe data split-train {benchmark.name} --data-root {root}")
+            again = command_line("data", "split-train", benchmark.name, "--data-root", root)
+            note(f"make the list of id/subtrain: {again}")
 
 
 def _print_downloads(plans: list[DownloadPlan]) -> None:

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import errno
-import shlex
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -27,7 +27,9 @@ from nacpipe.cli.run import run
 from nacpipe.cli.score import score
 from nacpipe.cli.search import search
 from nacpipe.cli.show import printable
+from nacpipe.cli.streams import standard_streams
 from nacpipe.cli.verify import repair, verify
+from nacpipe.core.text import command_line
 from nacpipe.errors import NacError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -40,7 +42,8 @@ class Door(click.Group):
     def main(self, args: Any = None, *rest: Any, **more: Any) -> Any:
         """Run, remembering the command line: caches and messages name it as the way to go on."""
         given = list(sys.argv[1:] if args is None else args)
-        return super().main(given, *rest, obj=shlex.join(["nacpipe", *given]), **more)
+        with standard_streams(exits=more.get("standalone_mode", True)):
+            return super().main(given, *rest, obj=command_line(*given), **more)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; what goes wrong becomes one line on stderr and an exit code."""
@@ -50,9 +53,12 @@ class Door(click.Group):
             interrupted.append(number)
             raise KeyboardInterrupt
 
-        previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        previous = {number: signal.signal(number, interrupt) for number in numbers}
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
         except KeyboardInterrupt:
             self._part(ctx)
         except Exception as error:
@@ -65,7 +71,7 @@ class Door(click.Group):
             sys.exit(code)
         finally:
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by no Python code
 
     @staticmethod
     def _part(ctx: click.Context) -> NoReturn:

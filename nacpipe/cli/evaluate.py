@@ -20,6 +20,7 @@ from nacpipe.cli.show import (
     printable,
     split_names,
 )
+from nacpipe.core.text import escape_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,7 +134,7 @@ def _score(
     for cache, choice in zip(caches, chosen, strict=True):
         sets: dict[str, NacParams] = {"NAC": find_params(cache, choice, note)}
         if against is not None and (other is None or other.startswith("NAC (")):
-            other = f"NAC ({against})"
+            other = f"NAC ({escape_bytes(against)})"
             sets[other] = find_params(cache, against, note)
         runs.append(score_cache(cache, sets, more=score_baselines_named(cache, names, evaluated_splits(cache))))
     return runs, other

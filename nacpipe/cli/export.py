@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nacpipe.cli.show import Address, format_bytes, note, print_json, print_table
+from nacpipe.core.text import command_line
 
 if TYPE_CHECKING:
     from nacpipe.cache import Header
@@ -66,7 +67,7 @@ def score_command(detector: Path, header: Header) -> str:
     except ValueError:  # an open quote: it was not written by nacpipe
         asked = []
     model, checkpoint = (_value(asked, option) for option in ("--model", "--checkpoint"))
-    words = ["nacpipe", "score", str(detector), "IMAGES"]
+    words = ["score", str(detector), "IMAGES"]
     if made.startswith("timm:"):
         words += ["--model", made]
     elif header.identity.get("family") == "custom":
@@ -77,7 +78,7 @@ def score_command(detector: Path, header: Header) -> str:
     elif not asked:
         named = str(kept or "CHECKPOINT")
         words += ["--checkpoint", f"FOLDER/{named}" if Path(named).suffix else named]
-    return shlex.join(words)
+    return command_line(*words)
 
 
 def _value(words: list[str], option: str) -> str | None:

@@ -11,6 +11,7 @@ import click
 
 from nacpipe.cli.show import Address, Progress, format_bytes, note, print_json, print_table, split_names
 from nacpipe.core.address import is_url
+from nacpipe.core.text import command_line
 
 if TYPE_CHECKING:
     from nacpipe.network.plan import Plan
@@ -108,7 +109,7 @@ def extract(dry_run: bool, as_json: bool, **asked: Any) -> None:
         if len(frames) > 1:
             click.echo(f"{cache}")
         print_splits(frame)
-        note(f"next: nacpipe search {cache}")
+        note(f"next: {command_line('search', cache)}")
 
 
 def make_requests(**asked: Any) -> list[ExtractRequest]:

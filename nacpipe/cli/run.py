@@ -29,7 +29,6 @@ def run(trials: int | None, seed: int, **asked: Any) -> None:
     from nacpipe.errors import InputError
     from nacpipe.search.evaluate import evaluate
     from nacpipe.search.result import SearchRequest
-    from nacpipe.search.study import Search
 
     if trials is not None and trials < 1:
         raise InputError(f"trials is {trials}; it must be at least 1")
@@ -46,7 +45,6 @@ def run(trials: int | None, seed: int, **asked: Any) -> None:
         )
     extract_requests(requests)
     request = requests[0]
-    search = Search(SearchRequest(cache=request.cache, trials=trials, seed=seed))
-    result = run_search(search)
+    result = run_search(SearchRequest(cache=request.cache, trials=trials, seed=seed))
     click.echo("")
     print_evaluation(evaluate(open_cache(request.cache), result.params))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-import sys
-from collections.abc import Iterator
+import io
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import Progress, note, print_json, print_table
+from nacpipe.cli.show import Progress, note, print_csv, print_json, print_table
 
 if TYPE_CHECKING:
     from nacpipe.network.score import ScoredImage
@@ -65,16 +65,21 @@ def score(
             yield row
 
     if output == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(_COLUMNS)
+        print_csv(_csv_line(_COLUMNS))
         for row in rows():
-            writer.writerow("" if value is None else value for value in asdict(row).values())
+            print_csv(_csv_line(asdict(row).values()))
     elif output == "json":
         print_json([asdict(row) for row in rows()])
     else:
         print_table(_COLUMNS[:-1], [_cells(row) for row in rows()])
     if broken:
         raise ImageError(f"{len(broken)} of {len(paths)} images could not be scored; the first: {broken[0]}")
+
+
+def _csv_line(values: Iterable[Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow("" if value is None else value for value in values)
+    return line.getvalue()
 
 
 def _cells(row: ScoredImage) -> list[str]:

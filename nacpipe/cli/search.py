@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nacpipe.cli.show import Address, Progress, note, percent, print_json, print_table, split_names
+from nacpipe.core.text import command_line
 
 if TYPE_CHECKING:
-    from nacpipe.search.result import SearchResult
+    from nacpipe.search.result import SearchRequest, SearchResult
     from nacpipe.search.study import Search
 
 SAMPLERS = ("layers", "tpe", "random", "grid", "nsga2", "cmaes")
@@ -59,28 +60,51 @@ def search(status: bool, explain: bool, dry_run: bool, as_json: bool, **asked: A
     from nacpipe.search.result import SearchRequest
     from nacpipe.search.study import Search
 
-    look = status or explain or dry_run
-    if asked["output"] is not None and not look:
-        check_writable(asked["output"])
-    found = Search(SearchRequest(**asked), create=not look)
+    request = SearchRequest(**asked)
+    if not (status or explain or dry_run):
+        if request.output is not None:
+            check_writable(request.output)
+        run_search(request, as_json)
+        return
+    found = Search(request, create=False)
     if dry_run:
         _print_plan(found, as_json)
     elif explain:
         print_explanation(found, as_json)
-    elif status:
+    else:
         print_result(found.result("stopped"), found, as_json)
         done = len(found.completed())
         more = "it is complete; more with --trials N" if done >= found.trials else f"go on with: {found.command()}"
         note(f"{done} of {found.trials} trials; {more}")
-    else:
-        run_search(found, as_json)
 
 
-def run_search(search: Search, as_json: bool = False) -> SearchResult:
+def run_search(request: SearchRequest, as_json: bool = False) -> SearchResult:
     """Run a search with progress on stderr, write the parameters, print what was found."""
     from nacpipe.artifact import write_params
-    from nacpipe.search.objective import SHOWN
     from nacpipe.search.storage import only_runner
+    from nacpipe.search.study import Search
+
+    with only_runner(request.where, request.study_name):  # before the study is made: two at once would both make it
+        search = Search(request)
+        result = _run(search)
+    target = _where_to(search, result)
+    write_params(target, result.params, result=result.to_json(), made_by=search.made_by())
+    print_result(result, search, as_json)
+    note(f"wrote {target}")
+    if result.ended == "interrupted":
+        raise KeyboardInterrupt
+    if result.ended == "timeout":
+        note(f"time is up; go on with: {search.command()}")
+    elif result.ended == "patience" and request.patience:
+        note(f"no improvement in {request.patience} trials; go on with more: {search.command(2 * request.patience)}")
+    else:
+        named = ["--params", target] if request.output or target != request.target else []
+        note(f"next: {command_line('evaluate', request.cache, *named)}")
+    return result
+
+
+def _run(search: Search) -> SearchResult:
+    from nacpipe.search.objective import SHOWN
     from nacpipe.search.sweep import run
 
     request = search.request
@@ -96,22 +120,7 @@ def run_search(search: Search, as_json: bool = False) -> SearchResult:
     def show(told: int, value: float) -> None:
         progress.step(told - progress.done, f"search  {best} {100 * value:.2f} %")
 
-    with only_runner(request.where, request.study_name):
-        result = run(search, show)
-    target = _where_to(search, result)
-    write_params(target, result.params, result=result.to_json(), made_by=search.made_by())
-    print_result(result, search, as_json)
-    note(f"wrote {target}")
-    if result.ended == "interrupted":
-        raise KeyboardInterrupt
-    if result.ended == "timeout":
-        note(f"time is up; go on with: {search.command()}")
-    elif result.ended == "patience" and request.patience:
-        note(f"no improvement in {request.patience} trials; go on with more: {search.command(2 * request.patience)}")
-    else:
-        named = f" --params {target}" if request.output or target != request.target else ""
-        note(f"next: nacpipe evaluate {request.cache}{named}")
-    return result
+    return run(search, show)
 
 
 def _where_to(search: Search, result: SearchResult) -> Path:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nacpipe.cli.streams import Terminal
 from nacpipe.core.address import is_url
+from nacpipe.core.text import escape, escape_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,30 +47,47 @@ def say(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON to stdout."""
-    click.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
+    """Print JSON to stdout, in ASCII."""
+    click.echo(json.dumps(_to_json(value), indent=2, allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: null."""
+def print_csv(text: str) -> None:
+    """Print CSV to stdout, in UTF-8 whatever the terminal's encoding: it is read by programs."""
+    text = escape_bytes(text)
+    if isinstance(sys.stdout, Terminal):
+        sys.stdout.write_bytes(text.encode())
+    else:
+        click.echo(text, nl=False)
+
+
+def _to_json(value: Any) -> Any:
+    """JSON has no NaN or infinity: null; and no bytes of a file name."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {escape_bytes(key): _to_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [_to_json(entry) for entry in value]
+    if isinstance(value, str):
+        return escape_bytes(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def printable(text: str) -> str:
     """Make control characters of foreign names visible."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+    return "".join(c if c.isprintable() or c == "\n" else escape(c) for c in text)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print aligned columns; the first `left` are aligned to the left, a row of no cells is a blank line."""
+    columns, rows = _fit(columns), [_fit(row) for row in rows]
     widths = [max(len(row[i]) for row in [columns, *rows] if row) for i in range(len(columns))]
     for row in [columns, *rows]:
         cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))]
         say("  ".join(cells).rstrip())
+
+
+def _fit(cells: Sequence[str]) -> list[str]:
+    """Cells as the terminal can show them, so that columns stay aligned."""
+    return [sys.stdout.fit(cell) for cell in cells] if isinstance(sys.stdout, Terminal) else [*cells]
 
 
 def print_frame(frame: pd.DataFrame, output: str) -> None:
@@ -76,7 +95,7 @@ def print_frame(frame: pd.DataFrame, output: str) -> None:
     if output == "json":
         print_json(frame.astype(object).where(frame.notna(), None).to_dict("records"))
     elif output == "csv":
-        click.echo(frame.to_csv(index=False), nl=False)
+        print_csv(frame.to_csv(index=False))
     else:
         shown = frame.astype(object).where(frame.notna(), "")
         cells = [[_cell(value) for value in row] for row in shown.itertuples(index=False)]

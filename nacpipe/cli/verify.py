@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nacpipe.cli.show import Address, Progress, note, print_json, print_table, say
+from nacpipe.core.text import command_line
 
 if TYPE_CHECKING:
     from nacpipe.cache import Cache
@@ -46,7 +47,7 @@ def verify(cache: str | Path, form_only: bool, as_json: bool) -> None:
     if unfinished:
         note(f"not finished: {', '.join(unfinished)}; finish with: {opened.command()}")
     if damage:
-        raise CacheError(f"{opened.path}: {len(damage)} damaged; mend it with: nacpipe repair {opened.path}")
+        raise CacheError(f"{opened.path}: {len(damage)} damaged; mend it with: {command_line('repair', opened.path)}")
 
 
 @click.command()

@@ -7,19 +7,18 @@ border k:
     queries    · ·│· ·· ·· ····│·   │· ·        entry per place:   min(count, saturation) over q[k] … q[k+1]
                   └ border k               then   filled[s] += entry[ranks[s]]
 
-A trial's neurons are shared out over plain threads. `fill_rows` uses numba's own work queue: OpenMP's threads spin
-while they wait, and where two searches share a machine's cores each takes five times as long. The work queue must not
-be entered twice at once, hence the lock. The loops themselves are in loops.py.
+Work is shared out over plain threads: a trial's neurons, and the rows of `fill_rows`. Numba's own threads are not used
+and its settings are left as they are: its threading layer is one for the whole process, and the caller's too. The loops
+themselves are in loops.py.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -28,19 +27,16 @@ from numpy.typing import NDArray
 from nacpipe.core.columns import Columns, Index
 from nacpipe.core.loops import FOUR, STRETCH, add_entries, find_places, walk_rows
 
-if "NUMBA_THREADING_LAYER" not in os.environ:
-    numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
-_ENTERED = threading.Lock()
+VALUES_PER_THREAD = 1 << 12  # fewer are looked up sooner than another thread wakes
 
+Result = TypeVar("Result")
 Asked = tuple[Index, NDArray[np.float32], int]
 """A layer's index, its borders (bins,) and its saturation."""
 
 
 def fill_ranked(asked: Sequence[Asked]) -> list[NDArray[np.int64]]:
     """Return, layer by layer, Σ over neurons of min(count, saturation) at each query's bins, (n_query,) int64."""
-    threads = numba.get_num_threads()
-    others = [_helpers().submit(_fill_part, asked, part, threads) for part in range(1, threads)]
-    parts = [_fill_part(asked, 0, threads), *(other.result() for other in others)]
+    parts = _run_in_parts(lambda part, parts: _fill_part(asked, part, parts), _threads)
     return [sum(rest, first.astype(np.int64)) for first, *rest in zip(*parts, strict=True)]
 
 
@@ -62,10 +58,23 @@ def _fill_part(asked: Sequence[Asked], part: int, parts: int) -> list[NDArray[An
     return totals
 
 
+def _run_in_parts(run: Callable[[int, int], Result], parts: int) -> list[Result]:
+    """Call run(0, parts) … run(parts − 1, parts), the first in the caller's thread, and return what each returns."""
+    try:
+        others = [_helpers().submit(run, part, parts) for part in range(1, parts)]
+    except RuntimeError:  # no thread can be started: the process may have no more, or Python is about to exit
+        return [run(0, 1)]
+    return [run(0, parts), *(other.result() for other in others)]
+
+
 @cache
 def _helpers() -> ThreadPoolExecutor:
     """Threads beside the caller's. A trial takes milliseconds, and here numba's own often woke on one core."""
     return ThreadPoolExecutor(max(_most_threads() - 1, 1), thread_name_prefix="nacpipe")
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_helpers.cache_clear)  # a forked child has none of its parent's threads
 
 
 def count_sorted(
@@ -83,14 +92,29 @@ def fill_rows(
     saturation: int,
 ) -> NDArray[np.int64]:
     """Return what `fill_ranked` returns, for samples that were not indexed, (samples,) int64."""
-    with _ENTERED:
-        return np.asarray(walk_rows(products, borders, counts, saturation))
+    filled = np.empty(len(products), np.int64)
+
+    def fill(part: int, parts: int) -> None:
+        rows = slice(len(products) * part // parts, len(products) * (part + 1) // parts)
+        walk_rows(products[rows], borders, counts, saturation, filled[rows])
+
+    _run_in_parts(fill, min(_threads, 1 + products.size // VALUES_PER_THREAD))
+    return filled
 
 
 def set_threads(threads: int | None) -> None:
     """Let the loops use this many cores (all by default)."""
-    numba.set_num_threads(min(threads or _most_threads(), _most_threads()))
+    global _threads
+    _threads = min(threads or _most_threads(), _most_threads())
+
+
+def get_threads() -> int:
+    """Return how many cores the loops use."""
+    return _threads
 
 
 def _most_threads() -> int:
     return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+
+_threads = _most_threads()

@@ -2,34 +2,55 @@
 
 Compiled code is cached on disk by numba, beside its source or, where that cannot be written, in the user's cache
 folder; its index is keyed by processor, so a copied cache is never stale. It is made anew when this file changes, and
-only then: so all of it is here.
+only then: so all of it is here. It is compiled whatever NUMBA_DISABLE_JIT says: these loops cannot run as Python.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import config as untyped_config
+from numba import types
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import CPUDispatcher
 from numba.extending import intrinsic as untyped_intrinsic
 
 _intrinsic: Any = untyped_intrinsic
+_config: Any = untyped_config
 _tuple_of: Any = types.UniTuple
 LINE = 16  # float32 values in a cache line, compared at once
 STRETCH = 32  # entries that are written at once
 FOUR = 4  # ranks that are read at once
 
 
+class _Loop(CPUDispatcher):
+    """A compiled function, under NUMBA_DISABLE_JIT too: the loops call LLVM's instructions, which Python cannot.
+
+    `numba.njit` returns the Python function then, and so do numba's own functions that a loop is compiled with.
+    """
+
+    def compile(self, sig: Any) -> Any:
+        """Compile for these types of arguments."""
+        with global_compiler_lock:
+            disabled, _config.DISABLE_JIT = _config.DISABLE_JIT, 0
+            try:
+                return super().compile(sig)
+            finally:
+                _config.DISABLE_JIT = disabled
+
+
 def _compiled(**options: Any) -> Callable[[Any], Any]:
     """Compile, and keep the result on disk where any folder can be written to."""
 
     def decorate(function: Any) -> Any:
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:  # numba found no folder: a read-only install and no home
-            return njit(**options)(function)
+        loop = _Loop(py_func=function, targetoptions={"nopython": True, "boundscheck": None, **options})
+        with contextlib.suppress(RuntimeError):  # numba found no folder: a read-only install and no home
+            loop.enable_caching()
+        return loop
 
     return decorate
 
@@ -190,12 +211,11 @@ def add_entries(tree, upper, values, marks, ranks, borders, saturation, entries,
             total[s] += np.int64(a[in_a]) + np.int64(b[in_b]) + np.int64(c[in_c]) + np.int64(d[in_d])
 
 
-@_compiled(parallel=True, nogil=True)
-def walk_rows(products, borders, counts, saturation):  # type: ignore[no-untyped-def]
-    """The same for samples as they come, (samples,): each product's bin by halving."""
+@_compiled(nogil=True)
+def walk_rows(products, borders, counts, saturation, filled):  # type: ignore[no-untyped-def]
+    """filled[s] = the same for samples as they come: each product's bin by halving."""
     rows, neurons = products.shape
-    filled = np.zeros(rows, np.int64)
-    for s in prange(rows):
+    for s in range(rows):
         total = np.int64(0)
         for neuron in range(neurons):
             x = products[s, neuron]
@@ -208,7 +228,6 @@ def walk_rows(products, borders, counts, saturation):  # type: ignore[no-untyped
                 size -= half
             total += min(counts[neuron, low], saturation)
         filled[s] = total
-    return filled
 
 
 @_compiled(nogil=True)

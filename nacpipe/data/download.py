@@ -201,7 +201,7 @@ def fetch_with_gdown(url: str, file: Path) -> None:
     except ModuleNotFoundError as error:
         raise MissingExtra("downloads need gdown; install it with: pip install 'nacpipe[data]'") from error
     try:
-        gdown.download(url=url, output=str(file), quiet=not sys.stderr.isatty(), resume=True)
+        gdown.download(url=url, output=str(file), quiet=not (sys.stderr and sys.stderr.isatty()), resume=True)
     except Exception as error:  # gdown raises its own, requests' and the system's errors
         what = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DownloadError(

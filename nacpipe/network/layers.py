@@ -10,6 +10,7 @@ A module that is not in the table is looked at in one pass of two blank images, 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nacpipe.cache import LayerSpec
+from nacpipe.core.text import command_line
 from nacpipe.errors import InputError
 from nacpipe.network.load import Network
 from nacpipe.network.taps import POOLINGS, Taps
@@ -149,7 +151,7 @@ def _choose_layers(network: Network, names: Sequence[str], pools: Pools) -> tupl
     """Return the layers, their neurons not counted yet, and what to say aloud."""
     model = network.model
     names = names or model.default
-    where = f"nacpipe layers {model.asked or model.name}"
+    where = command_line("layers", model.asked or model.name)
     if not names:
         raise InputError(f"{model.name} has no default layers; choose some with --layers A,B from: {where}")
     modules = dict(network.module.named_modules())
@@ -174,7 +176,7 @@ def _choose_layers(network: Network, names: Sequence[str], pools: Pools) -> tupl
             if name not in chosen:
                 notes.append(
                     f"layer {name}: its output {_by(shape[1:])} is pooled by {pooling}, which is a guess;"
-                    f" another with --pool {name}=KIND"
+                    f" another with --pool {shlex.quote(f'{name}=KIND')}"
                 )
         layers.append(LayerSpec(name=name, path=path, pooling=chosen.get(name, pooling), neurons=0))
     return layers, tuple(notes)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -234,7 +235,7 @@ def _check_images(path: str, images: ImageSet, stored: Any) -> None:
     if differences := diff(dict(stored), images.identity()):
         raise IdentityError(
             f"{path}: {images.name} was made from other images: {'; '.join(differences)}. Give the same options, or"
-            f" extract it again with --force {images.name}"
+            f" extract it again with --force {shlex.quote(images.name)}"
         )
 
 

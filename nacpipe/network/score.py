@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -66,7 +67,7 @@ def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str)
     exported = read_detector(file)
     named = str(exported.identity.get("architecture"))
     if model is None and ":" in named:  # code is run, or weights are fetched, where someone asks for it
-        raise InputError(f"{file} is for {named}; say where it is with --model {named}")
+        raise InputError(f"{file} is for {named}; say where it is with --model {shlex.quote(named)}")
     row = find_model(model or named)
     known = BENCHMARKS.get(str(exported.identity.get("benchmark")))
     benchmark = known or Benchmark(name="its own", classes=exported.classes, transform=exported.transform, splits=())

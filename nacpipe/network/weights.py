@@ -74,7 +74,11 @@ def _download(member: Any) -> StateDict:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # torch says there what it downloads
             state: StateDict = torch.hub.load_state_dict_from_url(
-                member.url, map_location="cpu", progress=sys.stderr.isatty(), check_hash=True, weights_only=True
+                member.url,
+                map_location="cpu",
+                progress=bool(sys.stderr and sys.stderr.isatty()),
+                check_hash=True,
+                weights_only=True,
             )
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(

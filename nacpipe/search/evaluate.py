@@ -10,6 +10,7 @@ far means are unweighted means over their sets. AUPR-IN has ID as the positive c
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from nacpipe.core.coverage import layer_of
 from nacpipe.core.params import NacParams
 from nacpipe.core.provenance import SEARCH_SPLITS, fingerprint
 from nacpipe.core.published import published_params
+from nacpipe.core.text import command_line
 from nacpipe.errors import ParamsError
 from nacpipe.search.runs import check_runs
 from nacpipe.search.scored import score_cache
@@ -85,14 +87,14 @@ def find_params(cache: Cache, choice: str | None, warn: Callable[[str], None] = 
     beside = beside_cache(cache.path, ".params.json", "--params FILE")
     if not beside.exists():
         raise ParamsError(
-            f"there is no {beside}; make it with: nacpipe search {cache.path},"
+            f"there is no {beside}; make it with: {command_line('search', cache.path)},"
             " or give --params FILE or --params published"
         )
     params = read_params(beside)
     if not _found_here(cache, params, beside):
         raise ParamsError(
             f"{beside} was found on other states than those of {cache.path} now; search again with:"
-            f" nacpipe search {cache.path}, or give --params {beside} to use it all the same"
+            f" {command_line('search', cache.path)}, or give --params {shlex.quote(str(beside))} to use it all the same"
         )
     return params
 

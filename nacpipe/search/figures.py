@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from nacpipe.core.coverage import bin_edges, coverage_table
 from nacpipe.core.metrics import roc_curve
+from nacpipe.core.text import escape_bytes
 from nacpipe.search.explain import Explanation
 from nacpipe.search.objective import SHOWN
 from nacpipe.search.scoring import FittedLayer
@@ -104,7 +105,7 @@ def draw_values(histograms: Mapping[str, pd.DataFrame], title: str) -> Figure:
             bars = frame[frame["value"] == name]
             edges = np.append(bars["from"].to_numpy(), bars["to"].to_numpy()[-1:])
             density = bars["count"].to_numpy() / bars["count"].sum() / np.diff(edges)
-            axes.stairs(density, edges, fill=True, alpha=0.45, color=colour, label=label)
+            axes.stairs(density, edges, fill=True, alpha=0.45, color=colour, label=escape_bytes(label))
         axes.set(xlabel=name, ylabel="density")
     return _with_legend(figure, panels[0], 1)
 

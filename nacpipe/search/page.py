@@ -9,6 +9,8 @@ import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from nacpipe.core.text import escape_bytes
+
 STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #5c6670; --line: #d8dde3; --tint: #f4f6f8; --blue: #0072b2; }
 * { box-sizing: border-box; }
@@ -48,7 +50,7 @@ pre { background: var(--tint); padding: .6rem .8rem; font-size: .84rem; white-sp
 
 def render_page(title: str, body: Iterable[str]) -> str:
     """Return a whole page around parts that are HTML."""
-    return (
+    return escape_bytes(
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'  # else a browser asks a server for one

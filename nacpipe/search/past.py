@@ -15,6 +15,7 @@ from nacpipe.errors import NacError
 from nacpipe.search.explain import Explanation, explain
 from nacpipe.search.result import SearchRequest
 from nacpipe.search.space_file import read_spec
+from nacpipe.search.storage import backend
 from nacpipe.search.study import Search
 
 
@@ -66,7 +67,7 @@ def _requests(cache: Cache, made_by: Mapping[str, Any]) -> Iterator[SearchReques
     """What may have been asked for, by the study's name; the name that says most comes first."""
     name, where = str(made_by.get("study_name")), str(made_by.get("study"))
     usual = str(beside_cache(cache.path, ".study.log"))
-    if "://" not in where and not Path(where).exists():
+    if not backend(where) and not Path(where).exists():
         where = usual  # the cache has moved, its study with it
     seed = re.search(r"-seed(\d+)$", name)
     for words in ("published", "wide", "terms", "auto"):

@@ -26,6 +26,7 @@ from nacpipe.core.kernels import count_sorted
 from nacpipe.core.metrics import accuracy, find_wrong_labels, spearman
 from nacpipe.core.params import LayerParams
 from nacpipe.core.provenance import diff
+from nacpipe.core.text import escape_bytes
 from nacpipe.errors import IdentityError, InputError, ParamsError
 from nacpipe.search.scoring import check_layers, has_logits, read_source
 
@@ -228,9 +229,10 @@ def _differ(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 def _name_caches(caches: Sequence[Cache]) -> list[str]:
     """Return file names without `.zarr`, or paths where two are alike."""
-    names = [Path(cache.path).name.removesuffix(".zarr") for cache in caches]
+    paths = [escape_bytes(cache.path).removesuffix(".zarr") for cache in caches]
+    names = [Path(path).name for path in paths]
     if len(set(names)) < len(names):
-        names = [cache.path.removesuffix(".zarr") for cache in caches]
+        names = paths
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"checkpoint {twice[0]} is given twice")
     return names

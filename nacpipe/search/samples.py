@@ -11,6 +11,7 @@ import pandas as pd
 
 from nacpipe.artifact import check_writable, writing_whole
 from nacpipe.cache import Cache
+from nacpipe.core.text import escape_bytes
 from nacpipe.errors import InputError, MissingExtra
 from nacpipe.search.scored import ScoredCache
 
@@ -52,7 +53,7 @@ def save_scores(path: Path, caches: Sequence[Cache], runs: Sequence[ScoredCache]
 def _write_npz(file: BinaryIO, caches: Sequence[Cache], runs: Sequence[ScoredCache]) -> None:
     arrays: dict[str, Any] = {}
     for cache, run in zip(caches, runs, strict=True):
-        prefix = f"{run.path}/" if len(runs) > 1 else ""
+        prefix = f"{escape_bytes(run.path)}/" if len(runs) > 1 else ""
         for split in run.finished():
             arrays |= {f"{prefix}{split}/{name}": values for name, values in _columns(cache, run, split).items()}
     np.savez(file, allow_pickle=False, **arrays)
@@ -64,7 +65,7 @@ def _write_parquet(file: BinaryIO, caches: Sequence[Cache], runs: Sequence[Score
         for split in run.finished():
             columns = pd.DataFrame(_columns(cache, run, split))
             columns.insert(0, "split", split)
-            columns.insert(0, "cache", run.path)
+            columns.insert(0, "cache", escape_bytes(run.path))
             parts.append(columns.reindex(columns=["cache", "split", "index", "label", *run.methods]))
     pd.concat(parts, ignore_index=True).to_parquet(file, index=False)
 

@@ -10,6 +10,7 @@ The network's output is a layer too, `logits`: every sample's logits are in the 
 
 from __future__ import annotations
 
+import shlex
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -67,7 +68,7 @@ def read_source(
         row, neuron = np.argwhere(~np.isfinite(values))[0]
         raise ValuesError(
             f"layer {layer_of(layer)!r}, split {split.name}, row {int(row) + (rows.start or 0)}, neuron {int(neuron)}:"
-            f" the {source} is {values[row, neuron]}; extract the split again with --force {split.name}"
+            f" the {source} is {values[row, neuron]}; extract the split again with --force {shlex.quote(split.name)}"
         )
     return np.ascontiguousarray(values)
 
@@ -110,7 +111,7 @@ def check_layers(cache: Cache, layers: Sequence[str]) -> None:
         if layer not in held:
             raise ParamsError(
                 f"layer {layer!r} is not in {cache.path}; it holds {', '.join(held)};"
-                f" extract it into another cache with --layers {layer}"
+                f" extract it into another cache with --layers {shlex.quote(layer)}"
             )
 
 

@@ -9,11 +9,13 @@ here the torn tail is cut off under the lock before anything is appended).
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -69,33 +71,66 @@ def _check_journal(handle: int, path: str) -> None:
     head = os.pread(handle, len(JOURNAL), 0)
     if not JOURNAL.startswith(head):
         raise StudyError(
-            f"{path} is not a study's journal; name another --storage FILE (a database is sqlite:///{path})"
+            f"{path} is not a study's journal; name another --storage FILE (a database is"
+            f" {shlex.quote(f'sqlite:///{path}')})"
         )
 
 
 @contextmanager
 def only_runner(where: str, study: str) -> Iterator[None]:
-    """Hold a study in a journal for this process: two searches would try the same trials.
+    """Hold a study in a file for this process: two searches would try the same trials.
+
+    Taken before the study is made. On a database server the trials are shared out instead.
 
     Raises:
         StudyError: another process searches it now.
     """
-    if is_server(where) or sys.platform == "win32":
-        yield
-        return
-    path = f"{where.removeprefix('sqlite:///')}.{study}.running"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with ExitStack() as held:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if Path(path).stat().st_ino != os.fstat(handle).st_ino:  # the one before was just removing it
-                raise FileNotFoundError
-        except (BlockingIOError, FileNotFoundError):
+            held.enter_context(_file_lock(where, f".{study.replace('/', '-')}.running", wait=False))
+        except BlockingIOError:
+            where = without_password(where)
             raise StudyError(f"study {study} in {where} is being searched by another process; wait for it") from None
         yield
-        os.unlink(path)
+
+
+@contextmanager
+def _file_lock(where: str, suffix: str, *, wait: bool) -> Iterator[None]:
+    """Hold a lock beside the file that a study is kept in; the kernel drops that of a process that was killed.
+
+    Where there is no such file, or no folder for it, nothing is held: opening the study says what is wrong.
+
+    Raises:
+        BlockingIOError: another process holds it, and this one does not wait.
+    """
+    file = study_file(where)
+    if file is None or not file.parent.is_dir() or sys.platform == "win32":
+        yield
+        return
+    path = f"{os.path.realpath(file)}{suffix}"  # one lock, whatever way the file is named
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if _is_at(path, handle):
+                break
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # the one before was just removing it
+    try:
+        yield
     finally:
-        os.close(handle)  # the kernel drops the lock, also of a process that was killed
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(handle)
+
+
+def _is_at(path: str, handle: int) -> bool:
+    try:
+        return os.path.samestat(Path(path).stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def _cut_torn_tail(handle: int) -> None:
@@ -113,9 +148,31 @@ def _cut_torn_tail(handle: int) -> None:
     os.ftruncate(handle, 0)
 
 
+def backend(where: str) -> str:
+    """Return a database's kind, `postgresql` of `postgresql+psycopg://…`; empty for a path, which is a journal."""
+    scheme, found, _ = where.partition("://")
+    return scheme.partition("+")[0] if found else ""
+
+
 def is_server(where: str) -> bool:
     """Return True for a database that several machines may share."""
-    return "://" in where and not where.startswith("sqlite")
+    return backend(where) not in ("", "sqlite")
+
+
+def study_file(where: str) -> Path | None:
+    """Return the file that studies are kept in, a journal or SQLite's; None where there is none."""
+    if not (kind := backend(where)):
+        return Path(where)
+    if kind != "sqlite":
+        return None
+    import sqlalchemy
+
+    try:
+        database = sqlalchemy.make_url(where).database or ""
+    except (sqlalchemy.exc.SQLAlchemyError, ValueError):  # no URL: opening it says so
+        return None
+    path = unquote(urlsplit(database).path) if database.startswith("file:") else database
+    return None if path in ("", ":memory:") else Path(path)
 
 
 DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql", "mariadb": "pymysql"}  # what the extras install
@@ -134,14 +191,14 @@ def is_there(where: str) -> bool:
         StudyError: a database cannot be reached.
         MissingExtra: its driver is not installed.
     """
-    if "://" not in where:
+    if not backend(where):
         return Path(where).exists()
+    if not is_server(where) and ((file := study_file(where)) is None or not file.is_file()):
+        return False
     import sqlalchemy
 
     try:
         url = sqlalchemy.make_url(with_driver(where))
-        if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
-            return False
         with sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool).connect() as connection:
             held = sqlalchemy.inspect(connection)
             return all(held.has_table(table) for table in ("version_info", "alembic_version"))  # this one is made last
@@ -158,7 +215,7 @@ def open_storage(where: str, *, write: bool = True) -> BaseStorage:
         StudyError: it cannot be opened, naming it.
     """
     try:
-        if "://" in where:
+        if backend(where):
             return RDBStorage(with_driver(where), skip_table_creation=not write)
         if not Path(where).parent.is_dir():
             raise StudyError(f"the folder of the study {where} is not there")
@@ -178,9 +235,11 @@ def open_storage(where: str, *, write: bool = True) -> BaseStorage:
 def cannot_open(where: str, error: Exception) -> NacError:
     """Return what a person is told when a storage cannot be opened."""
     root = error.__cause__ or error
-    if isinstance(root, ModuleNotFoundError) and is_server(where):
-        extra = "postgresql" if where.startswith("postgresql") else "mysql"
-        return MissingExtra(f"this needs {root.name}; install it with: pip install 'nacpipe[{extra}]'")
+    if isinstance(root, ModuleNotFoundError):
+        kind = backend(where)
+        extra = "postgresql" if kind == "postgresql" else "mysql"
+        ours = f"install it with: pip install 'nacpipe[{extra}]'" if root.name == DRIVERS.get(kind) else "install it"
+        return MissingExtra(f"this needs {root.name}; {ours}")
     return StudyError(f"the study's storage {without_password(where)} cannot be opened: {cause(error)}")
 
 
@@ -191,10 +250,11 @@ def cause(error: BaseException) -> str:
 
 
 @contextmanager
-def opening(where: str) -> Iterator[None]:
-    """Let one command at a time open studies on a server: making tables or a study is not safe when two do it."""
+def opening(where: str, *, create: bool) -> Iterator[None]:
+    """Let one command at a time open studies: making tables or a study is not safe when two do it."""
     if not is_server(where):
-        yield
+        with _file_lock(where, ".opening", wait=True) if create else nullcontext():
+            yield
         return
     from nacpipe.search.locks import ServerLocks  # brings SQLAlchemy
 

@@ -7,7 +7,6 @@ one append, after it was evaluated; killed at any moment a search loses the tria
 from __future__ import annotations
 
 import functools
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from nacpipe.core.params import NacParams
 from nacpipe.core.plain_scores import energy
 from nacpipe.core.provenance import SEARCH_SPLITS, diff, fingerprint
 from nacpipe.core.published import published_params
+from nacpipe.core.text import command_line, escape_bytes
 from nacpipe.errors import InputError, ParamsError, StudyError
 from nacpipe.search.desk import completed_trials
 from nacpipe.search.objective import DIRECTIONS, Checks, Evaluator
@@ -31,7 +31,7 @@ from nacpipe.search.samplers import LARGE_GRID, Asker, make_asker
 from nacpipe.search.scoring import Scorer, check_layers, has_logits, index_from, split_rows
 from nacpipe.search.space import Space, fits_weights, measure_space, to_json, with_weights
 from nacpipe.search.space_file import read_spec
-from nacpipe.search.storage import is_there, open_storage, opening
+from nacpipe.search.storage import backend, is_there, open_storage, opening
 from nacpipe.search.trials import best_trial, pareto_front, trial_params
 from nacpipe.search.workers import SharedIndexes
 
@@ -93,7 +93,7 @@ class Search:
             "space": to_json(self.space),
             "fingerprint": fingerprint(identity),
         }
-        with opening(request.where):
+        with opening(request.where, create=create):
             return self._open_bound(bound, create)
 
     def _open_bound(self, bound: Mapping[str, Any], create: bool) -> optuna.Study | None:
@@ -102,7 +102,7 @@ class Search:
         names = optuna.get_all_study_names(storage)
         for name in names:
             attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
-            if name == request.study_name or "://" not in request.where:
+            if name == request.study_name or not backend(request.where):
                 _check_bound(request, name, attributes, bound)
         if request.study_name in names:
             study = optuna.load_study(study_name=request.study_name, storage=storage)
@@ -111,6 +111,7 @@ class Search:
                 study_name=request.study_name,
                 storage=storage,
                 directions=DIRECTIONS[request.objective],
+                load_if_exists=True,
             )
         else:
             return None
@@ -201,7 +202,7 @@ class Search:
             ("study", asked.study, "nac"), ("layers", ",".join(asked.layers), ""), ("output", asked.output, None),
         ):  # fmt: skip
             given += [f"--{option}", str(value)] if value != usual else []
-        return shlex.join(["nacpipe", "search", str(asked.cache), *given])
+        return command_line("search", asked.cache, *given)
 
     def _energy(self) -> Checks | None:
         """The same checks of Energy, where the network has logits."""
@@ -224,8 +225,8 @@ def _check(request: SearchRequest) -> None:
     assert request.where and request.target  # or refused: of a cache at a URL both must be given
     if request.timeout is not None and not request.timeout > 0:  # nor NaN
         raise InputError(f"timeout is {request.timeout}; it must be above 0 seconds")
-    if "/" in request.study:
-        raise InputError(f"study is {request.study!r}; a name must not have a / in it")
+    if "/" in request.study or escape_bytes(request.study) != request.study:
+        raise InputError(f"study is {request.study!r}; a name must be UTF-8 without a / in it")
     if request.space == "published" and request.how != "grid":
         raise InputError(f"the published space is a grid; leave out --sampler {request.sampler}")
 

@@ -81,7 +81,7 @@ def _stopping() -> Iterator[list[int]]:
         yield stopped
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by no Python code
 
 
 class _Sweep:

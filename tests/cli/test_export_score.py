@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -141,6 +143,29 @@ def test_csv_and_table(place: Path, detector: Path) -> None:
     table = nacpipe("score", detector, *files).stdout.splitlines()
     assert table[0].split() == ["image", "score", "is_ood", "predicted"]
     assert table[1].split() == [str(files[0]), f"{float(rows[0]['score']):.6g}", rows[0]["is_ood"], "3"]
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "cp1252", "ascii"])
+def test_file_names_that_are_no_utf8_are_escaped(place: Path, detector: Path, tmp_path: Path, charset: str) -> None:
+    """In Latin-1, say; pandas and every JSON parser read what is printed, whatever the terminal's encoding."""
+    names = [os.fsdecode(b"caf\xe9.png"), os.fsdecode(b"a\xffb\xfe.png"), "é 測.png"]
+    for name in names:
+        shutil.copy(place / "pictures/00.png", tmp_path / name)
+    (tmp_path / os.fsdecode(b"broken\xe9.png")).write_bytes(b"no picture")
+    escaped = [str(tmp_path / name) for name in ("a\\xffb\\xfe.png", "broken\\xe9.png", "caf\\xe9.png", "é 測.png")]
+    printed = CliRunner(charset=charset).invoke(main, ["score", str(detector), str(tmp_path), "--csv"])
+    assert printed.exit_code == 1
+    frame = pd.read_csv(io.BytesIO(printed.stdout_bytes))
+    assert sorted(frame["image"]) == escaped
+    assert frame["error"].dropna().str.contains(r"broken\\xe9\.png").tolist() == [True]
+    assert printed.stderr_bytes.decode(charset).count("broken\\xe9.png") == 2
+    printed = CliRunner(charset=charset).invoke(main, ["score", str(detector), str(tmp_path), "--json"])
+    rows = json.loads(printed.stdout_bytes.decode("ascii"))
+    assert sorted(row["image"] for row in rows) == escaped
+    assert all(not re.search("[\ud800-\udfff]", str(value)) for row in rows for value in row.values())
+    table = CliRunner(charset=charset).invoke(main, ["score", str(detector), str(tmp_path)])
+    assert isinstance(table.exception, SystemExit)
+    assert f"{tmp_path}/caf\\xe9.png" in table.stdout_bytes.decode(charset)
 
 
 OWN = """
