@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pytorch_ood import detector as ood
 
 from nacpipe.cache import Cache, SplitView
-from nacpipe.core.baselines import NO_LOGITS, MethodScores, choose_baselines, row_slices
+from nacpipe.core.baselines import MethodScores, choose_baselines, row_slices, why_no_logits
 
 FIT_ROWS = 50_000  # images that a baseline learns from at most, evenly spaced over the split
 HELD = 2**24  # float32 numbers that a detector's intermediate array may have
@@ -137,11 +137,12 @@ def score_baselines(cache: Cache, names: Iterable[str], splits: Iterable[str]) -
 def _score(cache: Cache, baseline: Baseline, head: Head | None, splits: list[str]) -> MethodScores:
     fitted_on, fitted = baseline.fitted_on, 0
     try:
-        if cache.header.identity.get("outputs", "logits") != "logits":
-            raise _CannotError(NO_LOGITS)
+        if (outputs := str(cache.header.identity.get("outputs", "logits"))) != "logits":
+            raise _CannotError(why_no_logits(outputs))
         if head is None:
             if baseline.reads != "logits":
-                raise _CannotError(NO_CLASSIFIER)
+                why = cache.header.information.get("no_classifier")
+                raise _CannotError(NO_CLASSIFIER + (f": {why}" if why else ""))
             head = Head(torch.nn.Linear(1, 1), cache.header.classes, 0)
         detector, fitted = _fit(cache, baseline, head)
     except _CannotError as error:
