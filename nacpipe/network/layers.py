@@ -185,7 +185,7 @@ def _choose_layers(network: Network, layers: Layers, pools: Pools) -> tuple[list
         raise InputError(f"{model.name} has no default layers; choose some with --layers A,B from: {where}")
     modules = dict(network.module.named_modules())
     for place in wanted.values():
-        if place not in {**model.layers, **modules}:
+        if not place or place not in {**model.layers, **modules}:
             raise InputError(
                 f"layer {place!r} is not known for {model.name}; known: "
                 + (f"{', '.join(model.layers)}, and the modules" if model.layers else "the modules")

@@ -234,7 +234,8 @@ def start_graph(output: Tensor) -> Tensor:
 
     Whatever mode its forward is in: a graph can begin below torch.no_grad, where nothing before it is recorded.
     """
-    if output.requires_grad:
+    unrecorded = output.grad_fn is None and output._is_view()  # a view made under no_grad says that it requires one
+    if output.requires_grad and not unrecorded:
         return output
     with torch.inference_mode(False):
         return (output.clone() if output.is_inference() else output.detach()).requires_grad_()

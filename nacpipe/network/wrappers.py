@@ -34,6 +34,7 @@ class HookedScript(nn.Module):
         return self._held[0](*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the scripted module's."""
         return self._held[0].state_dict(*args, **kwargs)
 
 
