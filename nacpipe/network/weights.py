@@ -23,7 +23,7 @@ from torch import nn
 from nacpipe.core.benchmarks import INTERPOLATIONS, Transform
 from nacpipe.errors import CheckpointError, InputError
 from nacpipe.network.state_dicts import StateDict, choose_state_dict, find_state_dicts, hash_weights
-from nacpipe.network.wrappers import is_scripted, named_state
+from nacpipe.network.wrappers import is_frozen, is_scripted, named_state
 
 # What training scripts save beside weights; nothing of it can run code.
 _HARMLESS: list[Any] = [
@@ -173,7 +173,7 @@ def hash_network(network: nn.Module) -> str:
     Raises:
         InputError: an entry cannot be hashed, or a scripted module's weights are constants in its code.
     """
-    if any(is_scripted(module) and not hasattr(module, "training") for module in network.modules()):
+    if any(is_scripted(module) and is_frozen(module) for module in network.modules()):
         raise InputError(
             "the network has a module of torch.jit.freeze, whose weights cannot be told apart; give it as it was before"
         )

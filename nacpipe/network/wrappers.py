@@ -116,5 +116,11 @@ def is_scripted(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule)
 
 
+def is_frozen(scripted: nn.Module) -> bool:
+    """Return whether torch.jit.freeze has made a scripted module's weights constants of its code."""
+    compiled: Any = scripted._c
+    return not compiled.hasattr("training")  # which it takes away, with the weights
+
+
 def _attribute(module: nn.Module) -> str | None:
     return next((_INSIDE[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _INSIDE), None)
