@@ -133,7 +133,7 @@ def wrap_network(module: nn.Module, images: Tensor) -> Network:
     model = Model(name=name, family="custom", build=lambda _: module, known=False)
     dtype = find_place(module)[1] if images.is_floating_point() else images.dtype
     network = Network(model, module, hash_network(module), transform, images.device, dtype)
-    return _with_trial(network, run_trial(name, module, images.to(dtype)))
+    return _with_trial(network, run_trial(name, module, images))
 
 
 def classifier_weights(network: Network) -> tuple[Tensor, Tensor] | None:

@@ -163,7 +163,7 @@ def hash_weights(state: Mapping[str, Any]) -> str:
 def _parts(key: str, value: object) -> Iterator[bytes]:
     """What an entry adds to the hash: a line with its name and form, then its bytes."""
     if isinstance(value, Tensor):
-        yield from _tensor_parts(key, value.detach())
+        yield from _tensor_parts(key, value)
     elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
         yield f"{key} {value.dtype} {value.shape}\n".encode() + value.tobytes()
     elif isinstance(value, io.BytesIO):
@@ -191,6 +191,7 @@ def _tensor_parts(key: str, tensor: Tensor) -> Iterator[bytes]:
         raise InputError(f"the network's weights {key!r} have no values (they are on the meta device); load them first")
     kind = str(tensor.dtype).removeprefix("torch.")
     try:
+        tensor = tensor.detach()
         if tensor.is_quantized:
             yield f"{key} {kind} {tensor.qscheme()} {tuple(tensor.shape)}\n".encode()
             if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):

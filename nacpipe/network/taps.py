@@ -259,7 +259,7 @@ def find_direct(network: nn.Module, layers: Sequence[LayerSpec], classifier: str
     weight = network.get_submodule(classifier).weight
     if not isinstance(weight, Tensor) or tapped.features is None or weight.shape[0] != tapped.logits.shape[1]:
         return frozenset()
-    closed = (tapped.logits.softmax(dim=1) - 1.0 / tapped.logits.shape[1]) @ weight
+    closed = (tapped.logits.softmax(dim=1) - 1.0 / tapped.logits.shape[1]) @ _wide(weight)
     return frozenset(
         spec.name
         for spec in layers

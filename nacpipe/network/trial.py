@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nacpipe.errors import InputError
 from nacpipe.network.memory import is_out_of_memory
 from nacpipe.network.weights import first_line
-from nacpipe.network.wrappers import run_eagerly
+from nacpipe.network.wrappers import find_place, run_eagerly
 
 IMAGES = 4  # of one trial batch
 SAME = 1e-4  # of the logits' spread: what two runs, or W·f + b and the logits, may differ by
@@ -55,7 +55,7 @@ def run_trial(
     Args:
         name: the network's, for messages.
         network: `frozen`.
-        like: their shape, type and device count.
+        like: their shape and device count, and whether they are whole numbers.
         classes: how many the output must have; None takes any number.
         embeds: the output is known to be features: neither logits nor their classifier are looked for.
 
@@ -63,7 +63,7 @@ def run_trial(
         InputError: it fails, gives something else than logits for that many classes, is random in evaluation mode, or
             gives an image other logits beside other images.
     """
-    images = _draw_images(like)
+    images = _draw_images(like, find_place(network)[1])
     with _keep_generators(like.device), torch.no_grad(), run_eagerly():
         with _record_linear(network) as inputs:
             first = _run(name, network, images[:IMAGES], classes)
@@ -184,15 +184,15 @@ def _sums_in_tf32(logits: Tensor) -> bool:
     return logits.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
 
 
-def _draw_images(like: Tensor) -> Tensor:
-    """Random images like these, the last two of three times the size (their statistics are others)."""
+def _draw_images(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Random images like these, of the network's type; the last two of three times the size, with other statistics."""
     generator = torch.Generator().manual_seed(0)
     shape = (IMAGES + IMAGES // 2, *like.shape[1:])
     if not like.is_floating_point():
         return torch.randint(0, 256, shape, generator=generator).to(like.device, like.dtype)
     images = torch.randn(shape, generator=generator)
     images[IMAGES:] *= 3
-    return images.to(like.device, like.dtype)
+    return images.to(like.device, dtype)
 
 
 @contextmanager
