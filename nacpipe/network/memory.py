@@ -23,7 +23,12 @@ Result = TypeVar("Result")
 class BatchRunner(Generic[Result]):
     """Runs batches; after one that does not fit the memory, at most as many images at once as did."""
 
-    def __init__(self, run: Callable[[Tensor], Result], device: torch.device, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run: Callable[[Tensor], Result],
+        device: torch.device,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
         """Run nothing yet.
 
         Args:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nacpipe.errors import InputError
-from nacpipe.network.memory import is_out_of_memory
+from nacpipe.network.memory import BatchRunner, is_out_of_memory
 from nacpipe.network.weights import first_line
 from nacpipe.network.wrappers import find_place, run_eagerly
 
@@ -63,13 +63,20 @@ def run_trial(
         InputError: it fails, gives something else than logits for that many classes, is random in evaluation mode, or
             gives an image other logits beside other images.
     """
-    images = _draw_images(like, find_place(network)[1])
+    images, half = _draw_images(like, find_place(network)[1]), IMAGES // 2
     with _keep_generators(like.device), torch.no_grad(), run_eagerly():
         with _record_linear(network) as inputs:
             first = _run(name, network, images[:IMAGES], classes)
-        again = _run(name, network, images[:IMAGES], classes)
-        mixed = _run(name, network, torch.cat([images[: IMAGES // 2], images[IMAGES:]]), classes)
-        _check_repeatable(name, network, first, again, mixed[: IMAGES // 2])
+        _check_repeatable(name, network, first, _run(name, network, images[:IMAGES], classes))
+        mixed = _run(name, network, torch.cat([images[:half], images[IMAGES:]]), classes)
+        if not _alike(first[:half], mixed[:half], COMPANY * _spread(first)):
+            for _ in range(3):  # it may be random, and have shown it only now
+                _check_repeatable(name, network, first, _run(name, network, images[:IMAGES], classes))
+            raise InputError(
+                f"model {name!r} gives an image other logits beside other images: they differ by"
+                f" {_distance(first[:half], mixed[:half]):.2g}; look in its forward for batch norms in training"
+                f" mode{_name_training(network)}, F.batch_norm with training=True, or statistics of the batch"
+            )
         outputs = "logits" if embeds else name_outputs(torch.cat([first, mixed]))
         if embeds:
             classifier, reason = None, "its outputs are features"
@@ -95,11 +102,12 @@ def find_classifier(
         linear = network.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         weight = linear.weight.detach().double().cpu()
-        if features.dim() != 2 or weight.shape != (wanted.shape[1], features.shape[1]):
+        if features.dim() != 2 or weight.shape != (wanted.shape[1], features.shape[1]) or len(features) > len(wanted):
             continue
+        rows = wanted[len(wanted) - len(features) :]  # the last of them, where the memory is short
         bias = torch.zeros(1) if linear.bias is None else linear.bias.detach()
         terms, bias = features.double().cpu(), bias.double().cpu()
-        difference = float((terms @ weight.T + bias - wanted).abs().max())
+        difference = float((terms @ weight.T + bias - rows).abs().max())
         # What float32 (or TF32) sums and the rounding of half types may make of it:
         size = float((terms.abs() @ weight.abs().T + bias.abs()).max())
         rounding = (2e-3 if _sums_in_tf32(logits) else 1e-6) * size
@@ -125,13 +133,17 @@ def name_outputs(outputs: Tensor) -> str:  # (n, classes)
 
 
 def _run(name: str, network: nn.Module, images: Tensor, classes: int | None) -> Tensor:
+    """Return the logits of images, (n, classes); of fewer at once where the memory is short."""
+    run = BatchRunner(lambda part: _run_once(name, network, part, classes), images.device)
+    return torch.cat(list(run(images)))
+
+
+def _run_once(name: str, network: nn.Module, images: Tensor, classes: int | None) -> Tensor:
     try:
         output = network(images)
     except Exception as error:  # it is anyone's code
         if is_out_of_memory(error):
-            raise InputError(
-                f"model {name!r}: {len(images)} images do not fit the memory of {images.device}; try --device cpu"
-            ) from None
+            raise
         raise InputError(
             f"model {name!r} fails on images of {images.shape[-1]} pixels: {type(error).__name__}: {first_line(error)}"
         ) from error
@@ -146,24 +158,24 @@ def _run(name: str, network: nn.Module, images: Tensor, classes: int | None) -> 
     raise InputError(f"model {name!r} gives {what} for {len(images)} images; wanted are logits, {wanted}")
 
 
-def _check_repeatable(name: str, network: nn.Module, first: Tensor, again: Tensor, mixed: Tensor) -> None:
-    """Refuse logits (n, classes) that are others the second time, or in another batch (their first rows alone)."""
-    spread = _spread(first)
-    training = [path for path, module in network.named_modules() if path and getattr(module, "training", False)]
-    after = f" (after a forward pass: {', '.join(training[:3])})" if training else ""
-    if not torch.allclose(first, again, rtol=0, atol=_tolerance(first) * spread, equal_nan=True):
+def _check_repeatable(name: str, network: nn.Module, first: Tensor, again: Tensor) -> None:
+    """Refuse logits (n, classes) that are others the second time."""
+    if not _alike(first, again, _tolerance(first) * _spread(first)):
         raise InputError(
             f"model {name!r} is random in evaluation mode: the same images give logits that differ by"
             f" {_distance(first, again):.2g}; look in its forward for F.dropout without training=self.training, modules"
-            f" in training mode{after}, random crops or noise"
+            f" in training mode{_name_training(network)}, random crops or noise"
         )
-    alone = first[: len(mixed)]
-    if not torch.allclose(alone, mixed, rtol=0, atol=COMPANY * spread, equal_nan=True):
-        raise InputError(
-            f"model {name!r} gives an image other logits beside other images: they differ by"
-            f" {_distance(alone, mixed):.2g}; look in its forward for batch norms in training mode{after},"
-            " F.batch_norm with training=True, or statistics of the batch"
-        )
+
+
+def _name_training(network: nn.Module) -> str:
+    """Name modules that forward has put in training mode."""
+    paths = [path for path, module in network.named_modules() if path and getattr(module, "training", False)]
+    return f" (after a forward pass: {', '.join(paths[:3])})" if paths else ""
+
+
+def _alike(a: Tensor, b: Tensor, within: float) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=within, equal_nan=True)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -156,7 +156,9 @@ def test_what_has_no_derivative_is_said(last: bool) -> None:
     assert [layer.name for layer in list_layers(network)] == ([] if last else ["second"])
     with pytest.raises(InputError, match=NO_GRADIENT.format("first")):
         measure_layers(network, ("first",))
-    message = r"^no gradient of the logits can be computed in layer 'first' or another that is tapped: You must implement"
+    message = (
+        r"^no gradient of the logits can be computed in layer 'first' or another that is tapped: You must implement"
+    )
     with (
         pytest.raises(InputError, match=message),
         Taps(network.module, [spec("first", "none")], None) as taps,
@@ -189,9 +191,10 @@ def test_types_without_a_gradient_are_named(kind: torch.dtype, message: str) -> 
     network = network_of(Net())
     with pytest.raises(InputError, match=rf"^layer 'cast' cannot be tapped: it gives {message}$"):
         measure_layers(network, ("cast",))
-    with pytest.raises(InputError, match=rf"^layer 'cast' gives {message}$"), Taps(
-        network.module, [spec("cast", "none")], None
-    ) as taps:
+    with (
+        pytest.raises(InputError, match=rf"^layer 'cast' gives {message}$"),
+        Taps(network.module, [spec("cast", "none")], None) as taps,
+    ):
         taps(torch.randn(2, 3, 16, 16))
 
 
@@ -374,9 +377,7 @@ def test_features_and_classifier_of_torchvisions_networks(name: str) -> None:
     torch.testing.assert_close(tapped.gradient["maps"], gradient.sum(dim=(2, 3)), rtol=1e-6, atol=1e-12)
 
 
-def test_a_layer_of_another_name_is_extracted_and_the_command_repeats_it(
-    request_: ExtractRequest, file: Path
-) -> None:
+def test_a_layer_of_another_name_is_extracted_and_the_command_repeats_it(request_: ExtractRequest, file: Path) -> None:
     request = replace(
         request_,
         model=f"{file}:mobilenet_v2",

@@ -142,6 +142,19 @@ def test_a_network_without_a_linear_layer_says_so(head: nn.Module) -> None:
     assert trial.no_classifier == "no linear layer in its forward pass has an input (n, d) and 4 outputs"
 
 
+def test_a_layer_that_sees_several_rows_of_an_image_is_none() -> None:
+    """As where crops or patches are classified and their logits averaged."""
+
+    class Patches(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            patches = F.relu(self.conv(x)).flatten(2).transpose(1, 2)  # (n, places, 6)
+            logits: Tensor = self.fc(patches.reshape(-1, 6)).reshape(len(x), -1, 4).mean(dim=1)
+            return logits
+
+    trial = try_out(Patches())
+    assert (trial.classifier, trial.no_classifier[:27]) == (None, "no linear layer in its forw")
+
+
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
 def test_other_types_have_their_own_rounding(kind: torch.dtype) -> None:
     assert run_trial("net", freeze(Net().to(kind)), IMAGES.to(kind)).classifier == "fc"
@@ -269,7 +282,9 @@ def test_a_cache_of_a_classifier_by_place_is_not_gone_on_with(request_: ExtractR
 
     plan = plan_extraction(custom(request_, file, "cosine"))
     CacheWriter(plan.request.cache, replace(plan.header, features=6))
-    with pytest.raises(IdentityError, match=r"cosine\.zarr was made with 6 features, now there are 0 \(its last linear"):
+    with pytest.raises(
+        IdentityError, match=r"cosine\.zarr was made with 6 features, now there are 0 \(its last linear"
+    ):
         plan_extraction(plan.request)
 
 
@@ -362,8 +377,14 @@ class Batchwise(Net):
         return super().forward(self.norm(x))
 
 
-def roll(x: Tensor) -> Tensor:
-    return x.roll(random.randrange(1, 4), dims=1)
+class Third(Net):
+    """Every third time it gives something else."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x).roll(int(self.calls % 3 == 0), dims=1)
 
 
 @pytest.mark.parametrize(
@@ -373,9 +394,10 @@ def roll(x: Tensor) -> Tensor:
         (Forgetful(), r" \(after a forward pass: drop\)"),
         (Net(after=lambda x: x + torch.rand(x.shape)), ""),
         (Net(after=lambda x: x + float(np.random.rand())), ""),
-        (Net(after=roll), ""),
+        (Net(after=lambda x: x * random.random()), ""),
+        (Third(), ""),
     ],
-    ids=["functional dropout", "train in forward", "torch", "numpy", "random"],
+    ids=["functional dropout", "train in forward", "torch", "numpy", "python", "every third time"],
 )
 def test_a_random_network_is_refused(network: nn.Module, after: str) -> None:
     message = (
@@ -424,7 +446,7 @@ def test_who_takes_a_random_network_in_hand_refuses_it(request_: ExtractRequest,
     images = torch.randn(4, 3, 8, 8)
     params = NacParams(layers={"conv": LayerParams(bins=9, saturation=3, alpha=2.0)})
     message = "'Net' is random in evaluation mode"
-    with pytest.raises(InputError, match="model 'net.py:dropout' is random in evaluation mode"):
+    with pytest.raises(InputError, match=r"model 'net\.py:dropout' is random in evaluation mode"):
         plan_extraction(custom(request_, file, "dropout"))
     with pytest.raises(InputError, match=message):
         fit_detector(random_network, params, [images], {})
@@ -435,9 +457,7 @@ def test_who_takes_a_random_network_in_hand_refuses_it(request_: ExtractRequest,
 
 
 @pytest.mark.parametrize(("head", "outputs"), [(Cosine(6, 4), "logits"), (None, "probabilities")])
-def test_snapshots_and_fit_find_the_classifier_by_values(
-    tmp_path: Path, head: nn.Module | None, outputs: str
-) -> None:
+def test_snapshots_and_fit_find_the_classifier_by_values(tmp_path: Path, head: nn.Module | None, outputs: str) -> None:
     network = Net(head, *([lambda x: x.softmax(dim=1)] if outputs == "probabilities" else []))
     images = torch.randn(20, 3, 8, 8)
     path = Snapshots(tmp_path, {"id/train": [(images, torch.zeros(20))]}, ["conv"])(network, 0)
@@ -448,5 +468,7 @@ def test_snapshots_and_fit_find_the_classifier_by_values(
     params = NacParams(layers={"conv": LayerParams(bins=9, saturation=3, alpha=2.0, source="gradient")})
     detector = fit_detector(network, params, [images], {})
     assert (detector.classifier, detector._outputs) == (None, outputs)
-    counts = np.diff(np.searchsorted(np.sort(cache["id/train"]["conv"].gradient[:][:, 0]), detector._lookups[0].layer.borders))
+    counts = np.diff(
+        np.searchsorted(np.sort(cache["id/train"]["conv"].gradient[:][:, 0]), detector._lookups[0].layer.borders)
+    )
     np.testing.assert_array_equal(counts, detector._lookups[0].layer.counts[0])

@@ -109,7 +109,9 @@ def test_kinds_are_told_apart_though_their_values_are_the_same() -> None:
     hashes = [hash_weights({"x": make(VALUES)}) for make in KINDS.values()] + [hash_weights({"x": VALUES})]
     same = [["bytes", "stream"], ["array", "tensor"]]
     assert len(set(hashes)) == len(hashes) - sum(len(names) - 1 for names in same)
-    assert hash_weights({"x": quantise(VALUES)}) != hash_weights({"x": quantise(VALUES, 0.2)})  # the same integers or not
+    assert hash_weights({"x": quantise(VALUES)}) != hash_weights(
+        {"x": quantise(VALUES, 0.2)}
+    )  # the same integers or not
 
 
 class Strange:
@@ -119,7 +121,10 @@ class Strange:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (Strange(), r"^the network's state dict holds 'x', a Strange, which cannot be hashed; let get_extra_state return"),
+        (
+            Strange(),
+            r"^the network's state dict holds 'x', a Strange, which cannot be hashed; let get_extra_state return",
+        ),
         ([1, Strange()], r"^the network's state dict holds 'x\[1\]', a Strange, which"),
         (np.array([Strange()]), r"holds 'x', a ndarray, which cannot be hashed"),
         (torch.zeros(3, device="meta"), r"^the network's weights 'x' have no values \(they are on the meta device\)"),
@@ -292,7 +297,9 @@ def test_a_network_with_a_quantised_stem_runs_and_what_cannot_is_said(tmp_path: 
         split = cache["id/train"][f"1.{name}"]
         np.testing.assert_allclose(split.activation[:], activation, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(split.gradient[:], gradient, rtol=1e-3, atol=1e-5)
-    with pytest.raises(InputError, match=r"^layer '0\.module' cannot be tapped: it gives torch\.quint8, of which there"):
+    with pytest.raises(
+        InputError, match=r"^layer '0\.module' cannot be tapped: it gives torch\.quint8, of which there"
+    ):
         Snapshots(tmp_path, splits, ["0.module"])(network, 1)
 
 

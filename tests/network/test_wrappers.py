@@ -160,7 +160,9 @@ def test_a_network_inside_another_is_said_to_be_the_one(detector_file: Path) -> 
     for network, name in ((Prepared(digits()), "network"), (nn.Sequential(digits()), "0")):
         with pytest.raises(DetectorError, match=rf"it was exported for another network .*: give network\.{name}$"):
             nacpipe.load_detector(detector_file, network)
-    with pytest.raises(DetectorError, match=r"give that network with those weights, or extract and export for this one"):
+    with pytest.raises(
+        DetectorError, match=r"give that network with those weights, or extract and export for this one"
+    ):
         nacpipe.load_detector(detector_file, nn.DataParallel(DigitsCNN()))
 
 
@@ -238,9 +240,7 @@ def with_script(kind: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["script", "trace"])
-def test_a_scripted_module_inside_a_network_is_tapped_as_a_whole(
-    cache: Cache, detector_file: Path, kind: str
-) -> None:
+def test_a_scripted_module_inside_a_network_is_tapped_as_a_whole(cache: Cache, detector_file: Path, kind: str) -> None:
     network = with_script(kind)
     batch = to_inputs(load_set("val")[0][:128])
     before = dict(network.named_modules())
