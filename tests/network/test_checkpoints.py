@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -216,3 +218,35 @@ def test_folders_that_do_not_say_which_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         load_network(model, CIFAR10, tmp_path, CPU)
     assert load_network(model, CIFAR10, tmp_path / "s1", CPU).weights_sha256 == hash_weights(STATE)
+
+
+# --- drawn ------------------------------------------------------------------------------------------------------------
+
+LEAVES = st.sampled_from(
+    [0, 1.5, "text", None, b"x", torch.zeros(2), torch.tensor(1), argparse.Namespace(a=1), np.float32(2), STATE, OTHER]
+)
+CONTENTS = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["model", "state_dict", "ema", "optimizer", "fc.bias", "a\nb", "", "x.dtype"])
+            | st.integers(0, 2),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(content=CONTENTS)
+def test_any_content_is_loaded_or_refused_in_words(tmp_path: Path, content: object) -> None:
+    try:
+        network = load(content, tmp_path)
+    except CheckpointError as error:
+        assert "x.pth" in str(error)
+        assert "\n" not in error.one_line()
+        return
+    assert network.weights_sha256 in (hash_weights(STATE), hash_weights(OTHER))
