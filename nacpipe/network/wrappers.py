@@ -98,7 +98,9 @@ def find_place(network: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 def run_eagerly() -> AbstractContextManager[Any]:
     """Run what torch.compile has compiled as it was written: compiled code does not call hooks that came later."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:  # torch.compile(detector); nothing compiled
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
