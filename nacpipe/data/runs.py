@@ -10,6 +10,7 @@ from nacpipe.errors import CheckpointError
 
 BEST = "best.ckpt"
 ONLY = "ckpt.pth"  # OpenOOD's name where a folder has one alone: AugMix, DeepAugment, Stylized, …
+_RUN = r"s[0-9]{1,9}"
 _SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".th")
 
 
@@ -53,7 +54,7 @@ def name_run(cache: str, run: str) -> str:
 
 
 def _run_names(folder: Path) -> list[str]:
-    names = (path.name for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"s[0-9]{1,9}", path.name))
+    names = (path.name for path in folder.iterdir() if path.is_dir() and re.fullmatch(_RUN, path.name))
     return sorted(names, key=lambda name: int(name[1:]))
 
 
@@ -63,6 +64,10 @@ def _checkpoint(folder: Path) -> Path:
             return folder / name
     files = (path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
     found = sorted(path for path in files if not path.name.startswith("."))
+    if not found and not re.fullmatch(_RUN, folder.name):
+        raise CheckpointError(
+            f"checkpoint {folder} is a folder without a checkpoint or run folders s0, s1, …; name a file"
+        )
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise CheckpointError(f"{folder} has no {BEST}, and not one checkpoint but {len(found)}: {names}")

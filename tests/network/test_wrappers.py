@@ -170,7 +170,9 @@ def test_a_network_inside_another_is_said_to_be_the_one(detector_file: Path) -> 
 def test_a_detector_can_be_compiled_itself(cache: Cache, detector_file: Path) -> None:
     batch = to_inputs(load_set("val")[0][:128])
     detector = torch.compile(nacpipe.load_detector(detector_file, digits()), backend="eager")
-    np.testing.assert_array_equal(detector(batch).score.numpy(), score_splits(cache, PARAMS, ["id/val"])["id/val"][:128])
+    np.testing.assert_array_equal(
+        detector(batch).score.numpy(), score_splits(cache, PARAMS, ["id/val"])["id/val"][:128]
+    )
 
 
 def test_names_and_places_of_wrapped_networks() -> None:
