@@ -16,7 +16,7 @@ TRIALS ?=
 
 EXTRACT_OPTIONS = $(BENCHMARK) --cache $(CACHE) \
 	$(if $(MODEL),--model $(MODEL)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) \
-	$(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(LAYERS),--layers $(LAYERS)) \
+	$(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(LAYERS),--layers '$(LAYERS)') \
 	$(if $(TRAIN_IMAGES),--train-images $(TRAIN_IMAGES))
 
 .NOTPARALLEL:
@@ -40,7 +40,7 @@ extract: $(READY) ## stage 1: run the network once, write its states to CACHE
 	$(BIN)/python stages/extract.py $(EXTRACT_OPTIONS)
 
 search: $(READY) ## stage 2: tune the parameters against CACHE
-	$(BIN)/python stages/search.py $(CACHE) $(if $(TRIALS),--trials $(TRIALS)) $(if $(LAYERS),--layers $(LAYERS))
+	$(BIN)/python stages/search.py $(CACHE) $(if $(TRIALS),--trials $(TRIALS)) $(if $(LAYERS),--layers '$(LAYERS)')
 
 evaluate: $(READY) ## the table: NAC beside baselines
 	$(BIN)/nacpipe evaluate $(CACHE)

@@ -18,6 +18,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.metadata import ArrayV3Metadata
 
 from nacpipe.cache.layout import MISSING_INT, Header, count_blocks, is_there
+from nacpipe.core.baselines import OUTPUTS
 from nacpipe.errors import FormatError, NacError
 
 IDENTITY = ("benchmark", "architecture", "family", "weights", "transform", "dtype")
@@ -57,8 +58,8 @@ def root_problems(header: Header) -> Iterator[str]:
         for key in TRANSFORM:
             if not isinstance(transform, Mapping) or key not in transform:
                 yield f"identity.transform lacks {key}"
-    if header.identity.get("outputs", "logits") not in ("logits", "features"):
-        yield f"identity.outputs is {header.identity['outputs']!r}, neither logits nor features"
+    if header.identity.get("outputs", "logits") not in OUTPUTS:
+        yield f"identity.outputs is {header.identity['outputs']!r}, none of {', '.join(OUTPUTS)}"
 
 
 def split_problems(group: zarr.Group, header: Header) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,8 @@ one chunk per array and block; blocks[i] = 1 once every array of block i is writ
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -169,13 +171,23 @@ def check_layer_names(names: list[str]) -> None:
     """Refuse layer names that would collide with a split's own arrays or leave its group.
 
     Raises:
-        InputError: naming the layer.
+        InputError: naming the layer, and how to give it another name.
     """
     for name in names:
+        other = f"give it another: --layers {shlex.quote(f'{free_name(name)}={name}')}"
         if name in RESERVED or not name or name.startswith(".") or "/" in name:
-            raise InputError(f"layer name {name!r} cannot be used in a cache; reserved: {', '.join(RESERVED)}")
+            raise InputError(
+                f"layer name {name!r} cannot be used in a cache (reserved: {', '.join(RESERVED)}); {other}"
+            )
         if layer_of(name) != name:  # parameters mean one state of a layer by that
-            raise InputError(f"layer name {name!r} cannot be used in a cache: it ends like a state, {source_of(name)}")
+            raise InputError(
+                f"layer name {name!r} cannot be used in a cache: it ends like a state, {source_of(name)}; {other}"
+            )
+
+
+def free_name(name: str) -> str:
+    """Return a name that a layer can have instead: features → features_layer."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".") + "_layer"
 
 
 def count_blocks(rows: int, block_rows: int) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import Address, Progress, format_bytes, note, print_json, print_table, split_names
+from nacpipe.cli.show import Address, Progress, format_bytes, note, print_json, print_table, split_layers, split_names
 from nacpipe.core.address import is_url
 from nacpipe.core.text import command_line
 
@@ -36,10 +36,14 @@ def extract_options(command: Any) -> Any:
         click.argument("benchmark"),
         click.option("--model", metavar="NAME", help="The network (nacpipe models); for digits: digits_cnn."),
         click.option("--checkpoint", type=click.Path(path_type=Path),
-                     help="The network's weights: a file, a name from nacpipe models, or a folder of runs s0, s1, …:"
-                     " then a cache each."),
-        click.option("--layers", callback=split_names, metavar="A,B",
-                     help="Layers to tap, by alias or module path; default: the paper's four."),
+                     help="The network's weights: a file, a folder with one, a name from nacpipe models, or a folder of"
+                     " runs s0, s1, …: then a cache each."),
+        click.option("--weights-transform", metavar="NAME",
+                     help="Prepare images as for these published weights (nacpipe models), or benchmark; default: told"
+                     " by the weights."),
+        click.option("--layers", callback=split_layers, metavar="A,B",
+                     help="Layers to tap, by alias or module path, NAME=PATH for another name; default: the paper's"
+                     " four."),
         click.option("--pool", "pools", multiple=True, callback=_split_pools, metavar="LAYER=KIND",
                      help="sum-nchw, sum-nhwc, sum-tokens, class-token or none; again for each layer."),
         click.option("--data-root", type=click.Path(path_type=Path),
@@ -115,7 +119,7 @@ def extract(dry_run: bool, as_json: bool, **asked: Any) -> None:
 def make_requests(**asked: Any) -> list[ExtractRequest]:
     """Fill in what depends on the benchmark, its network and the cache's place; one request for each training run."""
     from nacpipe.data.own import open_benchmark
-    from nacpipe.data.runs import find_runs, name_run
+    from nacpipe.data.runs import find_checkpoint, find_runs, holds_runs, name_run
     from nacpipe.errors import InputError
     from nacpipe.network.models import MODELS, plain_name
     from nacpipe.network.request import ExtractRequest, name_cache
@@ -131,6 +135,8 @@ def make_requests(**asked: Any) -> list[ExtractRequest]:
     checkpoint = asked["checkpoint"]
     if checkpoint is None or not checkpoint.is_dir():
         return [ExtractRequest(command=command, **asked)]
+    if not holds_runs(checkpoint):
+        return [ExtractRequest(command=command, **{**asked, "checkpoint": find_checkpoint(checkpoint)})]
     return [
         ExtractRequest(
             command=command, **{**asked, "checkpoint": file, "cache": _address(name_run(str(asked["cache"]), run))}
@@ -185,7 +191,7 @@ def _extract_one(request: ExtractRequest, ranks: Ranks) -> None:
     for text in plan.notes if ranks.first else ():
         note(text)
     progress = Progress(plan.todo_rows(ranks) if ranks.first else 0)
-    run_plan(plan, lambda split, rows: progress.step(rows, f"extract {split}"), ranks)
+    run_plan(plan, lambda split, rows: progress.step(rows, f"extract {split}"), ranks, note)
 
 
 def print_plans(plans: Sequence[Plan], as_json: bool) -> None:
@@ -218,7 +224,13 @@ def _describe_plan(plan: Plan) -> dict[str, Any]:
         }
         for s in plan.splits
     ]
-    return {"cache": str(plan.request.cache), "exists": plan.exists, "splits": rows, "notes": plan.notes}
+    return {
+        "cache": str(plan.request.cache),
+        "exists": plan.exists,
+        "transform": {**plan.network.transform.to_json(), "interpolation": plan.network.transform.interpolation},
+        "splits": rows,
+        "notes": plan.notes,
+    }
 
 
 def _print_plan(plan: Plan, rows: Sequence[dict[str, Any]]) -> None:
@@ -240,3 +252,4 @@ def _print_plan(plan: Plan, rows: Sequence[dict[str, Any]]) -> None:
         f"\n{plan.request.cache}: {'goes on' if plan.exists else 'new'}, {plan.todo_rows(Ranks())} images to run"
     )
     click.echo(f"layers (neurons): {layers}; device {plan.request.device}, batches of {plan.request.batch_size}")
+    click.echo(f"transform: {plan.network.transform.describe()}")

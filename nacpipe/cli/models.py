@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from nacpipe.cli.show import note, print_json, print_table
+
+if TYPE_CHECKING:
+    from nacpipe.network.layers import Tappable
 
 _OTHERS = {
     "timm:NAME": "timm's network of that name with its weights, or yours; pip install 'nacpipe[timm]'",
@@ -19,8 +23,9 @@ _OTHERS = {
 def models(as_json: bool) -> None:
     """Print the networks that --model takes, and what their weights can be called.
 
-    --checkpoint takes a file or one of those names. Checkpoints of AugMix, PixMix, RegMixup, DeepAugment, Stylized,
-    RandAugment and LogitNorm are those of the plain network; schemes with layers of their own follow a plus sign.
+    --checkpoint takes a file, a folder with one, or one of those names. Checkpoints of AugMix, PixMix, RegMixup,
+    DeepAugment, Stylized, RandAugment and LogitNorm are those of the plain network (+augmix, … is taken and changes
+    nothing); schemes with layers of their own follow a plus sign. OpenOOD's names are taken too.
 
     \b
     nacpipe models
@@ -96,7 +101,7 @@ def layers(model: str, benchmark: str | None, as_json: bool) -> None:
                 "×".join(str(n) for n in layer.shape),
                 layer.pooling + ("?" if layer.guessed else ""),
                 str(layer.neurons),
-                f"the last of {layer.runs} runs" if layer.runs > 1 else "",
+                _remark(layer),
             )
             for layer in found
         ],
@@ -104,3 +109,13 @@ def layers(model: str, benchmark: str | None, as_json: bool) -> None:
     )
     side = network.transform.crop
     note(f"images of {side}×{side}; tapped by default: {', '.join(row.default) or '–'}")
+
+
+def _remark(layer: Tappable) -> str:
+    """What to know before it is tapped: that it runs several times, or must have another name in a cache."""
+    from nacpipe.cache.layout import RESERVED, free_name
+
+    remarks = [f"the last of {layer.runs} runs"] if layer.runs > 1 else []
+    if layer.name in RESERVED:
+        remarks.append(f"--layers {free_name(layer.name)}={layer.name}")
+    return "; ".join(remarks)

@@ -23,7 +23,9 @@ _COLUMNS = ("image", "score", "is_ood", "predicted", "error")
 @click.argument("detector", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--model", metavar="NAME", help="The network (nacpipe models), or file.py:function; default: DETECTOR's.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Its weights: a file, or a name.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Its weights: a file, a folder with one, or a name."
+)
 @click.option("--device", default="auto", show_default=True, help="cuda, mps, cpu, …")
 @click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Images at once.")
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode images.")
@@ -53,11 +55,13 @@ def score(
 
     paths = find_images(images)
     ready = prepare(detector, model, checkpoint, device)
+    for text in ready.notes:
+        note(text)
     progress = Progress(len(paths))
     broken: list[str] = []
 
     def rows() -> Iterator[ScoredImage]:
-        for row in score_images(ready, paths, batch_size, workers):
+        for row in score_images(ready, paths, batch_size, workers, note):
             progress.step(1, "score")
             if row.error is not None:
                 broken.append(row.error)

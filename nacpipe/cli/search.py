@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import Address, Progress, note, percent, print_json, print_table, split_names
+from nacpipe.cli.show import Address, Progress, note, percent, print_json, print_table, split_layers
 from nacpipe.core.text import command_line
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ SAMPLERS = ("layers", "tpe", "random", "grid", "nsga2", "cmaes")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Another seed is another study.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes, sharing one index in memory.")
 @click.option("--threads", type=click.IntRange(1), help="Cores to use; default: all.")
-@click.option("--layers", callback=split_names, metavar="A,B", help="Layers to use, logits too; default: the cache's.")
+@click.option("--layers", callback=split_layers, metavar="A,B", help="Layers to use, logits too; default: the cache's.")
 @click.option("--storage", metavar="URL", help="Journal file or database URL; default: X.study.log beside X.zarr.")
 @click.option("--study", default="nac", show_default=True, help="The study's name in its storage.")
 @click.option("--output", type=click.Path(path_type=Path), help="Default: X.params.json beside X.zarr.")
@@ -162,9 +162,10 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
         extra = [field for field in ("source", "edges") if _chosen(search, field)]
         print_table(("layer", "bins", "saturation", "alpha", "weight", "alone, AUROC %", *extra), rows)
         checks = result.checks
+        energy = "" if result.energy_val is None else f" (Energy {percent(result.energy_val)} %)"
         click.echo(
-            f"\nid/val against {search.request.val}: AUROC {percent(checks.val_auroc)} %"
-            f" (Energy {percent(result.energy_val)} %), FPR@95 {percent(checks.val_fpr95)} %"
+            f"\nid/val against {search.request.val}: AUROC {percent(checks.val_auroc)} %{energy},"
+            f" FPR@95 {percent(checks.val_fpr95)} %"
         )
         if result.front is not None:
             click.echo(
@@ -176,9 +177,10 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
         if checks.subtrain_auroc is None:
             click.echo("overfitting check: the cache has no id/subtrain")
         else:
+            own = "" if result.energy_subtrain is None else f"; Energy's {percent(result.energy_subtrain)} %"
             click.echo(
                 f"overfitting check, id/val against id/subtrain: AUROC {percent(checks.subtrain_auroc)} %"
-                f" (50 is ideal; Energy's {percent(result.energy_subtrain)} %)"
+                f" (50 is ideal{own})"
             )
         click.echo(f"{result.trials} trials in {result.seconds:.1f} s, seed {result.seed}, {search.request.shown}")
     if result.overfits:

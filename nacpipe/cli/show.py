@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -34,6 +35,11 @@ class Address(click.Path):
 def split_names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...]:
     """Turn `a,b` into ("a", "b")."""
     return tuple(name.strip() for name in value.split(",") if name.strip()) if value else ()
+
+
+def split_layers(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Turn `a,b` or `a b`, as OpenOOD's scripts have layers, into ("a", "b")."""
+    return tuple(re.split(r"[,\s]+", value.strip(", \t\n"))) if value and value.strip(", \t\n") else ()
 
 
 def note(text: str) -> None:

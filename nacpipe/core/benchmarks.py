@@ -27,6 +27,11 @@ class Transform:
     interpolation: str = "bilinear"
     """One of `INTERPOLATIONS`; OpenOOD's is bilinear."""
 
+    def describe(self) -> str:
+        """Return it in words."""
+        mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"resize {self.resize} ({self.interpolation}), crop {self.crop}, mean {mean}, std {std}"
+
     def to_json(self) -> dict[str, Any]:
         """Return it as a cache's identity has it: the interpolation only where it is not bilinear."""
         return {

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nacpipe.core.baselines import OUTPUTS
 from nacpipe.core.benchmarks import INTERPOLATIONS, Transform
 from nacpipe.core.coverage import layer_of
 from nacpipe.core.params import LayerParams, layer_from_json
@@ -129,6 +130,8 @@ class Exported:
             raise DetectorError(f"the sha256 of its network's weights is {_show(weights)}")
         if (dtype := identity.get("dtype")) not in ("float32", "bf16"):
             raise DetectorError(f"its network's dtype is {_show(dtype)}; known: float32, bf16")
+        if (given := identity.get("outputs", "logits")) not in OUTPUTS:
+            raise DetectorError(f"its network gives {_show(given)}; known: {', '.join(OUTPUTS)}")
         _transform(identity.get("transform"))
         return cls(
             layers=layers, threshold=threshold, keep=keep, identity=identity, information=information, **whole

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nacpipe.core.benchmarks import Transform
 from nacpipe.errors import InputError, MissingExtra
-from nacpipe.network.weights import StateDict, first_line, make_transform
+from nacpipe.network.state_dicts import StateDict
+from nacpipe.network.weights import first_line, make_transform
 
 
 def build_from_file(path: Path, function: str) -> nn.Module:
@@ -66,9 +66,9 @@ def build_timm(name: str, classes: int | None = None, *, pretrained: bool = Fals
     return network
 
 
-def read_timm(name: str) -> StateDict:
+def read_timm(name: str) -> dict[str, StateDict]:
     """Return timm's published weights of a network, downloaded where they are not there yet."""
-    return dict(build_timm(name, pretrained=True).state_dict())
+    return {"": dict(build_timm(name, pretrained=True).state_dict())}
 
 
 def timm_transform(name: str) -> Transform:
@@ -99,41 +99,3 @@ def _need_timm() -> Any:
         return importlib.import_module("timm")
     except ModuleNotFoundError as error:
         raise MissingExtra("timm:NAME needs timm; install it with: pip install 'nacpipe[timm]'") from error
-
-
-def try_network(
-    name: str,
-    network: nn.Module,
-    images: Tensor,  # (n, channels, height, width)
-    classes: int,
-) -> str | None:
-    """Run a network on some images; return the path of the linear layer whose output is the network's, if one's is.
-
-    Raises:
-        InputError: it fails, or gives something else than logits for that many classes.
-    """
-    given: dict[str, tuple[Tensor, object]] = {}
-
-    def keep(path: str, inputs: tuple[Tensor, ...], output: object) -> None:
-        given[path] = (inputs[0], output)
-
-    handles = [
-        module.register_forward_hook(lambda _module, inputs, output, path=path: keep(path, inputs, output))
-        for path, module in network.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        with torch.no_grad():
-            output = network(images)
-    except Exception as error:  # it is anyone's code
-        raise InputError(
-            f"model {name!r} fails on images of {images.shape[-1]} pixels: {type(error).__name__}: {first_line(error)}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    wanted = (len(images), classes)
-    if not isinstance(output, Tensor) or output.shape != wanted:
-        what = str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
-        raise InputError(f"model {name!r} gives {what} for {len(images)} images; wanted are logits, {wanted}")
-    return next((path for path, (x, own) in given.items() if own is output and x.dim() == 2), None)

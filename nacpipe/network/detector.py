@@ -10,7 +10,7 @@ computes for an image may, in its last bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +26,11 @@ from nacpipe.core.exported import Exported, ExportedLayer
 from nacpipe.core.kernels import fill_rows
 from nacpipe.core.provenance import diff
 from nacpipe.errors import DetectorError, InputError
-from nacpipe.network.custom import try_network
 from nacpipe.network.request import AUTOCAST
 from nacpipe.network.taps import POOLINGS, Tapped, Taps, apart, find_direct
-from nacpipe.network.weights import hash_weights
+from nacpipe.network.trial import run_trial
+from nacpipe.network.weights import hash_network
+from nacpipe.network.wrappers import find_place, unwrap
 
 
 class Detected(NamedTuple):
@@ -63,11 +64,12 @@ class Detector(nn.Module):
         autocast: torch.dtype | None = None,
         keep_bits: int = ALL_BITS,
         name: str = "",
+        outputs: str | None = None,
     ) -> None:
         """Put a network and coverage together.
 
         Args:
-            network: the classifier, on whatever device.
+            network: the classifier, on whatever device; what torch.compile or DataParallel wrap is taken out of it.
             layers: the coverage, for the network's modules.
             like: images of the kind to come, of any content, on the network's device; they are run to see whether all
                 fits.
@@ -75,12 +77,14 @@ class Detector(nn.Module):
             autocast: the half type that the states were counted in.
             keep_bits: of the mantissa of activations and gradients, if the cache rounded them.
             name: the network's, for messages.
+            outputs: what the network gives, as the cache had it; None finds it out.
 
         Raises:
             DetectorError: a layer has another number of neurons, or a pooling is not known.
-            InputError: the network fails, or a layer is not in it.
+            InputError: the network fails or is random in evaluation mode, or a layer is not in it.
         """
         super().__init__()
+        network = unwrap(network)
         self.network, self.threshold = network, threshold
         self.weights = np.array([layer.params.weight for layer in layers])
         self._lookups = [Lookup(layer) for layer in layers]
@@ -98,9 +102,10 @@ class Detector(nn.Module):
                 "the network was made under torch.inference_mode, which forbids gradients; make it outside"
             )
         with apart(network, like.device):
-            outputs = network(like).shape[-1]
-            self.classifier = try_network(name or type(network).__name__, network, like, outputs)
+            trial = run_trial(name or type(network).__name__, network, like, embeds=outputs == "features")
+            self.classifier, self._outputs = trial.classifier, outputs or trial.outputs
             self._direct = find_direct(network, self._specs, self.classifier, like)
+        self._overwritten: Set[str] | None = None
         self(like)
 
     def forward(self, images: Tensor) -> Detected:  # (n, channels, height, width), prepared for the network
@@ -132,9 +137,19 @@ class Detector(nn.Module):
         """One pass, as extraction makes it, whatever mode the caller is in."""
         with (
             apart(self.network, images.device),
-            Taps(self.network, self._specs, self.classifier, direct=self._direct, autocast=self._autocast) as taps,
+            Taps(
+                self.network,
+                self._specs,
+                self.classifier,
+                direct=self._direct,
+                overwritten=self._overwritten,
+                outputs=self._outputs,
+                autocast=self._autocast,
+            ) as taps,
         ):
-            return taps(images.detach())
+            tapped = taps(images.detach())
+            self._overwritten = taps.overwritten
+        return tapped
 
 
 def select_products(tapped: Tapped, layer: str, source: Source, keep_bits: int = ALL_BITS) -> Tensor:
@@ -206,6 +221,7 @@ def load_detector(file: str | Path, network: nn.Module) -> Detector:
     Args:
         file: from `nacpipe export`.
         network: with the very weights, on whatever device; images must come prepared as `Exported.transform` says.
+            It may be wrapped (torch.compile, DataParallel); the network inside is what runs.
 
     Raises:
         DetectorError: the file is not there or malformed, or the network has other weights or layers.
@@ -224,20 +240,22 @@ def attach(exported: Exported, network: nn.Module) -> Detector:
         DetectorError: the network has other weights or layers.
     """
     identity, transform = exported.identity, exported.transform
-    found = {"weights": hash_weights(network.state_dict())}
-    if differences := diff({"weights": identity["weights"]}, found):
-        raise DetectorError(
-            f"it was exported for another network ({'; '.join(differences)}); give that network with those weights, or"
-            " extract and export for this one"
-        )
-    side, one = transform.crop, next(network.parameters())
+    network = unwrap(network)
+    if differences := diff({"weights": identity["weights"]}, {"weights": hash_network(network)}):
+        inside = [name for name, child in network.named_children() if hash_network(child) == identity["weights"]]
+        advice = "give that network with those weights, or extract and export for this one"
+        if inside:
+            advice = f"that one is its module {inside[0]!r}: give network.{inside[0]}"
+        raise DetectorError(f"it was exported for another network ({'; '.join(differences)}); {advice}")
+    side, (device, dtype) = transform.crop, find_place(network)
     noise = torch.randn(2, len(transform.mean), side, side, generator=torch.Generator().manual_seed(0))
     return Detector(
         network,
         exported.layers,
-        noise.to(one.device, one.dtype),
+        noise.to(device, dtype),
         threshold=exported.threshold,
         autocast=AUTOCAST["none" if identity["dtype"] == "float32" else identity["dtype"]],
         keep_bits=exported.keep_bits,
         name=str(identity.get("architecture", "")),
+        outputs=str(identity.get("outputs", "logits")),
     )

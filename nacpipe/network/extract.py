@@ -14,17 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from nacpipe.cache import CacheWriter
 from nacpipe.cache.lock import CacheLock
-from nacpipe.errors import InputError
 from nacpipe.network.images import build_transform, load_batches
 from nacpipe.network.load import classifier_weights
+from nacpipe.network.memory import BatchRunner
 from nacpipe.network.plan import Plan, SplitPlan
 from nacpipe.network.ranks import Ranks
-from nacpipe.network.taps import Taps
+from nacpipe.network.taps import Tapped
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -33,6 +32,7 @@ def extract(
     plan: Plan,
     progress: Callable[[str, int], None] = lambda split, rows: None,
     ranks: Ranks = Ranks(),  # noqa: B008 (a frozen record)
+    note: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Do what the plan says. Killed at any moment, the same command goes on; blocks that are marked are never redone.
 
@@ -40,6 +40,7 @@ def extract(
         plan: from `plan_extraction`.
         progress: called with a split's name and the rows just written.
         ranks: this process among those that share the cache.
+        note: called with what to say aloud meanwhile: that batches are smaller than asked for.
 
     Raises:
         ImageError: an image cannot be read, naming file, list and line.
@@ -47,10 +48,16 @@ def extract(
         CacheError: another extraction writes this cache, or it cannot be written.
     """
     with CacheLock(plan.request.cache) as lock:
-        _extract(plan, progress, ranks, lock)
+        _extract(plan, progress, ranks, lock, note)
 
 
-def _extract(plan: Plan, progress: Callable[[str, int], None], ranks: Ranks, lock: CacheLock) -> None:
+def _extract(
+    plan: Plan,
+    progress: Callable[[str, int], None],
+    ranks: Ranks,
+    lock: CacheLock,
+    note: Callable[[str], None],
+) -> None:
     ranks.wait()  # all have planned before anything changes
     if ranks.first:
         lock.take()
@@ -64,6 +71,7 @@ def _extract(plan: Plan, progress: Callable[[str, int], None], ranks: Ranks, loc
         lock.share()
         writer = CacheWriter(plan.request.cache, plan.header, first=False)
     with plan.taps() as taps, ThreadPoolExecutor(1) as pool:
+        run = BatchRunner(lambda images: _arrays_of(taps(images)), plan.network.device, note)
         for split in plan.splits:
             if split.sealed:
                 continue
@@ -74,7 +82,7 @@ def _extract(plan: Plan, progress: Callable[[str, int], None], ranks: Ranks, loc
                 writer.prepare(name, split.rows, split.images.identity())
             ranks.wait()
             writing: Future[None] | None = None
-            for block, arrays in _run_blocks(plan, split, ranks, taps):
+            for block, arrays in _run_blocks(plan, split, ranks, run):
                 if writing is not None:
                     writing.result()
                 writing = pool.submit(writer.write_block, name, block, arrays)
@@ -86,7 +94,7 @@ def _extract(plan: Plan, progress: Callable[[str, int], None], ranks: Ranks, loc
                 writer.seal(name)
 
 
-def _run_blocks(plan: Plan, split: SplitPlan, ranks: Ranks, taps: Taps) -> Iterator[tuple[int, Arrays]]:
+def _run_blocks(plan: Plan, split: SplitPlan, ranks: Ranks, run: BatchRunner[Arrays]) -> Iterator[tuple[int, Arrays]]:
     """Yield (first block, arrays) for every unit of this rank: a block, or a shard's blocks."""
     units = ranks.share(plan.units(split))
     batches = [batch for unit in units for batch in plan.batches(split, unit)]
@@ -95,30 +103,18 @@ def _run_blocks(plan: Plan, split: SplitPlan, ranks: Ranks, taps: Taps) -> Itera
         split.images, batches, transform, plan.request.workers, pin=plan.network.device.type == "cuda"
     )
     for unit in units:
-        parts = [part for _ in plan.batches(split, unit) for part in _run(taps, next(loaded), plan.network.device)]
+        parts = [part for _ in plan.batches(split, unit) for part in run(next(loaded))]
         rows = plan.rows_of_unit(split, unit)
         index = split.images.index[rows.start : rows.stop]
         arrays: Arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         yield unit, {**arrays, "label": split.images.labels[index], "index": index}
 
 
-def _run(taps: Taps, images: torch.Tensor, device: torch.device) -> Iterator[dict[str, NDArray[np.float32]]]:
-    """One batch through the network: array path → (n, width) float32 on the CPU; in halves where memory is short."""
-    try:
-        tapped = taps(images.to(device, non_blocking=True))
-    except torch.OutOfMemoryError:
-        if images.shape[0] == 1:
-            raise InputError(f"one image does not fit the memory of {device}; try --device cpu") from None
-        tapped = None  # let go of the error, which holds the tensors, before trying again
-    if tapped is None:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        for half in images.chunk(2):
-            yield from _run(taps, half, device)
-        return
+def _arrays_of(tapped: Tapped) -> Arrays:
+    """Array path → (n, width) float32 on the CPU."""
     found = {f"{name}/activation": value for name, value in tapped.activation.items()}
     found |= {f"{name}/gradient": value for name, value in tapped.gradient.items()}
     found["logits"] = tapped.logits
     if tapped.features is not None:
         found["features"] = tapped.features
-    yield {path: value.float().cpu().numpy() for path, value in found.items()}
+    return {path: value.float().cpu().numpy() for path, value in found.items()}

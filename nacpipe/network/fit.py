@@ -23,6 +23,7 @@ from nacpipe.network.detector import Detector, load_detector, select_products
 from nacpipe.network.layers import measure_layers
 from nacpipe.network.load import wrap_network
 from nacpipe.network.taps import Taps, apart
+from nacpipe.network.wrappers import find_place, unwrap
 
 Source = str | Path | NacParams
 
@@ -39,6 +40,8 @@ class Recipe:
     train_images: int | None = None
     """How many training images are counted, the loader's first; None means all. Saturation is a number of images, so
     give what the parameters were found with."""
+    layers: Mapping[str, str] = field(default_factory=dict)
+    """Layer → module path, where the parameters call it otherwise (extract's `--layers NAME=PATH`)."""
 
     @property
     def counted(self) -> bool:
@@ -55,7 +58,7 @@ class Recipe:
             assert not isinstance(self.source, NacParams)
             return load_detector(self.source, network)
         params = self.source if isinstance(self.source, NacParams) else read_params(self.source)
-        return fit_detector(network, params, _first(batches, self.train_images), self.pools)
+        return fit_detector(network, params, _first(batches, self.train_images), self.pools, self.layers)
 
 
 def fit_detector(
@@ -63,22 +66,25 @@ def fit_detector(
     params: NacParams,
     batches: Iterable[Tensor],  # each (n, channels, side, side), prepared for the network
     pools: Mapping[str, str],
+    layers: Mapping[str, str] | None = None,
 ) -> Detector:
     """Count the coverage of training images; memory does not grow with their number. Nothing is flagged: there is no
     threshold.
 
     Args:
-        network: on whatever device; images are taken there.
+        network: on whatever device; images are taken there. It may be wrapped (torch.compile, DataParallel).
         params: for the network's modules, by their paths, or the logits.
         batches: training images.
         pools: layer → pooling, where the guess is wrong.
+        layers: layer → module path, where the parameters call it otherwise.
 
     Raises:
         InputError: there are no images, a layer is not in the network, or a pooling does not fit it.
         ValuesError: states are not finite.
     """
     params = NacParams(layers={name: layer for name, layer in params.layers.items() if layer.weight > 0})
-    device = next(network.parameters()).device
+    network = unwrap(network)
+    device = find_place(network)[0]
     coming = iter(batches)
     first = next(coming, None)
     if first is None:
@@ -86,23 +92,29 @@ def fit_detector(
     with apart(network, device):
         wrapped = wrap_network(network, first[:1].repeat(2, 1, 1, 1).to(device))
         named = [name for name in dict.fromkeys(map(layer_of, params.layers)) if name != LOGITS]
-        specs = measure_layers(wrapped, named, list(pools.items())).layers if named else ()
+        paths = {name: (layers or {}).get(name, name) for name in named}
+        specs = measure_layers(wrapped, paths, list(pools.items())).layers if named else ()
     by_name = {spec.name: spec for spec in specs}
     by_name[LOGITS] = LayerSpec(name=LOGITS, path="", pooling="none", neurons=0)
     borders = {
         name: product_borders(bin_edges(layer.bins, layer.edges), layer.alpha) for name, layer in params.layers.items()
     }
     counts: dict[str, NDArray[np.int32]] = {}
+    model, overwritten = wrapped.model, None
     for images in chain([first], coming):
-        with apart(network, device), Taps(network, specs, wrapped.model.classifier) as taps:
+        with (
+            apart(network, device),
+            Taps(network, specs, model.classifier, overwritten=overwritten, outputs=model.outputs) as taps,
+        ):
             tapped = taps(images.detach().to(device))
+            overwritten = taps.overwritten
         for name, layer in params.layers.items():
             products = select_products(tapped, name, layer.source).cpu().numpy()
             if not np.isfinite(products).all():
                 raise ValuesError(f"layer {name!r}: a training image's {layer.source} is not finite")
             found = count_sorted(sort_columns(products), borders[name])
             counts[name] = counts[name] + found if name in counts else found
-    layers = [
+    counted = [
         ExportedLayer(
             name=name,
             path=by_name[layer_of(name)].path,
@@ -113,7 +125,7 @@ def fit_detector(
         )
         for name, layer in params.layers.items()
     ]
-    return Detector(network, layers, first[:1].repeat(2, 1, 1, 1).to(device))
+    return Detector(network, counted, first[:1].repeat(2, 1, 1, 1).to(device))
 
 
 def _first(batches: Iterable[Tensor], count: int | None) -> Iterator[Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nacpipe.errors import InputError
 from nacpipe.network.detector import Detected, Detector
 from nacpipe.network.fit import Recipe, Source
+from nacpipe.network.wrappers import find_place, unwrap
 
 
 class NACPostprocessor:
@@ -31,7 +32,12 @@ class NACPostprocessor:
     hyperparam_search_done = True
 
     def __init__(
-        self, source: Source, *, pools: Mapping[str, str] | None = None, train_images: int | None = None
+        self,
+        source: Source,
+        *,
+        pools: Mapping[str, str] | None = None,
+        train_images: int | None = None,
+        layers: Mapping[str, str] | None = None,
     ) -> None:
         """Choose where the coverage comes from.
 
@@ -39,8 +45,9 @@ class NACPostprocessor:
             source: an exported detector; or parameters (`Recipe.source`), whose coverage `setup` counts.
             pools: layer → pooling, where the guess is wrong.
             train_images: how many of the training loader's images are counted; None means all.
+            layers: layer → module path, where the parameters call it otherwise.
         """
-        self._recipe = Recipe(source=source, pools=pools or {}, train_images=train_images)
+        self._recipe = Recipe(source=source, pools=pools or {}, train_images=train_images, layers=layers or {})
         self._detector: Detector | None = None
 
     def setup(self, net: nn.Module, id_loader_dict: Mapping[str, Any], ood_loader_dict: Mapping[str, Any]) -> None:
@@ -71,7 +78,7 @@ class NACPostprocessor:
         Raises:
             InputError: `setup` was not called, or with another network.
         """
-        device = next(net.parameters()).device
+        device = find_place(net)[0]
         predicted, confidence, label = [], [], []
         for batch in data_loader:
             pred, conf = self.postprocess(net, batch["data"].to(device))
@@ -81,7 +88,7 @@ class NACPostprocessor:
         return np.concatenate(predicted).astype(int), np.concatenate(confidence), np.concatenate(label).astype(int)
 
     def _look(self, net: nn.Module, data: Tensor) -> Detected:
-        if self._detector is None or self._detector.network is not net:
+        if self._detector is None or self._detector.network is not unwrap(net):
             raise InputError("call setup(net, id_loaders, ood_loaders) with this network first")
         found: Detected = self._detector(data)
         return found

@@ -34,6 +34,7 @@ class NAC(GradientDetector):  # type: ignore[misc]
         *,
         pools: Mapping[str, str] | None = None,
         train_images: int | None = None,
+        layers: Mapping[str, str] | None = None,
     ) -> None:
         """Choose a network and where its coverage comes from.
 
@@ -42,13 +43,14 @@ class NAC(GradientDetector):  # type: ignore[misc]
             source: an exported detector, which needs no fitting; or parameters (`Recipe.source`).
             pools: layer → pooling, where the guess is wrong.
             train_images: how many of the loader's images `fit` counts; None means all.
+            layers: layer → module path, where the parameters call it otherwise.
 
         Raises:
             NacError: the file is not there or malformed, or was exported for another network.
         """
         super().__init__()
         self.model = model
-        self._recipe = Recipe(source=source, pools=pools or {}, train_images=train_images)
+        self._recipe = Recipe(source=source, pools=pools or {}, train_images=train_images, layers=layers or {})
         self.requires_fit = not self._recipe.counted
         self._detector: Detector | None = None if self.requires_fit else self._recipe.detector(model)
 

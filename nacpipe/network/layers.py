@@ -10,21 +10,27 @@ A module that is not in the table is looked at in one pass of two blank images, 
 
 from __future__ import annotations
 
+import contextlib
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nacpipe.cache import LayerSpec
 from nacpipe.core.text import command_line
 from nacpipe.errors import InputError
 from nacpipe.network.load import Network
-from nacpipe.network.taps import POOLINGS, Taps
+from nacpipe.network.memory import is_out_of_memory
+from nacpipe.network.models import hint
+from nacpipe.network.taps import NO_GRADIENT, POOLINGS, Taps, clone_in_graph, start_graph, why_no_gradient
 from nacpipe.network.weights import first_line
+from nacpipe.network.wrappers import is_scripted, run_eagerly
 
+Layers = Sequence[str] | Mapping[str, str]  # aliases or module paths, NAME=PATH among them; or name → path
 Pools = Sequence[tuple[str, str]]  # (layer's name, pooling), as somebody wants it
 
 
@@ -61,38 +67,62 @@ class _Seen:
     """What a module did in a forward pass."""
 
     output: object
-    version: int
-    """torch's count of changes in place, when the module returned."""
     runs: int
     identity: bool
-    """Whether it returned its input itself."""
+    """Whether it returned its input itself, unchanged."""
+    kept: Tensor | None = field(repr=False)
+    """Its output in the graph; None where it can be in none."""
     used: bool = False
-    """Whether the network's output depends on it."""
+    """Whether a gradient flows back to it."""
 
 
-def measure_layers(network: Network, names: Sequence[str], pools: Pools = ()) -> Measured:
+def name_layers(layers: Layers) -> dict[str, str]:
+    """Return layers as name in the cache → alias or module path; `NAME=PATH` gives a layer another name.
+
+    Raises:
+        InputError: a name has no path, or is given twice.
+    """
+    if isinstance(layers, Mapping):
+        pairs = list(layers.items())
+    else:
+        pairs = []
+        for layer in layers:
+            name, equals, path = layer.partition("=")
+            if equals and not (name and path):
+                raise InputError(f"layer {layer!r} is not NAME=PATH, such as maps=features")
+            pairs.append((name, path if equals else name))
+    for name, _ in pairs:
+        if [other for other, _ in pairs].count(name) > 1:
+            raise InputError(f"layer {name!r} is given twice")
+    return dict(pairs)
+
+
+def measure_layers(network: Network, layers: Layers, pools: Pools = ()) -> Measured:
     """Choose the layers, then run one blank image and count their neurons.
 
     Args:
         network: the network.
-        names: aliases or module paths; none means the model's default layers.
+        layers: aliases or module paths, or `NAME=PATH`, or a mapping; none means the model's default layers.
         pools: poolings that somebody chose.
 
     Raises:
-        InputError: a layer or pooling is not known, or does not fit the other.
+        InputError: a layer or pooling is not known, does not fit the other, or has no gradient.
     """
-    draft, notes = _choose_layers(network, names, pools)
+    draft, notes = _choose_layers(network, layers, pools)
+    model = network.model
     try:
-        with Taps(network.module, draft, network.model.classifier) as taps:
+        with Taps(network.module, draft, model.classifier, outputs=model.outputs) as taps:
             tapped = taps(network.blank(1))
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # it is anyone's code
         raise _does_not_run(network, error) from error
-    layers = tuple(
+    measured = tuple(
         LayerSpec(name=s.name, path=s.path, pooling=s.pooling, neurons=tapped.activation[s.name].shape[1])
         for s in draft
     )
     return Measured(
-        layers=layers,
+        layers=measured,
         classes=tapped.logits.shape[1],
         features=0 if tapped.features is None else tapped.features.shape[1],
         notes=notes,
@@ -104,7 +134,7 @@ def list_layers(network: Network) -> list[Tappable]:
     aliases = {path: alias for alias, (path, _) in network.model.layers.items()}
     found = []
     for path, seen in _watch(network).items():
-        if not (path and isinstance(seen.output, Tensor) and _why_not(seen) is None):
+        if not (path and isinstance(seen.output, Tensor) and _why_not(seen) is None and seen.used):
             continue
         shape = tuple(seen.output.shape)
         alias = aliases.get(path)
@@ -147,39 +177,37 @@ def _width(module: nn.Module) -> int | None:
     return None
 
 
-def _choose_layers(network: Network, names: Sequence[str], pools: Pools) -> tuple[list[LayerSpec], tuple[str, ...]]:
+def _choose_layers(network: Network, layers: Layers, pools: Pools) -> tuple[list[LayerSpec], tuple[str, ...]]:
     """Return the layers, their neurons not counted yet, and what to say aloud."""
     model = network.model
-    names = names or model.default
+    wanted = name_layers(layers or model.default)
     where = command_line("layers", model.asked or model.name)
-    if not names:
+    if not wanted:
         raise InputError(f"{model.name} has no default layers; choose some with --layers A,B from: {where}")
     modules = dict(network.module.named_modules())
-    for name in names:
-        if not name or name not in {**model.layers, **modules}:
+    for place in wanted.values():
+        if not place or place not in {**model.layers, **modules}:
             raise InputError(
-                f"layer {name!r} is not known for {model.name}; known: "
+                f"layer {place!r} is not known for {model.name}; known: "
                 + (f"{', '.join(model.layers)}, and the modules" if model.layers else "the modules")
-                + f" that this lists: {where}"
+                + f" that this lists: {where}{hint(place, [*model.layers, *modules])}"
             )
-        if list(names).count(name) > 1:
-            raise InputError(f"layer {name!r} is given twice")
-    chosen = _check_pools(names, pools)
+    chosen = _check_pools(list(wanted), pools)
     table = {**{path: (path, pooling) for path, pooling in model.layers.values()}, **model.layers}
-    seen = _watch(network) if any(name not in table for name in names) else {}
-    layers, notes = [], []
-    for name in names:
-        path, pooling = table.get(name, (name, ""))
-        if name not in table:
-            shape = _check_tappable(name, seen)
+    seen = _watch(network) if any(place not in table for place in wanted.values()) else {}
+    specs, notes = [], []
+    for name, place in wanted.items():
+        path, pooling = table.get(place, (place, ""))
+        if place not in table:
+            shape = _check_tappable(name, path, modules[path], seen)
             pooling = guess_pooling(modules[path], shape)
             if name not in chosen:
                 notes.append(
                     f"layer {name}: its output {_by(shape[1:])} is pooled by {pooling}, which is a guess;"
                     f" another with --pool {shlex.quote(f'{name}=KIND')}"
                 )
-        layers.append(LayerSpec(name=name, path=path, pooling=chosen.get(name, pooling), neurons=0))
-    return layers, tuple(notes)
+        specs.append(LayerSpec(name=name, path=path, pooling=chosen.get(name, pooling), neurons=0))
+    return specs, tuple(notes)
 
 
 def _check_pools(names: Sequence[str], pools: Pools) -> dict[str, str]:
@@ -191,55 +219,74 @@ def _check_pools(names: Sequence[str], pools: Pools) -> dict[str, str]:
     return dict(pools)
 
 
-def _check_tappable(name: str, seen: dict[str, _Seen]) -> tuple[int, ...]:
+def _check_tappable(name: str, path: str, module: nn.Module, seen: dict[str, _Seen]) -> tuple[int, ...]:
     """Return the shape of a module's output for two images."""
-    if name not in seen:
-        raise InputError(f"layer {name!r} did not run in a forward pass")
-    if why := _why_not(seen[name]):
-        raise InputError(f"layer {name!r} cannot be tapped: {why}")
-    output = seen[name].output
+    if path not in seen:
+        why = " (it is part of a scripted module, which takes no hooks)" if is_scripted(module) else ""
+        raise InputError(f"layer {name!r} did not run in a forward pass{why}")
+    if (reason := _why_not(seen[path])) is not None:
+        raise InputError(f"layer {name!r} cannot be tapped: {reason}")
+    if not seen[path].used:
+        raise InputError(f"layer {name!r} {NO_GRADIENT}")
+    output = seen[path].output
     assert isinstance(output, Tensor)
     return tuple(output.shape)
 
 
 def _why_not(seen: _Seen) -> str | None:
-    """Return why a module cannot be tapped, or None if it can."""
+    """Return why a module's output cannot be tapped, or None if it can."""
     output = seen.output
     if not isinstance(output, Tensor):
         return f"it returns {type(output).__name__}, not one tensor"
     if output.dim() not in (2, 3, 4) or output.shape[0] != 2:
         return f"for two images it gives {_by(output.shape)}, not two times 1 to 3 dimensions"
-    if not (output.requires_grad and seen.used):
-        return "nothing leads from the image over it to the logits"
+    if why := why_no_gradient(output):
+        return f"it gives {why}"
     if seen.identity:
         return "it returns its input as it is; tap the module before it"
-    if output._version != seen.version:
-        return "what comes after it changes its output in place; tap the module after it"
     return None
 
 
 def _watch(network: Network) -> dict[str, _Seen]:
-    """Run two blank images and return what every module gave, in the order in which they ran last."""
+    """Run two blank images and return what every module gave, in the order in which they ran last.
+
+    A graph begins anew at every output that is in none (the first module's, and what comes after .detach() or runs
+    under torch.no_grad), and what follows an output is given a clone, so that it may change it in place.
+    """
     seen: dict[str, _Seen] = {}
+    versions: dict[str, list[tuple[Tensor, int]]] = {}
 
-    def keep(path: str, inputs: tuple[object, ...], output: object) -> None:
-        before = seen.pop(path, None)
-        version = output._version if isinstance(output, Tensor) else 0
-        runs = 1 + (before.runs if before else 0)
-        seen[path] = _Seen(output, version, runs, identity=any(output is value for value in inputs))
+    def before(path: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        versions[path] = [(value, -1 if value.is_inference() else value._version) for value in tensors]
 
-    handles = [
-        module.register_forward_hook(lambda _module, inputs, output, path=path: keep(path, inputs, output))
-        for path, module in network.module.named_modules()
-    ]
+    def keep(path: str, output: object) -> object:
+        same = any(
+            output is value and (version == -1 or value._version == version) for value, version in versions[path]
+        )
+        kept = None
+        if isinstance(output, Tensor) and output.is_floating_point():
+            kept = start_graph(output)
+        runs = 1 + (seen.pop(path).runs if path in seen else 0)
+        seen[path] = _Seen(output, runs, identity=same, kept=kept)
+        return output if kept is None else clone_in_graph(kept)
+
+    handles: list[RemovableHandle] = []
+    for path, module in network.module.named_modules():
+        if path and not is_scripted(module):
+            handles += [
+                module.register_forward_pre_hook(
+                    lambda _module, args, kwargs, path=path: before(path, args, kwargs), with_kwargs=True
+                ),
+                module.register_forward_hook(lambda _module, _args, output, path=path: keep(path, output)),
+            ]
     try:
-        with torch.enable_grad():
-            logits = network.module(network.blank(2).requires_grad_())
-        recorded = [one for one in seen.values() if isinstance(one.output, Tensor) and one.output.requires_grad]
-        outputs = [one.output for one in recorded if isinstance(one.output, Tensor)]
-        for one, gradient in zip(recorded, torch.autograd.grad(logits.sum(), outputs, allow_unused=True), strict=True):
-            one.used = gradient is not None
-    except (RuntimeError, AssertionError, ValueError) as error:
+        with torch.enable_grad(), run_eagerly():
+            logits = network.module(network.blank(2))
+        _mark_used(logits, list(seen.values()))
+    except InputError:
+        raise
+    except Exception as error:  # it is anyone's code
         raise _does_not_run(network, error) from error
     finally:
         for handle in handles:
@@ -247,9 +294,28 @@ def _watch(network: Network) -> dict[str, _Seen]:
     return seen
 
 
+def _mark_used(logits: Tensor, seen: Sequence[_Seen]) -> None:
+    """Find out to which outputs a gradient of the logits flows back."""
+    kept = [(one, one.kept) for one in seen if one.kept is not None]
+    if not (logits.requires_grad and kept):
+        return
+    total = logits.sum()
+    try:
+        for (one, _), gradient in zip(
+            kept, torch.autograd.grad(total, [k for _, k in kept], allow_unused=True, retain_graph=True), strict=True
+        ):
+            one.used = gradient is not None
+    except RuntimeError:  # something has no derivative; what comes after it has
+        for one, output in kept:
+            with contextlib.suppress(RuntimeError):
+                one.used = torch.autograd.grad(total, output, allow_unused=True, retain_graph=True)[0] is not None
+
+
 def _does_not_run(network: Network, error: Exception) -> InputError:
-    side = network.transform.crop
-    return InputError(f"{network.model.name} cannot take images of {side}×{side} pixels: {first_line(error)}")
+    side, name = network.transform.crop, network.model.name
+    if is_out_of_memory(error):
+        return InputError(f"{name}: two images do not fit the memory of {network.device}; try --device cpu")
+    return InputError(f"{name} cannot take images of {side}×{side} pixels: {first_line(error)}")
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -5,16 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nacpipe.core.benchmarks import Benchmark, Transform
+from nacpipe.data.runs import find_checkpoint
 from nacpipe.errors import CheckpointError, InputError
-from nacpipe.network.custom import try_network
-from nacpipe.network.models import Model
+from nacpipe.network.models import Model, hint
 from nacpipe.network.taps import freeze
-from nacpipe.network.weights import Weights, hash_weights, load_weights, read_checkpoint
+from nacpipe.network.trial import Trial, run_trial
+from nacpipe.network.weights import (
+    Weights,
+    hash_network,
+    load_weights,
+    published_sha256,
+    read_checkpoint,
+    recognise_weights,
+)
+from nacpipe.network.wrappers import find_place, unwrap, unwrap_children
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +39,12 @@ class Network:
     device: torch.device
     dtype: torch.dtype = torch.float32
     """Of the images it takes."""
+    no_classifier: str = ""
+    """Why it has no last linear layer; empty where it has one, or was not tried."""
+    notes: tuple[str, ...] = ()
+    """What to say aloud of its weights and outputs."""
+    prepared_by: str = ""
+    """Whose transform it is, for people."""
 
     def blank(self, n: int) -> Tensor:
         """Return n blank images of the network's size, (n, channels, crop, crop)."""
@@ -36,27 +52,49 @@ class Network:
         return torch.zeros(n, len(self.transform.mean), side, side, device=self.device, dtype=self.dtype)
 
 
-def load_network(model: Model, benchmark: Benchmark, checkpoint: Path | None, device: torch.device) -> Network:
-    """Build a network and load its weights.
+def load_network(
+    model: Model,
+    benchmark: Benchmark,
+    checkpoint: Path | None,
+    device: torch.device,
+    weights_transform: str | None = None,
+) -> Network:
+    """Build a network, load its weights and try it on a few random images.
+
+    Args:
+        model: the row.
+        benchmark: whose classes and images.
+        checkpoint: a file, a folder with one, or a name of the model's weights; None takes the model's own.
+        device: where to.
+        weights_transform: whose preparation of images is used: published weights' by their name, or `benchmark`; None
+            chooses by the weights.
 
     Raises:
         CheckpointError: the file is not there, is no checkpoint, or does not fit, naming the keys.
-        InputError: no checkpoint was given and none ships with the package; the network does not fit the benchmark.
+        InputError: no checkpoint was given and none ships with the package; the network does not fit the benchmark, or
+            is random in evaluation mode.
     """
-    module = model.build(benchmark.classes)
+    module = unwrap(model.build(benchmark.classes))
     _check_channels(model, module, benchmark)
-    source, weights = _choose_weights(model, checkpoint)
-    if weights.read is not None:
-        load_weights(module, weights.read(), model.renames, source)
-    sha256 = hash_weights(module.state_dict())
-    transform = _transform(model, benchmark, weights)
-    return _look(Network(model, freeze(module).to(device), sha256, transform, device), benchmark)
+    chosen = _choose_weights(model, checkpoint)
+    notes = chosen.notes
+    if chosen.weights.read is not None:
+        notes += load_weights(module, chosen.weights.read(), model.renames, chosen.source)
+    sha256 = hash_network(module)
+    transform, prepared_by = _choose_transform(model, benchmark, chosen, weights_transform)
+    freeze(module).to(device)
+    unwrap_children(module)
+    dtype = find_place(module)[1]
+    network = Network(model, module, sha256, transform, device, dtype, notes=notes, prepared_by=prepared_by)
+    return _try(network, benchmark)
 
 
-def blank_network(model: Model, benchmark: Benchmark, checkpoint: Path | None) -> Network:
-    """Return the network's shapes alone: nothing is downloaded or computed, and no checkpoint read.
+def blank_network(
+    model: Model, benchmark: Benchmark, checkpoint: Path | None, weights_transform: str | None = None
+) -> Network:
+    """Return the network's shapes alone: nothing is downloaded or computed, and no checkpoint loaded.
 
-    A network that is not in the table is built as it is, on the CPU: its code may not be made for less.
+    A network that is not in the table is built and tried as it is, on the CPU: its code may not be made for less.
 
     Raises:
         CheckpointError: a checkpoint was given that is not there.
@@ -64,11 +102,15 @@ def blank_network(model: Model, benchmark: Benchmark, checkpoint: Path | None) -
     """
     device = torch.device("meta" if model.known else "cpu")
     with device:
-        module = freeze(model.build(benchmark.classes))
+        module = freeze(unwrap(model.build(benchmark.classes)))
+    unwrap_children(module)
     _check_channels(model, module, benchmark)
     unknown = checkpoint is None and model.unasked is None
-    weights = Weights(None) if unknown else _choose_weights(model, checkpoint)[1]
-    return _look(Network(model, module, "", _transform(model, benchmark, weights), device), benchmark)
+    chosen = _Chosen("", Weights(None)) if unknown else _choose_weights(model, checkpoint)
+    transform, prepared_by = _choose_transform(model, benchmark, chosen, weights_transform)
+    dtype = find_place(module)[1]
+    network = Network(model, module, "", transform, device, dtype, notes=chosen.notes, prepared_by=prepared_by)
+    return network if model.known else _try(network, benchmark)
 
 
 def wrap_network(module: nn.Module, images: Tensor) -> Network:
@@ -77,54 +119,94 @@ def wrap_network(module: nn.Module, images: Tensor) -> Network:
     Call it, and what looks at the network then, with the network `frozen`.
 
     Args:
-        module: the network, on whatever device.
+        module: the network, unwrapped, on whatever device.
         images: (n, channels, side, side) of the kind to come.
 
     Raises:
-        InputError: images are no squares, or the network does not give logits for them.
+        InputError: images are no squares, or the network does not give logits for them, the same each time.
     """
     if images.dim() != 4 or images.shape[2] != images.shape[3]:
         raise InputError(f"images are {tuple(images.shape)}; wanted: (n, channels, side, side)")
     side, name = images.shape[3], type(module).__name__
     channels = images.shape[1]
     transform = Transform(resize=side, crop=side, mean=(0.0,) * channels, std=(1.0,) * channels)
-    with torch.no_grad():
-        output = module(images[:1])
-    classes = output.shape[-1] if isinstance(output, Tensor) else 0
     model = Model(name=name, family="custom", build=lambda _: module, known=False)
-    model = replace(model, classifier=try_network(name, module, images[:2], classes))
-    return Network(model, module, hash_weights(module.state_dict()), transform, images.device, images.dtype)
+    dtype = find_place(module)[1] if images.is_floating_point() else images.dtype
+    network = Network(model, module, hash_network(module), transform, images.device, dtype)
+    return _with_trial(network, run_trial(name, module, images))
 
 
 def classifier_weights(network: Network) -> tuple[Tensor, Tensor] | None:
-    """Return the last linear layer's weight (classes, features) and bias (classes,), if there is such a layer."""
+    """Return the last linear layer's weight (classes, features) and bias (classes,), float32, if there is one."""
     if network.model.classifier is None:
         return None
     linear = network.module.get_submodule(network.model.classifier)
     assert isinstance(linear, nn.Linear)
     bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
-    return linear.weight.detach().cpu(), bias.detach().cpu()
+    return linear.weight.detach().float().cpu(), bias.detach().float().cpu()
 
 
-def _choose_weights(model: Model, checkpoint: Path | None) -> tuple[str, Weights]:
-    """Return the weights asked for, or those of the model, and what to call them."""
+class _Chosen(NamedTuple):
+    """Weights that are to be loaded."""
+
+    source: str
+    """What to call them in messages."""
+    weights: Weights
+    published: str = ""
+    """Their name, where they are published ones."""
+    notes: tuple[str, ...] = ()
+
+
+def _choose_weights(model: Model, checkpoint: Path | None) -> _Chosen:
+    """Return the weights asked for, or those of the model."""
     names = ", ".join(model.weights)
     if checkpoint is None:
         if model.unasked is None:
             more = f", or one of these names: {names}" if names else ""
             raise InputError(f"{model.name} has no packaged weights; give them with --checkpoint FILE{more}")
-        return model.unasked, model.weights[model.unasked]
+        return _Chosen(model.unasked, model.weights[model.unasked], model.unasked)
+    if checkpoint.is_dir():
+        checkpoint = find_checkpoint(checkpoint)
     if checkpoint.is_file():
-        return str(checkpoint), Weights(partial(read_checkpoint, checkpoint))
+        return _recognise(model, checkpoint)
     if str(checkpoint) in model.weights:
-        return str(checkpoint), model.weights[str(checkpoint)]
+        return _Chosen(str(checkpoint), model.weights[str(checkpoint)], str(checkpoint))
     more = f", and {model.name} has no weights of that name; it has {names}" if names else ""
-    raise CheckpointError(f"checkpoint {checkpoint} is not there{more}")
+    raise CheckpointError(f"checkpoint {checkpoint} is not there{more}{hint(str(checkpoint), model.weights)}")
 
 
-def _transform(model: Model, benchmark: Benchmark, weights: Weights) -> Transform:
-    """The weights' own preparation of images, or the model's, or the benchmark's."""
-    return weights.transform() if weights.transform else model.transform or benchmark.transform
+def _recognise(model: Model, file: Path) -> _Chosen:
+    """Return a file's weights, with the transform of the published ones if it holds those."""
+    read = partial(read_checkpoint, file)
+    if (name := recognise_weights(file, model.weights)) is not None:
+        return _Chosen(str(file), Weights(read, model.weights[name].transform), name)
+    named = published_sha256(file.name)
+    claimed = [name for name, weights in model.weights.items() if named and weights.sha256 == named]
+    notes = [
+        f"{file} is called like {name}'s file, but its content is another; if it holds those weights, give"
+        f" --weights-transform {name}"
+        for name in claimed
+    ]
+    return _Chosen(str(file), Weights(read), notes=tuple(notes))
+
+
+def _choose_transform(model: Model, benchmark: Benchmark, chosen: _Chosen, wanted: str | None) -> tuple[Transform, str]:
+    """Return the preparation of images, and whose it is: as wanted, the weights', the model's or the benchmark's."""
+    if wanted == "benchmark":
+        return benchmark.transform, f"the benchmark {benchmark.name}"
+    if wanted is not None:
+        own = {name: one.transform for name, one in model.weights.items() if one.transform is not None}
+        if (transform := own.get(wanted)) is None:
+            known = [*own, "benchmark"]
+            raise InputError(
+                f"weights-transform is {wanted!r}; known for {model.name}: {', '.join(known)}{hint(wanted, known)}"
+            )
+        return transform(), f"the weights {wanted}"
+    if chosen.weights.transform is not None:
+        return chosen.weights.transform(), f"the weights {chosen.published}"
+    if model.transform is not None:
+        return model.transform, f"the network {model.name}"
+    return benchmark.transform, f"the benchmark {benchmark.name}"
 
 
 def _check_channels(model: Model, module: nn.Module, benchmark: Benchmark) -> None:
@@ -136,9 +218,21 @@ def _check_channels(model: Model, module: nn.Module, benchmark: Benchmark) -> No
         )
 
 
-def _look(network: Network, benchmark: Benchmark) -> Network:
-    """Run a network that is not in the table once, to see whether it fits and where its classifier is."""
-    if network.model.known:
-        return network
-    classifier = try_network(network.model.name, network.module, network.blank(2), benchmark.classes)
-    return replace(network, model=replace(network.model, classifier=classifier))
+def _try(network: Network, benchmark: Benchmark) -> Network:
+    """Run a network on a few images, to see whether it fits, what its outputs are and where its classifier is."""
+    model, embeds = network.model, network.model.outputs == "features"
+    trial = run_trial(
+        model.name, network.module, network.blank(1), None if embeds else benchmark.classes, embeds=embeds
+    )
+    return _with_trial(network, trial)
+
+
+def _with_trial(network: Network, trial: Trial) -> Network:
+    outputs = network.model.outputs if network.model.outputs == "features" else trial.outputs
+    model = replace(network.model, classifier=trial.classifier, outputs=outputs)
+    notes = list(network.notes)
+    if outputs in ("probabilities", "log-probabilities"):
+        notes.append(f"{model.name} gives {outputs}, not logits: what needs logits (Energy, MaxLogit, …) is left empty")
+    elif outputs == "logits" and trial.classifier is None:
+        notes.append(f"no classifier and features are written: {trial.no_classifier}")
+    return replace(network, model=model, no_classifier=trial.no_classifier, notes=tuple(notes))

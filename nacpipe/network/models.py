@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -135,20 +136,25 @@ MODELS: dict[str, Model] = {
     )
 }
 BACKBONES = ("resnet18_32x32", "resnet18", "resnet50")  # OpenOOD's, which it wraps in WRAPPERS
+PLAIN_SCHEMES = (  # of OpenOOD's training: the networks are the plain ones, with weights of their own
+    *("base", "augmix", "pixmix", "regmixup", "randaugment", "deepaugment", "stylized", "logitnorm", "mixup", "cutmix"),
+    *("cutout", "oe", "mixoe"),
+)
+# OpenOOD's and other usual names → ours; small letters, _ for -, a scheme without its _net.
+ALIASES = {"resnet18_224x224": "resnet18", "resnet18_256x256": "resnet18", "vit_b16": "vit_b_16", "swin": "swin_t"}
+SCHEME_ALIASES = {"conf_branch": "confbranch", "rot": "rotpred", "baseline": "base"}
 
 
 def find_model(name: str) -> Model:
     """Return the row of that name, `BACKBONE+SCHEME`, `timm:NAME` or `path/to/file.py:function`.
 
+    OpenOOD's names are taken too: `resnet18_224x224`, `vit-b-16`, `resnet18_32x32+conf_branch`, and schemes that train
+    the plain network (`resnet50+augmix`), which are that network.
+
     Raises:
         InputError: there is none.
     """
-    backbone, _, scheme = name.partition("+")
     path, _, function = name.rpartition(":")
-    if name in MODELS:
-        return MODELS[name]
-    if backbone in BACKBONES and scheme in WRAPPERS:
-        return _wrap(MODELS[backbone], scheme)
     if name.startswith("timm:"):
         known = name.removeprefix("timm:")
         return Model(
@@ -171,11 +177,28 @@ def find_model(name: str) -> Model:
         )
     if name.endswith(".py"):
         raise InputError(f"model {name!r} names no function; give {name}:FUNCTION, which returns the network")
-    if backbone in MODELS and scheme:
+    backbone, _, scheme = name.lower().replace("-", "_").partition("+")
+    backbone, scheme = ALIASES.get(backbone, backbone), scheme.removesuffix("_net")
+    scheme = SCHEME_ALIASES.get(scheme, scheme)
+    if backbone in MODELS and scheme in ("", *PLAIN_SCHEMES):
+        return MODELS[backbone]
+    if backbone in BACKBONES and scheme in WRAPPERS:
+        return _wrap(MODELS[backbone], scheme)
+    if backbone in MODELS:
         raise InputError(
-            f"model {name!r} is not known; {', '.join(BACKBONES)} can be followed by +{', +'.join(WRAPPERS)}"
+            f"model {name!r} is not known; {', '.join(BACKBONES)} can be followed by +{', +'.join(WRAPPERS)}, every"
+            f" network by +{', +'.join(PLAIN_SCHEMES)}{hint(scheme, [*WRAPPERS, *PLAIN_SCHEMES, *SCHEME_ALIASES])}"
         )
-    raise InputError(f"model {name!r} is not known; known: {', '.join(MODELS)}; see too: nacpipe models")
+    raise InputError(
+        f"model {name!r} is not known; known: {', '.join(MODELS)}; see too: nacpipe models"
+        + hint(backbone, [*MODELS, *ALIASES])
+    )
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean …?` where a known name is nearly this one, else nothing."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]}?" if close and close[0] != name else ""
 
 
 def plain_name(name: str) -> str:

@@ -25,7 +25,7 @@ from nacpipe.data.lists import list_path
 from nacpipe.data.own import choose_root, open_benchmark
 from nacpipe.errors import IdentityError, ImageError
 from nacpipe.network.images import ImageSet, open_images
-from nacpipe.network.layers import measure_layers
+from nacpipe.network.layers import measure_layers, name_layers
 from nacpipe.network.load import Network, blank_network, load_network
 from nacpipe.network.models import find_model
 from nacpipe.network.ranks import Ranks
@@ -69,6 +69,8 @@ class Plan:
     network: Network = field(repr=False)
     direct: Set[str]
     """Layers that are the classifier's input themselves."""
+    overwritten: Set[str]
+    """Layers whose output what follows changes in place."""
     exists: bool
     """Whether the cache is there already."""
     splits: tuple[SplitPlan, ...]
@@ -103,6 +105,8 @@ class Plan:
             self.header.layers,
             network.model.classifier,
             direct=self.direct,
+            overwritten=self.overwritten,
+            outputs=network.model.outputs,
             autocast=AUTOCAST[request.autocast],
         )
 
@@ -127,14 +131,16 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     model = find_model(request.model)
     for name in (*request.splits, *request.force):
         benchmark.split(name)
-    check_layer_names(list(request.layers))
+    check_layer_names(list(name_layers(request.layers)))
     sets, notes = _open_sets(request)
     if not (dry or request.splits):
         sets = _with_images(benchmark, sets, notes)
     if dry:
-        network = blank_network(model, benchmark, request.checkpoint)
+        network = blank_network(model, benchmark, request.checkpoint, request.weights_transform)
     else:
-        network = load_network(model, benchmark, request.checkpoint, find_device(request.device, ranks.local))
+        device = find_device(request.device, ranks.local, ranks.local_world)
+        network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
+    notes += [f"images are prepared by {network.prepared_by}: {network.transform.describe()}", *network.notes]
     layers, classes, features, said = measure_layers(network, request.layers, request.pools)
     notes += said
     header = make_header(request, network, layers, classes, features)
@@ -149,6 +155,8 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         if dry:  # whatever weights there are
             header = replace(header, identity={**header.identity, "weights": cache.header.identity["weights"]})
         check_identity(cache.path, cache.header, header)
+        if not dry:
+            _check_features(cache.path, cache.header, header, network)
         header = replace(header, block_rows=cache.header.block_rows, shard_blocks=cache.header.shard_blocks)
         for images in sets:
             if images.name not in cache:
@@ -166,16 +174,18 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         todo = () if sealed else tuple(int(b) for b in np.flatnonzero(~marks))
         plans.append(SplitPlan(images=images, todo=todo, blocks=blocks, sealed=sealed, drop=images.name in forced))
     direct: Set[str] = frozenset()
+    overwritten: Set[str] = frozenset()
     if not dry:
         for plan in plans:
             if plan.todo:
                 plan.images.check(plan.images.index)
-        direct = _prepare(request, network, layers)
+        direct, overwritten = _prepare(request, network, layers)
     return Plan(
         request=request,
         header=header,
         network=network,
         direct=direct,
+        overwritten=overwritten,
         exists=exists,
         splits=tuple(plans),
         notes=tuple(notes),
@@ -193,13 +203,16 @@ def _with_images(benchmark: Benchmark, sets: Sequence[ImageSet], notes: list[str
     return kept
 
 
-def _prepare(request: ExtractRequest, network: Network, layers: Sequence[LayerSpec]) -> Set[str]:
-    """Put the network in its memory format and try which layers are the classifier's input."""
+def _prepare(request: ExtractRequest, network: Network, layers: Sequence[LayerSpec]) -> tuple[Set[str], Set[str]]:
+    """Put the network in its memory format and try which layers are the classifier's input, and which overwritten."""
     if request.channels_last_on(network.device):
         network.module.to(memory_format=torch.channels_last)
     side = network.transform.crop
     noise = torch.randn(2, len(network.transform.mean), side, side, generator=torch.Generator().manual_seed(0))
-    return find_direct(network.module, layers, network.model.classifier, noise.to(network.device))
+    images, classifier = noise.to(network.device), network.model.classifier
+    with Taps(network.module, layers, classifier, outputs=network.model.outputs) as taps:
+        taps(images)
+    return find_direct(network.module, layers, classifier, images), taps.overwritten or frozenset()
 
 
 def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
@@ -229,6 +242,16 @@ def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
             what = "folder of images" if split.kind == "folders" else "image list"
             raise ImageError(f"{split.name}: there is no {what} {path}; say where the data is with --data-root DIR")
     return sets, notes
+
+
+def _check_features(path: str, stored: Header, wanted: Header, network: Network) -> None:
+    """Refuse a cache whose classifier is not the network's: an earlier nacpipe took it by its place alone."""
+    if stored.features != wanted.features:
+        why = f" ({network.no_classifier})" if network.no_classifier else ""
+        raise IdentityError(
+            f"{path} was made with {stored.features} features, now there are {wanted.features}{why};"
+            " give another --cache"
+        )
 
 
 def _check_images(path: str, images: ImageSet, stored: Any) -> None:

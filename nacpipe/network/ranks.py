@@ -26,6 +26,8 @@ class Ranks:
     world: int = 1
     local: int = 0
     """Among those on this machine; picks the GPU."""
+    local_world: int = 1
+    """How many are on this machine."""
 
     @property
     def first(self) -> bool:
@@ -49,7 +51,10 @@ def join_ranks() -> Ranks:
         return Ranks()
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-    return Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
+    local, local_world = (
+        int(os.environ.get(name, usual)) for name, usual in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    return Ranks(int(os.environ["RANK"]), world, local, local_world)
 
 
 def leave_ranks() -> None:

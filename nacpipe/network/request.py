@@ -32,8 +32,11 @@ class ExtractRequest:
     cache: str | Path
     """A folder, or a URL."""
     checkpoint: Path | None = None
+    """A file, a folder with one checkpoint, or a name of published weights; None means the model's own."""
+    weights_transform: str | None = None
+    """Whose preparation of images: published weights' by their name, or `benchmark`; None chooses by the weights."""
     layers: tuple[str, ...] = ()
-    """Aliases or module paths; none means the model's default four."""
+    """Aliases or module paths, or NAME=PATH; none means the model's default four."""
     pools: tuple[tuple[str, str], ...] = ()
     """(layer, pooling): instead of the table's or the guessed one."""
     data_root: Path | None = None
@@ -113,6 +116,7 @@ def make_header(
             "checkpoint": network.model.unasked if request.checkpoint is None else request.checkpoint.name,
             "data_root": str(choose_root(benchmark, request.data_root)),
             "command": request.command,
+            **({"no_classifier": network.no_classifier} if network.no_classifier else {}),
         },
         block_rows=_block_rows(request.batch_size),
         layers=layers,
@@ -133,20 +137,43 @@ def name_cache(benchmark: str, model: str) -> Path:
     return Path("cache") / f"{benchmark}-{model}.zarr"
 
 
-def find_device(name: str, local: int = 0) -> torch.device:
-    """Return the device of that name; `auto` takes CUDA (each process its own), then MPS, then the CPU.
+def find_device(name: str, local: int = 0, local_world: int = 1) -> torch.device:
+    """Return the device of that name; `auto` takes CUDA, then MPS, then the CPU.
+
+    Args:
+        name: auto, cuda, cuda:1, mps, cpu, …
+        local: this process among those on this machine.
+        local_world: how many they are; `auto` and `cuda` give each a GPU of its own.
 
     Raises:
-        InputError: this machine does not have it.
+        InputError: this machine does not have it, or one GPU is named for several processes.
     """
-    if name == "auto":
-        name = f"cuda:{local}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = name_device(name, local, local_world)
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0][:120]}") from None
     return device
+
+
+def name_device(name: str, local: int, local_world: int) -> str:
+    """Return the name of this process's device, as `find_device` chooses it.
+
+    Raises:
+        InputError: one GPU is named for several processes.
+    """
+    if name == "auto":
+        return f"cuda:{local}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if local_world == 1 or kind not in ("cuda", "xpu"):
+        return name
+    if index:
+        raise InputError(
+            f"device {name!r} is one GPU, and {local_world} processes of this machine would share it; give --device"
+            f" {kind}, which gives each its own"
+        )
+    return f"{kind}:{local}"
 
 
 def pin_arithmetic() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,10 +17,11 @@ from nacpipe.artifact import read_detector
 from nacpipe.core.benchmarks import BENCHMARKS, Benchmark, Transform
 from nacpipe.data.folders import SUFFIXES, walk_images
 from nacpipe.errors import DetectorError, ImageError, InputError
-from nacpipe.network.detector import Detector, attach
+from nacpipe.network.detector import Detected, Detector, attach
 from nacpipe.network.image_file import read_image
 from nacpipe.network.images import build_transform
 from nacpipe.network.load import load_network
+from nacpipe.network.memory import BatchRunner
 from nacpipe.network.models import find_model
 from nacpipe.network.request import find_device, pin_arithmetic
 
@@ -34,7 +35,7 @@ class ScoredImage:
     """Larger = more like the training data; None where there is none."""
     is_ood: bool | None
     predicted: int | None
-    """The class of the largest logit; None where the network gives no logits."""
+    """The class of the largest logit or probability; None where the network gives features."""
     error: str | None
     """Why the image could not be scored."""
 
@@ -46,8 +47,10 @@ class Ready:
     detector: Detector
     transform: Transform
     device: torch.device
+    notes: tuple[str, ...]
+    """What to say aloud of the network's weights."""
     predicts: bool
-    """Whether the network's outputs are logits."""
+    """Whether the network's outputs are classes' logits or probabilities."""
 
 
 def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str) -> Ready:
@@ -71,14 +74,14 @@ def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str)
     row = find_model(model or named)
     known = BENCHMARKS.get(str(exported.identity.get("benchmark")))
     benchmark = known or Benchmark(name="its own", classes=exported.classes, transform=exported.transform, splits=())
-    network = load_network(row, replace(benchmark, transform=exported.transform), checkpoint, find_device(device))
+    benchmark = replace(benchmark, transform=exported.transform)
+    network = load_network(row, benchmark, checkpoint, find_device(device), "benchmark")
     try:
         detector = attach(exported, network.module)
     except DetectorError as error:
         raise DetectorError(f"{file}: {error}") from None
-    return Ready(
-        detector, exported.transform, network.device, exported.identity.get("outputs", "logits") == "logits"
-    )  # fmt: skip
+    predicts = exported.identity.get("outputs", "logits") != "features"
+    return Ready(detector, exported.transform, network.device, network.notes, predicts)
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -99,16 +102,26 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def score_images(ready: Ready, paths: Sequence[Path], batch_size: int, workers: int) -> Iterator[ScoredImage]:
-    """Yield one row per file, in order; the next batch is decoded while one runs."""
+def score_images(
+    ready: Ready,
+    paths: Sequence[Path],
+    batch_size: int,
+    workers: int,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[ScoredImage]:
+    """Yield one row per file, in order; the next batch is decoded while one runs.
+
+    `note` is called with what to say aloud: that batches are smaller, where the memory is.
+    """
     decode = partial(_decode, ready)
+    run: BatchRunner[Detected] = BatchRunner(ready.detector, ready.device, note)
     with ThreadPoolExecutor(workers) as pool:
         ahead = None
         for start in range(0, len(paths) + batch_size, batch_size):  # one more, which is empty
             batch = paths[start : start + batch_size]
             coming = (batch, [pool.submit(decode, path) for path in batch])
             if ahead is not None:
-                yield from _score_batch(ready, ahead[0], [future.result() for future in ahead[1]])
+                yield from _score_batch(ready, run, ahead[0], [future.result() for future in ahead[1]])
             ahead = coming
 
 
@@ -121,12 +134,18 @@ def _decode(ready: Ready, path: Path) -> Tensor | ImageError:
         return ImageError(f"image cannot be prepared: {path}: {str(error)[:120]}")
 
 
-def _score_batch(ready: Ready, paths: Sequence[Path], images: Sequence[Tensor | ImageError]) -> Iterator[ScoredImage]:
+def _score_batch(
+    ready: Ready, run: BatchRunner[Detected], paths: Sequence[Path], images: Sequence[Tensor | ImageError]
+) -> Iterator[ScoredImage]:
     good = [image for image in images if isinstance(image, Tensor)]
     rows: Iterator[tuple[list[float], float, bool]] = iter(())
     if good:
-        found = ready.detector(torch.stack(good).to(ready.device))
-        rows = zip(found.logits.tolist(), found.score.tolist(), found.is_ood.tolist(), strict=True)
+        parts = list(run(torch.stack(good)))
+        rows = (
+            row
+            for part in parts
+            for row in zip(part.logits.tolist(), part.score.tolist(), part.is_ood.tolist(), strict=True)
+        )
     for path, image in zip(paths, images, strict=True):
         if isinstance(image, ImageError):
             yield ScoredImage(image=str(path), score=None, is_ood=None, predicted=None, error=str(image))

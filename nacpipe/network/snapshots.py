@@ -30,9 +30,10 @@ from nacpipe.cache.layout import BLOCK_ROWS, check_layer_names
 from nacpipe.core.benchmarks import Transform
 from nacpipe.data.lists import check_labels
 from nacpipe.errors import InputError
-from nacpipe.network.layers import Measured, measure_layers
+from nacpipe.network.layers import Measured, measure_layers, name_layers
 from nacpipe.network.load import Network, classifier_weights, wrap_network
 from nacpipe.network.taps import Taps, apart
+from nacpipe.network.wrappers import find_place, unwrap
 
 _SPLIT = re.compile(r"id/(train|val|test)|csid/[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -46,7 +47,7 @@ class Snapshots:
         self,
         folder: str | Path,
         splits: Mapping[str, Batches],
-        layers: Sequence[str],
+        layers: Sequence[str] | Mapping[str, str],
         *,
         pools: Mapping[str, str] | None = None,
         transform: Transform | None = None,
@@ -59,7 +60,7 @@ class Snapshots:
                 without shuffling or random transforms, a list). `id/train`, the training domains' images, is needed;
                 `id/val` is their validation part; `csid/NAME` are held-out domains, `csid/NAME_out` the parts of them
                 that only the oracle may see.
-            layers: module paths.
+            layers: module paths; or name → module path, for names of their own in the cache.
             pools: layer → pooling, where the one that `nacpipe layers` would guess is wrong.
             transform: how the images were prepared; None: their pixels are 0 … 1.
 
@@ -71,19 +72,21 @@ class Snapshots:
                 raise InputError(f"split {name!r} is not known here; known: id/train, id/val, id/test, csid/NAME")
         if "id/train" not in splits:
             raise InputError(f"the splits are {', '.join(splits) or 'none'}; id/train is needed")
-        check_layer_names(list(layers))
-        self.folder, self.splits, self.layers = Path(folder), splits, tuple(layers)
+        self.folder, self.splits, self.layers = Path(folder), splits, name_layers(layers)
+        check_layer_names(list(self.layers))
         self.pools, self.transform = pools or {}, transform
 
     def __call__(self, network: nn.Module, step: int) -> Path:
         """Write the cache of one checkpoint and return where it is. Memory: one split's pooled numbers.
 
         Raises:
-            InputError: a layer is not in the network, a split has no images, or a label is none of its classes.
+            InputError: a layer is not in the network, a split has no images, a label is none of its classes, or the
+                network is random when evaluated.
             CacheError: another cache is there already.
         """
         target = self.folder / f"step-{step:06}.zarr"
-        device = next(network.parameters()).device
+        network = unwrap(network)
+        device = find_place(network)[0]
         # A DataLoader draws a seed each time it is gone through.
         with torch.random.fork_rng(devices=[]), apart(network, device):
             wrapped = wrap_network(network, _example(self.splits["id/train"]).to(device))
@@ -94,7 +97,8 @@ class Snapshots:
             writer = CacheWriter(target, _header(wrapped, measured))
             if (weights := classifier_weights(wrapped)) is not None:
                 writer.write_classifier(*(w.float().numpy() for w in weights))
-            with Taps(network, measured.layers, wrapped.model.classifier) as taps:
+            model = wrapped.model
+            with Taps(network, measured.layers, model.classifier, outputs=model.outputs) as taps:
                 for name, batches in self.splits.items():
                     arrays, given = _look(taps, batches, device, name)
                     check_labels(name, arrays["label"], measured.classes, lambda row: f"image {row} of its batches")
@@ -117,6 +121,7 @@ def _header(network: Network, measured: Measured) -> Header:
             "weights": network.weights_sha256,
             "transform": network.transform.to_json(),
             "dtype": "float32",
+            **({} if network.model.outputs == "logits" else {"outputs": network.model.outputs}),
         },
         information={
             "nacpipe": nacpipe.__version__,
@@ -124,6 +129,7 @@ def _header(network: Network, measured: Measured) -> Header:
             "device": str(network.device),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "written_by": "nacpipe.network.snapshots",
+            **({"no_classifier": network.no_classifier} if network.no_classifier else {}),
         },
         block_rows=BLOCK_ROWS,
         layers=measured.layers,

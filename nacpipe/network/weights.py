@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import pickle
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,29 +14,44 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from nacpipe.core.benchmarks import INTERPOLATIONS, Transform
 from nacpipe.errors import CheckpointError, InputError
+from nacpipe.network.state_dicts import StateDict, choose_state_dict, find_state_dicts, hash_weights
+from nacpipe.network.wrappers import is_frozen, is_scripted, named_state
 
-StateDict = dict[str, Tensor]
+# What training scripts save beside weights; nothing of it can run code.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float16", "float32", "float64", "int32", "int64", "bool")),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Weights that a network can have, not read yet."""
 
-    read: Callable[[], StateDict] | None
-    """None means those that the network was built with."""
+    read: Callable[[], Mapping[str, StateDict]] | None
+    """Gives state dicts by name, as `read_checkpoint` does; None means those that the network was built with."""
     transform: Callable[[], Transform] | None = None
     """The preparation of images that comes with them."""
+    sha256: str = ""
+    """The first digits of the published file's sha256, which are in its name; empty where they are not known."""
 
 
-def read_checkpoint(path: Path) -> StateDict:
-    """Read a state dict from a `.safetensors` file or a `torch.save` file, never unpickling code.
+def read_checkpoint(path: Path) -> dict[str, StateDict]:
+    """Read the state dicts of a `.safetensors` file or a `torch.save` file, never unpickling code.
+
+    Returns:
+        Name in the file → state dict: `""` where the file is one, `model`, `state_dict`, … where it holds one.
 
     Raises:
         CheckpointError: it cannot be read, or holds no state dict.
@@ -43,8 +60,9 @@ def read_checkpoint(path: Path) -> StateDict:
         raise CheckpointError(f"checkpoint {path} is not there")
     try:
         if path.suffix == ".safetensors":
-            return dict(safetensors.torch.load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            return {"": dict(safetensors.torch.load_file(path))}
+        with torch.serialization.safe_globals(_HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"checkpoint {path} is no checkpoint, or holds more than tensors and is not loaded, since that could run"
@@ -52,28 +70,45 @@ def read_checkpoint(path: Path) -> StateDict:
         ) from error
     except Exception as error:  # a damaged file can make torch raise anything
         raise CheckpointError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not (isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values())):
-        raise CheckpointError(f"checkpoint {path} holds no state dict (a dictionary of tensors)")
-    return dict(content)
+    if not (states := find_state_dicts(content)):
+        keys = [str(key)[:40] for key in content] if isinstance(content, Mapping) else []
+        held = f"; it holds {', '.join(keys[:5])}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+        raise CheckpointError(
+            f"checkpoint {path} holds no state dict (a dictionary of tensors)" + (held if keys else "")
+        )
+    return states
 
 
 def torchvision_weights(architecture: str) -> dict[str, Weights]:
     """Return the published weights of a torchvision network by their names, IMAGENET1K_V1 and so on."""
     return {
-        member.name: Weights(partial(_download, member), partial(_own_transform, member))
+        member.name: Weights(partial(_download, member), partial(_own_transform, member), published_sha256(member.url))
         for member in torchvision.models.get_model_weights(architecture)
         # vit_b_16's IMAGENET1K_SWAG_E2E_V1 is for 384 pixels, which is another network: other position embeddings.
         if member.transforms().crop_size == [224]
     }
 
 
-def _download(member: Any) -> StateDict:
+def published_sha256(url: str) -> str:
+    """Return the first digits of a published file's sha256, which are in its name; empty where there are none."""
+    found = re.search(r"-([0-9a-f]{8,})\.\w+$", url)
+    return found[1] if found else ""
+
+
+def recognise_weights(file: Path, published: Mapping[str, Weights]) -> str | None:
+    """Return the name of the published weights that a file holds, by its content, whatever it is called."""
+    if not any(weights.sha256 for weights in published.values()):
+        return None
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return next((name for name, w in published.items() if w.sha256 and digest.startswith(w.sha256)), None)
+
+
+def _download(member: Any) -> dict[str, StateDict]:
     """Get weights from torchvision's server, or from where an earlier download left them."""
     try:
         with contextlib.redirect_stdout(sys.stderr):  # torch says there what it downloads
-            state: StateDict = torch.hub.load_state_dict_from_url(
+            state = torch.hub.load_state_dict_from_url(
                 member.url,
                 map_location="cpu",
                 progress=bool(sys.stderr and sys.stderr.isatty()),
@@ -85,7 +120,7 @@ def _download(member: Any) -> StateDict:
             f"weights {member.name} cannot be downloaded: {first_line(error)}; get {member.url} and give the file with"
             " --checkpoint FILE"
         ) from error
-    return state
+    return {"": state}
 
 
 def _own_transform(member: Any) -> Transform:
@@ -113,56 +148,42 @@ def make_transform(*, resize: int, crop: int, mean: list[float], std: list[float
     return Transform(resize=resize, crop=crop, mean=tuple(mean), std=tuple(std), interpolation=interpolation)
 
 
-def load_weights(module: nn.Module, state: StateDict, renames: Mapping[str, str], source: str) -> None:
-    """Load a state dict into a network, key by key.
+def load_weights(
+    module: nn.Module, states: StateDict | Mapping[str, StateDict], renames: Mapping[str, str], source: str
+) -> tuple[str, ...]:
+    """Load a state dict into a network, key by key; return what to say aloud of the choice.
 
-    `module.` prefixes (of DataParallel) are dropped; checkpoints from before torch counted batches in batch norms load.
+    Args:
+        module: the network; it is not touched by weights that do not fit.
+        states: the state dict, or those of a checkpoint by their names in it (`read_checkpoint`).
+        renames: prefixes of keys → prefixes of the network's.
+        source: the checkpoint's name, for messages.
 
     Raises:
-        CheckpointError: keys are missing, left over, or of another shape, naming them.
+        CheckpointError: keys are missing, left over, or of another shape, naming them; or several state dicts fit.
     """
-    ours: StateDict = {}
-    for key, value in state.items():
-        key = key.removeprefix("module.")
-        for old, new in renames.items():
-            key = new + key.removeprefix(old) if key.startswith(old) else key
-        ours[key] = value
-    wanted = module.state_dict()
-    problems = {
-        "it lacks": [k for k in wanted if k not in ours and not k.endswith("num_batches_tracked")],
-        "it has left over": [k for k in ours if k not in wanted],
-        "of another shape": [
-            f"{k} ({_shape(ours[k])} for {_shape(wanted[k])})"
-            for k in wanted
-            if k in ours and ours[k].shape != wanted[k].shape
-        ],
-    }
-    if any(problems.values()):
-        said = "; ".join(f"{what} {_some(keys)}" for what, keys in problems.items() if keys)
-        raise CheckpointError(f"checkpoint {source} does not fit the network: {said}")
-    module.load_state_dict(ours, strict=False)
+    named = states if states and all(isinstance(state, dict) for state in states.values()) else {"": dict(states)}
+    state, notes = choose_state_dict(named, module, renames, source)
+    try:
+        module.load_state_dict(state, strict=False)
+    except Exception as error:  # set_extra_state is anyone's code
+        raise CheckpointError(f"checkpoint {source} cannot be loaded: {first_line(error)}") from error
+    return notes
 
 
-def hash_weights(state: Mapping[str, Tensor]) -> str:
-    """Return the sha256 (hex) of a state dict's names, types, shapes and values, without its idle batch counters."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        if key.endswith("num_batches_tracked"):
-            continue
-        array = state[key].detach().cpu().contiguous().numpy()
-        digest.update(f"{key} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+def hash_network(network: nn.Module) -> str:
+    """Return `hash_weights` of a network, whatever wraps it or modules in it.
+
+    Raises:
+        InputError: an entry cannot be hashed, or a scripted module's weights are constants in its code.
+    """
+    if any(is_scripted(module) and is_frozen(module) for module in network.modules()):
+        raise InputError(
+            "the network has a module of torch.jit.freeze, whose weights cannot be told apart; give it as it was before"
+        )
+    return hash_weights(named_state(network))
 
 
 def first_line(error: BaseException) -> str:
     """Return what an error says, short enough for one line."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-
-
-def _shape(tensor: Tensor) -> str:
-    return "×".join(str(n) for n in tensor.shape) or "scalar"

@@ -23,11 +23,11 @@ from nacpipe.cache import Cache, SplitView
 from nacpipe.core import feature_distances as distances
 from nacpipe.core import feature_shaping as shaping
 from nacpipe.core import posthoc
-from nacpipe.core.baselines import NO_LOGITS, MethodScores, choose_baselines, row_slices
+from nacpipe.core.baselines import MethodScores, as_logits, choose_baselines, row_slices, why_no_logits
 from nacpipe.core.openmax import fit_openmax
 from nacpipe.core.posthoc import Fit, Linear, Samples, Score, Training
 from nacpipe.errors import InputError
-from nacpipe.search.scoring import has_logits
+from nacpipe.search.scoring import has_classes, has_logits, outputs_of
 
 FIT_ROWS = 50_000  # images that a baseline learns from at most, evenly spaced over the split
 HELD = 2**24  # float64 numbers that a detector's intermediate array may have
@@ -52,13 +52,17 @@ class Baseline:
     """Images of every class that it cannot do without."""
     covariance: bool = False
     """Whether it inverts the features' covariance within classes."""
+    of_probabilities: bool = False
+    """Whether it is a function of the probabilities alone, which a network may give in place of logits."""
 
 
 BASELINES: Mapping[str, Baseline] = {
-    "Temperature": Baseline(fit=posthoc.fit_tempered_msp, reads="logits", fitted_on="id/val", labels=True),
-    "Entropy": Baseline(fit=posthoc.fit_entropy, reads="logits"),
-    "GEN": Baseline(fit=posthoc.fit_gen, reads="logits"),
-    "KL-Matching": Baseline(fit=posthoc.fit_kl_matching, reads="logits", fitted_on="id/val"),
+    "Temperature": Baseline(
+        fit=posthoc.fit_tempered_msp, reads="logits", fitted_on="id/val", labels=True, of_probabilities=True
+    ),
+    "Entropy": Baseline(fit=posthoc.fit_entropy, reads="logits", of_probabilities=True),
+    "GEN": Baseline(fit=posthoc.fit_gen, reads="logits", of_probabilities=True),
+    "KL-Matching": Baseline(fit=posthoc.fit_kl_matching, reads="logits", fitted_on="id/val", of_probabilities=True),
     "OpenMax": Baseline(fit=fit_openmax, reads="logits", fitted_on="id/train", labels=True, per_class=2),
     "Mahalanobis": Baseline(
         fit=distances.fit_mahalanobis,
@@ -134,7 +138,7 @@ class _Reader:
         none = np.empty((len(range(*rows.indices(split.rows))), 0), np.float32)
         features = split.read("features", rows) if "features" in reads else none
         return Samples(
-            logits=split.read("logits", rows) if "logits" in reads else none,
+            logits=as_logits(split.read("logits", rows), outputs_of(self.cache)) if "logits" in reads else none,
             features=features,
             linear_logits=self.linear(features) if "features" in reads and self.linear is not None else none,
         )
@@ -193,10 +197,11 @@ def _fit(baseline: Baseline, training: Training, split: str) -> _Fitted:
 def _lacks(reader: _Reader, baseline: Baseline) -> str:
     """What the cache does not hold; empty where it holds everything."""
     cache, split = reader.cache, baseline.fitted_on
-    if not has_logits(cache):
-        return NO_LOGITS
+    if not (has_logits(cache) or (baseline.of_probabilities and has_classes(cache))):
+        return why_no_logits(outputs_of(cache))
     if baseline.reads == "features" and reader.linear is None:
-        return NO_CLASSIFIER
+        why = cache.header.information.get("no_classifier")
+        return NO_CLASSIFIER + (f": {why}" if why else "")
     if split and split not in cache:
         return f"the cache has no {split}"
     if split and not cache.peek(split).sealed:

@@ -13,7 +13,7 @@ from nacpipe.core.coverage import LOGITS, layer_of
 from nacpipe.core.exported import Exported, ExportedLayer
 from nacpipe.core.params import NacParams
 from nacpipe.errors import DetectorError, InputError, ValuesError
-from nacpipe.search.scoring import fit_coverage
+from nacpipe.search.scoring import fit_coverage, has_classes
 
 
 def export_detector(cache: Cache, params: NacParams, keep: float = 0.95) -> Exported:
@@ -35,7 +35,7 @@ def export_detector(cache: Cache, params: NacParams, keep: float = 0.95) -> Expo
     used = replace(params, layers={name: layer for name, layer in params.layers.items() if layer.weight > 0})
     coverage, header = fit_coverage(cache, used), cache.header
     validation = coverage.score(cache["id/val"])
-    embeds = header.identity.get("outputs", "logits") != "logits"
+    embeds = not has_classes(cache)
     specs = {spec.name: spec for spec in header.layers}
     specs[LOGITS] = LayerSpec(name=LOGITS, path="", pooling="none", neurons=header.classes)
     made = Exported(

@@ -14,7 +14,7 @@ from nacpipe.cache import Cache
 from nacpipe.core.coverage import bin_edges, coverage_table, layer_of, source_of
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import IdentityError, ValuesError
-from nacpipe.search.scoring import Coverage, check_layers, fit_coverage, has_logits, index_from, read_states
+from nacpipe.search.scoring import Coverage, check_layers, fit_coverage, has_classes, index_from, read_states
 from nacpipe.search.space import Interval, measure_space
 
 QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
@@ -242,7 +242,7 @@ def compare_splits(cache: Cache, other: Cache, split: str) -> pd.DataFrame:
         _correlation(ours.read(f"{layer}/activation"), theirs.read(f"{layer}/activation")) for layer in frame.index
     ]
     frame = frame.reset_index()
-    if has_logits(cache) and has_logits(other):
+    if has_classes(cache) and has_classes(other):
         choices = [view.read("logits").argmax(axis=1) for view in (ours, theirs)]
         frame.attrs["agree"] = float((choices[0] == choices[1]).mean())
     return frame
@@ -266,6 +266,6 @@ def rank_rows(cache: Cache, split: str, params: NacParams) -> pd.DataFrame:
     opened = cache[split]
     scores = fit_coverage(cache, params).score(opened)
     order = np.argsort(-scores, kind="stable")
-    predicted = opened.read("logits").argmax(axis=1) if has_logits(cache) else np.full(opened.rows, -1)
+    predicted = opened.read("logits").argmax(axis=1) if has_classes(cache) else np.full(opened.rows, -1)
     columns = {"score": scores, "row": np.arange(opened.rows), "index": opened.index, "label": opened.label}
     return pd.DataFrame({name: values[order] for name, values in {**columns, "predicted": predicted}.items()})

@@ -28,7 +28,7 @@ from nacpipe.core.params import LayerParams
 from nacpipe.core.provenance import diff
 from nacpipe.core.text import escape_bytes
 from nacpipe.errors import IdentityError, InputError, ParamsError
-from nacpipe.search.scoring import check_layers, has_logits, read_source
+from nacpipe.search.scoring import check_layers, has_classes, read_source
 
 PAPER = LayerParams(bins=50, saturation=500, alpha=0.1, edges="linear")
 USUAL = ("avgpool", "layer_11")  # the paper's layers: a ResNet's avgpool, a ViT's blocks.11.norm2
@@ -200,7 +200,7 @@ def _check_same(caches: Sequence[Cache], split: str) -> None:
         return {**whole, split: dict(cache[split].images)}
 
     for cache in caches:
-        if not has_logits(cache):
+        if not has_classes(cache):
             raise InputError(f"{cache.path}: this network gives features, so that no image is classified correctly")
         if said := _differ(identity(caches[0]), identity(cache)):
             raise IdentityError(f"{cache.path} is not of the same training run as {caches[0].path}: {said}")

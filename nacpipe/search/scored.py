@@ -8,11 +8,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nacpipe.cache import Cache
-from nacpipe.core.baselines import LOGIT_BASELINES, NO_LOGITS, MethodScores, row_slices
+from nacpipe.core.baselines import (
+    LOGIT_BASELINES,
+    OF_PROBABILITIES,
+    MethodScores,
+    as_logits,
+    row_slices,
+    why_no_logits,
+)
 from nacpipe.core.metrics import find_wrong_labels
 from nacpipe.core.params import NacParams
 from nacpipe.errors import InputError
-from nacpipe.search.scoring import fit_coverage, has_logits
+from nacpipe.search.scoring import fit_coverage, has_classes, has_logits, outputs_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +99,9 @@ def score_cache(
     plain, correct = score_logits(cache, splits)
     notes = []
     if not has_logits(cache):
-        notes.append(f"accuracy, {', '.join(LOGIT_BASELINES)} are left empty: {NO_LOGITS}")
-    else:
+        empty = [*([] if has_classes(cache) else ["accuracy"]), *(name for name in plain if not plain[name].scores)]
+        notes.append(f"{', '.join(empty)} are left empty: {why_no_logits(outputs_of(cache))}")
+    if has_classes(cache):
         notes += _note_wrong_labels(cache, [split for split in splits if not split.startswith("ood/")])
     if unfinished := [name for name in cache if not cache.peek(name).sealed]:
         notes.append(
@@ -128,18 +136,26 @@ def _note_wrong_labels(cache: Cache, splits: Iterable[str]) -> list[str]:
 def score_logits(cache: Cache, splits: Iterable[str]) -> tuple[dict[str, MethodScores], dict[str, int]]:
     """Return the plain baselines' scores, and split → images whose largest logit is their label's.
 
-    The logits are read once, in blocks.
+    The logits are read once, in blocks. Of a network that gives probabilities or their logarithms, only what is a
+    function of probabilities is scored; of one that gives features, nothing.
     """
-    names = list(splits)
-    if not has_logits(cache):
-        return {method: MethodScores(reasons=dict.fromkeys(names, NO_LOGITS)) for method in LOGIT_BASELINES}, {}
-    scores = {method: {name: np.empty(cache[name].rows) for name in names} for method in LOGIT_BASELINES}
+    names, outputs = list(splits), outputs_of(cache)
+    possible = LOGIT_BASELINES if has_logits(cache) else OF_PROBABILITIES if has_classes(cache) else ()
+    reasons = {
+        method: MethodScores(reasons=dict.fromkeys(names, why_no_logits(outputs)))
+        for method in LOGIT_BASELINES
+        if method not in possible
+    }
+    if not possible:
+        return reasons, {}
+    scores = {method: {name: np.empty(cache[name].rows) for name in names} for method in possible}
     correct = dict.fromkeys(names, 0)
     for name in names:
         split = cache[name]
         for rows in row_slices(split.rows, width=cache.header.classes, block_rows=cache.header.block_rows):
-            logits = split.read("logits", rows)
-            for method, baseline in LOGIT_BASELINES.items():
-                scores[method][name][rows] = baseline(logits)
+            logits = as_logits(split.read("logits", rows), outputs)
+            for method in possible:
+                scores[method][name][rows] = LOGIT_BASELINES[method](logits)
             correct[name] += int((logits.argmax(axis=1) == split.label[rows]).sum())
-    return {method: MethodScores(scores=found) for method, found in scores.items()}, correct
+    found = {method: MethodScores(scores=values) for method, values in scores.items()} | reasons
+    return {method: found[method] for method in LOGIT_BASELINES}, correct

@@ -90,9 +90,19 @@ def read_layer(splits: Sequence[SplitView], layer: str, source: Source = "produc
     return values
 
 
+def outputs_of(cache: Cache) -> str:
+    """Return what the network gives, which is stored as `logits`: one of `nacpipe.core.baselines.OUTPUTS`."""
+    return str(cache.header.identity.get("outputs", "logits"))
+
+
 def has_logits(cache: Cache) -> bool:
-    """Return whether the network's outputs are logits; features are stored under the same name otherwise."""
-    return bool(cache.header.identity.get("outputs", "logits") == "logits")
+    """Return whether the network's outputs are logits; others are stored under the same name."""
+    return outputs_of(cache) == "logits"
+
+
+def has_classes(cache: Cache) -> bool:
+    """Return whether the largest output is the predicted class: of logits and probabilities, not of features."""
+    return outputs_of(cache) != "features"
 
 
 def held_layers(cache: Cache) -> list[str]:

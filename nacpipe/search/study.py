@@ -28,7 +28,7 @@ from nacpipe.search.desk import completed_trials
 from nacpipe.search.objective import DIRECTIONS, Checks, Evaluator
 from nacpipe.search.result import DEFAULT_TRIALS, SearchRequest, SearchResult
 from nacpipe.search.samplers import LARGE_GRID, Asker, make_asker
-from nacpipe.search.scoring import Scorer, check_layers, has_logits, index_from, split_rows
+from nacpipe.search.scoring import Scorer, check_layers, has_logits, index_from, outputs_of, split_rows
 from nacpipe.search.space import Space, fits_weights, measure_space, to_json, with_weights
 from nacpipe.search.space_file import read_spec
 from nacpipe.search.storage import backend, is_there, open_storage, opening
@@ -63,7 +63,9 @@ class Search:
         self.energy = None
         if request.objective == "soft":
             if not has_logits(self.cache):
-                raise InputError(f"{self.cache.path} holds features, not logits: without Energy, search for auroc")
+                raise InputError(
+                    f"{self.cache.path} holds {outputs_of(self.cache)}, not logits: without Energy, search for auroc"
+                )
             self.energy = np.concatenate([energy(self.cache[name].read("logits")) for name in scored])
         self.evaluator = Evaluator(self.scorer, request.val, self.energy)
         self.train_rows = self.cache["id/train"].rows

@@ -338,7 +338,7 @@ def test_what_only_a_writer_needs_is_told_by_the_validator(path: Path) -> None:
         *(f"identity lacks {key}" for key in ("benchmark", "architecture", "family", "dtype")),
         "identity.weights is no sha256",
         *(f"identity.transform lacks {key}" for key in ("resize", "mean", "std")),
-        "identity.outputs is 'pixels', neither logits nor features",
+        "identity.outputs is 'pixels', none of logits, features, probabilities, log-probabilities",
     ]
 
 

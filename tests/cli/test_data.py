@@ -215,5 +215,5 @@ def test_run_takes_one_run_alone(tmp_path: Path, runs: Path) -> None:
     )
     refused = nacpipe("extract", "cifar10", "--model", "resnet20", "--checkpoint", str(tmp_path))
     assert refused.stderr == (
-        f"nacpipe: checkpoint {tmp_path} is a folder without run folders s0, s1, …; name a file in it\n"
+        f"nacpipe: checkpoint {tmp_path} is a folder without a checkpoint or run folders s0, s1, …; name a file\n"
     )

@@ -1,4 +1,4 @@
-"""What the authors' code gave for 72 images with a published ResNet-20 (tests/data/reference), and what comes out here."""
+"""What the authors' code gave for 72 images with a published ResNet-20 (tests/data/reference), beside ours."""
 
 from __future__ import annotations
 

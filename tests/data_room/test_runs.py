@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nacpipe.data.runs import find_runs, name_run
+from nacpipe.data.runs import find_checkpoint, find_runs, holds_runs, name_run
 from nacpipe.errors import CheckpointError
 
 
@@ -56,3 +56,25 @@ def test_each_run_has_its_cache(cache: str, named: str) -> None:
 def test_what_a_mac_adds_is_no_checkpoint(tmp_path: Path) -> None:
     touch(tmp_path, "s0/net.pth", "s0/._net.pth", "s1/a.ckpt", "s1/.a.ckpt.pth")
     assert find_runs(tmp_path) == {"s0": tmp_path / "s0/net.pth", "s1": tmp_path / "s1/a.ckpt"}
+
+
+@pytest.mark.parametrize("name", ["ckpt.pth", "best.ckpt", "only.safetensors", "s3/best.ckpt"])
+def test_a_folder_of_one_checkpoint_is_that_checkpoint(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, name, "log.txt", "._a.pth")
+    assert find_checkpoint(tmp_path) == tmp_path / name
+    if name == "ckpt.pth":
+        touch(tmp_path, "optimizer.pth")
+        assert find_checkpoint(tmp_path) == tmp_path / name
+        assert not holds_runs(tmp_path)
+
+
+def test_a_folder_of_none_or_many_is_refused(tmp_path: Path) -> None:
+    message = r"^checkpoint .* is a folder without a checkpoint or run folders s0, s1, …; name a file$"
+    with pytest.raises(CheckpointError, match=message):
+        find_checkpoint(tmp_path)
+    touch(tmp_path, "a.pth", "b.pt")
+    with pytest.raises(CheckpointError, match=r"has no best\.ckpt, and not one checkpoint but 2: a\.pth, b\.pt$"):
+        find_checkpoint(tmp_path)
+    touch(tmp_path, "s0/best.ckpt", "s11/best.ckpt")
+    with pytest.raises(CheckpointError, match=r"is a folder of 2 runs, s0, s11; name one of them: --checkpoint .*/s0$"):
+        find_checkpoint(tmp_path)

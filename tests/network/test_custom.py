@@ -164,9 +164,9 @@ def test_a_checkpoint_can_be_given(file: Path, tmp_path: Path) -> None:
 def test_layers_that_cannot_be_tapped_say_why(file: Path) -> None:
     network = load_network(find_model(f"{file}:build"), CIFAR10, None, CPU)
     reasons = {
-        "norm": "cannot be tapped: what comes after it changes its output in place; tap the module after it",
         "same": "cannot be tapped: it returns its input as it is; tap the module before it",
-        "spare": "cannot be tapped: nothing leads from the image over it to the logits",
+        "spare": r"has no gradient: the logits do not depend on its output, or forward runs what follows it under"
+        r" torch\.no_grad, torch\.inference_mode or \.detach\(\); tap a layer behind that, or change forward",
         "pair": "cannot be tapped: it returns tuple, not one tensor",
     }
     for name, reason in reasons.items():
@@ -181,6 +181,7 @@ def test_layers_that_cannot_be_tapped_say_why(file: Path) -> None:
         measure_layers(network, ())
     assert [(s.name, s.shape, s.pooling, s.neurons, s.runs) for s in list_layers(network)] == [
         ("stem", (6, 8, 8), "sum-nchw", 6, 1),
+        ("norm", (6, 8, 8), "sum-nchw", 6, 1),  # which what follows changes in place
         ("act", (6, 8, 8), "sum-nchw", 6, 2),
         ("tokens.embed", (64, 5), "sum-tokens", 5, 1),
         ("tokens", (64, 5), "sum-tokens", 5, 1),
@@ -245,7 +246,7 @@ def test_files_that_give_no_network_are_refused(file: Path) -> None:
         "broken": r"^model '.*net\.py:broken' failed with RuntimeError: no weights$",
         "constant": r"^model '.*net\.py:constant': .*net\.py has no function 'constant'$",
         "nope": r"^model '.*net\.py:nope': .*net\.py has no function 'nope'$",
-        "wide": r"^model 'net\.py:wide' gives \(2, 11\) for 2 images; wanted are logits, \(2, 10\)$",
+        "wide": r"^model 'net\.py:wide' gives \(4, 11\) for 4 images; wanted are logits, \(4, 10\)$",
         "shapeless": r"^model 'net\.py:shapeless' fails on images of 32 pixels: ValueError: LSTM: Expected",
     }.items():
         with pytest.raises(InputError, match=message):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from nacpipe.network.baselines import BASELINES, score_baselines
 from PIL import Image
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
@@ -16,7 +17,6 @@ from nacpipe.cli import main
 from nacpipe.core.benchmarks import Benchmark, Split, Transform
 from nacpipe.core.metrics import find_wrong_labels
 from nacpipe.errors import InputError
-from nacpipe.network.baselines import BASELINES, score_baselines
 from nacpipe.network.images import open_images
 from nacpipe.network.snapshots import Snapshots
 from nacpipe.search.scored import evaluated_splits

@@ -179,11 +179,20 @@ def test_a_whole_pickled_network_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [[1, 2], {"state_dict": {"a": 1}}, {}, {"a": torch.zeros(1), "b": "text"}, torch.zeros(3)]
+    ("content", "keys"),
+    [
+        ([1, 2], ""),
+        ({"state_dict": {"a": 1}}, "; it holds state_dict"),
+        ({}, ""),
+        ({"a": torch.zeros(1), "b": "text"}, "; it holds a, b"),
+        (torch.zeros(3), ""),
+        ({f"x{i}": 1 for i in range(7)}, "; it holds x0, x1, x2, x3, x4 and 2 more"),
+        ({"optimizer": {"state": {0: {"step": torch.zeros(1)}}, "param_groups": []}}, "; it holds optimizer"),
+    ],
 )
-def test_files_without_a_state_dict_are_refused(tmp_path: Path, content: object) -> None:
+def test_files_without_a_state_dict_are_refused(tmp_path: Path, content: object, keys: str) -> None:
     torch.save(content, tmp_path / "no.pth")
-    with pytest.raises(CheckpointError, match=r"no\.pth holds no state dict \(a dictionary of tensors\)$"):
+    with pytest.raises(CheckpointError, match=rf"no\.pth holds no state dict \(a dictionary of tensors\){keys}$"):
         read_checkpoint(tmp_path / "no.pth")
 
 
@@ -256,10 +265,10 @@ def test_unknown_names_are_refused() -> None:
     network = blank_network(find_model("resnet20"), CIFAR10, None)
     message = (
         r"^layer 'layer9' is not known for resnet20; known: conv1, layer1, layer2, layer3, avgpool, fc, and the modules"
-        r" that this lists: nacpipe layers resnet20$"
+        r" that this lists: nacpipe layers resnet20"
     )
-    for name in ("layer9", ""):
-        with pytest.raises(InputError, match=message.replace("layer9", name, 1)):
+    for name, close in (("layer9", r"; did you mean layer3\?"), ("", "")):
+        with pytest.raises(InputError, match=f"{message.replace('layer9', name, 1)}{close}$"):
             measure_layers(network, ("layer1", name))
     with pytest.raises(InputError, match=r"^layer 'fc' is given twice$"):
         measure_layers(network, ("fc", "layer1", "fc"))

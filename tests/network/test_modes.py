@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nacpipe.cache import Cache, LayerSpec, open_cache
 from nacpipe.errors import IdentityError, InputError
-from nacpipe.network.extract import _run, extract
+from nacpipe.network.extract import _arrays_of, extract
+from nacpipe.network.memory import BatchRunner
 from nacpipe.network.plan import plan_extraction
 from nacpipe.network.request import ExtractRequest
 from nacpipe.network.resnets import CifarResNet
@@ -37,17 +38,20 @@ def test_a_layer_that_feeds_the_classifier_needs_no_backward_pass() -> None:
     assert find_direct(network, both, None, images) == frozenset()
     with Taps(network, both[:1], "fc") as taps:
         backward = taps(images)
+    recorded: list[bool] = []
+    network.get_submodule("fc").register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0].requires_grad))
     with Taps(network, both[:1], "fc", direct={"avgpool"}) as taps:
         closed = taps(images)
-        assert not taps._outputs["avgpool"].requires_grad
+    assert recorded == [False]
     torch.testing.assert_close(closed.gradient["avgpool"], backward.gradient["avgpool"], rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(closed.activation["avgpool"], backward.activation["avgpool"], rtol=0, atol=0)
     uniform = closed.logits.softmax(1) - 0.1
     torch.testing.assert_close(closed.gradient["avgpool"], uniform @ network.fc.weight, rtol=1e-12, atol=1e-15)
 
 
-def test_a_batch_that_does_not_fit_runs_in_halves() -> None:
+def test_a_batch_that_does_not_fit_runs_in_halves_and_so_do_those_after_it() -> None:
     sizes: list[int] = []
+    notes: list[str] = []
 
     def taps(images: Tensor) -> Tapped:
         sizes.append(len(images))
@@ -56,9 +60,13 @@ def test_a_batch_that_does_not_fit_runs_in_halves() -> None:
         return Tapped({"a": images[:, :1]}, {"a": images[:, 1:2]}, images, None)
 
     images = torch.arange(7 * 3.0).reshape(7, 3)
-    parts = list(_run(taps, images, torch.device("cpu")))  # type: ignore[arg-type]
-    assert sizes == [7, 4, 2, 2, 3, 2, 1]
-    np.testing.assert_array_equal(np.concatenate([part["logits"] for part in parts]), images.numpy())
+    run = BatchRunner(lambda part: _arrays_of(taps(part)), torch.device("cpu"), notes.append)
+    for batch, expected in ((images, [7, 4, 2, 2, 2, 1]), (images, [2, 2, 2, 1]), (images[:5], [2, 2, 1])):
+        sizes.clear()
+        parts = list(run(batch))
+        assert sizes == expected
+        np.testing.assert_array_equal(np.concatenate([part["logits"] for part in parts]), batch.numpy())
+    assert notes == ["7 images at once do not fit the memory of cpu: from here on batches of 2"]
 
 
 def test_one_image_that_does_not_fit_is_an_error() -> None:
@@ -66,7 +74,7 @@ def test_one_image_that_does_not_fit_is_an_error() -> None:
         raise torch.OutOfMemoryError("too much")
 
     with pytest.raises(InputError, match="one image does not fit the memory of cpu; try --device cpu"):
-        list(_run(taps, torch.zeros(4, 3), torch.device("cpu")))  # type: ignore[arg-type]
+        list(BatchRunner(taps, torch.device("cpu"), lambda text: None)(torch.zeros(4, 3)))
 
 
 def test_fewer_bits_are_rounded_states_and_exact_logits(request_: ExtractRequest) -> None:

@@ -272,7 +272,7 @@ def test_unknown_weights_are_refused(server: dict[str, Any], tmp_path: Path) -> 
     for load in (load_network, lambda m, b, c, _: blank_network(m, b, c)):
         message = (
             r"^checkpoint IMAGENET1K_V3 is not there, and resnet50 has no weights of that name; it has IMAGENET1K_V1,"
-            r" IMAGENET1K_V2$"
+            r" IMAGENET1K_V2; did you mean IMAGENET1K_V2\?$"
         )
         with pytest.raises(CheckpointError, match=message):
             load(find_model("resnet50"), IMAGENET, Path("IMAGENET1K_V3"), CPU)

@@ -1,0 +1,95 @@
+"""Batches that do not fit the device's memory: smaller ones from then on.
+
+128 images: out of memory ──▶ 64: out of memory ──▶ 32 32 32 32 │ 32 32 32 32 │ …
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from nacpipe.errors import InputError
+
+_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed")  # CUDA, MPS, CPU, cuDNN
+
+Result = TypeVar("Result")
+
+
+class BatchRunner(Generic[Result]):
+    """Runs batches; after one that does not fit the memory, at most as many images at once as did."""
+
+    def __init__(
+        self,
+        run: Callable[[Tensor], Result],
+        device: torch.device,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Run nothing yet.
+
+        Args:
+            run: one batch on the device → its result; it keeps no graph of a batch that failed.
+            device: where batches are brought.
+            note: called with what to say aloud when the size has become smaller.
+        """
+        self.run, self.device, self.note = run, device, note
+        self.size: int | None = None
+        """The most images at once; None: none failed yet."""
+
+    def __call__(self, images: Tensor) -> Iterator[Result]:  # (n, …), anywhere
+        """Yield the results of a batch, in order: one, or one for each part of it.
+
+        Raises:
+            InputError: not even one image fits.
+        """
+        start, size = 0, self.size
+        while start < len(images):
+            part = images[start : start + (self.size or len(images))]
+            if (result := self._try(part)) is not None:
+                yield result
+                start += len(part)
+            elif len(part) == 1:
+                raise InputError(f"one image does not fit the memory of {self.device}; try --device cpu")
+            else:
+                self.size = -(-len(part) // 2)
+                _free_memory(self.device)
+        if self.size != size:
+            self.note(
+                f"{size or len(images)} images at once do not fit the memory of {self.device}: from here on batches of"
+                f" {self.size}"
+            )
+
+    def _try(self, images: Tensor) -> Result | None:
+        try:
+            return self.run(images.to(self.device, non_blocking=True))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            release(error)
+        return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is short, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
+
+
+def release(error: BaseException | None) -> None:
+    """Empty the frames that an error's traceback holds, and those of the errors that it came of: tensors live there."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _free_memory(device: torch.device) -> None:
+    gc.collect()  # a cycle of an error and the frame that caught it
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

@@ -1,0 +1,225 @@
+"""State dicts: finding them in what a training script saved, fitting their keys to a network, hashing their values."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nacpipe.errors import CheckpointError, InputError
+
+StateDict = dict[str, Any]  # tensors; what `get_extra_state` and quantised modules save beside them
+
+_DEPTH = 4  # of dictionaries in dictionaries
+_BESIDE = ("_extra_state", "_packed_params", "dtype")  # last parts of keys whose values are no tensors
+_AVERAGED = re.compile(r"(^|[._-])(ema|swa|averaged?|shadow)|ema$", re.IGNORECASE)
+_EXACT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout)
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def find_state_dicts(content: object, name: str = "", depth: int = 0) -> dict[str, StateDict]:
+    """Return every state dict in a checkpoint by its name: `""` for the whole, `model.state_dict` for one inside.
+
+    What optimizers keep is passed over.
+    """
+    if not isinstance(content, Mapping) or depth > _DEPTH:
+        return {}
+    if _is_state_dict(content):
+        return {name: dict(content)}
+    found: dict[str, StateDict] = {}
+    for key, value in content.items():
+        if isinstance(key, str) and "optim" not in key.lower():
+            found |= find_state_dicts(value, f"{name}.{key}" if name else key, depth + 1)
+    return found
+
+
+def _is_state_dict(content: Mapping[Any, Any]) -> bool:
+    beside = {key for key in content if isinstance(key, str) and key.rpartition(".")[2] in _BESIDE}
+    return any(isinstance(value, Tensor) for value in content.values()) and all(
+        isinstance(key, str) and (isinstance(value, Tensor) or key in beside) for key, value in content.items()
+    )
+
+
+# --- fitting ----------------------------------------------------------------------------------------------------------
+
+
+def choose_state_dict(
+    states: Mapping[str, StateDict], network: nn.Module, renames: Mapping[str, str], source: str
+) -> tuple[StateDict, tuple[str, ...]]:
+    """Return the state dict that fits a network, its keys as the network has them, and what to say aloud.
+
+    Of several that fit, one that is no moving average (`model` beside `model_ema`) is taken.
+
+    Args:
+        states: from `find_state_dicts`, at least one.
+        network: what it is for.
+        renames: prefixes of keys → prefixes of the network's.
+        source: the checkpoint's name, for messages.
+
+    Raises:
+        CheckpointError: none fits, naming the keys; or several, and none is to be preferred.
+    """
+    wanted = network.state_dict()
+    fitted = {name: fit_keys(state, wanted, renames) for name, state in states.items()}
+    problems = {name: find_problems(state, wanted) for name, state in fitted.items()}
+    fits = [name for name in states if not problems[name]]
+    held = ", ".join(name or "its own entries" for name in states)
+    if not fits:
+        closest = min(states, key=lambda name: sum(map(len, problems[name].values())))
+        words = "; ".join(f"{what} {_name_some(keys)}" for what, keys in problems[closest].items())
+        several = f"; it holds {held}, of which {closest or 'the first'} comes nearest" if len(states) > 1 else ""
+        raise CheckpointError(f"checkpoint {source} does not fit the network: {words}{several}")
+    plain = [name for name in fits if not _AVERAGED.search(name)] or fits
+    if len({hash_weights(fitted[name]) for name in plain}) > 1:
+        first, second = plain[:2]
+        raise CheckpointError(
+            f"checkpoint {source} holds {first} and {second}, which both fit the network; save the one that is meant in"
+            f" a file of its own, such as torch.save(checkpoint[{second!r}], FILE)"
+        )
+    notes = (f"checkpoint {source} holds {held}: {plain[0]} is loaded",) if len(states) > 1 else ()
+    return fitted[plain[0]], notes
+
+
+def fit_keys(state: StateDict, wanted: Mapping[str, Any], renames: Mapping[str, str]) -> StateDict:
+    """Return a state dict with the keys that fit best: as they are, or without the names of wrappers.
+
+    Taken away are `module` and `_orig_mod` (DataParallel, torch.compile) anywhere, then first names that all keys share
+    (`model.`, `net.`, `backbone.`, …), one after the other.
+    """
+    return min(_variants(state, renames), key=lambda one: sum(map(len, find_problems(one, wanted).values())))
+
+
+def _variants(state: StateDict, renames: Mapping[str, str]) -> Iterator[StateDict]:
+    bare = {".".join(p for p in key.split(".") if p not in ("module", "_orig_mod")): v for key, v in state.items()}
+    for keys in (state, bare):
+        yield _rename(keys, renames)
+        while all("." in key for key in keys) and len({key.partition(".")[0] for key in keys}) == 1:
+            keys = {key.partition(".")[2]: value for key, value in keys.items()}
+            yield _rename(keys, renames)
+
+
+def _rename(state: StateDict, renames: Mapping[str, str]) -> StateDict:
+    found: StateDict = {}
+    for key, value in state.items():
+        for old, new in renames.items():
+            key = new + key.removeprefix(old) if key.startswith(old) else key
+        found[key] = value
+    return found
+
+
+def find_problems(state: StateDict, wanted: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return what keeps a state dict from fitting, by kind; nothing where it fits.
+
+    Checkpoints from before torch counted batches in batch norms fit.
+    """
+    problems = {
+        "it lacks": [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")],
+        "it has left over": [k for k in state if k not in wanted],
+        "of another shape": [
+            f"{k} ({_shape(state[k])} for {_shape(wanted[k])})"
+            for k in wanted
+            if k in state and _shape(state[k]) != _shape(wanted[k])
+        ],
+    }
+    return {what: keys for what, keys in problems.items() if keys}
+
+
+def _name_some(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+
+def _shape(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return "no tensor"
+    return "×".join(str(n) for n in value.shape) or "scalar"
+
+
+# --- hashing ----------------------------------------------------------------------------------------------------------
+
+
+def hash_weights(state: Mapping[str, Any]) -> str:
+    """Return the sha256 (hex) of a state dict's names, types, shapes and values, without its idle batch counters.
+
+    Raises:
+        InputError: an entry is of a kind that has no fixed bytes, naming it.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        if key.endswith("num_batches_tracked"):
+            continue
+        for part in _parts(key, state[key]):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(key: str, value: object) -> Iterator[bytes]:
+    """What an entry adds to the hash: a line with its name and form, then its bytes."""
+    if isinstance(value, Tensor):
+        yield from _tensor_parts(key, value)
+    elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        yield f"{key} {value.dtype} {value.shape}\n".encode() + value.tobytes()
+    elif isinstance(value, io.BytesIO):
+        yield from _parts(key, value.getvalue())
+    elif isinstance(value, (*_EXACT, bytearray)):
+        yield f"{key} {type(value).__name__} {value!r}\n".encode()
+    elif isinstance(value, list | tuple | set | frozenset):
+        entries = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+        yield f"{key} {len(entries)} entries\n".encode()
+        for number, entry in enumerate(entries):
+            yield from _parts(f"{key}[{number}]", entry)
+    elif isinstance(value, Mapping):
+        yield f"{key} {len(value)} entries\n".encode()
+        for name in sorted(value, key=repr):
+            yield from _parts(f"{key}[{name!r}]", value[name])
+    else:
+        raise InputError(
+            f"the network's state dict holds {key!r}, a {type(value).__name__}, which cannot be hashed; let"
+            " get_extra_state return tensors, numbers, texts, and lists or dictionaries of them"
+        )
+
+
+def _tensor_parts(key: str, tensor: Tensor) -> Iterator[bytes]:
+    if tensor.is_meta:
+        raise InputError(f"the network's weights {key!r} have no values (they are on the meta device); load them first")
+    kind = str(tensor.dtype).removeprefix("torch.")
+    try:
+        tensor = tensor.detach()
+        if tensor.is_quantized:
+            yield f"{key} {kind} {tensor.qscheme()} {tuple(tensor.shape)}\n".encode()
+            if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+                yield from _parts(f"{key}.scale", [tensor.q_scale(), tensor.q_zero_point()])
+            else:
+                scales = [tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]
+                yield from _parts(f"{key}.scale", [*scales, tensor.q_per_channel_axis()])
+            yield from _tensor_parts(f"{key}.values", tensor.int_repr())
+            return
+        if tensor.layout is torch.sparse_coo:
+            yield f"{key} {tensor.layout} {tuple(tensor.shape)}\n".encode()
+            merged = tensor.coalesce()
+            yield from _parts(key, [merged.indices(), merged.values()])
+            return
+        if tensor.layout is not torch.strided:  # compressed rows or columns, one value for each: the same as dense
+            yield f"{key} {tensor.layout}\n".encode()
+            tensor = tensor.to_dense()
+        tensor = tensor.cpu().contiguous().resolve_conj().resolve_neg()
+        try:
+            array = tensor.numpy()
+        except TypeError:  # a type that numpy does not have: bfloat16, float8
+            yield f"{key} {kind} {tuple(tensor.shape)}\n".encode()
+            yield tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+            return
+        yield f"{key} {array.dtype} {array.shape}\n".encode()
+        yield array.tobytes()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the network's weights {key!r} are {kind} in a form that cannot be hashed:"
+            f" {str(error).splitlines()[0][:100]}"
+        ) from error
