@@ -25,7 +25,16 @@ from zarr.core.sync import sync
 
 from nacpipe.cache.durable import sync_below, sync_files, writing
 from nacpipe.cache.form import open_member, split_problems
-from nacpipe.cache.layout import ALL_BITS, Header, chunk_key, count_blocks, create_array, create_marks, is_there
+from nacpipe.cache.layout import (
+    ALL_BITS,
+    Header,
+    check_split_name,
+    chunk_key,
+    count_blocks,
+    create_array,
+    create_marks,
+    is_there,
+)
 from nacpipe.cache.read import open_cache, open_root
 from nacpipe.cache.seal import split_digest
 from nacpipe.cache.store import holds_cache, is_empty, open_store
@@ -112,7 +121,9 @@ class CacheWriter:
 
         Raises:
             CacheError: it was begun with other rows or images.
+            InputError: the name of its set is reserved.
         """
+        check_split_name(name)
         with writing(self.path):
             group = self._group(name, {"rows": rows, "sealed": False, "digest": None, "images": dict(images)})
             for what, wanted in (("rows", rows), ("images", images)):

@@ -16,6 +16,7 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.sync import sync
 
+from nacpipe.core.benchmarks import why_reserved
 from nacpipe.core.coverage import layer_of, source_of
 from nacpipe.core.provenance import fingerprint
 from nacpipe.errors import FormatError, InputError
@@ -231,6 +232,16 @@ def split_name(path: str) -> bool:
     """Return whether a split may be at this path: id/…, csid/NAME, ood/val, ood/near/NAME, ood/far/NAME."""
     parent, _, leaf = path.rpartition("/")
     return bool(leaf) and not leaf.startswith(".") and (path == "ood/val" or parent in SPLIT_PARENTS)
+
+
+def check_split_name(name: str) -> None:
+    """Refuse the name of a split whose set tables could not tell from a mean or a missing value.
+
+    Raises:
+        InputError: naming the split and the reason.
+    """
+    if reason := why_reserved(name.rpartition("/")[2]):
+        raise InputError(f"split {name}: the name of its set is reserved, {reason}; give the set another name")
 
 
 def is_there(root: zarr.Group, key: str) -> bool:

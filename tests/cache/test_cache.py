@@ -104,6 +104,16 @@ def test_classifier_is_written_once(tmp_path: Path) -> None:
     assert [array.tolist() for array in stored] == [weight.tolist(), bias.tolist()]
 
 
+@pytest.mark.parametrize("name", ["ood/near/mean", "ood/far/NaN", "csid/None"])
+def test_reserved_names_of_sets_are_refused(tmp_path: Path, name: str) -> None:
+    writer = CacheWriter(tmp_path / "c.zarr", HEADER)
+    with pytest.raises(
+        InputError, match=rf"^split {name}: the name of its set is reserved, .*; give the set another name$"
+    ):
+        writer.prepare(name, ROWS, IMAGES)
+    assert list(open_cache(tmp_path / "c.zarr")) == []
+
+
 def files_of(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
