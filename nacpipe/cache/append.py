@@ -21,10 +21,10 @@ import zarr
 from numcodecs import BitRound
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
-from zarr.core.sync import sync
 
-from nacpipe.cache.durable import sync_below, sync_files, writing
+from nacpipe.cache.durable import sync_files, writing
 from nacpipe.cache.form import open_member, split_problems
+from nacpipe.cache.keys import is_draft, list_own, remove_own
 from nacpipe.cache.layout import (
     ALL_BITS,
     Header,
@@ -70,12 +70,12 @@ class CacheWriter:
             self.root, self.header = open_root(self.path, mode="r+")
             check_identity(self.path, self.header, header)
             if first and self._disk:
-                remove_partials(self._disk, "**/*.partial")
+                remove_drafts(self._disk)
         elif self._is_taken():
             raise CacheError(f"{self.path} is there already and is not a cache; give another --cache")
         else:
             if self._disk:
-                remove_partials(self._disk, "zarr.*.partial")  # of a root that was never finished
+                remove_drafts(self._disk)  # of a root that was never finished
             store = open_store(self.path, write=True)
             self.root = zarr.create_group(store, zarr_format=3, attributes=header.to_attributes())
             self.header = header
@@ -84,7 +84,7 @@ class CacheWriter:
     def _is_taken(self) -> bool:
         if self._disk is None:
             return not is_empty(self.path)
-        return self._disk.is_file() or any(not entry.match("zarr.*.partial") for entry in self._disk.glob("*"))
+        return self._disk.is_file() or any(not is_draft(entry.name) for entry in self._disk.glob("*"))
 
     def _sync(self, *keys: str) -> None:
         """Wait until these objects are on the disk; a server has them when it says so."""
@@ -93,7 +93,7 @@ class CacheWriter:
 
     def _sync_below(self, path: str) -> None:
         if self._disk:
-            sync_below(self._disk / path, self._disk)
+            self._sync(*list_own(self.root.store, self.header, path))
 
     def write_classifier(self, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
         """Store the last linear layer: weight (classes, features), bias (classes,). Done once."""
@@ -103,6 +103,8 @@ class CacheWriter:
             group = self.root.require_group("classifier")
             if group.attrs.get("written"):
                 return
+            for name in ("weight", "bias"):
+                self._remove(f"classifier/{name}")
             for name, data in (("weight", weight), ("bias", bias)):
                 group.create_array(
                     name,
@@ -110,7 +112,6 @@ class CacheWriter:
                     chunks=data.shape,
                     compressors=(Crc32cCodec(),),
                     fill_value=float("nan"),
-                    overwrite=True,
                     config={"write_empty_chunks": True},
                 )
             self._sync_below("classifier")
@@ -132,13 +133,15 @@ class CacheWriter:
                         f"{self.path}: {name} has {found} {what}, not {wanted}; drop it first with --force {name}"
                     )
             missing = [path for path in self.header.arrays() if not self._holds(f"{name}/{path}")]
-            if missing and self._holds(f"{name}/blocks"):
-                del group["blocks"]  # marks of arrays that are not there would be lies
+            if missing:
+                self._remove(f"{name}/blocks")  # marks of arrays that are not there would be lies
             for path in missing:
                 if "/" in path:
                     group.require_group(path.split("/")[0])
+                self._remove(f"{name}/{path}")
                 create_array(group, path, rows, *self.header.arrays()[path], self.header)
             if not self._holds(f"{name}/blocks"):
+                self._remove(f"{name}/blocks")
                 create_marks(group, count_blocks(rows, self.header.block_rows))
             for array, what in split_problems(group, self.header):
                 raise FormatError(f"{self.path}: {name}/{array} {what}; mend it with: nacpipe repair {self.path}")
@@ -209,7 +212,7 @@ class CacheWriter:
         attributes = dict(group.attrs)
         # One write, where attrs.update makes one per key: killed in between, it would be sealed without a digest.
         group.update_attributes(
-            {"sealed": True, "digest": split_digest(group, attributes, sharded=self.header.shard_blocks > 1)}
+            {"sealed": True, "digest": split_digest(self.root, name, attributes, self.header)}
         )
         self._sync(f"{name}/zarr.json")
 
@@ -221,9 +224,12 @@ class CacheWriter:
             group = self._member(name)
             assert isinstance(group, zarr.Group)
             group.update_attributes({"sealed": False, "digest": None})
-            for path in (f"{name}/blocks", name):  # whatever state their metadata are in
-                sync(self.root.store.delete_dir(path))
+            self._remove(name)
         self._arrays.clear()
+
+    def _remove(self, path: str) -> None:
+        """Remove the cache's objects below a path, whatever state its metadata are in; what is foreign stays."""
+        remove_own(self.root.store, self.header, path)
 
     def _group(self, name: str, attributes: Mapping[str, Any]) -> zarr.Group:
         parent = self.root
@@ -235,8 +241,8 @@ class CacheWriter:
             group = self._member(name)
             assert isinstance(group, zarr.Group)
             return group
-        # A removal that was cut short may have left arrays of other rows below a group that is gone.
-        return parent.create_group(name.split("/")[-1], attributes=dict(attributes), overwrite=True)
+        self._remove(name)  # a removal that was cut short may have left arrays of other rows below a group that is gone
+        return parent.create_group(name.split("/")[-1], attributes=dict(attributes))
 
     def _holds(self, path: str) -> bool:
         return is_there(self.root, f"{path}/zarr.json")
@@ -274,8 +280,9 @@ def round_mantissa(values: NDArray[np.float32], keep_bits: int) -> NDArray[np.fl
     return np.asarray(encoded).view(np.float32).reshape(values.shape)
 
 
-def remove_partials(path: Path, pattern: str) -> None:
+def remove_drafts(path: Path) -> None:
     """Remove what a killed writer left between its temporary file and the rename."""
-    for leftover in path.glob(pattern):
-        with contextlib.suppress(OSError):
-            leftover.unlink()
+    for leftover in path.rglob("*.partial"):
+        if is_draft(leftover.name):
+            with contextlib.suppress(OSError):
+                leftover.unlink()

@@ -185,13 +185,15 @@ def count_blocks(rows: int, block_rows: int) -> int:
 
 
 def create_array(group: zarr.Group, path: str, rows: int, width: int, dtype: str, header: Header) -> zarr.Array[Any]:
-    """Create one array of a split: chunks of (block_rows, width), Blosc zstd with bit shuffle, CRC32C on each."""
+    """Create one array of a split: chunks of (block_rows, width), Blosc zstd with bit shuffle, CRC32C on each.
+
+    Nothing of an array may be there: chunks that a removal left behind must not come back to life (`keys.remove_own`).
+    """
     kind = np.dtype(dtype)
     chunk = (header.block_rows, width) if width else (header.block_rows,)
     shard = (header.block_rows * header.shard_blocks, *chunk[1:]) if header.shard_blocks > 1 else None
     return group.create_array(
         path,
-        overwrite=True,
         shape=(rows, width) if width else (rows,),
         chunks=chunk,
         shards=shard,
@@ -208,10 +210,9 @@ def create_array(group: zarr.Group, path: str, rows: int, width: int, dtype: str
 
 
 def create_marks(group: zarr.Group, blocks: int) -> zarr.Array[Any]:
-    """Create `blocks`, one chunk per mark, so that several writers never touch the same file."""
+    """Create `blocks`, one chunk per mark, so that several writers never touch the same file; as `create_array`."""
     return group.create_array(
         "blocks",
-        overwrite=True,  # marks that a removal left behind must not come back to life
         shape=(blocks,),
         chunks=(1,),
         dtype="uint8",

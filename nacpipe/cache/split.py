@@ -12,8 +12,9 @@ import zarr
 from numpy.typing import NDArray
 
 from nacpipe.cache.form import missing_chunks, open_member, split_problems
+from nacpipe.cache.keys import list_split
 from nacpipe.cache.layout import MISSING_INT, LayerSpec, chunk_key, count_blocks, is_there
-from nacpipe.cache.seal import digest_lines, hash_keys, list_keys
+from nacpipe.cache.seal import is_as_sealed
 from nacpipe.errors import CacheError, FormatError, InputError, NacError, ValuesError
 
 if TYPE_CHECKING:
@@ -143,10 +144,10 @@ class SplitView(Mapping[str, LayerView]):
         sharded = header.shard_blocks > 1
         for array, what in split_problems(self._group, header):
             raise self._damaged(array or "zarr.json", what)
-        hashes = dict.fromkeys(list_keys(root, self.name), "") if sharded else hash_keys(root, self.name)
-        for array, count in missing_chunks(header, self.rows, hashes):
+        keys = list_split(root.store, header, self.name)
+        for array, count in missing_chunks(header, self.rows, keys[0]):
             raise self._damaged(array, f"{count} of its chunks are not there")
-        if not sharded and digest_lines(self.attributes, hashes) != self.attributes["digest"]:
+        if not (sharded or is_as_sealed(root, self.name, self.attributes, keys)):
             raise CacheError(
                 f"{self._cache.path}: {self.name} is not what was sealed: files were changed, exchanged or lost;"
                 f" nacpipe verify {self._cache.path} says which"
