@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import zarr
@@ -25,7 +25,7 @@ from nacpipe.cache.keys import list_split
 from nacpipe.cache.layout import Header
 from nacpipe.cache.store import AT_ONCE
 
-PIECE = 4 << 20  # bytes of a shard that are read at once
+PIECE = 2 << 20  # bytes of a shard that are read at once
 PIECES = 4  # in flight, of shards at a server
 
 
@@ -68,9 +68,10 @@ def is_as_sealed(
     return bool(foreign) and digest_lines(attributes, hashes) == attributes["digest"]
 
 
-def sealed_before(foreign: Iterable[str]) -> list[str]:
-    """Return the foreign files that an earlier nacpipe sealed with a split: all that are not hidden."""
-    return [key for key in foreign if not any(part.startswith(".") for part in key.split("/"))]
+def sealed_before(foreign: Sequence[str]) -> list[str]:
+    """Return the foreign files that an earlier nacpipe sealed with a split: all but hidden ones and `*.partial`."""
+    hidden = (any(part.startswith(".") for part in key.split("/")) for key in foreign)
+    return [key for key, hides in zip(foreign, hidden, strict=True) if not (hides or key.endswith(".partial"))]
 
 
 def hash_content(content: bytes, key: str, *, sharded: bool = False) -> str:

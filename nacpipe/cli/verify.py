@@ -25,8 +25,8 @@ SHOWN = 10  # names of foreign files
 def verify(cache: str | Path, form_only: bool, as_json: bool) -> None:
     """Read everything in CACHE and name each damaged chunk: split, array and rows. Exit code 1 where there is any.
 
-    Metadata must be as cache/README.md has it, every chunk must match its checksum, every split its seal. Files that are
-    not the cache's are named too; they are no damage.
+    Metadata must be as cache/README.md has it, every chunk must match its checksum, every split its seal. Files that do
+    not belong to the cache are named too; they are no damage.
 
     \b
     nacpipe verify cache/digits-digits_cnn.zarr
