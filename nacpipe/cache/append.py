@@ -211,9 +211,7 @@ class CacheWriter:
         self._sync_below(name)
         attributes = dict(group.attrs)
         # One write, where attrs.update makes one per key: killed in between, it would be sealed without a digest.
-        group.update_attributes(
-            {"sealed": True, "digest": split_digest(self.root, name, attributes, self.header)}
-        )
+        group.update_attributes({"sealed": True, "digest": split_digest(self.root, name, attributes, self.header)})
         self._sync(f"{name}/zarr.json")
 
     def drop(self, name: str) -> None:

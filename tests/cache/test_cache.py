@@ -212,9 +212,12 @@ def test_a_missing_chunk_reads_as_no_value_not_as_zeros(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"id/val/layer1/activation is damaged \(1 of its chunks are not there\)"):
         open_cache(tmp_path / "c.zarr")["id/val"]
     split = open_cache(tmp_path / "c.zarr").peek("id/val")
-    found = split["layer1"].activation[:]
-    assert np.isnan(found[16:32]).all()  # type: ignore[index]
-    np.testing.assert_array_equal(found[:16], arrays["layer1/activation"][:16])  # type: ignore[index]
+    found = np.asarray(split.array("layer1/activation")[:])
+    assert np.isnan(found[16:32]).all()
+    np.testing.assert_array_equal(found[:16], arrays["layer1/activation"][:16])
+    np.testing.assert_array_equal(split["layer1"].activation[:16], arrays["layer1/activation"][:16])
+    with pytest.raises(CacheError, match=r"id/val/layer1/activation is damaged \(row 16 holds no value\)"):
+        split["layer1"].activation[:]
     assert (np.asarray(split.array("label")[32:]) == np.iinfo(np.int64).min).all()
     assert split.read("label", slice(0, 32)).tolist() == arrays["label"][:32].tolist()
     with pytest.raises(
