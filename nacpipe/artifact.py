@@ -63,12 +63,6 @@ def read_section(path: str | Path, name: str) -> Mapping[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def read_fingerprint(path: str | Path) -> str | None:
-    """Return the fingerprint of the states that a file's parameters were found on; None where it does not say."""
-    found = read_section(path, "made_by").get("fingerprint")
-    return found if isinstance(found, str) else None
-
-
 def write_params(path: str | Path, params: NacParams, **sections: Mapping[str, Any]) -> None:
     """Write parameters and further sections (`result`, `made_by`) whole or not at all.
 

@@ -12,7 +12,7 @@ vouches for is on the disk (fsync), so that a power cut is no worse than a kill.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from nacpipe.cache.read import open_cache, open_root
 from nacpipe.cache.seal import split_digest
 from nacpipe.cache.store import holds_cache, is_empty, open_store
 from nacpipe.core.address import is_url
-from nacpipe.core.provenance import diff
+from nacpipe.core.provenance import diff, said_by
 from nacpipe.errors import CacheError, FormatError, IdentityError
 
 
@@ -261,15 +261,33 @@ class CacheWriter:
 
 
 def check_identity(path: str, stored: Header, wanted: Header) -> None:
-    """Refuse to mix what does not belong together.
+    """Refuse to mix what does not belong together; what an older cache does not say of itself is not compared.
 
     Raises:
         IdentityError: naming every value that differs and what to do.
     """
-    if differences := diff(stored.whole_identity(), wanted.whole_identity()):
+    there = stored.whole_identity()
+    if differences := diff(there, said_by(there, wanted.whole_identity())):
         raise IdentityError(
-            f"{path} was made from something else: {'; '.join(differences)}. Give another --cache, or the same options"
+            f"{path} was made from something else: {'; '.join(differences)}. Give another --cache, or"
+            f" {_remedy(there, differences)}"
         )
+
+
+def _remedy(stored: Mapping[str, Any], differences: Sequence[str]) -> str:
+    """What makes an identity the stored one again."""
+    differ = {phrase.split(":")[0] for phrase in differences}
+    arithmetic = stored.get("arithmetic", {})
+    known = {
+        "arithmetic.device": f"--device {arithmetic.get('device')}",
+        "arithmetic.memory_format": f"--{str(arithmetic.get('memory_format')).replace('_', '-')}",
+        "arithmetic.tf32": f"TF32 (torch.backends, in the network's file) {'on' if arithmetic.get('tf32') else 'off'}",
+        "source": "the network's file, and what it imports from its folder, as they were",
+    }
+    if "arithmetic.device" in differ:
+        differ.discard("arithmetic.memory_format")  # it follows the device
+    said = [text for key, text in known.items() if key in differ]
+    return ", ".join(said + ["the same options"] * bool(differ.difference(known)))
 
 
 def round_mantissa(values: NDArray[np.float32], keep_bits: int) -> NDArray[np.float32]:

@@ -53,6 +53,8 @@ def score(
 
     paths = find_images(images)
     ready = prepare(detector, model, checkpoint, device)
+    for text in ready.notes:
+        note(text)
     progress = Progress(len(paths))
     broken: list[str] = []
 

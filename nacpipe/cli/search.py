@@ -165,7 +165,7 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
         if checks.val_soft is not None:
             click.echo(f"correlation with ID or OOD and half of Energy, which was searched for: {checks.val_soft:.4f}")
         if checks.subtrain_auroc is None:
-            click.echo("overfitting check: the cache has no id/subtrain")
+            click.echo("overfitting check: the cache has no finished id/subtrain")
         else:
             click.echo(
                 f"overfitting check, id/val against id/subtrain: AUROC {percent(checks.subtrain_auroc)} %"

@@ -13,6 +13,7 @@ from nacpipe.core.benchmarks import Benchmark, Transform
 from nacpipe.errors import CheckpointError, InputError
 from nacpipe.network.custom import try_network
 from nacpipe.network.models import Model
+from nacpipe.network.source import hash_source
 from nacpipe.network.taps import freeze
 from nacpipe.network.weights import Weights, hash_weights, load_weights, read_checkpoint
 
@@ -29,6 +30,8 @@ class Network:
     device: torch.device
     dtype: torch.dtype = torch.float32
     """Of the images it takes."""
+    source: str = ""
+    """sha256 of its source, where it is from a file (source.py)."""
 
     def blank(self, n: int) -> Tensor:
         """Return n blank images of the network's size, (n, channels, crop, crop)."""
@@ -50,7 +53,8 @@ def load_network(model: Model, benchmark: Benchmark, checkpoint: Path | None, de
         load_weights(module, weights.read(), model.renames, source)
     sha256 = hash_weights(module.state_dict())
     transform = _transform(model, benchmark, weights)
-    return _look(Network(model, freeze(module).to(device), sha256, transform, device), benchmark)
+    network = Network(model, freeze(module).to(device), sha256, transform, device, source=_source(model))
+    return _look(network, benchmark)
 
 
 def blank_network(model: Model, benchmark: Benchmark, checkpoint: Path | None) -> Network:
@@ -68,7 +72,8 @@ def blank_network(model: Model, benchmark: Benchmark, checkpoint: Path | None) -
     _check_channels(model, module, benchmark)
     unknown = checkpoint is None and model.unasked is None
     weights = Weights(None) if unknown else _choose_weights(model, checkpoint)[1]
-    return _look(Network(model, module, "", _transform(model, benchmark, weights), device), benchmark)
+    network = Network(model, module, "", _transform(model, benchmark, weights), device, source=_source(model))
+    return _look(network, benchmark)
 
 
 def wrap_network(module: nn.Module, images: Tensor) -> Network:
@@ -120,6 +125,11 @@ def _choose_weights(model: Model, checkpoint: Path | None) -> tuple[str, Weights
         return str(checkpoint), model.weights[str(checkpoint)]
     more = f", and {model.name} has no weights of that name; it has {names}" if names else ""
     raise CheckpointError(f"checkpoint {checkpoint} is not there{more}")
+
+
+def _source(model: Model) -> str:
+    """Once it is built: modules may be imported by its function."""
+    return hash_source(model.file) if model.file is not None else ""
 
 
 def _transform(model: Model, benchmark: Benchmark, weights: Weights) -> Transform:

@@ -144,8 +144,9 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     forced: list[str] = []
     if exists:
         cache = open_cache(request.cache)
-        if dry:  # whatever weights there are
-            header = replace(header, identity={**header.identity, "weights": cache.header.identity["weights"]})
+        if dry:  # whatever weights and device there are
+            theirs = {k: v for k, v in cache.header.identity.items() if k in ("weights", "arithmetic")}
+            header = replace(header, identity={**header.identity, **theirs})
         check_identity(cache.path, cache.header, header)
         header = replace(header, block_rows=cache.header.block_rows, shard_blocks=cache.header.shard_blocks)
         for images in sets:

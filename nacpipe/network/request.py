@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -100,6 +101,12 @@ def make_header(
             "weights": network.weights_sha256,
             "transform": transform.to_json(),
             "dtype": "float32" if request.autocast == "none" else request.autocast,
+            "arithmetic": {
+                "device": network.device.type,
+                "tf32": uses_tf32(network.device),
+                "memory_format": "channels_last" if request.channels_last_on(network.device) else "contiguous",
+            },
+            **({"source": network.source} if network.source else {}),
             **({} if network.model.outputs == "logits" else {"outputs": network.model.outputs}),
         },
         information={
@@ -147,6 +154,19 @@ def find_device(name: str, local: int = 0) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0][:120]}") from None
     return device
+
+
+def uses_tf32(device: torch.device) -> bool:
+    """Return whether products of float32 numbers may be rounded on a device: TF32, or bfloat16 on a CPU.
+
+    `pin_arithmetic` leaves it off; the code of a network from a file may have turned it on.
+    """
+    backends: Any = torch.backends
+    kinds = {
+        "cuda": (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
+        "cpu": (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
+    }
+    return any(kind.fp32_precision not in ("none", "ieee") for kind in kinds.get(device.type, ()))
 
 
 def pin_arithmetic() -> None:

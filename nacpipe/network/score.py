@@ -47,6 +47,8 @@ class Ready:
     device: torch.device
     predicts: bool
     """Whether the network's outputs are logits."""
+    notes: tuple[str, ...] = ()
+    """What to say aloud."""
 
 
 def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str) -> Ready:
@@ -75,9 +77,14 @@ def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str)
         detector = attach(exported, network.module)
     except DetectorError as error:
         raise DetectorError(f"{file}: {error}") from None
-    return Ready(
-        detector, exported.transform, network.device, exported.identity.get("outputs", "logits") == "logits"
-    )  # fmt: skip
+    notes, made = [], exported.identity.get("source")
+    if made is not None and made != network.source:
+        notes.append(
+            f"{file} was made with another source of {named} ({str(made)[:8]}…, now {network.source[:8] or 'none'}…): its"
+            " scores are right only where the network computes the same"
+        )
+    predicts = exported.identity.get("outputs", "logits") == "logits"
+    return Ready(detector, exported.transform, network.device, predicts, tuple(notes))
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
