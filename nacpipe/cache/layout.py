@@ -97,9 +97,25 @@ class Header:
             found["features"] = (self.features, "float32")
         return {**found, "logits": (self.classes, "float32"), "label": (0, "int64"), "index": (0, "int64")}
 
+    @property
+    def most_block_rows(self) -> int:
+        """The rows that a block can have at most: of the widest array, a chunk has a limit."""
+        return min(MAX_CHUNK_BYTES // size for size in self._row_sizes().values())
+
+    def block_problem(self) -> str | None:
+        """Return why a block cannot be stored, None where it can."""
+        for path, size in self._row_sizes().items():
+            if self.block_rows * size > MAX_CHUNK_BYTES:
+                return f"a block of {path} has more than {MAX_CHUNK_BYTES} bytes"
+        return None
+
+    def _row_sizes(self) -> dict[str, int]:
+        """Array → raw bytes of one sample."""
+        return {path: max(width, 1) * np.dtype(dtype).itemsize for path, (width, dtype) in self.arrays().items()}
+
     def row_bytes(self) -> int:
         """Return the raw bytes of one sample."""
-        return sum(max(width, 1) * np.dtype(dtype).itemsize for width, dtype in self.arrays().values())
+        return sum(self._row_sizes().values())
 
     def to_attributes(self) -> dict[str, Any]:
         """Return the root's attributes, last their digest: a bit that flips in them is seen when they are read."""
@@ -146,9 +162,8 @@ class Header:
             check_layer_names([spec.name for spec in header.layers])
             if not header.layers or len({spec.name for spec in header.layers}) < len(header.layers):
                 raise ValueError("layers are none, or two have one name")
-            for path, (width, dtype) in header.arrays().items():
-                if header.block_rows * max(width, 1) * np.dtype(dtype).itemsize > MAX_CHUNK_BYTES:
-                    raise ValueError(f"a block of {path} has more than {MAX_CHUNK_BYTES} bytes")
+            if problem := header.block_problem():
+                raise ValueError(problem)
         except (KeyError, TypeError, ValueError, InputError) as error:
             raise FormatError(f"the cache's attributes are damaged ({type(error).__name__}: {error})") from error
         return header

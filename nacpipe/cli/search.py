@@ -91,10 +91,10 @@ def run_search(search: Search, as_json: bool = False) -> SearchResult:
         note(f"{request.val} is a test set: what is found on it says nothing about how well NAC does there")
     shown = SHOWN[request.objective]
     best = {"auroc": "best", "both": shown}.get(request.objective, f"best {shown}")
-    progress = Progress(search.trials, done)
+    progress = Progress("search", {"": search.trials}, {"": done})
 
     def show(told: int, value: float) -> None:
-        progress.step(told - progress.done, f"search  {best} {100 * value:.2f} %")
+        progress.step(told - progress.done, more=f"{best} {100 * value:.2f} %")
 
     with only_runner(request.where, request.study_name):
         result = run(search, show)

@@ -78,8 +78,8 @@ def repair(cache: str | Path) -> None:
 
 
 def _progress(cache: Cache, verb: str) -> Any:
-    progress = Progress(sum(_rows(cache, name) for name in cache))
-    return lambda split, rows: progress.step(rows, f"{verb} {split}")
+    progress = Progress(verb, {name: _rows(cache, name) for name in cache})
+    return lambda split, rows: progress.step(rows, split)
 
 
 def _rows(cache: Cache, name: str) -> int:

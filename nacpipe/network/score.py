@@ -80,8 +80,8 @@ def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str)
     notes, made = [], exported.identity.get("source")
     if made is not None and made != network.source:
         notes.append(
-            f"{file} was made with another source of {named} ({str(made)[:8]}…, now {network.source[:8] or 'none'}…): its"
-            " scores are right only where the network computes the same"
+            f"{file} was made with another source of {named} ({str(made)[:8]}…, now {network.source[:8] or 'none'}…):"
+            " its scores are right only where the network computes the same"
         )
     predicts = exported.identity.get("outputs", "logits") == "logits"
     return Ready(detector, exported.transform, network.device, predicts, tuple(notes))

@@ -188,8 +188,8 @@ def test_a_detector_on_another_source_is_told(request_: ExtractRequest, file: Pa
     source_of(file)
     (told,) = prepare(tmp_path / "d.safetensors", f"{file}:build", None, "cpu").notes
     assert re.fullmatch(
-        rf"{tmp_path}/d\.safetensors was made with another source of net\.py:build \(\w{{8}}…, now \w{{8}}…\): its scores"
-        r" are right only where the network computes the same",
+        rf"{tmp_path}/d\.safetensors was made with another source of net\.py:build \(\w{{8}}…, now \w{{8}}…\): its"
+        r" scores are right only where the network computes the same",
         told,
     )
 
