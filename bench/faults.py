@@ -39,7 +39,9 @@ def nacpipe(*words: str) -> float:
 
 def extract(cache: str) -> float:
     # a block an object, in both: then the seals are the same, and the requests more
-    return nacpipe(*f"extract digits --splits {','.join(SPLITS)} --shard-blocks 1 --cache {cache}".split())
+    return nacpipe(
+        *f"extract digits --splits {','.join(SPLITS)} --shard-blocks 1 --block-rows 512 --cache {cache}".split()
+    )
 
 
 def search(cache: str, folder: Path, name: str, trials: int) -> float:

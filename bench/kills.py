@@ -56,7 +56,9 @@ def stamp(path: str) -> tuple[int, int] | None:
 class Extraction:
     def __init__(self, folder: Path) -> None:
         self.out = folder / "x.zarr"
-        self.command = f"extract digits --cache {self.out} --batch-size 64 --splits {','.join(SPLITS)}".split()
+        self.command = (
+            f"extract digits --cache {self.out} --batch-size 64 --block-rows 512 --splits {','.join(SPLITS)}".split()
+        )
 
     def read(self) -> dict[str, Any]:
         """Every value of the finished cache."""

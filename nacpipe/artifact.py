@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +31,7 @@ from nacpipe.core.params import NacParams
 from nacpipe.core.text import command_line
 from nacpipe.errors import DetectorError, InputError, ParamsError
 
+NEW_FILE = 0o666  # from which the kernel takes what the umask says; tempfile's files would be the owner's alone
 MAX_BYTES = 16 * 2**20  # a parameter file is a few kB; more is a mistake
 MAX_DETECTOR_BYTES = 2**30  # a detector is a few MB
 _DTYPES = ("F32", "U8", "U16", "I32")
@@ -60,12 +61,6 @@ def read_section(path: str | Path, name: str) -> Mapping[str, Any]:
     data = json.loads(Path(path).read_text("utf-8-sig"))
     section = data.get(name) if isinstance(data, dict) else None
     return section if isinstance(section, dict) else {}
-
-
-def read_fingerprint(path: str | Path) -> str | None:
-    """Return the fingerprint of the states that a file's parameters were found on; None where it does not say."""
-    found = read_section(path, "made_by").get("fingerprint")
-    return found if isinstance(found, str) else None
 
 
 def write_params(path: str | Path, params: NacParams, **sections: Mapping[str, Any]) -> None:
@@ -134,20 +129,20 @@ def write_whole(path: str | Path, content: bytes) -> None:
 
 @contextmanager
 def writing_whole(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file to be written whole or not at all: it appears when the `with` block ends well.
+    """Open a file to be written whole or not at all: it appears when the `with` block ends well, with the umask's mode.
 
     Raises:
         InputError: the file cannot be written.
     """
     target = Path(path)
     try:
-        handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        draft = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), NEW_FILE)
         try:
             with os.fdopen(handle, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(draft, 0o644)
             os.replace(draft, target)
         except BaseException:
             os.unlink(draft)

@@ -36,7 +36,7 @@ from nacpipe.core.provenance import fingerprint
 from nacpipe.data.folders import is_hidden, walk_images
 from nacpipe.data.lists import check_labels, parse_list
 from nacpipe.data.own import read_benchmark
-from nacpipe.errors import ImageError, InputError, NacError, ParamsError
+from nacpipe.errors import FormatError, ImageError, InputError, NacError, ParamsError
 from nacpipe.network.image_file import read_image
 
 EXAMPLES = int(os.environ.get("NACPIPE_FUZZ", "40"))
@@ -95,10 +95,13 @@ def seal(path: Path) -> None:
     (path / "zarr.json").write_text(json.dumps(content))
     import zarr
 
-    group = zarr.open_group(path, mode="r")["id/val"]
-    assert isinstance(group, zarr.Group)
+    root = zarr.open_group(path, mode="r")
+    try:
+        header = open_cache(path).header
+    except FormatError:  # it is refused before its splits are looked at
+        return
     content = json.loads((path / "id/val/zarr.json").read_text())
-    content["attributes"]["digest"] = split_digest(group, dict(group.attrs))
+    content["attributes"]["digest"] = split_digest(root, "id/val", dict(root["id/val"].attrs), header)
     (path / "id/val/zarr.json").write_text(json.dumps(content))
 
 

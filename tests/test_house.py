@@ -206,7 +206,12 @@ def test_pickle_is_named_only_to_catch_its_errors() -> None:
 # --- sizes and docstrings ---------------------------------------------------------------------------------------------
 
 
-LONG = {"network/layers.py", "network/taps.py"}  # one noun each: no good place to cut
+LONG = {
+    "network/layers.py",
+    "network/taps.py",
+    "cache/append.py",
+    "search/study.py",
+}  # one noun each: no good place to cut
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())

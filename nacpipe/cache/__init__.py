@@ -1,9 +1,10 @@
 """The cache: one Zarr v3 group per network × benchmark × training run. Specified in cache/README.md at the top.
 
 These are the only rooms that know Zarr. `store` finds the objects, on a disk or at a server (`pages`: of the web).
-`layout` says what a store holds, `append` writes it block by block (`durable` waits for the disk, `lock` keeps others
-out), `read` opens it, a `split` at a time, `seal` sums it up. `form` says whether metadata are as specified, `verify`
-reads everything, `repair` mends what is damaged. `pending` ends what is left of it all with the process.
+`layout` says what a store holds and `keys` what of it belongs there, `append` writes it block by block (`durable` waits
+for the disk, `lock` keeps others out), `read` opens it, a `split` at a time, whose arrays are sliced (`view`), `seal`
+sums it up. `form` says whether metadata are as specified, `verify` reads everything, `repair` mends what is damaged.
+`pending` ends what is left of it all with the process.
 """
 
 import atexit
@@ -13,7 +14,8 @@ from nacpipe.cache.layout import Header, LayerSpec
 from nacpipe.cache.pending import end_pending
 from nacpipe.cache.read import Cache, open_cache
 from nacpipe.cache.split import LayerView, SplitView
+from nacpipe.cache.view import ArrayView
 
-__all__ = ["Cache", "CacheWriter", "Header", "LayerSpec", "LayerView", "SplitView", "open_cache"]
+__all__ = ["ArrayView", "Cache", "CacheWriter", "Header", "LayerSpec", "LayerView", "SplitView", "open_cache"]
 
 atexit.register(end_pending)  # after Zarr registered the stop of its loop, and so run before that

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,25 @@ import zarr
 from numcodecs import BitRound
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
-from zarr.core.sync import sync
 
-from nacpipe.cache.durable import sync_below, sync_files, writing
+from nacpipe.cache.durable import sync_files, writing
 from nacpipe.cache.form import open_member, split_problems
-from nacpipe.cache.layout import ALL_BITS, Header, chunk_key, count_blocks, create_array, create_marks, is_there
+from nacpipe.cache.keys import is_draft, list_own, remove_own
+from nacpipe.cache.layout import (
+    ALL_BITS,
+    Header,
+    check_split_name,
+    chunk_key,
+    count_blocks,
+    create_array,
+    create_marks,
+    is_there,
+)
 from nacpipe.cache.read import open_cache, open_root
 from nacpipe.cache.seal import split_digest
 from nacpipe.cache.store import holds_cache, is_empty, open_store
 from nacpipe.core.address import is_url
-from nacpipe.core.provenance import diff
+from nacpipe.core.provenance import diff, said_by
 from nacpipe.core.text import command_line
 from nacpipe.errors import CacheError, FormatError, IdentityError
 
@@ -63,12 +72,12 @@ class CacheWriter:
             self.root, self.header = open_root(self.path, mode="r+")
             check_identity(self.path, self.header, header)
             if first and self._disk:
-                remove_partials(self._disk, "**/*.partial")
+                remove_drafts(self._disk)
         elif self._is_taken():
             raise CacheError(f"{self.path} is there already and is not a cache; give another --cache")
         else:
             if self._disk:
-                remove_partials(self._disk, "zarr.*.partial")  # of a root that was never finished
+                remove_drafts(self._disk)  # of a root that was never finished
             store = open_store(self.path, write=True)
             self.root = zarr.create_group(store, zarr_format=3, attributes=header.to_attributes())
             self.header = header
@@ -77,7 +86,7 @@ class CacheWriter:
     def _is_taken(self) -> bool:
         if self._disk is None:
             return not is_empty(self.path)
-        return self._disk.is_file() or any(not entry.match("zarr.*.partial") for entry in self._disk.glob("*"))
+        return self._disk.is_file() or any(not is_draft(entry.name) for entry in self._disk.glob("*"))
 
     def _sync(self, *keys: str) -> None:
         """Wait until these objects are on the disk; a server has them when it says so."""
@@ -86,7 +95,7 @@ class CacheWriter:
 
     def _sync_below(self, path: str) -> None:
         if self._disk:
-            sync_below(self._disk / path, self._disk)
+            self._sync(*list_own(self.root.store, self.header, path))
 
     def write_classifier(self, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
         """Store the last linear layer: weight (classes, features), bias (classes,). Done once."""
@@ -96,6 +105,8 @@ class CacheWriter:
             group = self.root.require_group("classifier")
             if group.attrs.get("written"):
                 return
+            for name in ("weight", "bias"):
+                self._remove(f"classifier/{name}")
             for name, data in (("weight", weight), ("bias", bias)):
                 group.create_array(
                     name,
@@ -103,7 +114,6 @@ class CacheWriter:
                     chunks=data.shape,
                     compressors=(Crc32cCodec(),),
                     fill_value=float("nan"),
-                    overwrite=True,
                     config={"write_empty_chunks": True},
                 )
             self._sync_below("classifier")
@@ -114,7 +124,9 @@ class CacheWriter:
 
         Raises:
             CacheError: it was begun with other rows or images.
+            InputError: the name of its set is reserved.
         """
+        check_split_name(name)
         with writing(self.path):
             group = self._group(name, {"rows": rows, "sealed": False, "digest": None, "images": dict(images)})
             for what, wanted in (("rows", rows), ("images", images)):
@@ -124,13 +136,15 @@ class CacheWriter:
                         f" {shlex.quote(name)}"
                     )
             missing = [path for path in self.header.arrays() if not self._holds(f"{name}/{path}")]
-            if missing and self._holds(f"{name}/blocks"):
-                del group["blocks"]  # marks of arrays that are not there would be lies
+            if missing:
+                self._remove(f"{name}/blocks")  # marks of arrays that are not there would be lies
             for path in missing:
                 if "/" in path:
                     group.require_group(path.split("/")[0])
+                self._remove(f"{name}/{path}")
                 create_array(group, path, rows, *self.header.arrays()[path], self.header)
             if not self._holds(f"{name}/blocks"):
+                self._remove(f"{name}/blocks")
                 create_marks(group, count_blocks(rows, self.header.block_rows))
             for array, what in split_problems(group, self.header):
                 raise FormatError(
@@ -202,9 +216,7 @@ class CacheWriter:
         self._sync_below(name)
         attributes = dict(group.attrs)
         # One write, where attrs.update makes one per key: killed in between, it would be sealed without a digest.
-        group.update_attributes(
-            {"sealed": True, "digest": split_digest(group, attributes, sharded=self.header.shard_blocks > 1)}
-        )
+        group.update_attributes({"sealed": True, "digest": split_digest(self.root, name, attributes, self.header)})
         self._sync(f"{name}/zarr.json")
 
     def drop(self, name: str) -> None:
@@ -215,9 +227,12 @@ class CacheWriter:
             group = self._member(name)
             assert isinstance(group, zarr.Group)
             group.update_attributes({"sealed": False, "digest": None})
-            for path in (f"{name}/blocks", name):  # whatever state their metadata are in
-                sync(self.root.store.delete_dir(path))
+            self._remove(name)
         self._arrays.clear()
+
+    def _remove(self, path: str) -> None:
+        """Remove the cache's objects below a path, whatever state its metadata are in; what is foreign stays."""
+        remove_own(self.root.store, self.header, path)
 
     def _group(self, name: str, attributes: Mapping[str, Any]) -> zarr.Group:
         parent = self.root
@@ -229,8 +244,8 @@ class CacheWriter:
             group = self._member(name)
             assert isinstance(group, zarr.Group)
             return group
-        # A removal that was cut short may have left arrays of other rows below a group that is gone.
-        return parent.create_group(name.split("/")[-1], attributes=dict(attributes), overwrite=True)
+        self._remove(name)  # a removal that was cut short may have left arrays of other rows below a group that is gone
+        return parent.create_group(name.split("/")[-1], attributes=dict(attributes))
 
     def _holds(self, path: str) -> bool:
         return is_there(self.root, f"{path}/zarr.json")
@@ -251,15 +266,33 @@ class CacheWriter:
 
 
 def check_identity(path: str, stored: Header, wanted: Header) -> None:
-    """Refuse to mix what does not belong together.
+    """Refuse to mix what does not belong together; what an older cache does not say of itself is not compared.
 
     Raises:
         IdentityError: naming every value that differs and what to do.
     """
-    if differences := diff(stored.whole_identity(), wanted.whole_identity()):
+    there = stored.whole_identity()
+    if differences := diff(there, said_by(there, wanted.whole_identity())):
         raise IdentityError(
-            f"{path} was made from something else: {'; '.join(differences)}. Give another --cache, or the same options"
+            f"{path} was made from something else: {'; '.join(differences)}. Give another --cache, or"
+            f" {_remedy(there, differences)}"
         )
+
+
+def _remedy(stored: Mapping[str, Any], differences: Sequence[str]) -> str:
+    """What makes an identity the stored one again."""
+    differ = {phrase.split(":")[0] for phrase in differences}
+    arithmetic = stored.get("arithmetic", {})
+    known = {
+        "arithmetic.device": f"--device {arithmetic.get('device')}",
+        "arithmetic.memory_format": f"--{str(arithmetic.get('memory_format')).replace('_', '-')}",
+        "arithmetic.tf32": f"TF32 (torch.backends, in the network's file) {'on' if arithmetic.get('tf32') else 'off'}",
+        "source": "the network's file, and what it imports from its folder, as they were",
+    }
+    if "arithmetic.device" in differ:
+        differ.discard("arithmetic.memory_format")  # it follows the device
+    said = [text for key, text in known.items() if key in differ]
+    return ", ".join(said + ["the same options"] * bool(differ.difference(known)))
 
 
 def round_mantissa(values: NDArray[np.float32], keep_bits: int) -> NDArray[np.float32]:
@@ -268,8 +301,9 @@ def round_mantissa(values: NDArray[np.float32], keep_bits: int) -> NDArray[np.fl
     return np.asarray(encoded).view(np.float32).reshape(values.shape)
 
 
-def remove_partials(path: Path, pattern: str) -> None:
+def remove_drafts(path: Path) -> None:
     """Remove what a killed writer left between its temporary file and the rename."""
-    for leftover in path.glob(pattern):
-        with contextlib.suppress(OSError):
-            leftover.unlink()
+    for leftover in path.rglob("*.partial"):
+        if is_draft(leftover.name):
+            with contextlib.suppress(OSError):
+                leftover.unlink()

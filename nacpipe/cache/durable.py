@@ -28,11 +28,6 @@ def sync_files(files: Iterable[Path], root: Path) -> None:
             os.close(handle)
 
 
-def sync_below(folder: Path, root: Path) -> None:
-    """Wait until everything below a folder is on the disk."""
-    sync_files((Path(where, name) for where, _, names in os.walk(folder) for name in names), root)
-
-
 def replace_file(file: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     draft = file.with_name(f"{file.name}.partial")

@@ -88,9 +88,13 @@ def only_begun(group: zarr.Group) -> bool:
 
 
 def missing_chunks(header: Header, rows: int, keys: Iterable[str]) -> Iterator[tuple[str, int]]:
-    """Yield (array, how many of its stored objects are not there) of a split, given the keys that are."""
+    """Yield (array, how many of its stored objects are not there) of a split, given the keys that it has."""
     expected = -(-count_blocks(rows, header.block_rows) // header.shard_blocks)
-    held = Counter(key.rpartition("/c/")[0] for key in keys)
+    held = Counter(
+        array
+        for array, _, chunk in (key.rpartition("/c/") for key in keys)
+        if array and int(chunk.partition("/")[0]) < expected
+    )
     for path in header.arrays():
         if held[path] < expected:
             yield path, expected - held[path]

@@ -18,6 +18,7 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.sync import sync
 
+from nacpipe.core.benchmarks import why_reserved
 from nacpipe.core.coverage import layer_of, source_of
 from nacpipe.core.provenance import fingerprint
 from nacpipe.errors import FormatError, InputError
@@ -98,9 +99,25 @@ class Header:
             found["features"] = (self.features, "float32")
         return {**found, "logits": (self.classes, "float32"), "label": (0, "int64"), "index": (0, "int64")}
 
+    @property
+    def most_block_rows(self) -> int:
+        """The rows that a block can have at most: of the widest array, a chunk has a limit."""
+        return min(MAX_CHUNK_BYTES // size for size in self._row_sizes().values())
+
+    def block_problem(self) -> str | None:
+        """Return why a block cannot be stored, None where it can."""
+        for path, size in self._row_sizes().items():
+            if self.block_rows * size > MAX_CHUNK_BYTES:
+                return f"a block of {path} has more than {MAX_CHUNK_BYTES} bytes"
+        return None
+
+    def _row_sizes(self) -> dict[str, int]:
+        """Array → raw bytes of one sample."""
+        return {path: max(width, 1) * np.dtype(dtype).itemsize for path, (width, dtype) in self.arrays().items()}
+
     def row_bytes(self) -> int:
         """Return the raw bytes of one sample."""
-        return sum(max(width, 1) * np.dtype(dtype).itemsize for width, dtype in self.arrays().values())
+        return sum(self._row_sizes().values())
 
     def to_attributes(self) -> dict[str, Any]:
         """Return the root's attributes, last their digest: a bit that flips in them is seen when they are read."""
@@ -147,9 +164,8 @@ class Header:
             check_layer_names([spec.name for spec in header.layers])
             if not header.layers or len({spec.name for spec in header.layers}) < len(header.layers):
                 raise ValueError("layers are none, or two have one name")
-            for path, (width, dtype) in header.arrays().items():
-                if header.block_rows * max(width, 1) * np.dtype(dtype).itemsize > MAX_CHUNK_BYTES:
-                    raise ValueError(f"a block of {path} has more than {MAX_CHUNK_BYTES} bytes")
+            if problem := header.block_problem():
+                raise ValueError(problem)
         except (KeyError, TypeError, ValueError, InputError) as error:
             raise FormatError(f"the cache's attributes are damaged ({type(error).__name__}: {error})") from error
         return header
@@ -196,13 +212,15 @@ def count_blocks(rows: int, block_rows: int) -> int:
 
 
 def create_array(group: zarr.Group, path: str, rows: int, width: int, dtype: str, header: Header) -> zarr.Array[Any]:
-    """Create one array of a split: chunks of (block_rows, width), Blosc zstd with bit shuffle, CRC32C on each."""
+    """Create one array of a split: chunks of (block_rows, width), Blosc zstd with bit shuffle, CRC32C on each.
+
+    Nothing of an array may be there: chunks that a removal left behind must not come back to life (`keys.remove_own`).
+    """
     kind = np.dtype(dtype)
     chunk = (header.block_rows, width) if width else (header.block_rows,)
     shard = (header.block_rows * header.shard_blocks, *chunk[1:]) if header.shard_blocks > 1 else None
     return group.create_array(
         path,
-        overwrite=True,
         shape=(rows, width) if width else (rows,),
         chunks=chunk,
         shards=shard,
@@ -219,10 +237,9 @@ def create_array(group: zarr.Group, path: str, rows: int, width: int, dtype: str
 
 
 def create_marks(group: zarr.Group, blocks: int) -> zarr.Array[Any]:
-    """Create `blocks`, one chunk per mark, so that several writers never touch the same file."""
+    """Create `blocks`, one chunk per mark, so that several writers never touch the same file; as `create_array`."""
     return group.create_array(
         "blocks",
-        overwrite=True,  # marks that a removal left behind must not come back to life
         shape=(blocks,),
         chunks=(1,),
         dtype="uint8",
@@ -243,6 +260,16 @@ def split_name(path: str) -> bool:
     """Return whether a split may be at this path: id/…, csid/NAME, ood/val, ood/near/NAME, ood/far/NAME."""
     parent, _, leaf = path.rpartition("/")
     return bool(leaf) and not leaf.startswith(".") and (path == "ood/val" or parent in SPLIT_PARENTS)
+
+
+def check_split_name(name: str) -> None:
+    """Refuse the name of a split whose set tables could not tell from a mean or a missing value.
+
+    Raises:
+        InputError: naming the split and the reason.
+    """
+    if reason := why_reserved(name.rpartition("/")[2]):
+        raise InputError(f"split {name}: the name of its set is reserved, {reason}; give the set another name")
 
 
 def is_there(root: zarr.Group, key: str) -> bool:

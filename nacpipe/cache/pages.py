@@ -32,17 +32,17 @@ _LINK = re.compile(r"""<a\s[^>]*?href=["']([^"'?#]+)["']""", re.IGNORECASE)
 class PageStore(RemoteStore):
     """Files of a web server; names come from its pages."""
 
-    _ranges = True  # until the server shows that it knows none
+    ranges = True  # until the server shows that it knows none
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Return an object, or the bytes of it that are asked for; None where it is not there."""
         from obstore.exceptions import NotSupportedError
 
-        if byte_range is not None and self._ranges:
+        if byte_range is not None and self.ranges:
             try:
                 return await super().get(key, prototype, byte_range)
             except NotSupportedError:
-                self._ranges = False
+                self.ranges = False
         whole = await super().get(key, prototype)
         if whole is None or byte_range is None:
             return whole
@@ -74,9 +74,9 @@ class PageStore(RemoteStore):
             return await super()._repeat(verb, ask)
 
     async def _walk(self, folder: str) -> Sequence[str]:
-        names = await self._entries(folder)
-        below = await asyncio.gather(*(self._walk(f"{folder}/{n.rstrip('/')}") for n in names if n[-1] == "/"))
-        return [f"{folder}/{name}" for name in names if name[-1] != "/"] + [key for keys in below for key in keys]
+        paths = [f"{folder}/{name}" if folder else name for name in await self._entries(folder)]
+        below = await asyncio.gather(*(self._walk(path.rstrip("/")) for path in paths if path[-1] == "/"))
+        return [path for path in paths if path[-1] != "/"] + [key for keys in below for key in keys]
 
     async def _entries(self, folder: str) -> Sequence[str]:
         """The entries of a folder's page, folders with a / at their end; none where there is no such folder."""
@@ -88,7 +88,7 @@ class PageStore(RemoteStore):
                     " let it list its folders (autoindex), or copy the cache here"
                 )
             return []
-        here = f"{urlsplit(self.url).path}/{folder}/"
+        here = "/".join([urlsplit(self.url).path, *filter(None, [folder])]) + "/"
         links = (unquote(link) for link in _LINK.findall(page.to_bytes().decode("utf-8", "replace")))
         names = (link.removeprefix(here).removeprefix("./") for link in links)
         return [name for name in dict.fromkeys(names) if re.fullmatch(r"[^/.:][^/:]*/?", name)]

@@ -19,13 +19,14 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
-from nacpipe.cache.append import remove_partials
-from nacpipe.cache.durable import sync_below, writing
+from nacpipe.cache.append import remove_drafts
+from nacpipe.cache.durable import sync_files, writing
 from nacpipe.cache.form import attribute_problems
+from nacpipe.cache.keys import list_own, list_split, remove_own
 from nacpipe.cache.layout import Header, chunk_key, count_blocks, create_array, create_marks
 from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.read import Cache, open_cache
-from nacpipe.cache.seal import digest_lines, hash_content, hash_keys
+from nacpipe.cache.seal import digest_lines, hash_content, hash_keys, sealed_before
 from nacpipe.cache.store import Objects
 from nacpipe.cache.verify import Damage, verify_cache
 from nacpipe.core.address import is_url
@@ -50,7 +51,7 @@ def repair_cache(path: str | Path) -> list[str]:
         objects = Objects(path)
         done += _mend_root(path, objects)
         if disk:
-            remove_partials(disk, "**/*.partial")
+            remove_drafts(disk)
         for _ in range(_ROUNDS):
             cache = open_cache(path)
             damage = verify_cache(cache)
@@ -59,7 +60,7 @@ def repair_cache(path: str | Path) -> list[str]:
                 break
             done += mended
         if disk:
-            sync_below(disk, disk)
+            sync_files([disk / key for key in list_own(cache.root.store, cache.header, "")], disk)
     return done
 
 
@@ -91,7 +92,7 @@ def _mend(cache: Cache, objects: Objects, damage: Sequence[Damage]) -> Iterator[
                 objects.replace(f"{path}/zarr.json", _metadata(cache.header, 1)["zarr.json"])
                 yield f"{path}: metadata written anew"
         elif split == "classifier":
-            objects.remove_below("classifier")
+            remove_own(objects.store, cache.header, "classifier")
             yield "classifier: is to be written again"
         elif any(d.array == "" for d in found):
             yield from _mend_attributes(cache, objects, split)
@@ -128,27 +129,35 @@ def _mend_rows(cache: Cache, objects: Objects, name: str, found: Sequence[Damage
     """Where every array is said to be misshapen, the split's number of rows is rather wrong than all of them."""
     if not {d.array for d in found if d.block is None} >= set(cache.header.arrays()):
         return False
-    hashes = hash_keys(cache.root, name, sharded=cache.header.shard_blocks > 1)
-    return _mend_bit(objects, f"{name}/zarr.json", partial(_fits, hashes=hashes))
+    return _mend_bit(objects, f"{name}/zarr.json", partial(_fits, sets=_hash_split(cache, name)))
 
 
-def _fits(attributes: Mapping[str, Any], hashes: Mapping[str, str]) -> bool:
-    """Whether a split was sealed with these attributes."""
+def _hash_split(cache: Cache, name: str) -> list[dict[str, str]]:
+    """What a seal may cover: the split's objects, or, of an earlier nacpipe, the foreign files among them too."""
+    sharded = cache.header.shard_blocks > 1
+    own, foreign = list_split(cache.root.store, cache.header, name)
+    hashes = hash_keys(cache.root, name, own, sharded=sharded)
+    more = hash_keys(cache.root, name, sealed_before(foreign), sharded=sharded)
+    return [hashes, {**hashes, **more}] if more else [hashes]
+
+
+def _fits(attributes: Mapping[str, Any], sets: Sequence[Mapping[str, str]]) -> bool:
+    """Whether a split was sealed with these attributes and one of these sets of hashes."""
     good = attributes.get("sealed") is True and not any(attribute_problems(attributes))
-    return good and digest_lines(attributes, hashes) == attributes["digest"]
+    return good and any(digest_lines(attributes, hashes) == attributes["digest"] for hashes in sets)
 
 
 def _mend_attributes(cache: Cache, objects: Objects, name: str) -> Iterator[str]:
     """A split's attributes are damaged, or its seal does not fit what is whole by itself."""
     content = objects.read(f"{name}/zarr.json")
     if content is None:
-        objects.remove_below(name)
+        remove_own(objects.store, cache.header, name)
         yield f"{name}: what was left of it is removed; it is to be extracted again"
         return
     sharded = cache.header.shard_blocks > 1
-    hashes = hash_keys(cache.root, name, sharded=sharded)
-    attributes = _read_attributes(content)
-    if _fits(attributes, hashes):
+    sets = _hash_split(cache, name)
+    hashes, attributes = sets[0], _read_attributes(content)
+    if _fits(attributes, sets):
         return  # they were sealed so, whatever else is wrong with them
     usable = not any(attribute_problems(attributes))
     if usable:
@@ -157,7 +166,7 @@ def _mend_attributes(cache: Cache, objects: Objects, name: str) -> Iterator[str]
         chunks = _chunk_keys(cache.header, attributes["rows"])
         kept = {key: value for key, value in hashes.items() if key in chunks}
         wanted = {key: hash_content(content, key, sharded=sharded) for key, content in ours.items()}
-        if _fits(attributes, kept | wanted):
+        if _fits(attributes, [{**more, **kept, **wanted} for more in _others(sets)]):
             for key in wanted:
                 if hashes.get(key) != wanted[key]:
                     objects.replace(f"{name}/{key}", ours[key])
@@ -166,14 +175,19 @@ def _mend_attributes(cache: Cache, objects: Objects, name: str) -> Iterator[str]
                 objects.remove(f"{name}/{key}")
                 yield f"{name}/{key}, which does not belong there, is removed"
             return
-    if _mend_bit(objects, f"{name}/zarr.json", partial(_fits, hashes=hashes)):
+    if _mend_bit(objects, f"{name}/zarr.json", partial(_fits, sets=sets)):
         yield f"{name}: one bit of its attributes mended"
     elif usable:
         _take_marks(objects, name, range(count_blocks(attributes["rows"], cache.header.block_rows)))
         yield f"{name}: no telling which rows are not those that were sealed; all of it is to be computed again"
     else:
-        objects.remove_below(name)
+        remove_own(objects.store, cache.header, name)
         yield f"{name}: its attributes are lost; it is to be extracted again"
+
+
+def _others(sets: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Of each set of hashes what is not the split's own."""
+    return [{key: value for key, value in hashes.items() if key not in sets[0]} for hashes in sets]
 
 
 def _take_marks(objects: Objects, name: str, blocks: Iterable[int]) -> None:

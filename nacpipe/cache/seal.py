@@ -3,7 +3,7 @@
 Every chunk ends in the CRC32C of its bytes, so the digest reads four bytes a chunk (all of a shard, which ends in the
 checksum of its index alone), and all of every zarr.json but the split's own, which holds the digest; of that, the
 attributes without it. A chunk that was deleted, added or exchanged changes the digest; one whose bytes changed is
-refused by its own checksum when it is read.
+refused by its own checksum when it is read. What does not belong to a split (keys.py) plays no part.
 """
 
 from __future__ import annotations
@@ -12,21 +12,27 @@ import asyncio
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import zarr
-from zarr.abc.store import Store, SuffixByteRequest
+from zarr.abc.store import RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-_AT_ONCE = 64  # reads in flight
+from nacpipe.cache.keys import list_split
+from nacpipe.cache.layout import Header
+from nacpipe.cache.store import AT_ONCE
+
+PIECE = 2 << 20  # bytes of a shard that are read at once
+PIECES = 4  # in flight, of shards at a server
 
 
-def split_digest(group: zarr.Group, attributes: Mapping[str, Any], *, sharded: bool = False) -> str:
+def split_digest(root: zarr.Group, split: str, attributes: Mapping[str, Any], header: Header) -> str:
     """Return the sha256 (hex) of a split's metadata and chunk checksums, given the attributes to seal."""
-    return digest_lines(attributes, hash_keys(group, group.path, sharded=sharded))
+    own, _ = list_split(root.store, header, split)
+    return digest_lines(attributes, hash_keys(root, split, own, sharded=header.shard_blocks > 1))
 
 
 def digest_lines(attributes: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
@@ -37,9 +43,35 @@ def digest_lines(attributes: Mapping[str, Any], hashes: Mapping[str, str]) -> st
     return hashlib.sha256(f"{head}\n{lines}".encode()).hexdigest()
 
 
-def hash_keys(root: zarr.Group, split: str, *, sharded: bool = False) -> dict[str, str]:
-    """Return the key of every object below a split but its own zarr.json → the sha256 (hex) that the seal takes."""
-    return sync(_hash_keys(root.store, f"{split}/", sharded))
+def hash_keys(root: zarr.Group, split: str, keys: Sequence[str], *, sharded: bool = False) -> dict[str, str]:
+    """Return keys below a split → the sha256 (hex) that the seal takes of the object."""
+    return sync(_hash_keys(root.store, split, keys, sharded))
+
+
+def is_as_sealed(
+    root: zarr.Group,
+    split: str,
+    attributes: Mapping[str, Any],
+    keys: tuple[Sequence[str], Sequence[str]],
+    *,
+    sharded: bool = False,
+) -> bool:
+    """Return whether a split's digest is that of its attributes and objects, given `keys.list_split`.
+
+    An earlier nacpipe sealed foreign files with a split where it found some: such a digest fits while they are there.
+    """
+    own, foreign = keys
+    hashes = hash_keys(root, split, own, sharded=sharded)
+    if digest_lines(attributes, hashes) == attributes["digest"]:
+        return True
+    hashes |= hash_keys(root, split, sealed_before(foreign), sharded=sharded)
+    return bool(foreign) and digest_lines(attributes, hashes) == attributes["digest"]
+
+
+def sealed_before(foreign: Sequence[str]) -> list[str]:
+    """Return the foreign files that an earlier nacpipe sealed with a split: all but hidden ones and `*.partial`."""
+    hidden = (any(part.startswith(".") for part in key.split("/")) for key in foreign)
+    return [key for key, hides in zip(foreign, hidden, strict=True) if not (hides or key.endswith(".partial"))]
 
 
 def hash_content(content: bytes, key: str, *, sharded: bool = False) -> str:
@@ -47,39 +79,48 @@ def hash_content(content: bytes, key: str, *, sharded: bool = False) -> str:
     return hashlib.sha256(content if sharded or key.endswith("zarr.json") else content[-4:]).hexdigest()
 
 
-def list_keys(root: zarr.Group, split: str) -> list[str]:
-    """Return the keys of a split's objects, its own zarr.json excepted."""
-    return sync(_list_keys(root.store, f"{split}/"))
+async def _hash_keys(store: Store, split: str, keys: Sequence[str], sharded: bool) -> dict[str, str]:
+    """Only hashes are kept, and of a shard a few MiB are in memory at a time."""
+    gate, pieces = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(PIECES)
 
-
-async def _list_keys(store: Store, prefix: str) -> list[str]:
-    return [key async for full in store.list_prefix(prefix) if _counts(key := full.removeprefix(prefix))]
-
-
-def _counts(key: str) -> bool:
-    """Return whether an object below a split belongs to it: not what a killed writer or the system left there."""
-    return key != "zarr.json" and not key.endswith(".partial") and not any(p.startswith(".") for p in key.split("/"))
-
-
-async def _hash_keys(store: Store, prefix: str, sharded: bool) -> dict[str, str]:
-    keys = await _list_keys(store, prefix)
-    gate = asyncio.Semaphore(_AT_ONCE)
-
-    async def read(key: str) -> bytes:
-        whole = sharded or key.endswith("zarr.json")
+    async def hash_object(key: str) -> str:
+        path, metadata = f"{split}/{key}", key.endswith("zarr.json")
         if isinstance(store, LocalStore):  # a fifth of the time that the store takes for four bytes
-            return _read_file(f"{store.root}/{prefix}{key}", whole)
+            return _hash_file(f"{store.root}/{path}", whole=sharded or metadata)
+        if sharded and not metadata:
+            async with pieces:
+                return await _hash_pieces(store, path)
         async with gate:
-            wanted = None if whole else SuffixByteRequest(4)
-            buffer = await store.get(f"{prefix}{key}", default_buffer_prototype(), wanted)
-        return b"" if buffer is None else buffer.to_bytes()
+            wanted = None if metadata else SuffixByteRequest(4)
+            buffer = await store.get(path, default_buffer_prototype(), wanted)
+        return hash_content(b"" if buffer is None else buffer.to_bytes(), key)
 
-    contents = await asyncio.gather(*(read(key) for key in keys))
-    return {key: hash_content(content, key, sharded=sharded) for key, content in zip(keys, contents, strict=True)}
+    return dict(zip(keys, await asyncio.gather(*(hash_object(key) for key in keys)), strict=True))
 
 
-def _read_file(path: str, whole: bool) -> bytes:
+async def _hash_pieces(store: Store, path: str) -> str:
+    found = hashlib.sha256()
+    try:
+        size = await store.getsize(path)
+    except FileNotFoundError:
+        return found.hexdigest()
+    for start in range(0, size, PIECE):
+        if not getattr(store, "ranges", True):  # a web server that sends whole objects alone
+            found, wanted = hashlib.sha256(), None
+        else:
+            wanted = RangeByteRequest(start, min(start + PIECE, size))
+        buffer = await store.get(path, default_buffer_prototype(), wanted)
+        found.update(b"" if buffer is None else buffer.to_bytes())
+        if wanted is None:
+            break
+    return found.hexdigest()
+
+
+def _hash_file(path: str, *, whole: bool) -> str:
+    found = hashlib.sha256()
     with open(path, "rb") as file:
         if not whole:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 4))
-        return file.read()
+        while piece := file.read(PIECE):
+            found.update(piece)
+    return found.hexdigest()

@@ -12,8 +12,10 @@ import zarr
 from numpy.typing import NDArray
 
 from nacpipe.cache.form import missing_chunks, open_member, split_problems
+from nacpipe.cache.keys import list_split
 from nacpipe.cache.layout import MISSING_INT, LayerSpec, chunk_key, count_blocks, is_there
-from nacpipe.cache.seal import digest_lines, hash_keys, list_keys
+from nacpipe.cache.seal import is_as_sealed
+from nacpipe.cache.view import ArrayView
 from nacpipe.core.text import command_line
 from nacpipe.errors import CacheError, FormatError, InputError, NacError, ValuesError
 
@@ -23,11 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LayerView:
-    """One layer of a split; both arrays are (rows, neurons) float32 and read from the store when sliced."""
+    """One layer of a split; both arrays are (rows, neurons) float32, read from the store and checked when sliced."""
 
     spec: LayerSpec
-    activation: zarr.Array[Any]
-    gradient: zarr.Array[Any]
+    activation: ArrayView
+    gradient: ArrayView
 
 
 class SplitView(Mapping[str, LayerView]):
@@ -49,7 +51,7 @@ class SplitView(Mapping[str, LayerView]):
             spec = self._cache.header.layer(layer)
         except InputError as error:
             raise InputError(f"{error} ({self._cache.path})") from None
-        return LayerView(spec, self.array(f"{layer}/activation"), self.array(f"{layer}/gradient"))
+        return LayerView(spec, self._view(f"{layer}/activation"), self._view(f"{layer}/gradient"))
 
     def __contains__(self, layer: object) -> bool:
         return any(spec.name == layer for spec in self._cache.header.layers)
@@ -66,14 +68,14 @@ class SplitView(Mapping[str, LayerView]):
         return dict(self.attributes.get("images", {}))
 
     @cached_property
-    def logits(self) -> zarr.Array[Any]:
+    def logits(self) -> ArrayView:
         """(rows, classes) float32."""
-        return self.array("logits")
+        return self._view("logits")
 
     @cached_property
-    def features(self) -> zarr.Array[Any]:
+    def features(self) -> ArrayView:
         """(rows, d) float32, the input of the last linear layer."""
-        return self.array("features")
+        return self._view("features")
 
     @cached_property
     def label(self) -> NDArray[np.int64]:
@@ -86,7 +88,7 @@ class SplitView(Mapping[str, LayerView]):
         return self.read("index")
 
     def array(self, path: str) -> zarr.Array[Any]:
-        """Return an array of this split.
+        """Return an array of this split as Zarr has it: its chunks are read without the checks of `read`.
 
         Raises:
             CacheError: it is not there.
@@ -101,8 +103,11 @@ class SplitView(Mapping[str, LayerView]):
             raise self._damaged(path, "it is a group, not an array")
         return array
 
+    def _view(self, path: str) -> ArrayView:
+        return ArrayView(self, path, self._cache.header.block_rows)
+
     def read(self, path: str, rows: slice = slice(None)) -> NDArray[Any]:
-        """Return rows of an array.
+        """Return rows of an array; `rows` may have a step above 0.
 
         Raises:
             CacheError: a chunk is damaged or not there, naming the array.
@@ -115,16 +120,26 @@ class SplitView(Mapping[str, LayerView]):
             raise
         except Exception as error:  # crc32c says ValueError, Blosc RuntimeError, a crafted chunk anything
             raise self._damaged(path, str(error).split(" Stored: b")[0]) from error
-        if (bad := _without_number(path, values)).any():
-            row = int(np.argmax(bad)) + (rows.start or 0)
-            key = chunk_key(array, row // self._cache.header.block_rows, self._cache.header)
-            if values.dtype.kind == "i" or not is_there(self._cache.root, key):
-                raise self._damaged(path, f"row {row} holds no value")
-            if path in ("logits", "features"):
-                value = values[row - (rows.start or 0)]
-                found = value[~np.isfinite(value)][0]
-                raise ValuesError(f"{self._cache.path}: {self.name}/{path}, row {row}: the network gave {found}")
+        bad = np.flatnonzero(_without_number(path, values))
+        if bad.size:
+            self._check_values(path, array, values, bad, range(self.rows)[rows])
         return values
+
+    def _check_values(
+        self, path: str, array: zarr.Array[Any], values: NDArray[Any], bad: NDArray[np.intp], rows: range
+    ) -> None:
+        """Refuse rows without a value, given their places in `values`: nothing stored, or what no baseline can use."""
+        blocks = np.array([rows[int(place)] for place in bad]) // self._cache.header.block_rows
+        for block, first in zip(*np.unique(blocks, return_index=True), strict=True):
+            key = chunk_key(array, int(block), self._cache.header)
+            if values.dtype.kind == "i" or not is_there(self._cache.root, key):
+                raise self._damaged(path, f"row {rows[int(bad[first])]} holds no value")
+        if path in ("logits", "features"):
+            value = values[bad[0]]
+            found = value[~np.isfinite(value)][0]
+            raise ValuesError(
+                f"{self._cache.path}: {self.name}/{path}, row {rows[int(bad[0])]}: the network gave {found}"
+            )
 
     def _damaged(self, path: str, what: object) -> CacheError:
         return CacheError(
@@ -144,10 +159,10 @@ class SplitView(Mapping[str, LayerView]):
         sharded = header.shard_blocks > 1
         for array, what in split_problems(self._group, header):
             raise self._damaged(array or "zarr.json", what)
-        hashes = dict.fromkeys(list_keys(root, self.name), "") if sharded else hash_keys(root, self.name)
-        for array, count in missing_chunks(header, self.rows, hashes):
+        keys = list_split(root.store, header, self.name)
+        for array, count in missing_chunks(header, self.rows, keys[0]):
             raise self._damaged(array, f"{count} of its chunks are not there")
-        if not sharded and digest_lines(self.attributes, hashes) != self.attributes["digest"]:
+        if not (sharded or is_as_sealed(root, self.name, self.attributes, keys)):
             raise CacheError(
                 f"{self._cache.path}: {self.name} is not what was sealed: files were changed, exchanged or lost;"
                 f" {command_line('verify', self._cache.path)} says which"

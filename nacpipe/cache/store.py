@@ -237,11 +237,12 @@ class Objects:
     def __init__(self, address: str | Path) -> None:
         found = open_store(address, write=True)
         self._disk = found if isinstance(found, Path) else None
-        self._store = LocalStore(found) if isinstance(found, Path) else found
+        self.store: Store = LocalStore(found) if isinstance(found, Path) else found
+        """Where they are."""
 
     def read(self, key: str) -> bytes | None:
         """Return an object; None where it is not there."""
-        buffer = sync(self._store.get(key, default_buffer_prototype()))
+        buffer = sync(self.store.get(key, default_buffer_prototype()))
         return None if buffer is None else buffer.to_bytes()
 
     def replace(self, key: str, content: bytes) -> None:
@@ -249,12 +250,8 @@ class Objects:
         if self._disk:
             replace_file(self._disk / key, content)
         else:
-            sync(self._store.set(key, cpu.Buffer.from_bytes(content)))
+            sync(self.store.set(key, cpu.Buffer.from_bytes(content)))
 
     def remove(self, key: str) -> None:
         """Remove an object, if it is there."""
-        sync(self._store.delete(key))
-
-    def remove_below(self, path: str) -> None:
-        """Remove everything below a path."""
-        sync(self._store.delete_dir(path))
+        sync(self.store.delete(key))

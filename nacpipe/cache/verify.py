@@ -21,9 +21,10 @@ from nacpipe.cache.form import (
     root_problems,
     split_problems,
 )
+from nacpipe.cache.keys import find_foreign, list_split
 from nacpipe.cache.layout import MISSING_INT, chunk_key, count_blocks, is_there, list_places
 from nacpipe.cache.read import Cache
-from nacpipe.cache.seal import digest_lines, hash_keys
+from nacpipe.cache.seal import is_as_sealed
 from nacpipe.errors import CacheError, FormatError, NacError
 
 NO_METADATA = "has no zarr.json"
@@ -83,6 +84,11 @@ def verify_cache(cache: Cache, progress: Callable[[str, int], None] = lambda spl
     return found
 
 
+def foreign_files(cache: Cache) -> list[str]:
+    """Return what lies in a cache's folder and does not belong to it, from the root; of a folder its name with a / ."""
+    return find_foreign(cache.root.store, cache.header)
+
+
 def _verify_split(cache: Cache, name: str, broken: set[str], progress: Callable[[str, int], None]) -> Iterator[Damage]:
     header, split = cache.header, cache.peek(name)
     blocks, whole = count_blocks(split.rows, header.block_rows), not broken
@@ -105,8 +111,8 @@ def _verify_split(cache: Cache, name: str, broken: set[str], progress: Callable[
                 yield damage(path, block, what)
         progress(name, min(header.block_rows, split.rows - block * header.block_rows))
     if split.sealed and whole:
-        hashes = hash_keys(cache.root, name, sharded=header.shard_blocks > 1)
-        if digest_lines(split.attributes, hashes) != split.attributes["digest"]:
+        keys = list_split(cache.root.store, header, name)
+        if not is_as_sealed(cache.root, name, split.attributes, keys, sharded=header.shard_blocks > 1):
             yield Damage(split=name, array="", what=UNLIKE_SEAL)
 
 

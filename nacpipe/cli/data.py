@@ -179,5 +179,5 @@ class _Unpacking:
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None or done < self._bar.done:
-            self._bar = Progress(total)
-        self._bar.step(done - self._bar.done, "unpack, bytes")
+            self._bar = Progress("unpack", {"bytes": total})
+        self._bar.step(done - self._bar.done, "bytes")

@@ -68,6 +68,9 @@ def extract_options(command: Any) -> Any:
         click.option("--channels-last/--contiguous", default=None, help="Default: channels last on CUDA."),
         click.option("--keep-bits", type=int, default=23, show_default=True,
                      help="Mantissa bits to store; 10 need half the room."),
+        click.option("--block-rows", type=int, metavar="N",
+                     help="Rows of a block of a new cache, a multiple of the batch; default: about ten seconds of work,"
+                     " at most 512."),
         click.option("--shard-blocks", type=int,
                      help="Blocks in one stored object; default: 1, of a remote cache 8."),
     ]  # fmt: skip
@@ -184,14 +187,23 @@ def extract_requests(requests: Sequence[ExtractRequest]) -> bool:
 
 
 def _extract_one(request: ExtractRequest, ranks: Ranks) -> None:
+    from nacpipe.network.extract import choose_blocks
     from nacpipe.network.extract import extract as run_plan
     from nacpipe.network.plan import plan_extraction
 
     plan = plan_extraction(request, ranks=ranks)
     for text in plan.notes if ranks.first else ():
         note(text)
-    progress = Progress(plan.todo_rows(ranks) if ranks.first else 0)
-    run_plan(plan, lambda split, rows: progress.step(rows, f"extract {split}"), ranks, note)
+    plan = choose_blocks(plan, ranks, note)
+    progress = _progress(plan, ranks)
+    run_plan(plan, lambda split, rows: progress.step(rows, split), ranks, progress.note)
+
+
+def _progress(plan: Plan, ranks: Ranks) -> Progress:
+    """The first rank counts its share; alone, it counts on from what is there."""
+    todo = {split.images.name: plan.todo_of(split, ranks) for split in plan.splits if ranks.first and not split.sealed}
+    before = {s.images.name: s.rows - todo[s.images.name] for s in plan.splits if ranks.alone and s.images.name in todo}
+    return Progress("extract", {name: rows + before.get(name, 0) for name, rows in todo.items()}, before)
 
 
 def print_plans(plans: Sequence[Plan], as_json: bool) -> None:
@@ -253,3 +265,6 @@ def _print_plan(plan: Plan, rows: Sequence[dict[str, Any]]) -> None:
     )
     click.echo(f"layers (neurons): {layers}; device {plan.request.device}, batches of {plan.request.batch_size}")
     click.echo(f"transform: {plan.network.transform.describe()}")
+    most = "at most " if plan.blocks_are_open else ""
+    why = ", about ten seconds of work: a trial batch is timed first" if plan.blocks_are_open else ""
+    click.echo(f"blocks of {most}{plan.header.block_rows} rows{why}")

@@ -57,15 +57,15 @@ def score(
     ready = prepare(detector, model, checkpoint, device)
     for text in ready.notes:
         note(text)
-    progress = Progress(len(paths))
+    progress = Progress("score", {"": len(paths)})
     broken: list[str] = []
 
     def rows() -> Iterator[ScoredImage]:
-        for row in score_images(ready, paths, batch_size, workers, note):
-            progress.step(1, "score")
+        for row in score_images(ready, paths, batch_size, workers, progress.note):
+            progress.step(1)
             if row.error is not None:
                 broken.append(row.error)
-                note(row.error)
+                progress.note(row.error)
             yield row
 
     if output == "csv":

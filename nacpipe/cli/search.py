@@ -115,10 +115,10 @@ def _run(search: Search) -> SearchResult:
         note(f"{request.val} is a test set: what is found on it says nothing about how well NAC does there")
     shown = SHOWN[request.objective]
     best = {"auroc": "best", "both": shown}.get(request.objective, f"best {shown}")
-    progress = Progress(search.trials, done)
+    progress = Progress("search", {"": search.trials}, {"": done})
 
     def show(told: int, value: float) -> None:
-        progress.step(told - progress.done, f"search  {best} {100 * value:.2f} %")
+        progress.step(told - progress.done, more=f"{best} {100 * value:.2f} %")
 
     return run(search, show)
 
@@ -175,7 +175,7 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
         if checks.val_soft is not None:
             click.echo(f"correlation with ID or OOD and half of Energy, which was searched for: {checks.val_soft:.4f}")
         if checks.subtrain_auroc is None:
-            click.echo("overfitting check: the cache has no id/subtrain")
+            click.echo("overfitting check: the cache has no finished id/subtrain")
         else:
             own = "" if result.energy_subtrain is None else f"; Energy's {percent(result.energy_subtrain)} %"
             click.echo(

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ from nacpipe.core.text import escape, escape_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
+
+REDRAW, MINUTE = 0.1, 60.0  # seconds between two lines of progress, on a terminal and elsewhere
+CLEAR = "\r\x1b[K"
 
 
 class Address(click.Path):
@@ -144,25 +147,57 @@ def _cell(value: Any) -> str:
 
 
 class Progress:
-    """One line on stderr that is written over; silent where stderr is not a terminal."""
+    """How far a command is, on stderr: a line that is written over on a terminal, elsewhere a line a minute.
 
-    def __init__(self, total: int, done: int = 0) -> None:
-        """Count from `done` up to `total`."""
-        self.total = total
-        self.done = self._before = done
-        self._started = time.monotonic()
-        self._shown = 0.0
-        self._on = sys.stderr.isatty()
+    extract id/train 512/1000  total 512/9345  35/s  4:12 left
+    search 812/2000  best 98.21 %  310/s  0:04 left
+    """
 
-    def step(self, count: int, text: str) -> None:
-        """Count on and show the text, the rate and the time left."""
-        self.done += count
-        now = time.monotonic()
-        if not self._on or (now - self._shown < 0.1 and self.done < self.total):
+    def __init__(self, verb: str, totals: Mapping[str, int], done: Mapping[str, int] | None = None) -> None:
+        """Count up to these totals.
+
+        Args:
+            verb: what is done.
+            totals: part → how much there is of it; one part may have no name. None at all: nothing is shown.
+            done: part → how much of it was done before.
+        """
+        self._verb, self._totals, self._done = verb, dict(totals), dict.fromkeys(totals, 0) | dict(done or {})
+        self._terminal = sys.stderr.isatty()
+        self._before = self.done
+        self._started = self._shown = time.monotonic()
+
+    @property
+    def done(self) -> int:
+        """How much is done of all parts."""
+        return sum(self._done.values())
+
+    def step(self, count: int, part: str = "", more: str = "") -> None:
+        """Count on, and show it where it is time to: on a terminal at once, but no more than ten times a second."""
+        if not self._totals:
+            return
+        self._done[part] += count
+        now, total = time.monotonic(), sum(self._totals.values())
+        ended = self._terminal and self.done >= total
+        if not ended and now - self._shown < (REDRAW if self._terminal else MINUTE):
             return
         self._shown = now
         rate = (self.done - self._before) / max(now - self._started, 1e-9)
-        left = max(self.total - self.done, 0) / max(rate, 1e-9)
-        line = f"{text}  {self.done}/{self.total}  {rate:.0f}/s  {int(left // 60)}:{int(left % 60):02d} left"
-        sys.stderr.write(f"\r\x1b[K{printable(line)}" + ("\n" if self.done >= self.total else ""))
+        left = max(total - self.done, 0) / max(rate, 1e-9)
+        words = [f"{self._verb} {part}".rstrip() + f" {self._done[part]}/{self._totals[part]}"]
+        words += [f"total {self.done}/{total}"] * (len(self._totals) > 1) + [more] * bool(more)
+        line = printable("  ".join([*words, f"{rate:.{0 if rate >= 10 else 1}f}/s", f"{_clock(left)} left"]))
+        sys.stderr.write(f"{CLEAR}{line}" + "\n" * ended if self._terminal else f"{line}\n")
         sys.stderr.flush()
+
+    def note(self, text: str) -> None:
+        """Say something to a person in the middle of it."""
+        if self._terminal and self._totals:
+            sys.stderr.write(CLEAR)
+        note(text)
+
+
+def _clock(seconds: float) -> str:
+    """125.0 → 2:05; an hour and more with hours."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

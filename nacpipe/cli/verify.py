@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from nacpipe.cache.verify import Damage
 
 
+SHOWN = 10  # names of foreign files
+
+
 @click.command()
 @click.argument("cache", type=Address())
 @click.option("--format", "form_only", is_flag=True, help="Check the form alone: metadata, no chunk is read.")
@@ -23,27 +26,32 @@ if TYPE_CHECKING:
 def verify(cache: str | Path, form_only: bool, as_json: bool) -> None:
     """Read everything in CACHE and name each damaged chunk: split, array and rows. Exit code 1 where there is any.
 
-    Metadata must be as cache/README.md has it, every chunk must match its checksum, every split its seal.
+    Metadata must be as cache/README.md has it, every chunk must match its checksum, every split its seal. Files that do
+    not belong to the cache are named too; they are no damage.
 
     \b
     nacpipe verify cache/digits-digits_cnn.zarr
     nacpipe verify cache/digits-digits_cnn.zarr --format
     """
     from nacpipe.cache import open_cache
-    from nacpipe.cache.verify import check_form, verify_cache
+    from nacpipe.cache.verify import check_form, foreign_files, verify_cache
     from nacpipe.errors import CacheError
 
     opened = open_cache(cache)
     damage = check_form(opened) if form_only else verify_cache(opened, _progress(opened, "verify"))
+    foreign = foreign_files(opened)
     unfinished = [name for name in opened if not opened.peek(name).sealed]
     if as_json:
         found = [asdict(d) | {"rows": d.rows and [d.rows.start, d.rows.stop - 1]} for d in damage]
-        print_json({"cache": opened.path, "splits": len(opened), "damage": found})
+        print_json({"cache": opened.path, "splits": len(opened), "damage": found, "foreign": foreign})
     elif damage:
         print_table(("split", "array", "block", "rows", "what"), [_cells(d) for d in damage], left=5)
     else:
         rest = f", {len(unfinished)} of them not finished" if unfinished else ""
         say(f"{opened.path}: {len(opened)} splits, {'of the right form' if form_only else 'whole'}{rest}")
+    if foreign:
+        more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
+        note(f"not part of the cache, and left alone: {', '.join(foreign[:SHOWN])}{more}")
     if unfinished:
         note(f"not finished: {', '.join(unfinished)}; finish with: {opened.command()}")
     if damage:
@@ -71,8 +79,8 @@ def repair(cache: str | Path) -> None:
 
 
 def _progress(cache: Cache, verb: str) -> Any:
-    progress = Progress(sum(_rows(cache, name) for name in cache))
-    return lambda split, rows: progress.step(rows, f"{verb} {split}")
+    progress = Progress(verb, {name: _rows(cache, name) for name in cache})
+    return lambda split, rows: progress.step(rows, split)
 
 
 def _rows(cache: Cache, name: str) -> int:

@@ -7,6 +7,7 @@ ranks                           where each query stands among the queries
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from nacpipe.core.loops import FOUR, LINE, merge
 
+PART = 1 << 18  # values in a part of an index that is looked at
 AT_ONCE = 16  # neurons that are sorted in one go: a cache line of each sample's products
 
 
@@ -63,11 +65,24 @@ class Index:
         return int(self.ranks.shape[1])
 
     @property
+    def train_samples(self) -> int:
+        """Samples that are counted."""
+        last = int(self.marks[0, -1])
+        return (last >> LINE) + (last & (1 << LINE) - 1).bit_count()
+
+    @property
     def train(self) -> NDArray[np.float32]:
         """The training samples' products, ascending, (neurons, samples)."""
-        bits = np.unpackbits(self.marks.astype("<u2").view(np.uint8), axis=1, bitorder="little")
+        return np.concatenate(list(self.train_parts()))
+
+    def train_parts(self) -> Iterator[NDArray[np.float32]]:
+        """Yield the same, (some neurons, samples) at a time: a few MiB."""
         ascending = self.columns.ascending
-        return np.asarray(ascending[bits[:, : ascending.shape[1]].view(bool)].reshape(self.neurons, -1))
+        step = max(PART // max(ascending.shape[1], 1), 1)
+        for start in range(0, self.neurons, step):
+            marks = self.marks[start : start + step].astype("<u2").view(np.uint8)
+            bits = np.unpackbits(marks, axis=1, bitorder="little")[:, : ascending.shape[1]].view(bool)
+            yield ascending[start : start + step][bits].reshape(len(bits), self.train_samples)
 
 
 def sort_columns(products: NDArray[np.float32]) -> Columns:  # (samples, neurons)

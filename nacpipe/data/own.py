@@ -12,7 +12,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from nacpipe.core.benchmarks import BENCHMARKS, INTERPOLATIONS, Benchmark, Split, Transform, find_benchmark
+from nacpipe.core.benchmarks import (
+    BENCHMARKS,
+    INTERPOLATIONS,
+    Benchmark,
+    Split,
+    Transform,
+    find_benchmark,
+    why_reserved,
+)
 from nacpipe.errors import InputError
 
 MAX_BYTES, MAX_CLASSES, MAX_SIDE = 1 << 20, 1_000_000, 4096
@@ -105,6 +113,8 @@ class _Table:
         for name in list(self.values):
             if not _NAME.fullmatch(name):
                 self.fail(name, f"is no name for a set: {_NAME.pattern}")
+            if reason := why_reserved(name):
+                self.fail(name, f"is reserved, {reason}; give the set another name")
             yield name, self.table(name)
 
     def done(self) -> None:

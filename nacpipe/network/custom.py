@@ -13,6 +13,7 @@ from torch import nn
 
 from nacpipe.core.benchmarks import Transform
 from nacpipe.errors import InputError, MissingExtra
+from nacpipe.network.source import note_imports
 from nacpipe.network.state_dicts import StateDict
 from nacpipe.network.weights import first_line, make_transform
 
@@ -34,6 +35,7 @@ def build_from_file(path: Path, function: str) -> nn.Module:
     content = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = content  # dataclasses and torch.nn look themselves up there
     sys.path.insert(0, str(path.parent))
+    before = frozenset(sys.modules)
     try:
         spec.loader.exec_module(content)
         if not callable(build := getattr(content, function, None)):
@@ -45,6 +47,7 @@ def build_from_file(path: Path, function: str) -> nn.Module:
         raise InputError(f"model {name!r} failed with {type(error).__name__}: {first_line(error)}") from error
     finally:
         sys.path.remove(str(path.parent))
+        note_imports(path, before)
     if not isinstance(network, nn.Module):
         raise InputError(f"model {name!r} returns {type(network).__name__}, not a torch.nn.Module")
     return network

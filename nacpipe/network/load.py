@@ -14,6 +14,7 @@ from nacpipe.core.benchmarks import Benchmark, Transform
 from nacpipe.data.runs import find_checkpoint
 from nacpipe.errors import CheckpointError, InputError
 from nacpipe.network.models import Model, hint
+from nacpipe.network.source import hash_source
 from nacpipe.network.taps import freeze
 from nacpipe.network.trial import Trial, run_trial
 from nacpipe.network.weights import (
@@ -39,6 +40,8 @@ class Network:
     device: torch.device
     dtype: torch.dtype = torch.float32
     """Of the images it takes."""
+    source: str = ""
+    """sha256 of its source, where it is from a file (source.py)."""
     no_classifier: str = ""
     """Why it has no last linear layer; empty where it has one, or was not tried."""
     notes: tuple[str, ...] = ()
@@ -84,8 +87,10 @@ def load_network(
     transform, prepared_by = _choose_transform(model, benchmark, chosen, weights_transform)
     freeze(module).to(device)
     unwrap_children(module)
-    dtype = find_place(module)[1]
-    network = Network(model, module, sha256, transform, device, dtype, notes=notes, prepared_by=prepared_by)
+    network = Network(
+        model, module, sha256, transform, device, find_place(module)[1], source=_source(model), notes=notes,
+        prepared_by=prepared_by,
+    )  # fmt: skip
     return _try(network, benchmark)
 
 
@@ -108,8 +113,10 @@ def blank_network(
     unknown = checkpoint is None and model.unasked is None
     chosen = _Chosen("", Weights(None)) if unknown else _choose_weights(model, checkpoint)
     transform, prepared_by = _choose_transform(model, benchmark, chosen, weights_transform)
-    dtype = find_place(module)[1]
-    network = Network(model, module, "", transform, device, dtype, notes=chosen.notes, prepared_by=prepared_by)
+    network = Network(
+        model, module, "", transform, device, find_place(module)[1], source=_source(model), notes=chosen.notes,
+        prepared_by=prepared_by,
+    )  # fmt: skip
     return network if model.known else _try(network, benchmark)
 
 
@@ -207,6 +214,11 @@ def _choose_transform(model: Model, benchmark: Benchmark, chosen: _Chosen, wante
     if model.transform is not None:
         return model.transform, f"the network {model.name}"
     return benchmark.transform, f"the benchmark {benchmark.name}"
+
+
+def _source(model: Model) -> str:
+    """Once it is built: modules may be imported by its function."""
+    return hash_source(model.file) if model.file is not None else ""
 
 
 def _check_channels(model: Model, module: nn.Module, benchmark: Benchmark) -> None:

@@ -46,6 +46,8 @@ class Model:
     """Name → published weights; a checkpoint can be given by such a name."""
     unasked: str | None = None
     """The weights taken when nobody gives a checkpoint; None: one must be given."""
+    file: Path | None = None
+    """The Python file that builds it, whose source is then part of a cache's identity."""
     asked: str = ""
     """What --model has to be given, where that is more than the name."""
     known: bool = True
@@ -168,6 +170,7 @@ def find_model(name: str) -> Model:
     if path.endswith(".py"):
         return Model(
             name=f"{Path(path).name}:{function}",  # in whatever folder it is
+            file=Path(path),
             asked=name,
             family="custom",
             build=lambda classes: build_from_file(Path(path), function),

@@ -23,13 +23,20 @@ from nacpipe.core.benchmarks import Benchmark
 from nacpipe.core.provenance import diff
 from nacpipe.data.lists import list_path
 from nacpipe.data.own import choose_root, open_benchmark
-from nacpipe.errors import IdentityError, ImageError
+from nacpipe.errors import IdentityError, ImageError, InputError
 from nacpipe.network.images import ImageSet, open_images
 from nacpipe.network.layers import measure_layers, name_layers
 from nacpipe.network.load import Network, blank_network, load_network
 from nacpipe.network.models import find_model
 from nacpipe.network.ranks import Ranks
-from nacpipe.network.request import AUTOCAST, ExtractRequest, find_device, make_header, pin_arithmetic
+from nacpipe.network.request import (
+    AUTOCAST,
+    ExtractRequest,
+    choose_block_rows,
+    find_device,
+    make_header,
+    pin_arithmetic,
+)
 from nacpipe.network.taps import Taps, find_direct
 
 
@@ -73,9 +80,20 @@ class Plan:
     """Layers whose output what follows changes in place."""
     exists: bool
     """Whether the cache is there already."""
+    blocks_are_open: bool
+    """Whether a trial batch is to say how many rows a block has (extract.choose_blocks); here they are the most."""
     splits: tuple[SplitPlan, ...]
     notes: tuple[str, ...]
     """What to say aloud: sets left out, lists that stand in for others."""
+
+    def with_block_rows(self, block_rows: int) -> Plan:
+        """Return the plan of a new cache with blocks of so many rows."""
+        splits = []
+        for split in self.splits:
+            blocks = count_blocks(split.rows, block_rows)
+            splits.append(replace(split, blocks=blocks, todo=tuple(range(blocks))))
+        header = replace(self.header, block_rows=block_rows)
+        return replace(self, header=header, splits=tuple(splits), blocks_are_open=False)
 
     def units(self, split: SplitPlan) -> list[int]:
         """Return what is written at once, by its first block: blocks, or the shards that have an unmarked block."""
@@ -88,14 +106,21 @@ class Plan:
         return range(start, min(start + size, split.rows))
 
     def batches(self, split: SplitPlan, unit: int) -> list[range]:
-        """Return a unit's batches; none crosses a block, so resuming and sharing keep every boundary."""
+        """Return a unit's batches; none crosses a block, so resuming and sharing keep every boundary.
+
+        With another batch size than the cache was made with, a block's last batch is what is left of the block.
+        """
         rows, block, size = self.rows_of_unit(split, unit), self.header.block_rows, self.request.batch_size
         blocks = [rows[i : i + block] for i in range(0, len(rows), block)]
         return [b[i : i + size] for b in blocks for i in range(0, len(b), size)]
 
     def todo_rows(self, ranks: Ranks) -> int:
         """Return the samples that this rank still has to run through the network."""
-        return sum(len(self.rows_of_unit(s, unit)) for s in self.splits for unit in ranks.share(self.units(s)))
+        return sum(self.todo_of(split, ranks) for split in self.splits)
+
+    def todo_of(self, split: SplitPlan, ranks: Ranks) -> int:
+        """Return the samples of a split that this rank still has to run through the network."""
+        return sum(len(self.rows_of_unit(split, unit)) for unit in ranks.share(self.units(split)))
 
     def taps(self) -> Taps:
         """Return hooks on the network's layers, as the request wants them run."""
@@ -145,6 +170,11 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     notes += said
     header = make_header(request, network, layers, classes, features)
     exists = holds_cache(request.cache)
+    if not exists:
+        _check_block(request, header)
+        if request.block_rows is None:
+            most = choose_block_rows(request.batch_size, 0.0, header.most_block_rows)
+            header = replace(header, block_rows=most)
     if is_url(request.cache):
         open_store(request.cache, write=True)  # or refused
         notes.append(f"{request.cache}: two extractions into it at once are not kept apart, as in a folder; run one")
@@ -152,11 +182,17 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     forced: list[str] = []
     if exists:
         cache = open_cache(request.cache)
-        if dry:  # whatever weights there are
-            header = replace(header, identity={**header.identity, "weights": cache.header.identity["weights"]})
+        if dry:  # whatever weights and device there are
+            theirs = {k: v for k, v in cache.header.identity.items() if k in ("weights", "arithmetic")}
+            header = replace(header, identity={**header.identity, **theirs})
         check_identity(cache.path, cache.header, header)
         if not dry:
             _check_features(cache.path, cache.header, header, network)
+        if request.block_rows not in (None, cache.header.block_rows):
+            notes.append(
+                f"{cache.path} has blocks of {cache.header.block_rows} rows since it was made; --block-rows"
+                f" {request.block_rows} is for a new cache"
+            )
         header = replace(header, block_rows=cache.header.block_rows, shard_blocks=cache.header.shard_blocks)
         for images in sets:
             if images.name not in cache:
@@ -187,9 +223,21 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         direct=direct,
         overwritten=overwritten,
         exists=exists,
+        blocks_are_open=not exists and request.block_rows is None,
         splits=tuple(plans),
         notes=tuple(notes),
     )
+
+
+def _check_block(request: ExtractRequest, header: Header) -> None:
+    """Refuse blocks that no batches make up, or that cannot be stored."""
+    if header.block_rows % request.batch_size:
+        raise InputError(
+            f"block-rows is {header.block_rows}; it must be a multiple of batch-size, {request.batch_size}"
+        )
+    if problem := header.block_problem():
+        option = "batch-size" if request.block_rows is None else "block-rows"
+        raise InputError(f"{option} is {header.block_rows}: {problem}; make it smaller")
 
 
 def _with_images(benchmark: Benchmark, sets: Sequence[ImageSet], notes: list[str]) -> list[ImageSet]:

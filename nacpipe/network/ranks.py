@@ -34,6 +34,11 @@ class Ranks:
         """True for the one that creates and seals."""
         return self.rank == 0
 
+    @property
+    def alone(self) -> bool:
+        """True where no other process shares the cache."""
+        return self.world == 1
+
     def share(self, units: Sequence[int]) -> Sequence[int]:
         """Return this rank's contiguous part of what is to be done."""
         return units[self.rank * len(units) // self.world : (self.rank + 1) * len(units) // self.world]
@@ -42,6 +47,14 @@ class Ranks:
         """Wait until all are here."""
         if self.world > 1:
             torch.distributed.barrier()
+
+    def agree(self, value: int) -> int:
+        """Return the first rank's value; all call this."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor([value])
+        torch.distributed.broadcast(shared, 0)
+        return int(shared.item())
 
 
 def join_ranks() -> Ranks:

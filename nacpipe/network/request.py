@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -20,6 +21,7 @@ from nacpipe.data.own import choose_root, open_benchmark
 from nacpipe.errors import InputError
 from nacpipe.network.load import Network
 
+BLOCK_SECONDS = 10.0  # of work, which is what a kill costs
 AUTOCAST: Mapping[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16}
 
 
@@ -58,6 +60,8 @@ class ExtractRequest:
     """Memory format; None means on CUDA."""
     keep_bits: int = ALL_BITS
     """Bits of mantissa to keep of activations, gradients and features."""
+    block_rows: int | None = None
+    """Rows of a block of a new cache, a multiple of `batch_size`; None: about ten seconds of work, at most 512."""
     shard_blocks: int | None = None
     """Blocks in one stored object; None: one, and of a remote cache several."""
 
@@ -78,6 +82,8 @@ class ExtractRequest:
         """
         limits = {"batch-size": (self.batch_size, 1, 1 << 20), "keep-bits": (self.keep_bits, 1, ALL_BITS)}
         limits |= {"shard-blocks": (self.blocks_per_object, 1, 1 << 16)}
+        if self.block_rows is not None:
+            limits |= {"block-rows": (self.block_rows, 1, 1 << 20)}
         for name, (value, low, high) in limits.items():
             if not low <= value <= high:
                 raise InputError(f"{name} is {value}; it must lie between {low} and {high}")
@@ -103,6 +109,12 @@ def make_header(
             "weights": network.weights_sha256,
             "transform": transform.to_json(),
             "dtype": "float32" if request.autocast == "none" else request.autocast,
+            "arithmetic": {
+                "device": network.device.type,
+                "tf32": uses_tf32(network.device),
+                "memory_format": "channels_last" if request.channels_last_on(network.device) else "contiguous",
+            },
+            **({"source": network.source} if network.source else {}),
             **({} if network.model.outputs == "logits" else {"outputs": network.model.outputs}),
         },
         information={
@@ -118,7 +130,7 @@ def make_header(
             "command": request.command,
             **({"no_classifier": network.no_classifier} if network.no_classifier else {}),
         },
-        block_rows=_block_rows(request.batch_size),
+        block_rows=request.block_rows or request.batch_size,
         layers=layers,
         classes=classes,
         features=features,
@@ -127,9 +139,18 @@ def make_header(
     )
 
 
-def _block_rows(batch_size: int) -> int:
-    """The largest whole number of batches within the usual block, or one batch where that is larger."""
-    return max(BLOCK_ROWS // batch_size, 1) * batch_size
+def choose_block_rows(batch_size: int, seconds: float, most: int = BLOCK_ROWS) -> int:
+    """Return a new cache's rows of a block: 1, 2, 4, 8, … batches, within `BLOCK_ROWS` and `BLOCK_SECONDS`, or one.
+
+    Args:
+        batch_size: images of a batch.
+        seconds: that a batch takes, times the blocks that are written at once; 0 where it is not known.
+        most: rows that a block can have.
+    """
+    batches = 1
+    while 2 * batches * batch_size <= min(most, BLOCK_ROWS) and 2 * batches * seconds <= BLOCK_SECONDS:
+        batches *= 2
+    return batches * batch_size
 
 
 def name_cache(benchmark: str, model: str) -> Path:
@@ -174,6 +195,19 @@ def name_device(name: str, local: int, local_world: int) -> str:
             f" {kind}, which gives each its own"
         )
     return f"{kind}:{local}"
+
+
+def uses_tf32(device: torch.device) -> bool:
+    """Return whether products of float32 numbers may be rounded on a device: TF32, or bfloat16 on a CPU.
+
+    `pin_arithmetic` leaves it off; the code of a network from a file may have turned it on.
+    """
+    backends: Any = torch.backends
+    kinds = {
+        "cuda": (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
+        "cpu": (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
+    }
+    return any(kind.fp32_precision not in ("none", "ieee") for kind in kinds.get(device.type, ()))
 
 
 def pin_arithmetic() -> None:

@@ -80,8 +80,14 @@ def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str)
         detector = attach(exported, network.module)
     except DetectorError as error:
         raise DetectorError(f"{file}: {error}") from None
+    notes, made = list(network.notes), exported.identity.get("source")
+    if made is not None and made != network.source:
+        notes.append(
+            f"{file} was made with another source of {named} ({str(made)[:8]}…, now {network.source[:8] or 'none'}…):"
+            " its scores are right only where the network computes the same"
+        )
     predicts = exported.identity.get("outputs", "logits") != "features"
-    return Ready(detector, exported.transform, network.device, network.notes, predicts)
+    return Ready(detector, exported.transform, network.device, tuple(notes), predicts)
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import nacpipe
 from nacpipe.cache import CacheWriter, Header
-from nacpipe.cache.layout import BLOCK_ROWS, check_layer_names
+from nacpipe.cache.layout import BLOCK_ROWS, check_layer_names, check_split_name
 from nacpipe.core.benchmarks import Transform
 from nacpipe.data.lists import check_labels
 from nacpipe.errors import InputError
@@ -70,6 +70,7 @@ class Snapshots:
         for name in splits:
             if not _SPLIT.fullmatch(name):
                 raise InputError(f"split {name!r} is not known here; known: id/train, id/val, id/test, csid/NAME")
+            check_split_name(name)
         if "id/train" not in splits:
             raise InputError(f"the splits are {', '.join(splits) or 'none'}; id/train is needed")
         self.folder, self.splits, self.layers = Path(folder), splits, name_layers(layers)

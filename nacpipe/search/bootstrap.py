@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from nacpipe.core.benchmarks import label_set
 from nacpipe.core.resampling import draw_counts, rank_scores, redetect
 from nacpipe.errors import InputError
 from nacpipe.search.scored import ScoredCache
@@ -120,7 +121,7 @@ def _draw(runs: Sequence[ScoredCache], methods: list[str], level: float, resampl
             drawn = {name: _draw_set(runs, methods, id_splits, name, resamples, seed) for name in sets}
             for place, method in enumerate(methods):
                 for name, values in drawn.items():
-                    found[task, group, name.split("/")[-1], method] = values[:, place]
+                    found[task, group, label_set(name), method] = values[:, place]
             for place, method in enumerate(methods):
                 if sets:
                     found[task, group, "mean", method] = np.mean(

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from nacpipe.artifact import beside_cache, read_fingerprint, read_params
+from nacpipe.artifact import beside_cache, read_params, read_section
 from nacpipe.cache import Cache
 from nacpipe.core.baselines import MethodScores
 from nacpipe.core.coverage import layer_of
 from nacpipe.core.params import NacParams
-from nacpipe.core.provenance import SEARCH_SPLITS, fingerprint
+from nacpipe.core.provenance import VAL, bound_splits, fingerprint
 from nacpipe.core.published import published_params
 from nacpipe.core.text import command_line
 from nacpipe.errors import ParamsError
@@ -92,17 +92,23 @@ def find_params(cache: Cache, choice: str | None, warn: Callable[[str], None] = 
         )
     params = read_params(beside)
     if not _found_here(cache, params, beside):
+        val = str(read_section(beside, "made_by").get("val", VAL))
+        again = command_line("search", cache.path, *(["--val", val] if val != VAL else []))
         raise ParamsError(
-            f"{beside} was found on other states than those of {cache.path} now; search again with:"
-            f" {command_line('search', cache.path)}, or give --params {shlex.quote(str(beside))} to use it all the same"
+            f"{beside} was found on other states than those of {cache.path} now; search again with: {again},"
+            f" or give --params {shlex.quote(str(beside))} to use it all the same"
         )
     return params
 
 
 def _found_here(cache: Cache, params: NacParams, path: str | Path) -> bool:
     """False where the file says that it was found on other states; a file that says nothing is taken as it is."""
-    said = read_fingerprint(path)
+    made_by = read_section(path, "made_by")
     layers = tuple(map(layer_of, params.layers))
     if not set(layers) <= set(held_layers(cache)):
         return True  # fitting refuses them by name
-    return said in (None, fingerprint(cache.search_identity(SEARCH_SPLITS, layers)))
+    splits = bound_splits(str(made_by.get("val", VAL)))
+    before = [bound_splits(), (*bound_splits(), "id/subtrain")]  # what an earlier nacpipe bound every file to
+    known = {fingerprint(cache.search_identity(some, layers)) for some in (splits, *before)}
+    said = made_by.get("fingerprint")
+    return not isinstance(said, str) or said in known

@@ -40,7 +40,7 @@ class Checks:
     val_auroc: float
     val_fpr95: float
     subtrain_auroc: float | None
-    """id/val as ID against id/subtrain as if it were OOD; None where the cache has no id/subtrain."""
+    """id/val as ID against id/subtrain as if it were OOD; None where it is not finished."""
     val_soft: float | None = None
     """Correlation of the score with the soft target; None where it is not searched for."""
 

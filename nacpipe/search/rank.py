@@ -25,7 +25,7 @@ from nacpipe.core.coverage import bin_edges, covered_area, layer_of, product_bor
 from nacpipe.core.kernels import count_sorted
 from nacpipe.core.metrics import accuracy, find_wrong_labels, spearman
 from nacpipe.core.params import LayerParams
-from nacpipe.core.provenance import diff
+from nacpipe.core.provenance import diff, said_by
 from nacpipe.core.text import escape_bytes
 from nacpipe.errors import IdentityError, InputError, ParamsError
 from nacpipe.search.scoring import check_layers, has_classes, read_source
@@ -195,14 +195,14 @@ def _check_same(caches: Sequence[Cache], split: str) -> None:
         raise InputError("there are no checkpoints to rank; give their caches")
 
     def identity(cache: Cache) -> dict[str, Any]:
-        whole = cache.header.whole_identity()
-        del whole["weights"]
+        whole = {k: v for k, v in cache.header.whole_identity().items() if k not in ("weights", "arithmetic")}
         return {**whole, split: dict(cache[split].images)}
 
     for cache in caches:
         if not has_classes(cache):
             raise InputError(f"{cache.path}: this network gives features, so that no image is classified correctly")
-        if said := _differ(identity(caches[0]), identity(cache)):
+        first, this = identity(caches[0]), identity(cache)
+        if said := _differ(said_by(this, first), said_by(first, this)):
             raise IdentityError(f"{cache.path} is not of the same training run as {caches[0].path}: {said}")
 
 

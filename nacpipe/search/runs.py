@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from nacpipe.cache import Cache
-from nacpipe.core.provenance import diff
+from nacpipe.core.provenance import diff, said_by
 from nacpipe.errors import IdentityError
 from nacpipe.search.scored import table_splits
 
@@ -19,7 +19,8 @@ def check_runs(caches: Sequence[Cache]) -> None:
         IdentityError: two differ in more than their weights, or hold the same weights; the message says what differs.
     """
     for first, second in pairwise(caches):
-        if differences := diff(_common(first), _common(second)):
+        a, b = _common(first), _common(second)
+        if differences := diff(said_by(b, a), said_by(a, b)):
             raise IdentityError(
                 f"{first.path} (stored) and {second.path} (now) differ in more than their weights: "
                 + "; ".join(differences)
@@ -33,7 +34,10 @@ def check_runs(caches: Sequence[Cache]) -> None:
 
 
 def _common(cache: Cache) -> dict[str, Any]:
-    """What runs have in common: the identity without the weights, and the images of every split in a table."""
+    """What runs have in common: the identity without the weights, and the images of every split in a table.
+
+    Weights differ, so it does not matter that one run's values are of a GPU and another's of a CPU.
+    """
     layers = tuple(spec.name for spec in cache.header.layers)
     splits = ("id/train", "id/val", *table_splits(cache))
-    return {k: v for k, v in cache.search_identity(splits, layers).items() if k != "weights"}
+    return {k: v for k, v in cache.search_identity(splits, layers).items() if k not in ("weights", "arithmetic")}

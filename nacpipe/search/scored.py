@@ -16,6 +16,7 @@ from nacpipe.core.baselines import (
     row_slices,
     why_no_logits,
 )
+from nacpipe.core.benchmarks import label_set, why_reserved
 from nacpipe.core.metrics import find_wrong_labels
 from nacpipe.core.params import NacParams
 from nacpipe.errors import InputError
@@ -107,6 +108,10 @@ def score_cache(
         notes.append(
             f"not finished: {', '.join(unfinished)}; what needs them is left empty; finish with: {cache.command()}"
         )
+    for split in table_splits(cache):
+        if split.startswith("ood/") and label_set(split) == split:
+            name = split.rpartition("/")[2]
+            notes.append(f"{split} is listed by its whole name: {name!r} is reserved, {why_reserved(name)}")
     rows = {split: cache.peek(split).rows for split in table_splits(cache)}
     reasons = {split: f"{split} is not finished" for split in rows if split not in splits}
     methods = {**coverages, **plain, **(more or {})}

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
+from nacpipe.artifact import NEW_FILE
 from nacpipe.errors import MissingExtra, NacError, StudyError
 from nacpipe.search.result import without_password
 
@@ -38,7 +39,7 @@ class TailMendingLock:
 
     def acquire(self) -> bool:
         """Wait for the lock."""
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, NEW_FILE)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             _check_journal(handle, self._path)
@@ -109,7 +110,7 @@ def _file_lock(where: str, suffix: str, *, wait: bool) -> Iterator[None]:
         return
     path = f"{os.path.realpath(file)}{suffix}"  # one lock, whatever way the file is named
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, NEW_FILE)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if _is_at(path, handle):
@@ -216,6 +217,8 @@ def open_storage(where: str, *, write: bool = True) -> BaseStorage:
     """
     try:
         if backend(where):
+            if write:
+                _make_sqlite(where)
             return RDBStorage(with_driver(where), skip_table_creation=not write)
         if not Path(where).parent.is_dir():
             raise StudyError(f"the folder of the study {where} is not there")
@@ -230,6 +233,17 @@ def open_storage(where: str, *, write: bool = True) -> BaseStorage:
         raise
     except Exception as error:  # every database driver has errors of its own
         raise cannot_open(where, error) from error
+
+
+def _make_sqlite(where: str) -> None:
+    """Make the empty file of a new SQLite database, with the umask's mode: SQLite itself would make it 0644."""
+    import sqlalchemy
+
+    url = sqlalchemy.make_url(with_driver(where))
+    path = url.database
+    if url.get_backend_name() == "sqlite" and path and path != ":memory:" and not path.startswith("file:"):
+        with suppress(OSError):  # what is wrong with the place is SQLite's to say
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, NEW_FILE))
 
 
 def cannot_open(where: str, error: Exception) -> NacError:

@@ -20,7 +20,7 @@ from nacpipe.core.coverage import layer_of
 from nacpipe.core.kernels import set_threads
 from nacpipe.core.params import NacParams
 from nacpipe.core.plain_scores import energy
-from nacpipe.core.provenance import SEARCH_SPLITS, diff, fingerprint
+from nacpipe.core.provenance import VAL, bound_splits, diff, fingerprint
 from nacpipe.core.published import published_params
 from nacpipe.core.text import command_line, escape_bytes
 from nacpipe.errors import InputError, ParamsError, StudyError
@@ -34,6 +34,8 @@ from nacpipe.search.space_file import read_spec
 from nacpipe.search.storage import backend, is_there, open_storage, opening
 from nacpipe.search.trials import best_trial, pareto_front, trial_params
 from nacpipe.search.workers import SharedIndexes
+
+SUBTRAIN = "id/subtrain"  # on which overfitting shows
 
 
 class Search:
@@ -55,8 +57,9 @@ class Search:
         spec = read_spec(request.space, self.cache, request.layers)
         check_layers(self.cache, list(spec))
         self.layers = tuple(spec)
-        self.splits = (*SEARCH_SPLITS[:3], _check_val(self.cache, request.val))
-        scored = [name for name in self.splits[1:] if name != "id/subtrain" or name in self.cache]
+        self.splits = bound_splits(_check_val(self.cache, request.val))
+        checked = SUBTRAIN in self.cache and self.cache.peek(SUBTRAIN).sealed  # nothing is chosen by it
+        scored = [*[SUBTRAIN] * checked, *self.splits[1:]]
         make = index_from(self.cache, scored)
         self.shared = SharedIndexes(make) if create and request.workers > 1 else None
         self.scorer = Scorer(self.shared or functools.cache(make), split_rows(self.cache, scored))
@@ -183,7 +186,7 @@ class Search:
         return {
             "nacpipe": nacpipe.__version__,
             "cache": self.cache.path,
-            "fingerprint": fingerprint(self.cache.search_identity(SEARCH_SPLITS, tuple(map(layer_of, self.layers)))),
+            "fingerprint": fingerprint(self.cache.search_identity(self.splits, tuple(map(layer_of, self.layers)))),
             "study": request.shown,
             "study_name": request.study_name,
             "sampler": request.how,
@@ -234,9 +237,9 @@ def _check(request: SearchRequest) -> None:
 
 
 def _check_val(cache: Cache, val: str) -> str:
-    if val in SEARCH_SPLITS[:3]:
+    if val in ("id/train", SUBTRAIN, "id/val"):
         raise InputError(f"val is {val}; name a split that plays OOD, such as ood/val")
-    if val not in cache and val != SEARCH_SPLITS[3]:
+    if val not in cache and val != VAL:
         cache.peek(val)  # says what the cache holds
     return val
 
@@ -266,34 +269,44 @@ def _what(identity: Mapping[str, Any]) -> str:
     return f"{layers} ({splits})"
 
 
+def _chosen_by(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """A study's identity; of an earlier nacpipe without the split that nothing is chosen by."""
+    return {**identity, "splits": {k: v for k, v in identity.get("splits", {}).items() if k != SUBTRAIN}}
+
+
+def _shared(identity: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity with those layers and splits alone that the other has too."""
+    held = {key: other.get(key, {}) for key in ("layers", "splits")}
+    return {**identity, **{key: {k: v for k, v in identity.get(key, {}).items() if k in held[key]} for key in held}}
+
+
 def _check_bound(request: SearchRequest, name: str, stored: Mapping[str, Any], bound: Mapping[str, Any]) -> None:
     """Refuse a study of other states or other ranges: its trials' values would mean nothing here."""
     if stored.get("fingerprint") is None:
         return
-    differences = diff(stored.get("identity", {}), bound["identity"])
-    kin = all(phrase.startswith(("layers", "splits")) for phrase in differences)
-    if name != request.study_name and kin:
-        return  # the same states, other layers or validation splits: a neighbour, not a stranger
-    if differences and not kin:
+    theirs, ours = _chosen_by(stored.get("identity", {})), bound["identity"]
+    if differences := diff(_shared(theirs, ours), _shared(ours, theirs)):
         raise StudyError(
             f"study {name} in {request.shown} was made with another cache than {request.cache}:"
             f" {'; '.join(differences)}. Give another --storage FILE"
         )
-    if differences:
+    if name != request.study_name:
+        return  # the same states, perhaps other layers or validation splits: a neighbour
+    if diff(theirs, ours):
         raise StudyError(
-            f"study {name} in {request.shown} searches {_what(stored['identity'])} of this cache, not"
-            f" {_what(bound['identity'])}. Give another --study NAME"
+            f"study {name} in {request.shown} searches {_what(theirs)} of this cache, not {_what(ours)}."
+            " Give another --study NAME"
         )
-    if name == request.study_name and stored.get("objective", request.objective) != request.objective:
+    if stored.get("objective", request.objective) != request.objective:
         raise StudyError(
             f"study {name} in {request.shown} searches for {stored['objective']}, not {request.objective}. Give another"
             " --study NAME"
         )
-    if name == request.study_name and "space" not in stored:
+    if "space" not in stored:
         raise StudyError(
             f"study {name} in {request.shown} was made by an earlier nacpipe; give another --study NAME, or remove it"
         )
-    if name == request.study_name and (moved := diff(stored.get("space", {}), bound["space"])):
+    if moved := diff(stored.get("space", {}), bound["space"]):
         raise StudyError(
             f"study {name} in {request.shown} searches another space: {'; '.join(moved)}. Give another --study NAME"
         )

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from nacpipe.core.baselines import MethodScores
+from nacpipe.core.benchmarks import label_set
 from nacpipe.core.metrics import detect
 from nacpipe.core.published_results import NETWORKS, published_results
 from nacpipe.search.scored import ScoredCache
@@ -52,7 +53,8 @@ def _rows(run: ScoredCache) -> list[dict[str, Any]]:
             lines = [(name, *line) for name, found in cells.items() for line in zip(sets, found, strict=True)]
             lines += [(name, "mean", _mean(found, sets)) for name, found in cells.items() if sets]
             for name, dataset, cell in lines:
-                row = {"task": task, "group": group, "dataset": dataset.split("/")[-1], "method": name, **cell}
+                label = dataset if dataset == "mean" else label_set(dataset)
+                row = {"task": task, "group": group, "dataset": label, "method": name, **cell}
                 n_ood = sum(run.rows[split] for split in (sets if dataset == "mean" else [dataset]))
                 row |= {"accuracy": accuracy, "n_id": n_id, "n_ood": n_ood}
                 method = run.methods[name]
@@ -71,7 +73,7 @@ def _cell(method: MethodScores, id_splits: list[str], ood_split: str) -> dict[st
 
 def _mean(cells: list[dict[str, Any]], sets: list[str]) -> dict[str, Any]:
     """The unweighted mean over a group's sets."""
-    reasons = [f"{name.split('/')[-1]}: {c['reason']}" for name, c in zip(sets, cells, strict=True) if c["reason"]]
+    reasons = [f"{label_set(name)}: {c['reason']}" for name, c in zip(sets, cells, strict=True) if c["reason"]]
     distinct = {cell["reason"] for cell in cells}
     reason = distinct.pop() if len(distinct) == 1 else "; ".join(reasons)
     return {**{metric: sum(cell[metric] for cell in cells) / len(cells) for metric in METRICS}, "reason": reason}

@@ -104,6 +104,16 @@ def test_classifier_is_written_once(tmp_path: Path) -> None:
     assert [array.tolist() for array in stored] == [weight.tolist(), bias.tolist()]
 
 
+@pytest.mark.parametrize("name", ["ood/near/mean", "ood/far/NaN", "csid/None"])
+def test_reserved_names_of_sets_are_refused(tmp_path: Path, name: str) -> None:
+    writer = CacheWriter(tmp_path / "c.zarr", HEADER)
+    with pytest.raises(
+        InputError, match=rf"^split {name}: the name of its set is reserved, .*; give the set another name$"
+    ):
+        writer.prepare(name, ROWS, IMAGES)
+    assert list(open_cache(tmp_path / "c.zarr")) == []
+
+
 def files_of(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
@@ -202,9 +212,12 @@ def test_a_missing_chunk_reads_as_no_value_not_as_zeros(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"id/val/layer1/activation is damaged \(1 of its chunks are not there\)"):
         open_cache(tmp_path / "c.zarr")["id/val"]
     split = open_cache(tmp_path / "c.zarr").peek("id/val")
-    found = split["layer1"].activation[:]
-    assert np.isnan(found[16:32]).all()  # type: ignore[index]
-    np.testing.assert_array_equal(found[:16], arrays["layer1/activation"][:16])  # type: ignore[index]
+    found = np.asarray(split.array("layer1/activation")[:])
+    assert np.isnan(found[16:32]).all()
+    np.testing.assert_array_equal(found[:16], arrays["layer1/activation"][:16])
+    np.testing.assert_array_equal(split["layer1"].activation[:16], arrays["layer1/activation"][:16])
+    with pytest.raises(CacheError, match=r"id/val/layer1/activation is damaged \(row 16 holds no value\)"):
+        split["layer1"].activation[:]
     assert (np.asarray(split.array("label")[32:]) == np.iinfo(np.int64).min).all()
     assert split.read("label", slice(0, 32)).tolist() == arrays["label"][:32].tolist()
     with pytest.raises(

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from zarr.core.buffer import cpu
 from zarr.core.sync import sync
 
 from nacpipe.cache import Cache, CacheWriter, SplitView, open_cache, store
+from nacpipe.cache.keys import list_keys
 from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.repair import repair_cache
-from nacpipe.cache.verify import verify_cache
+from nacpipe.cache.verify import foreign_files, verify_cache
 from nacpipe.errors import CacheError, FormatError, InputError, MissingExtra
 from tests.alike import assert_alike
 from tests.s3 import BUCKET, FAULTS, Proxy, endpoint, variables
@@ -317,3 +319,21 @@ def test_a_store_survives_a_pickle(proxy: Proxy, url: str, here: Cache) -> None:
     again = pickle.loads(pickle.dumps(store.open_store(url)))
     assert (again.url, again.read_only) == (url, True)
     assert sync(again.exists("zarr.json"))
+
+
+def test_foreign_objects_stay_and_are_named(proxy: Proxy, url: str, here: Cache) -> None:
+    """The split's own objects alone are removed, one by one."""
+    copy(here, url, "id/val")
+    objects = store.open_store(url, write=True)
+    assert isinstance(objects, store.RemoteStore)
+    foreign = ["id/val/logits/c/notes.txt", "id/val/notes.txt", "notes.txt"]
+    for key in foreign:
+        sync(objects.set(key, cpu.Buffer.from_bytes(b"somebody's")))
+    assert open_cache(url)["id/val"].attributes == here["id/val"].attributes
+    assert (verify_cache(open_cache(url)), foreign_files(open_cache(url))) == ([], foreign)
+    assert repair_cache(url) == []
+    CacheWriter(url, here.header).drop("id/val")
+    assert [key for key in list_keys(objects) if key.startswith("id/val")] == foreign[:2]
+    copy(here, url, "id/val")
+    assert open_cache(url)["id/val"].attributes == here["id/val"].attributes
+    assert foreign_files(open_cache(url)) == foreign

@@ -125,7 +125,7 @@ def test_extract_writes_there_in_shards_and_says_what_is_not_guarded(proxy: Prox
     made = open_cache(url)
     assert list(made) == ["id/val", "ood/near/letters"]
     assert made.header.shard_blocks == 8
-    assert made["id/val"].logits.shards == (8 * made.header.block_rows, 10)
+    assert made["id/val"].array("logits").shards == (8 * made.header.block_rows, 10)
     assert made.command() == f"nacpipe extract digits --batch-size 16 --cache {url} --model digits_cnn"
     again = nacpipe(*words)
     assert again.exit_code == 0, again.output
@@ -135,7 +135,8 @@ def test_repair_takes_what_is_damaged_there_and_extract_computes_it_again(proxy:
     """Of a sharded cache the shard; verify names the rows."""
     pytest.importorskip("torch")
     url = f"s3://{BUCKET}/damaged.zarr"
-    words = ("extract", "digits", "--splits", "id/val,ood/near/letters", "--batch-size", "64", "--cache", url)
+    words = ("extract", "digits", "--splits", "id/val,ood/near/letters", "--batch-size", "64")
+    words += ("--block-rows", "512", "--cache", url)
     assert nacpipe(*words).exit_code == 0
     before = {name: split.attributes for name, split in open_cache(url).items()}
     values = open_cache(url)["id/val"].read("layer3/gradient")
@@ -186,7 +187,7 @@ def test_a_killed_extract_goes_on_and_ends_in_the_cache_that_nobody_disturbed(
     pytest.importorskip("torch")
     url, here = f"s3://{BUCKET}/killed.zarr", str(tmp_path / "whole.zarr")
     words = ("extract", "digits", "--device", "cpu", "--splits", "id/train,id/val", "--batch-size", "64")
-    words += ("--shard-blocks", "1", "--cache")
+    words += ("--block-rows", "512", "--shard-blocks", "1", "--cache")
     assert nacpipe(*words, here).exit_code == 0
     with endpoint(tmp_path_factory.mktemp("moto")) as server, Deadly(server) as proxy:
         for name, value in variables(proxy.url).items():

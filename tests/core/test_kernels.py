@@ -222,7 +222,7 @@ def test_an_index_holds_its_training_samples(n_train: int, n_query: int) -> None
     train, queries = (np.round(3 * rng.randn(n, 5)).astype(np.float32) for n in (n_train, n_query))
     made = index_columns(train, queries)
     assert made.marks.dtype == (np.uint32 if n_train < 65_536 else np.uint64)
-    assert (made.neurons, made.queries) == (5, n_query)
+    assert (made.neurons, made.queries, made.train_samples) == (5, n_query, n_train)
     np.testing.assert_array_equal(made.train, np.sort(train, axis=0).T)
     np.testing.assert_array_equal(made.columns.ascending, np.sort(np.concatenate([train, queries]), axis=0).T)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nacpipe.core.provenance import SEARCH_SPLITS, diff, fingerprint
+from nacpipe.core.provenance import bound_splits, diff, fingerprint, said_by
 
 IDENTITIES = st.dictionaries(
     st.text(max_size=3),
@@ -61,5 +61,13 @@ def test_fingerprint_is_the_sha256_of_compact_sorted_json() -> None:
     assert fingerprint({"b": [1, 2.5], "a": "é"}) == hashlib.sha256(b'{"a":"\\u00e9","b":[1,2.5]}').hexdigest()
 
 
-def test_a_search_reads_no_test_split() -> None:
-    assert set(SEARCH_SPLITS) == {"id/train", "id/subtrain", "id/val", "ood/val"}
+def test_a_search_reads_no_test_split_unless_it_is_named() -> None:
+    assert bound_splits() == ("id/train", "id/val", "ood/val")
+    assert bound_splits("ood/near/tin") == ("id/train", "id/val", "ood/near/tin")
+
+
+def test_what_an_older_identity_does_not_say_is_left_out() -> None:
+    new = {"weights": A, "source": B, "arithmetic": {"device": "cpu"}, "outputs": "features"}
+    assert said_by({"weights": A}, new) == {"weights": A, "outputs": "features"}
+    assert said_by({"weights": A, "source": A}, new) == {"weights": A, "source": B, "outputs": "features"}
+    assert said_by(new, {"weights": A}) == {"weights": A}

@@ -145,6 +145,15 @@ WRONG = {  # what stands in the file instead → the complaint
     ("[ood.far.bar]", "[ood.middle.bar]"): "ood.middle: is not known",
     ("[ood.far.bar]", '[ood.far."a/b"]'): "ood.far.a/b: is no name for a set: ",
     ("[ood.far.bar]", '[ood.far."../../x"]'): "ood.far.../../x: is no name for a set: ",
+    ("[ood.far.bar]", "[ood.far.mean]"): "ood.far.mean: is reserved, tables name the mean over a group's sets so; give",
+    (
+        "[ood.near.foo-1]",
+        "[ood.near.null]",
+    ): "ood.near.null: is reserved, pandas reads it as a missing value in a table",
+    (
+        "[csid.blurred]",
+        "[csid.NA]",
+    ): "csid.NA: is reserved, pandas reads it as a missing value in a table; give the set",
     ("[ood.far.bar]", "[ood]\nfar = 3\n[x]"): "ood.far: is 3; it must be a table",
     ('list = "bar.txt"', ""): "ood.far.bar: has no source; it needs one of list, folders, torchvision",
     ('list = "bar.txt"', 'list = "a"\nfolders = "b"'): "ood.far.bar: has list and folders; it needs one of list",

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from nacpipe.cache import Cache, open_cache
-from nacpipe.network import request as extraction
 from nacpipe.network.extract import extract
 from nacpipe.network.models import find_model
 from nacpipe.network.plan import plan_extraction
@@ -52,13 +51,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 16 rows, so that few images make several."""
-    monkeypatch.setattr(extraction, "BLOCK_ROWS", 16)
-
-
-@pytest.fixture
-def request_(root: Path, checkpoint: Path, tmp_path: Path, small_blocks: None) -> ExtractRequest:
+def request_(root: Path, checkpoint: Path, tmp_path: Path) -> ExtractRequest:
     """Everything there is, into a new cache."""
     return build_request(root, checkpoint, tmp_path / "c.zarr")
 
@@ -72,6 +65,7 @@ def build_request(root: Path, checkpoint: Path, cache: Path) -> ExtractRequest:
         data_root=root,
         train_images=45,
         batch_size=8,
+        block_rows=16,
         device="cpu",
         command="nacpipe extract cifar10 --again",
     )
@@ -81,7 +75,5 @@ def build_request(root: Path, checkpoint: Path, cache: Path) -> ExtractRequest:
 def finished(root: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """A cache that was made in one go; read only."""
     path = tmp_path_factory.mktemp("finished") / "c.zarr"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extraction, "BLOCK_ROWS", 16)
-        extract(plan_extraction(build_request(root, checkpoint, path)))
+    extract(plan_extraction(build_request(root, checkpoint, path)))
     return open_cache(path)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nacpipe.cache import Cache, open_cache
+from nacpipe.cache import Cache, layout, open_cache
 from nacpipe.core.benchmarks import find_benchmark
 from nacpipe.errors import IdentityError, ImageError, InputError
 from nacpipe.network.extract import extract
@@ -70,13 +70,27 @@ def test_plan_of_a_new_cache(request_: ExtractRequest) -> None:
 
 
 def test_batches_never_cross_a_block(request_: ExtractRequest) -> None:
-    plan = plan_extraction(replace(request_, batch_size=6))  # blocks of 12: the largest whole number of batches
+    plan = plan_extraction(replace(request_, batch_size=6, block_rows=12))
     assert plan.header.block_rows == 12
     val = next(split for split in plan.splits if split.images.name == "id/val")
     assert val.todo == (0, 1, 2, 3)
     assert plan.batches(val, 1) == [range(12, 18), range(18, 24)]
     assert plan.batches(val, 3) == [range(36, 40)]
-    assert plan_extraction(replace(request_, batch_size=100)).header.block_rows == 100
+
+
+@pytest.mark.parametrize("batch_size", [5, 16, 24, 100])
+def test_another_batch_size_later_never_crosses_a_block(
+    finished: Cache, request_: ExtractRequest, batch_size: int
+) -> None:
+    """Blocks stay those of 16 rows that the cache was made with; a batch is at most one of them."""
+    there = replace(request_, cache=Path(finished.path), batch_size=batch_size, block_rows=None, force=("id/val",))
+    plan = plan_extraction(there)
+    assert (plan.header.block_rows, plan.blocks_are_open) == (16, False)
+    val = next(split for split in plan.splits if split.images.name == "id/val")
+    found = [batch for unit in plan.units(val) for batch in plan.batches(val, unit)]
+    assert [row for batch in found for row in batch] == list(range(40))
+    assert all(batch.start // 16 == (batch.stop - 1) // 16 for batch in found)
+    assert max(map(len, found)) == min(batch_size, 16)
 
 
 def test_plan_goes_on_where_the_cache_ends(request_: ExtractRequest) -> None:
@@ -84,7 +98,7 @@ def test_plan_goes_on_where_the_cache_ends(request_: ExtractRequest) -> None:
         if split == "id/val" and stop_after.pop(0):
             raise KeyboardInterrupt
 
-    stop_after = [False, True]  # in the second block of three
+    stop_after = [False] * 4 + [True]  # in the third block of three; the second is written meanwhile
     with pytest.raises(KeyboardInterrupt):
         extract(plan_extraction(request_), stop)
     plan = plan_extraction(request_)
@@ -146,7 +160,7 @@ def test_cache_holds_what_taps_give_batch_by_batch(finished: Cache, root: Path, 
 def test_other_batch_sizes_and_workers_agree(
     finished: Cache, request_: ExtractRequest, batch_size: int, workers: int
 ) -> None:
-    request = replace(request_, batch_size=batch_size, workers=workers, splits=("id/val", "ood/val"))
+    request = replace(request_, batch_size=batch_size, block_rows=None, workers=workers, splits=("id/val", "ood/val"))
     extract(plan_extraction(request))
     cache = open_cache(request.cache)
     for name in ("id/val", "ood/val"):
@@ -207,6 +221,8 @@ def test_another_list_is_refused(finished: Cache, request_: ExtractRequest, root
         ({"splits": ("id/tset",)}, InputError, r"^split 'id/tset' is not part of benchmark cifar10"),
         ({"force": ("ood",)}, InputError, r"^split 'ood' is not part of benchmark cifar10"),
         ({"batch_size": 0}, InputError, r"^batch-size is 0; it must lie between 1 and"),
+        ({"block_rows": 0}, InputError, r"^block-rows is 0; it must lie between 1 and 1048576$"),
+        ({"block_rows": 12}, InputError, r"^block-rows is 12; it must be a multiple of batch-size, 8$"),
         ({"train_images": 0}, InputError, r"^main_train_cifar10\.txt: train-images is 0; it must be at least 1$"),
         ({"device": "cuda:99"}, InputError, r"^device 'cuda:99' cannot be used here: "),
         ({"device": "fast"}, InputError, r"^device 'fast' cannot be used here: "),
@@ -229,6 +245,22 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_is_written(
     with pytest.raises(error, match=message):
         plan_extraction(replace(request_, **change))
     assert not request_.cache.exists()
+
+
+def test_blocks_that_cannot_be_stored_are_not_planned(
+    request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk has a limit; the widest array has 64 neurons, so here one of 20 rows."""
+    monkeypatch.setattr(layout, "MAX_CHUNK_BYTES", 4 * 64 * 20)
+    assert plan_extraction(request_).header.block_rows == 16
+    open_blocks = replace(request_, block_rows=None)
+    assert plan_extraction(open_blocks).header.block_rows == 16  # two batches, not 64
+    assert plan_extraction(replace(open_blocks, batch_size=15)).header.block_rows == 15
+    message = "a block of avgpool/activation has more than 5120 bytes; make it smaller$"
+    with pytest.raises(InputError, match=f"^block-rows is 24: {message}"):
+        plan_extraction(replace(request_, block_rows=24))
+    with pytest.raises(InputError, match=f"^batch-size is 21: {message}"):
+        plan_extraction(replace(open_blocks, batch_size=21))
 
 
 def test_missing_images_are_refused_by_the_plan(request_: ExtractRequest, root: Path) -> None:

@@ -40,6 +40,7 @@ main(sys.argv[1:], prog_name="nacpipe")
 
 def extract(cache: Path, *python: str) -> subprocess.CompletedProcess[str]:
     words = f"extract digits --device cpu --batch-size 64 --splits {','.join(SPLITS)} --cache {cache}".split()
+    words += ["--block-rows", "512"]
     return subprocess.run(
         [sys.executable, *(python or ("-m", "nacpipe")), *words],
         capture_output=True,
@@ -76,9 +77,9 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], cache: Path, what: str) -> None:
-    """One line, exit code 1, and what is there is whole."""
+    """One line, exit code 1, and what is there is whole; id/train may have been done before."""
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
+    assert done.stderr.removeprefix("id/train: accuracy 100.00 % of 1000 images\n") == (
         f"nacpipe: {cache}: there is no room left to write it ({what}); what was written is safe: make room, and the"
         " same command goes on\n"
     )

@@ -119,6 +119,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         Snapshots(tmp_path, {"train": good}, ["avgpool"])
     with pytest.raises(InputError, match=r"the splits are id/val; id/train is needed"):
         Snapshots(tmp_path, {"id/val": good}, ["avgpool"])
+    with pytest.raises(InputError, match=r"^split csid/mean: the name of its set is reserved, tables name the mean"):
+        Snapshots(tmp_path, {"id/train": good, "csid/mean": good}, ["avgpool"])
     with pytest.raises(InputError, match="id/train has no images"):
         Snapshots(tmp_path, {"id/train": []}, ["avgpool"])(DigitsCNN(), 0)
     with pytest.raises(InputError, match="layer 'layer9' is not known for DigitsCNN"):

@@ -153,9 +153,7 @@ def test_rows_of_wrapped_networks(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["cider", "godin"])
-def test_cache_of_a_network_without_a_classifier(
-    request_: ExtractRequest, tmp_path: Path, scheme: str, small_blocks: None
-) -> None:
+def test_cache_of_a_network_without_a_classifier(request_: ExtractRequest, tmp_path: Path, scheme: str) -> None:
     torch.save(draw_state(scheme), tmp_path / "best.ckpt")
     request = replace(
         request_,

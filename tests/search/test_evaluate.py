@@ -19,7 +19,7 @@ from nacpipe.cache import Cache, SplitView, open_cache
 from nacpipe.cli import main
 from nacpipe.core import baselines, published
 from nacpipe.core.params import LayerParams, NacParams
-from nacpipe.core.provenance import SEARCH_SPLITS, fingerprint
+from nacpipe.core.provenance import bound_splits, fingerprint
 from nacpipe.errors import InputError, ParamsError
 from nacpipe.search.bootstrap import add_confidence, compare_methods
 from nacpipe.search.evaluate import evaluate, find_params
@@ -335,7 +335,7 @@ def test_parameters_of_other_states_are_refused_beside_a_cache_and_said_elsewher
     make_cache: Callable[..., Cache], tmp_path: Path, layers: tuple[str, ...]
 ) -> None:
     cache, other = make_cache(tmp_path / "c.zarr"), make_cache(tmp_path / "o.zarr", identity={"weights": "b" * 64})
-    bound = fingerprint(cache.search_identity(SEARCH_SPLITS, layers))
+    bound = fingerprint(cache.search_identity(bound_splits(), layers))
     params = NacParams(layers={name: LayerParams(bins=10, saturation=5, alpha=1.0) for name in layers})
     for name in ("c", "o"):
         write_params(tmp_path / f"{name}.params.json", params, made_by={"fingerprint": bound})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,8 @@ def test_npz(caches: list[Cache], tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[f"{split}/index"], caches[0][split].index)
         for name, method in run.methods.items():
             np.testing.assert_array_equal(found[f"{split}/{name}"], method.scores[split])
-    assert (target.stat().st_mode & 0o777, list(tmp_path.glob(".*"))) == (0o644, [])
+    os.umask(umask := os.umask(0o022))
+    assert (target.stat().st_mode & 0o777, list(tmp_path.glob(".*"))) == (0o666 & ~umask, [])
 
 
 def test_npz_of_several_runs(caches: list[Cache], tmp_path: Path) -> None:

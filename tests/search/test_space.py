@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nacpipe.core import columns
 from nacpipe.core.columns import index_columns
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import ParamsError, ValuesError
@@ -121,6 +123,39 @@ def test_ranges_are_measured_from_the_products_that_are_not_0() -> None:
     assert ends(space)[2] == (1, 151)
     assert ends(space)[1] == (pytest.approx(0.1 / 100), pytest.approx(30 / 51))
     assert measure_space("avgpool", index_of(products.reshape(1, -1)), train_rows=151) == space
+
+
+SIZES = st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0**-149])
+
+
+@given(
+    values=st.lists(SIZES, min_size=1, max_size=300), neurons=st.integers(1, 3), part=st.sampled_from([1, 7, 1 << 18])
+)
+def test_ranges_are_those_of_numpys_quantiles_to_the_bit(values: list[float], neurons: int, part: int) -> None:
+    train = np.resize(np.array(values, np.float32), (-(-len(values) // neurons), neurons))
+    sizes = np.abs(train[train != 0].astype(np.float64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns, "PART", part)  # of a neuron, of a few, of all
+        if sizes.size == 0:
+            with pytest.raises(ValuesError, match="every product of id/train is 0"):
+                measure_space("avgpool", index_of(train.T), 10)
+            return
+        space = measure_space("avgpool", index_of(train.T), 10)
+    median, large = np.quantile(sizes, [0.5, 0.99]).tolist()
+    assert space.alpha["product"] == Interval(0.1 / large, 30.0 / median)
+
+
+@pytest.mark.parametrize(("samples", "neurons"), [(2000, 1000), (200_000, 10)])
+def test_measuring_holds_the_products_once(samples: int, neurons: int) -> None:
+    train = np.random.RandomState(0).randn(samples, neurons).astype(np.float32)
+    made = index_columns(train, train[:500])
+    tracemalloc.start()
+    try:
+        measure_space("avgpool", lambda _layer, _source: made, samples)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < train.nbytes + 4 * 2**20  # float64 and its copies: five times the products
 
 
 @pytest.mark.parametrize("size", [1e-40, 1.0, 3e38])

@@ -220,7 +220,7 @@ def test_in_a_database_only_the_study_itself_must_be_the_caches_own(
 def test_the_same_cache_with_other_layers_is_a_neighbour(small_cache: Cache, journal: Path, tmp_path: Path) -> None:
     where = tmp_path / "s.log"
     shutil.copy(journal, where)
-    splits = r"\(id/train, id/subtrain, id/val, ood/val\)"
+    splits = r"\(id/train, id/val, ood/val\)"
     message = rf"searches avgpool, layer1 {splits} of this cache, not layer1 {splits}\. Give another --study NAME$"
     with pytest.raises(StudyError, match=message):
         Search(request_(small_cache, where, layers=("layer1",)))
@@ -230,7 +230,7 @@ def test_the_same_cache_with_other_layers_is_a_neighbour(small_cache: Cache, jou
     assert optuna.get_all_study_names(open_storage(str(where))) == ["nac-seed1", "one-seed1"]
 
 
-@pytest.mark.parametrize("split", ["id/train", "id/subtrain", "id/val", "ood/val"])
+@pytest.mark.parametrize("split", ["id/train", "id/val", "ood/val"])
 def test_an_unfinished_split_is_refused(small_cache: Cache, tmp_path: Path, split: str) -> None:
     path = tmp_path / "c.zarr"
     shutil.copytree(small_cache.path, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -15,13 +16,14 @@ import pytest
 from click.testing import CliRunner
 
 from nacpipe.artifact import write_params
-from nacpipe.cache import Cache
+from nacpipe.cache import Cache, open_cache
 from nacpipe.cli import main
 from nacpipe.core.baselines import MethodScores
 from nacpipe.core.metrics import detect
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.core.published_results import NETWORKS, RESULTS
 from nacpipe.errors import IdentityError, InputError
+from nacpipe.search.bootstrap import add_confidence
 from nacpipe.search.evaluate import evaluate, evaluate_runs
 from nacpipe.search.scored import ScoredCache, score_cache
 from nacpipe.search.tables import METRICS, add_published, footnotes, ordinal, tabulate, verdicts
@@ -51,6 +53,44 @@ def table(runs: list[Cache]) -> pd.DataFrame:
 
 def invoke(*args: Any) -> Any:
     return CliRunner().invoke(main, ["evaluate", *map(str, args)])
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mean", "null"])
+def test_a_set_of_a_reserved_name_has_rows_of_its_own(
+    make_cache: Callable[..., Cache], tmp_path: Path, name: str
+) -> None:
+    """As a cache of an earlier nacpipe may hold it."""
+    plain = score_cache(make_cache(tmp_path / "plain.zarr"), PARAMS)
+    make_cache(tmp_path / "c.zarr")
+    (tmp_path / "c.zarr/ood/near/letters").rename(tmp_path / f"c.zarr/ood/near/{name}")
+    run = score_cache(open_cache(tmp_path / "c.zarr"), PARAMS)
+    frame, expected = tabulate([run]), tabulate([plain])
+    assert frame["dataset"].tolist() == [
+        f"ood/near/{name}" if dataset == "letters" else dataset for dataset in expected["dataset"]
+    ]
+    pd.testing.assert_series_equal(frame["auroc"], expected["auroc"])
+    reason = (
+        "tables name the mean over a group's sets so"
+        if name == "mean"
+        else "pandas reads it as a missing value in a table"
+    )
+    assert frame.attrs["note"] == f"ood/near/{name} is listed by its whole name: '{name}' is reserved, {reason}"
+    sure = add_confidence(frame, [run], resamples=20)
+    sure_expected = add_confidence(expected, [plain], resamples=20)
+    far = expected["group"] == "far"  # near draws are of another set's name
+    pd.testing.assert_series_equal(sure["auroc_low"][far], sure_expected["auroc_low"][far])
+    assert (sure["auroc_low"] < sure["auroc_high"]).all()
+    printed = invoke(tmp_path / "c.zarr", "--params", write_there(tmp_path), "--csv")
+    assert f"ood,near,ood/near/{name},NAC," in printed.stdout
+    assert pd.read_csv(io.StringIO(printed.stdout))["dataset"].notna().all()
+
+
+def write_there(folder: Path) -> Path:
+    write_params(folder / "p.json", PARAMS)
+    return folder / "p.json"
 
 
 # --- several runs -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,128 @@
+"""Which objects of a store belong to a cache, by its header alone: what the format may have written there.
+
+    zarr.json                               the root, and every group: id, ood/near, classifier, a split, a layer
+    classifier/weight/c/0/0                 one chunk each
+    id/val/layer3/gradient/c/7/0            chunks of a split's arrays, whatever their number
+    id/val/blocks/c/7                       marks
+    id/val/logits/c/7/0.3fa9….partial       a draft, of a writer that was killed
+
+Everything else is foreign (`desktop.ini`, `notes.txt`, somebody's folder): no digest covers it, nothing removes it, and
+`nacpipe verify` names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from zarr.abc.store import Store
+from zarr.core.common import concurrent_map
+from zarr.core.sync import sync
+from zarr.storage import LocalStore
+
+from nacpipe.cache.layout import SPLIT_PARENTS, Header
+from nacpipe.cache.store import AT_ONCE
+
+_NUMBER = "(?:0|[1-9][0-9]*)"
+_DRAFT = re.compile(rf"(?:zarr\.json|zarr\.[0-9a-f]+|{_NUMBER}(?:\.[0-9a-f]+)?)\.partial")  # durable.py's and Zarr's
+
+
+def own_keys(header: Header) -> re.Pattern[str]:
+    """Return the pattern of the keys, from the store's root, that belong to a cache; drafts are not among them."""
+    arrays = {"blocks": 0, **{path: width for path, (width, _) in header.arrays().items()}}
+    inside = ["zarr\\.json", *(f"{re.escape(spec.name)}/zarr\\.json" for spec in header.layers)]
+    for path, width in arrays.items():
+        inside.append(f"{re.escape(path)}/(?:zarr\\.json|c/{_NUMBER}{'/0' if width else ''})")
+    parents = "|".join(SPLIT_PARENTS)
+    split = f"(?:(?:{parents})/[^/.][^/]*|ood/val)"
+    return re.compile(
+        f"(?:(?:{parents}|ood|classifier)/)?zarr\\.json|classifier/weight/(?:zarr\\.json|c/0/0)"
+        f"|classifier/bias/(?:zarr\\.json|c/0)|{split}/(?:{'|'.join(inside)})"
+    )
+
+
+def list_keys(store: Store, path: str = "") -> list[str]:
+    """Return the keys of all objects below a path, from the store's root."""
+    return sync(_list_keys(store, path))
+
+
+def list_own(store: Store, header: Header, path: str) -> list[str]:
+    """Return the keys of the cache's objects below a path, from the store's root, in ascending order."""
+    pattern = own_keys(header)
+    return sorted(key for key in list_keys(store, path) if pattern.fullmatch(key))
+
+
+def list_split(store: Store, header: Header, split: str) -> tuple[list[str], list[str]]:
+    """Return the keys, from the split, of its objects (its own zarr.json excepted), and of the foreign files there."""
+    pattern, own, foreign = own_keys(header), list[str](), list[str]()
+    for key in list_keys(store, split):
+        inside = key.removeprefix(f"{split}/")
+        if pattern.fullmatch(key):
+            own += [inside] * (inside != "zarr.json")
+        elif not is_draft(key):
+            foreign.append(inside)
+    return own, foreign
+
+
+def find_foreign(store: Store, header: Header) -> list[str]:
+    """Return what lies among a cache's objects and does not belong to it: keys, and of a folder its name with a / ."""
+    keys, pattern = list_keys(store), own_keys(header)
+    own = [key for key in keys if pattern.fullmatch(key)]
+    folders = {folder for key in own for folder in _folders(key)}
+    others = set(keys).difference(own)
+    found = set()
+    for key in others:
+        above = next((folder for folder in _folders(key) if folder not in folders), None)
+        if above is not None:
+            found.add(f"{above}/")
+        elif not is_draft(key):
+            found.add(key)
+    return sorted(found)
+
+
+def is_draft(key: str) -> bool:
+    """Return whether a key, or a file's name, is what a killed writer leaves."""
+    return _DRAFT.fullmatch(key.rpartition("/")[2]) is not None
+
+
+def remove_own(store: Store, header: Header, path: str) -> None:
+    """Remove the cache's objects below a path, drafts too, then folders that are empty.
+
+    In an order in which a half-removed split is never trusted: the metadata of the marks, the marks, the rest, last the
+    group's own attributes.
+    """
+    pattern = own_keys(header)
+    steps: dict[int, list[str]] = {0: [], 1: [], 2: [], 3: []}
+    for key in sorted(list_keys(store, path)):
+        if key.endswith("/blocks/zarr.json"):
+            steps[0].append(key)
+        elif pattern.fullmatch(key) or is_draft(key):
+            steps[1 if "/blocks/c/" in key else 3 if key == f"{path}/zarr.json" else 2].append(key)
+    for step in steps.values():
+        sync(_delete(store, step))
+    if isinstance(store, LocalStore):
+        remove_empty(Path(store.root, path))
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder and those below it, as far as nothing is in them."""
+    for where, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(where)  # noqa: PTH106 (a string is at hand)
+
+
+async def _list_keys(store: Store, path: str) -> list[str]:
+    return [key async for key in (store.list_prefix(f"{path}/") if path else store.list())]
+
+
+async def _delete(store: Store, keys: Iterable[str]) -> None:
+    await concurrent_map([(key,) for key in keys], store.delete, AT_ONCE)
+
+
+def _folders(key: str) -> list[str]:
+    """The folders above a key, the topmost first."""
+    parts = key.split("/")[:-1]
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]

@@ -1,0 +1,121 @@
+"""An array of a split, to be sliced as a numpy array: its rows come through the checks of `SplitView.read`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+if TYPE_CHECKING:
+    from nacpipe.cache.split import SplitView
+
+
+class ArrayView:
+    """A read-only array, read from the store where it is sliced; nothing is kept in memory.
+
+    It takes what numpy takes along its axes: slices with steps, whole numbers, arrays of them, boolean masks, an
+    ellipsis. Only the blocks in which wanted rows lie are read.
+    """
+
+    def __init__(self, split: SplitView, path: str, block_rows: int) -> None:
+        """View an array of a split.
+
+        Raises:
+            CacheError: it is not there, or its metadata is damaged.
+        """
+        array = split.array(path)
+        self.shape: tuple[int, ...] = array.shape
+        """(rows,) or (rows, width)."""
+        self.dtype: np.dtype[Any] = np.dtype(array.dtype)
+        self._split, self._path, self._block_rows = split, path, block_rows
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        for start in range(0, len(self), self._block_rows):
+            yield from self._read(start, min(start + self._block_rows, len(self)))
+
+    def __repr__(self) -> str:
+        return f"<{self._split.name}/{self._path} {self.shape} {self.dtype}>"
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError(f"{self!r} is read from a store: there is no array without a copy")
+        return np.asarray(self[:], dtype)
+
+    def __getitem__(self, selection: Any) -> Any:
+        """Return the selected values, a numpy array, or a number where every axis has one.
+
+        Raises:
+            CacheError: a chunk is damaged or not there, naming the array.
+            ValuesError: no number among logits or features.
+            IndexError: the selection does not fit the shape.
+        """
+        rows, *others = self._per_axis(selection)
+        if isinstance(rows, slice):
+            places = range(*rows.indices(len(self)))
+            backwards = places.step < 0
+            values = self._gather(places[::-1] if backwards else places)
+            return values[(slice(None, None, -1 if backwards else None), *others)]
+        places = np.arange(len(self))[rows]  # numpy says what does not fit
+        needed, where = np.unique(places, return_inverse=True)
+        values = self._gather(needed)
+        return values[(where.reshape(places.shape) if places.ndim else 0, *others)]
+
+    def _per_axis(self, selection: Any) -> list[Any]:
+        """One selection for each axis, that of the rows first."""
+        parts: list[Any] = []
+        for part in selection if isinstance(selection, tuple) else (selection,):
+            array = None if part is None or isinstance(part, slice | EllipsisType) else np.asarray(part)
+            if array is None and part is not None:
+                parts.append(part)
+            elif array is not None and array.dtype == bool and array.ndim:
+                parts += [array] if array.ndim == 1 else self._mask(array, len(parts))
+            elif array is not None and (array.dtype.kind in "iu" or (array.size == 0 and isinstance(part, list))):
+                parts.append(array.astype(np.intp) if array.ndim else int(array))
+            else:
+                raise IndexError(f"{self!r} takes slices, whole numbers, arrays of them, masks and ..., not {part!r}")
+        gaps = [place for place, part in enumerate(parts) if part is ...]
+        lacking = self.ndim - len(parts) + len(gaps)
+        if lacking < 0 or len(gaps) > 1:
+            raise IndexError(f"{self!r} has {self.ndim} axes; {len(parts)} were selected from")
+        place = gaps[0] if gaps else len(parts)
+        return parts[:place] + [slice(None)] * lacking + parts[place + len(gaps) :]
+
+    def _mask(self, mask: NDArray[np.bool_], axis: int) -> tuple[NDArray[np.intp], ...]:
+        """A mask over several axes as places on each."""
+        if mask.shape != self.shape[axis : axis + mask.ndim]:
+            raise IndexError(f"{self!r} does not take a mask of {mask.shape}")
+        return mask.nonzero()
+
+    def _gather(self, places: Any) -> NDArray[Any]:
+        """The rows at these places, which ascend and differ; block by block where they do not follow each other."""
+        count = len(places)
+        if count == 0 or places[-1] - places[0] + 1 == count:
+            start = int(places[0]) if count else 0
+            return self._read(start, start + count)
+        values = np.empty((count, *self.shape[1:]), self.dtype)
+        places = np.asarray(places)
+        blocks = places // self._block_rows
+        for block in np.unique(blocks):
+            wanted = blocks == block
+            first = int(places[wanted][0])
+            values[wanted] = self._read(first, int(places[wanted][-1]) + 1)[places[wanted] - first]
+        return values
+
+    def _read(self, start: int, stop: int) -> NDArray[Any]:
+        return self._split.read(self._path, slice(start, stop))

@@ -1,0 +1,76 @@
+"""The umask decides who may read and write what nacpipe leaves on the disk."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nacpipe.cache import Cache
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Everything that writes, in a process of its own: the umask belongs to the whole process.
+CODE = """
+import io, os, shutil, sys, zipfile
+from dataclasses import replace
+from pathlib import Path
+
+os.umask(int(sys.argv[1], 8))
+source = sys.argv[2]
+from nacpipe.cache import CacheWriter, open_cache
+from nacpipe.cli import main
+from nacpipe.core.benchmarks import find_benchmark
+from nacpipe.data.archives import Archive
+from nacpipe.data.download import DownloadPlan, download
+from nacpipe.data.split import TrainSplit, write_split
+from nacpipe.search.storage import only_runner, open_storage
+
+run = lambda *args: main([*args], standalone_mode=False)
+shutil.copytree(source, "x.zarr", copy_function=shutil.copyfile)
+run("search", "x.zarr", "--trials", "3")
+run("search", "x.zarr", "--trials", "3", "--storage", "sqlite:///x.db", "--output", "db.params.json")
+run("export", "x.zarr")
+run("evaluate", "x.zarr", "--scores", "scores.npz")
+run("report", "x.zarr", "--output", "report.html", "--figures", "figures")
+run("inspect", "x.zarr", "id/val", "layer1", "--plot", "plot.svg")
+with only_runner("other.log", "nac"):
+    shutil.copymode("other.log.nac.running", Path("lock").touch() or "lock")
+CacheWriter("new.zarr", open_cache("x.zarr").header).prepare("id/val", 3, {"list": "l", "sha256": "0" * 64})
+write_split(TrainSplit(main=Path("main.txt"), sub=Path("sub.txt"), main_lines=("a 0",), sub_lines=("b 0",)))
+archive = Archive(name="a", drive="", folder="pictures")
+Path("in").mkdir()
+with zipfile.ZipFile("in/a.zip", "w") as made:
+    made.writestr("one.png", b"x")
+download(DownloadPlan(archive=archive, url="u", zip=Path("in/a.zip"), target=Path("pictures"), state="to unpack"))
+"""
+WRITTEN = [  # each by another piece of code
+    *(
+        "x.params.json",
+        "x.study.log",
+        "x.db",
+        "x.detector.safetensors",
+        "scores.npz",
+        "report.html",
+        "plot.svg",
+        "lock",
+    ),
+    *("new.zarr/zarr.json", "new.zarr/id/val/logits/zarr.json", "main.txt", "sub.txt", "in/a.done", "pictures/one.png"),
+]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [("077", 0o600), ("002", 0o664)])
+def test_the_umask_decides_the_mode_of_every_file(small_cache: Cache, tmp_path: Path, umask: str, mode: int) -> None:
+    command = [sys.executable, "-c", CODE, umask, str(Path(small_cache.path).resolve())]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    files = {str(file.relative_to(tmp_path)): file for file in tmp_path.rglob("*") if file.is_file()}
+    assert set(WRITTEN) <= set(files)
+    assert any(name.startswith("figures/") for name in files)
+    found = {name: stat.S_IMODE(file.stat().st_mode) for name, file in files.items() if not name.startswith("x.zarr/")}
+    assert {name: oct(m) for name, m in found.items() if m != mode} == {}
