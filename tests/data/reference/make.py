@@ -5,8 +5,8 @@
 Held are the 72 images' activations, gradients, labels and logits, the authors' score of each under two sets of
 parameters and what metrics these scores give. Of the 1,000 training images it holds only in which bins their products
 fall, under both sets at once: per neuron the interval between two neighbouring borders (of either set) that each
-product lies in, sorted. A value from the middle of that interval falls into the same bins as the product itself, so counts are
-those of the training images.
+product lies in, sorted. A value from the middle of that interval falls into the same bins as the product itself, so
+counts are those of the training images.
 """
 
 from __future__ import annotations
