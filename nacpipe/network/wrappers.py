@@ -100,7 +100,8 @@ def run_eagerly() -> AbstractContextManager[Any]:
     """Run what torch.compile has compiled as it was written: compiled code does not call hooks that came later."""
     if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:  # torch.compile(detector); nothing compiled
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 @contextmanager
