@@ -48,7 +48,7 @@ evaluate: $(READY) ## the table: NAC beside baselines
 test: $(READY) ## all tests
 	$(BIN)/python -m pytest
 
-fuzz: $(READY) ## hostile caches, lists, TOML and parameters, FUZZ of each (make check tries few)
+fuzz: $(READY) ## hostile caches, lists, folders, images, TOML and parameters, FUZZ of each (make check tries few)
 	NACPIPE_FUZZ=$(or $(FUZZ),2000) $(BIN)/python -m pytest tests/test_fuzz.py
 
 check: $(READY) lint types test ## format, lint, types, house rules, tests: what CI runs

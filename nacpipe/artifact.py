@@ -46,7 +46,7 @@ def read_params(path: str | Path) -> NacParams:
     try:
         if (size := os.path.getsize(path)) > MAX_BYTES:
             raise ParamsError(f"it has {size} bytes; at most {MAX_BYTES} are read")
-        return NacParams.from_json(json.loads(Path(path).read_text("utf-8")))
+        return NacParams.from_json(json.loads(Path(path).read_text("utf-8-sig")))
     except FileNotFoundError:
         raise ParamsError(f"there is no parameter file {path}; make one with: nacpipe search CACHE") from None
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5,000 digits, …
@@ -57,7 +57,7 @@ def read_params(path: str | Path) -> NacParams:
 
 def read_section(path: str | Path, name: str) -> Mapping[str, Any]:
     """Return a section of a parameter file, `made_by` or `result`; empty where it has none."""
-    data = json.loads(Path(path).read_text("utf-8"))
+    data = json.loads(Path(path).read_text("utf-8-sig"))
     section = data.get(name) if isinstance(data, dict) else None
     return section if isinstance(section, dict) else {}
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nacpipe.artifact import MAX_BYTES, beside_cache, check_writable, read_params, write_params
+from nacpipe.artifact import MAX_BYTES, beside_cache, check_writable, read_fingerprint, read_params, write_params
 from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import InputError, ParamsError
 
@@ -42,6 +42,13 @@ def test_only_layers_are_needed_and_fields_have_defaults(tmp_path: Path) -> None
     (tmp_path / "p.json").write_text('{"layers": {"avgpool": {"bins": 50.0, "saturation": 3, "alpha": 2}}, "more": 1}')
     expected = LayerParams(bins=50, saturation=3, alpha=2.0, weight=1.0, edges="log", source="product")
     assert read_params(tmp_path / "p.json") == NacParams(layers={"avgpool": expected})
+
+
+def test_a_byte_order_mark_is_taken_away(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    write_params(path, PARAMS, made_by={"fingerprint": "abc"})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert (read_params(path), read_fingerprint(path)) == (PARAMS, "abc")
 
 
 # --- whole or not at all ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Hostile input, drawn: whatever a cache, list, TOML or parameter file holds, it is read or refused in words.
+"""Hostile input, drawn: whatever a cache, list, folder, image, TOML or parameter file holds, it is read or refused.
 
 A few draws of each in `make check`, many in `make fuzz`. Never a traceback, never a path outside, never memory for more
 than what is really stored.
@@ -7,6 +7,7 @@ than what is really stored.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -19,15 +20,18 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from nacpipe.artifact import read_params
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.seal import split_digest
 from nacpipe.cli import main
 from nacpipe.core.provenance import fingerprint
-from nacpipe.data.lists import parse_list
+from nacpipe.data.folders import is_hidden, walk_images
+from nacpipe.data.lists import check_labels, parse_list
 from nacpipe.data.own import read_benchmark
 from nacpipe.errors import ImageError, InputError, NacError, ParamsError
+from nacpipe.network.image_file import read_image
 
 EXAMPLES = int(os.environ.get("NACPIPE_FUZZ", "40"))
 fuzzed = settings(
@@ -182,6 +186,11 @@ PIECES = st.sampled_from(
         b"\\..\\",
         b"./",
         b"//x",
+        b"\xef\xbb\xbf",
+        b"{'x': {'y z': 1}, 'label': 12}",
+        b" {",
+        b"}",
+        "\u00a0".encode(),
     ]
 )
 
@@ -199,7 +208,84 @@ def test_any_list_is_read_or_refused_and_none_leaves_its_folder(content: bytes) 
     assert len(names) == labels.size > 0
     for name in names:
         path = PurePosixPath(name)
-        assert not path.is_absolute() and ".." not in path.parts and "\0" not in name
+        assert not path.is_absolute() and ".." not in path.parts and not {"\0", "\r", "\n"} & {*name}
+    with contextlib.suppress(InputError):
+        check_labels("id/val", labels, 10, lambda row: f"line {row + 1}")
+        assert labels.min() >= 0 and labels.max() < 10
+
+
+NODES = st.sampled_from(["a", "b", "a/a", "a/b", "b/a", "b/b", "a/b/a", ".h", "a/.h", "b/__MACOSX", "b/v1.0"])
+TARGETS = st.sampled_from([".", "..", "a", "b", "../a", "../b", "../..", "nowhere", "/nowhere", "../../set", "b/a"])
+
+
+@fuzzed
+@given(
+    folders=st.lists(NODES, max_size=5),
+    links=st.dictionaries(NODES, TARGETS, max_size=5),
+    images=st.lists(st.tuples(NODES, st.sampled_from(["1.png", "2.JPG", "._1.png", "x.txt"])), max_size=6),
+)
+def test_any_folder_is_walked_or_refused(
+    tmp_path_factory: pytest.TempPathFactory,
+    folders: list[str],
+    links: dict[str, str],
+    images: list[tuple[str, str]],
+) -> None:
+    """Whatever links it holds: it ends, and names every visible image once, or a link."""
+    top = tmp_path_factory.mktemp("walk") / "set"
+    top.mkdir()
+    for name in folders:
+        (top / name).mkdir(parents=True, exist_ok=True)
+    for name, target in links.items():
+        with contextlib.suppress(OSError):
+            (top / name).symlink_to(target)
+    for name, image in images:
+        with contextlib.suppress(OSError):
+            (top / name / image).touch()
+    try:
+        found = walk_images(top)
+    except ImageError as error:
+        assert str(top) in str(error) and "link" in str(error)
+        return
+    files = [os.path.realpath(top / name) for name in found.names]
+    assert len(set(files)) == len(files) and all(map(os.path.isfile, files))
+    visible = {str(file) for file in top.rglob("*.[pJ]*") if not any(map(is_hidden, file.relative_to(top).parts))}
+    assert {os.path.realpath(file) for file in visible} <= {*files}
+
+
+def wide_image(kind: str, dtype: str) -> bytes:
+    Image.fromarray(np.arange(0, 60000, 5000).reshape(3, 4).astype(dtype)).save(file := io.BytesIO(), kind)
+    return file.getvalue()
+
+
+IMAGES = [wide_image("PNG", "<u2"), wide_image("TIFF", "<u2"), wide_image("TIFF", ">u2"), wide_image("TIFF", "<i4")]
+IMAGES += [
+    wide_image("TIFF", "<f4"),
+    b"P5 4 1 1000\n" + bytes(8),
+    b"P2 4 1 300\n1 2 300 4\n",
+    b"Pf\n1 1\n-1\n" + bytes(4),
+]
+
+
+@fuzzed
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged metadata
+@given(
+    image=st.sampled_from(IMAGES),
+    changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=3),
+    cut=st.integers(0, 10_000) | st.none(),
+)
+def test_any_image_becomes_eight_bits_or_is_refused(
+    tmp_path: Path, image: bytes, changes: list[tuple[int, int]], cut: int | None
+) -> None:
+    content = bytearray(image)
+    for place, value in changes:
+        content[place % len(content)] = value
+    (tmp_path / "a.png").write_bytes(content if cut is None else content[: cut % len(content)])
+    try:
+        found = read_image(tmp_path / "a.png", "here").convert("RGB")
+    except ImageError as error:
+        assert str(error).startswith("image cannot be read: here: ") and "\n" not in str(error)
+        return
+    assert found.mode == "RGB"
 
 
 TOML = """

@@ -129,7 +129,14 @@ def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
     if as_json:
         print_json(
             [
-                {"split": s.split, "list": s.source, "images": s.images, "missing": s.missing, "state": s.state}
+                {
+                    "split": s.split,
+                    "list": s.source,
+                    "images": s.images,
+                    "missing": s.missing,
+                    "wrong_labels": s.wrong_labels,
+                    "state": s.state,
+                }
                 for s in sets
             ]
         )
@@ -139,6 +146,11 @@ def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
     for s in sets:
         if s.missing:
             note(f"{s.split}: {s.missing} of {s.images} images are not there, the first {s.first}")
+        if s.wrong_labels:
+            note(
+                f"{s.split}: {s.wrong_labels} of {s.images} labels are outside 0 … {benchmark.classes - 1}; the first"
+                f" is {s.first_wrong}"
+            )
     if has_archives(benchmark.name):
         lacking = [s.split for s in sets if not s.complete and s.split != "id/subtrain"]
         if lacking:

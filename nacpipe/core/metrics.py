@@ -91,6 +91,11 @@ def accuracy(
     return float((logits.argmax(axis=1) == label).mean())
 
 
+def find_wrong_labels(label: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+    """Return the rows, ascending, whose label (samples,) is none of the classes 0 … classes − 1."""
+    return np.flatnonzero((label < 0) | (label >= classes))
+
+
 def spearman(a: Scores, b: Scores) -> float:
     """Return Spearman's rank correlation, ties having the mean of their ranks; NaN where one side is all ties."""
     ranks = [_ranks(a), _ranks(b)]

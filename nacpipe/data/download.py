@@ -16,6 +16,7 @@ from pathlib import Path
 
 from nacpipe.core.benchmarks import Benchmark, Split
 from nacpipe.data.archives import LISTS, Archive, find_archives
+from nacpipe.data.folders import is_hidden
 from nacpipe.data.lists import ImageList, read_list
 from nacpipe.data.unpack import BrokenArchive, unpack
 from nacpipe.errors import DownloadError, InputError, MissingExtra
@@ -201,7 +202,8 @@ def _choose_top(plan: DownloadPlan, lists: Lists, draft: Path) -> Path:
     OpenOOD unpacks an archive of images as it is. One that holds its own folder once more is told by the lists.
     """
     inner = draft / plan.target.name
-    if plan.archive.checkpoints or {path.name for path in draft.iterdir()} - {"__MACOSX"} != {inner.name}:
+    visible = {path.name for path in draft.iterdir() if not is_hidden(path.name)}
+    if plan.archive.checkpoints or visible != {inner.name}:
         return draft
     if plan.archive.name == LISTS:
         return inner

@@ -1,16 +1,18 @@
 """The images of a split by name: OpenOOD's image lists, and class folders as if they were lists.
 
-A list's lines are `path label`: the path below the split's image folder, the label an integer (−1 for OOD) or a Python
-dictionary with a `label`. Order is the list's order; nothing is shuffled, dropped or repeated.
+A list's lines are `path label`, split at the last blank (space or tab): the path below the split's image folder, the
+label an integer (−1 for OOD) or a Python dictionary with a `label`. Order is the list's order; nothing is shuffled,
+dropped or repeated.
 """
 
 from __future__ import annotations
 
 import ast
+import codecs
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -18,10 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.core.benchmarks import Benchmark, Split
+from nacpipe.core.metrics import find_wrong_labels
+from nacpipe.data.folders import SUFFIXES, list_folders, walk_images
 from nacpipe.errors import ImageError, InputError
 
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+BLANKS = " \t\r"  # around a line and between path and label; other white space may be part of a path
+_USUAL = re.compile(r"([^ \t\r\0]+) (-1|0|[1-9][0-9]{0,8})")  # read at once: lists have a million lines
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)")
+_BEFORE_DICTIONARY = re.compile(r"[ \t]+(?=\{)")
 OOD = -1
 
 
@@ -95,48 +101,113 @@ def parse_list(content: bytes, source: str) -> tuple[list[str], NDArray[np.int64
     """Return the paths and labels (rows,) of an image list.
 
     Raises:
-        ImageError: a line has another form, or its path leaves the image folder; names list and line.
+        ImageError: a line has another form, or its path leaves the image folder; names list, line and reason.
     """
     names: list[str] = []
     labels: list[int] = []
     for number, line in enumerate(read_lines(content, source), start=1):
-        name, _, label = line.strip().partition(" ")
-        label = label.strip()
         try:
-            value = int(label) if _INTEGER.fullmatch(label) and len(label) < 19 else _parse_label(label)
-            if abs(value) > 2**31:
-                raise ValueError
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            raise ImageError(f"line {number} of {source} is not 'path label': {line.strip()[:80]!r}") from None
-        if name[:1] == "/" or "\0" in name or (".." in name and ".." in PurePosixPath(name).parts):
+            name, label = _parse_line(line.strip(BLANKS))
+        except ValueError as error:
+            shown = line.strip(BLANKS)[:80]
+            raise ImageError(f"line {number} of {source} is not 'path label' ({error}): {shown!r}") from None
+        if name[:1] == "/" or (".." in name and ".." in PurePosixPath(name).parts):
             raise ImageError(f"line {number} of {source} leaves the image folder: {name[:80]!r}")
         names.append(name)
-        labels.append(value)
+        labels.append(label)
     if not names:
         raise ImageError(f"{source} lists no images")
     return names, np.asarray(labels, dtype=np.int64)
 
 
 def read_lines(content: bytes, source: str) -> list[str]:
-    """Return a list's lines, empty ones at the end dropped.
+    """Return a list's lines, without a byte-order mark and without the empty lines at the end.
 
     Raises:
-        ImageError: it is not text.
+        ImageError: a line is not UTF-8 text.
     """
+    text = content.removeprefix(codecs.BOM_UTF8)
     try:
-        lines = content.decode("utf-8").split("\n")
+        lines = text.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ImageError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    while lines and not lines[-1].strip():
+        line, byte = text.count(b"\n", 0, error.start) + 1, error.start + len(content) - len(text)
+        raise ImageError(f"line {line} of {source} is not UTF-8 text: {error.reason} at byte {byte}") from None
+    while lines and not lines[-1].strip(BLANKS):
         lines.pop()
     return lines
 
 
-def _parse_label(text: str) -> int:
-    label = ast.literal_eval(text)
-    value = label.get("label", OOD) if isinstance(label, dict) else label
+def check_labels(split: str, labels: NDArray[np.int64], classes: int, where: Callable[[int], str]) -> None:
+    """Refuse labels (rows,) of an ID or csid split that are no classes; those of OOD splits are not looked at.
+
+    Args:
+        split: the split's name.
+        labels: one for each image.
+        classes: of the benchmark.
+        where: row → how to name the image.
+
+    Raises:
+        InputError: counts the labels outside 0 … classes − 1 and names the first.
+    """
+    if split.startswith("ood/"):
+        return
+    if (wrong := find_wrong_labels(labels, classes)).size:
+        first = int(wrong[0])
+        raise InputError(
+            f"{split}: {wrong.size} of {labels.size} labels are outside 0 … {classes - 1}; the first is"
+            f" {labels[first]}, of {where(first)}; correct the labels, or the benchmark's number of classes"
+        )
+
+
+def _parse_line(line: str) -> tuple[str, int]:
+    """Return path and label of a line.
+
+    Raises:
+        ValueError: why it has none.
+    """
+    if usual := _USUAL.fullmatch(line):
+        return usual[1], int(usual[2])
+    if not line:
+        raise ValueError("it is empty")
+    if line[-1] == "}":
+        name, label = _split_dictionary(line)
+    elif (blank := max(line.rfind(" "), line.rfind("\t"))) < 0:
+        raise ValueError("no label")
+    else:
+        name, label = line[:blank].rstrip(BLANKS), _read_integer(line[blank + 1 :])
+    if "\0" in name:
+        raise ValueError("its path has a NUL character; is it UTF-16?")
+    if "\r" in name:
+        raise ValueError("its path has a carriage return; lines end in LF or CRLF")
+    if abs(label) > 2**31:
+        raise ValueError("its label is too large")
+    return name, label
+
+
+def _split_dictionary(line: str) -> tuple[str, int]:
+    for blanks in _BEFORE_DICTIONARY.finditer(line):
+        try:
+            found = ast.literal_eval(line[blanks.end() :])
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(found, dict):
+            value = found.get("label", OOD)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError("the 'label' of its dictionary is no integer")
+            return line[: blanks.start()], value
+    raise ValueError("no label: what ends in } is no dictionary")
+
+
+def _read_integer(text: str) -> int:
+    """Return the integer that a text is in Python."""
+    if _INTEGER.fullmatch(text) and len(text) < 19:
+        return int(text)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        value = None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError
+        raise ValueError(f"label {text[:40]!r} is no integer")
     return value
 
 
@@ -146,16 +217,21 @@ def _read_folders(benchmark: Benchmark, split: Split, root: Path) -> ImageList:
     names: list[str] = []
     labels: list[int] = []
     if split.name.startswith("ood/"):
-        names = sorted(_walk(folder, ""))
+        names += walk_images(folder).names
         labels = [OOD] * len(names)
     else:
-        classes = _class_names(benchmark, root) or tuple(_folders(folder))
-        for name in _folders(folder):
+        classes = _class_names(benchmark, root) or tuple(list_folders(folder))
+        reached: dict[str, str] = {}  # real path → path, of all classes
+        for name in list_folders(folder):
             if name not in classes:
                 raise InputError(f"{folder} has a class folder {name!r}, which is none of {_some(classes)}")
-            images = sorted(_walk(folder, name))
-            names += images
-            labels += [classes.index(name)] * len(images)
+            found = walk_images(folder / name)
+            for real, path in found.folders.items():
+                if real in reached:
+                    raise InputError(f"{path} and {reached[real]} are one folder, in two classes; remove a link")
+                reached[real] = path
+            names += [f"{name}/{image}" for image in found.names]
+            labels += [classes.index(name)] * len(found.names)
         if len(classes) != benchmark.classes:
             raise InputError(
                 f"{folder} has {len(classes)} class folders ({_some(classes)}), benchmark {benchmark.name} has"
@@ -180,20 +256,7 @@ def _class_names(benchmark: Benchmark, root: Path) -> tuple[str, ...]:
     folder = list_path(benchmark, train, root)
     if benchmark.class_names or train.kind != "folders" or not folder.is_dir():
         return benchmark.class_names
-    return tuple(_folders(folder))
-
-
-def _folders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-
-
-def _walk(folder: Path, below: str) -> Iterator[str]:
-    """Yield the image files under folder/below, as paths from `folder`, with forward slashes."""
-    for where, _, files in os.walk(folder / below):
-        for name in files:
-            if PurePosixPath(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                yield (Path(where) / name).relative_to(folder).as_posix()
+    return tuple(list_folders(folder))
 
 
 def _some(names: Iterable[str]) -> str:

@@ -46,7 +46,7 @@ def read_benchmark(path: Path) -> Benchmark:
     if path.stat().st_size > MAX_BYTES:
         raise InputError(f"benchmark file {path} is larger than {MAX_BYTES >> 20} MiB")
     try:
-        content = tomllib.loads(path.read_text("utf-8"))
+        content = tomllib.loads(path.read_text("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"benchmark file {path} is no TOML: {str(error).splitlines()[0][:200]}") from None
     return _benchmark(_Table(path, "", content))

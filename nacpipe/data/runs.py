@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+from nacpipe.data.folders import is_hidden
 from nacpipe.errors import CheckpointError
 
 BEST = "best.ckpt"
@@ -62,8 +63,8 @@ def _checkpoint(folder: Path) -> Path:
     for name in (BEST, ONLY):
         if (folder / name).is_file():
             return folder / name
-    files = (path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
-    found = sorted(path for path in files if not path.name.startswith("."))
+    visible = (path for path in folder.iterdir() if not is_hidden(path.name))
+    found = sorted(path for path in visible if path.suffix in _SUFFIXES and path.is_file())
     if not found and not re.fullmatch(_RUN, folder.name):
         raise CheckpointError(
             f"checkpoint {folder} is a folder without a checkpoint or run folders s0, s1, …; name a file"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nacpipe.core.benchmarks import Benchmark
-from nacpipe.data.lists import list_path, parse_list, read_lines
+from nacpipe.data.lists import BLANKS, check_labels, list_path, parse_list, read_lines
 from nacpipe.errors import ImageError, InputError
 
 
@@ -30,7 +30,7 @@ def plan_split(benchmark: Benchmark, root: Path, count: int, seed: int) -> Train
     count // classes go to sub_train, the others to main_train, classes one after another.
 
     Raises:
-        InputError: the benchmark has no train list to cut, or the count does not fit.
+        InputError: the benchmark has no train list to cut, a label is no class, or the count does not fit.
         ImageError: the list is not there or malformed.
     """
     train = benchmark.split("id/train")
@@ -45,7 +45,8 @@ def plan_split(benchmark: Benchmark, root: Path, count: int, seed: int) -> Train
         raise ImageError(f"there is no image list {path}; say where the data is with --data-root DIR")
     content = path.read_bytes()
     _, labels = parse_list(content, str(path))
-    lines = [line.strip() for line in read_lines(content, str(path))]
+    check_labels(train.name, labels, benchmark.classes, lambda row: f"line {row + 1} of {path}")
+    lines = [line.strip(BLANKS) for line in read_lines(content, str(path))]
     by_class: dict[int, list[str]] = {}
     for line, label in zip(lines, labels.tolist(), strict=True):
         by_class.setdefault(label, []).append(line)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nacpipe.core.benchmarks import Benchmark, Split
+from nacpipe.core.metrics import find_wrong_labels
 from nacpipe.data.lists import list_path, read_list
 
 
@@ -22,6 +23,10 @@ class SetStatus:
     """Listed images whose file is not there."""
     first: str = ""
     """The first missing file, or the list that is not there."""
+    wrong_labels: int = 0
+    """Images of an ID or csid split whose label is no class."""
+    first_wrong: str = ""
+    """The first of those labels, and its image."""
     apart: str = ""
     """Where images come from that are not looked for here: Python packages, or torchvision."""
 
@@ -37,6 +42,8 @@ class SetStatus:
             return self.apart
         if not self.images:
             return "no list"
+        if self.wrong_labels:
+            return "wrong labels"
         return "complete" if self.complete else "missing" if self.missing == self.images else "incomplete"
 
 
@@ -58,7 +65,13 @@ def _look(benchmark: Benchmark, split: Split, root: Path) -> SetStatus:
         path = list_path(benchmark, split, root)
         return SetStatus(split=split.name, source=split.source, images=0, missing=0, first=str(path))
     missing = listed.missing(range(len(listed.names)))
-    first = listed.where(missing[0]) if missing else ""
+    wrong = [] if split.name.startswith("ood/") else find_wrong_labels(listed.labels, benchmark.classes).tolist()
     return SetStatus(
-        split=split.name, source=listed.source, images=len(listed.names), missing=len(missing), first=first
+        split=split.name,
+        source=listed.source,
+        images=len(listed.names),
+        missing=len(missing),
+        first=listed.where(missing[0]) if missing else "",
+        wrong_labels=len(wrong),
+        first_wrong=f"{listed.labels[wrong[0]]}, of {listed.where(wrong[0])}" if wrong else "",
     )

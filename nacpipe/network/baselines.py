@@ -22,6 +22,7 @@ from pytorch_ood import detector as ood
 
 from nacpipe.cache import Cache, SplitView
 from nacpipe.core.baselines import MethodScores, choose_baselines, row_slices, why_no_logits
+from nacpipe.core.metrics import find_wrong_labels
 
 FIT_ROWS = 50_000  # images that a baseline learns from at most, evenly spaced over the split
 HELD = 2**24  # float32 numbers that a detector's intermediate array may have
@@ -179,6 +180,10 @@ def _fit(cache: Cache, baseline: Baseline, head: Head) -> tuple[Any, int]:
 
 
 def _check_enough(baseline: Baseline, head: Head, label: NDArray[np.int64]) -> None:
+    if (wrong := find_wrong_labels(label, head.classes)).size:
+        raise _CannotError(
+            f"{wrong.size} of {len(label)} labels of {baseline.fitted_on} are outside 0 … {head.classes - 1}"
+        )
     fewest = int(np.bincount(label, minlength=head.classes).min())
     if fewest < baseline.per_class:
         raise _CannotError(

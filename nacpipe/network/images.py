@@ -6,31 +6,27 @@ Order is the list's order; nothing is shuffled, dropped or repeated.
 from __future__ import annotations
 
 import hashlib
-import io
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
 from nacpipe.core.benchmarks import Benchmark, Split, Transform
 from nacpipe.core.subset import choose_balanced
-from nacpipe.data.lists import ImageList, read_list
+from nacpipe.data.lists import ImageList, check_labels, read_list
 from nacpipe.errors import ImageError, InputError
 from nacpipe.network import digits
+from nacpipe.network.image_file import read_image
 from nacpipe.network.vision import open_vision
-
-# Pillow goes by content, not by name, and hands PostScript to another program.
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +49,8 @@ class ImageSet:
     """Where the files are; None where the images are not in files of their own."""
     untouched: bool = False
     """Neither resized nor cropped, only normalised."""
+    one_thread: bool = False
+    """Read by one thread, in order: the data set may keep state from one image to the next."""
     choice: dict[str, Any] = field(default_factory=dict)
     """What else is part of the cache's identity: how `index` was chosen, torchvision's arguments."""
     notes: tuple[str, ...] = ()
@@ -61,6 +59,18 @@ class ImageSet:
     def identity(self) -> dict[str, Any]:
         """Return what the cache remembers of this set."""
         return {"list": self.source, "sha256": self.sha256, **self.choice}
+
+    def where(self, row: int) -> str:
+        """Return how to name the image at a position of the list."""
+        return f"number {row} of {self.source}" if self.listed is None else self.listed.where(row)
+
+    def check_labels(self, classes: int) -> None:
+        """Refuse labels that are none of the classes 0 … classes − 1; an OOD set's are not looked at.
+
+        Raises:
+            InputError: counts the wrong labels and names the first.
+        """
+        check_labels(self.name, self.labels, classes, self.where)
 
     def missing(self) -> list[int]:
         """Return the positions in the list of those samples to extract whose file is not there."""
@@ -91,13 +101,14 @@ def open_images(
 
     Raises:
         ImageError: the list is malformed, naming file and line.
+        InputError: a label of id/train is no class of the benchmark.
     """
     notes: list[str] = []
     source, listed, choice = split.source, None, dict[str, Any]()
     if benchmark.packaged:
         open_one, labels, sha256 = _packaged(source)
     elif split.kind == "torchvision":
-        vision = open_vision(split, data_root)
+        vision = open_vision(split, data_root, allow_truncated)
         open_one, labels, sha256 = vision.open, vision.labels, vision.sha256
         choice |= {"arguments": dict(split.arguments), "length": int(labels.size)}
     else:
@@ -110,31 +121,35 @@ def open_images(
             source = listed.source
     if split.untouched:
         choice["untouched"] = True
-    index = np.arange(labels.size)
-    if split.name == "id/train":
-        try:
-            index = choose_balanced(labels, benchmark.classes, train_images, train_seed)
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from None
-        choice |= {"images": train_images, "seed": train_seed}
-        if train_images < benchmark.classes:
-            notes.append(f"id/train: {train_images} images cannot cover {benchmark.classes} classes; chosen unbalanced")
-        elif index.size < train_images:
-            notes.append(
-                f"id/train: {index.size} of the {train_images} images asked for, the same number of each class"
-            )
-    return ImageSet(
+    images = ImageSet(
         name=split.name,
         source=source,
         sha256=sha256,
         open=open_one,
         labels=labels,
-        index=index,
+        index=np.arange(labels.size),
         listed=listed,
         untouched=split.untouched,
+        one_thread=split.kind == "torchvision",
         choice=choice,
         notes=tuple(notes),
     )
+    return _choose_training(images, benchmark, train_images, train_seed) if split.name == "id/train" else images
+
+
+def _choose_training(images: ImageSet, benchmark: Benchmark, count: int, seed: int) -> ImageSet:
+    """Choose as many images of every class; how is part of the set's identity."""
+    images.check_labels(benchmark.classes)
+    try:
+        index = choose_balanced(images.labels, benchmark.classes, count, seed)
+    except InputError as error:
+        raise InputError(f"{images.source}: {error}") from None
+    notes = images.notes
+    if count < benchmark.classes:
+        notes += (f"id/train: {count} images cannot cover {benchmark.classes} classes; chosen unbalanced",)
+    elif index.size < count:
+        notes += (f"id/train: {index.size} of the {count} images asked for, the same number of each class",)
+    return replace(images, index=index, choice={**images.choice, "images": count, "seed": seed}, notes=notes)
 
 
 _Opener = Callable[[int], Image.Image]
@@ -149,29 +164,6 @@ def _packaged(source: str) -> tuple[_Opener, NDArray[np.int64], str]:
 def _opener(listed: ImageList, allow_truncated: bool) -> _Opener:
     hint = "; --allow-truncated loads it as OpenOOD does"
     return lambda row: read_image(listed.file(row), listed.where(row), allow_truncated, hint)
-
-
-def read_image(path: Path, where: str, allow_truncated: bool = False, if_truncated: str = "") -> Image.Image:
-    """Read and decode an image file.
-
-    Raises:
-        ImageError: it is not there or cannot be read; `where` names it.
-    """
-    try:
-        image = Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS)
-        _load(image, allow_truncated)
-        return image
-    except FileNotFoundError:
-        raise ImageError(f"image is not there: {where}") from None
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        hint = if_truncated if "truncated" in str(error) else ""
-        what = re.sub(r" <_io.BytesIO object at \w+>", "", str(error) or type(error).__name__).splitlines()[0][:120]
-        raise ImageError(f"image cannot be read: {where}: {what}{hint}") from error
-
-
-def _load(image: Image.Image, allow_truncated: bool) -> None:
-    ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated  # Pillow's only switch; the same for the whole command
-    image.load()
 
 
 def build_transform(transform: Transform, untouched: bool = False) -> Callable[[Image.Image], Tensor]:
@@ -200,6 +192,8 @@ def load_batches(
 ) -> Iterator[Tensor]:
     """Yield one tensor (n, channels, height, width) per batch, in order, decoding ahead on `workers` threads.
 
+    A set that keeps state is read by one thread, in the order of the batches, whatever the number of workers.
+
     `pin` puts batches in page-locked memory, from which a GPU fetches them while it computes.
     """
 
@@ -213,6 +207,8 @@ def load_batches(
     if workers == 0:
         yield from map(decode, batches)
         return
+    if images.one_thread:
+        workers = 1
     waiting: deque[Future[Tensor]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:

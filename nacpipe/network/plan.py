@@ -120,7 +120,8 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         ranks: this process among those that share the cache.
 
     Raises:
-        InputError: an unknown benchmark, model, layer or split, or a file that is not there.
+        InputError: an unknown benchmark, model, layer or split, a file that is not there, or a label of an ID or csid
+            split that is no class of the benchmark.
         IdentityError: the cache was made from something else.
     """
     pin_arithmetic()
@@ -230,6 +231,7 @@ def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
             allow_truncated=request.allow_truncated,
         )
         if images is not None:
+            images.check_labels(benchmark.classes)
             sets.append(images)
             notes += images.notes
         elif split.optional and not request.splits:

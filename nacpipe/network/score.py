@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,10 +14,11 @@ from torch import Tensor
 
 from nacpipe.artifact import read_detector
 from nacpipe.core.benchmarks import BENCHMARKS, Benchmark, Transform
-from nacpipe.data.lists import SUFFIXES
+from nacpipe.data.folders import SUFFIXES, walk_images
 from nacpipe.errors import DetectorError, ImageError, InputError
 from nacpipe.network.detector import Detected, Detector, attach
-from nacpipe.network.images import build_transform, read_image
+from nacpipe.network.image_file import read_image
+from nacpipe.network.images import build_transform
 from nacpipe.network.load import load_network
 from nacpipe.network.memory import BatchRunner
 from nacpipe.network.models import find_model
@@ -87,19 +87,14 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     """Return files as they are given, and folders' images (by suffix, at any depth) in alphabetical order.
 
     Raises:
-        ImageError: a folder holds no image.
+        ImageError: a folder holds no image, cannot be read, or has a link that leads nowhere or back.
     """
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = [
-            Path(folder, name)
-            for folder, _, names in os.walk(path)
-            for name in names
-            if Path(name).suffix.lower() in SUFFIXES
-        ]
+        inside = [Path(path, name) for name in walk_images(path).names]
         if not inside:
             raise ImageError(f"there is no image in {path}; known endings: {', '.join(sorted(SUFFIXES))}")
         found += sorted(inside)

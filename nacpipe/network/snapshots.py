@@ -28,6 +28,7 @@ import nacpipe
 from nacpipe.cache import CacheWriter, Header
 from nacpipe.cache.layout import BLOCK_ROWS, check_layer_names
 from nacpipe.core.benchmarks import Transform
+from nacpipe.data.lists import check_labels
 from nacpipe.errors import InputError
 from nacpipe.network.layers import Measured, measure_layers, name_layers
 from nacpipe.network.load import Network, classifier_weights, wrap_network
@@ -79,7 +80,8 @@ class Snapshots:
         """Write the cache of one checkpoint and return where it is. Memory: one split's pooled numbers.
 
         Raises:
-            InputError: a layer is not in the network, a split has no images, or the network is random when evaluated.
+            InputError: a layer is not in the network, a split has no images, a label is none of its classes, or the
+                network is random when evaluated.
             CacheError: another cache is there already.
         """
         target = self.folder / f"step-{step:06}.zarr"
@@ -98,7 +100,9 @@ class Snapshots:
             model = wrapped.model
             with Taps(network, measured.layers, model.classifier, outputs=model.outputs) as taps:
                 for name, batches in self.splits.items():
-                    _write_split(writer, name, *_look(taps, batches, device, name))
+                    arrays, given = _look(taps, batches, device, name)
+                    check_labels(name, arrays["label"], measured.classes, lambda row: f"image {row} of its batches")
+                    _write_split(writer, name, arrays, given)
         return target
 
 

@@ -23,7 +23,7 @@ from nacpipe.cache import Cache, SplitView
 from nacpipe.core.columns import sort_columns
 from nacpipe.core.coverage import bin_edges, covered_area, layer_of, product_borders
 from nacpipe.core.kernels import count_sorted
-from nacpipe.core.metrics import accuracy, spearman
+from nacpipe.core.metrics import accuracy, find_wrong_labels, spearman
 from nacpipe.core.params import LayerParams
 from nacpipe.core.provenance import diff
 from nacpipe.errors import IdentityError, InputError, ParamsError
@@ -71,7 +71,8 @@ def rank_checkpoints(
             from the caches: csid sets, csid sets whose name ends in `_out`, and id/val.
 
     Raises:
-        InputError: no caches, accuracies that lack a checkpoint, or networks without logits.
+        InputError: no caches, accuracies that lack a checkpoint, networks without logits, or labels of a set with an
+            accuracy that are no classes.
         IdentityError: the caches are not of one training run, or their accuracies would be of different images.
         ParamsError: the layer is not in them.
     """
@@ -230,6 +231,13 @@ def _measure(caches: Sequence[Cache], names: Sequence[str]) -> dict[str, dict[st
     for cache in caches[1:]:
         _check_judges(caches[0], cache)
     kinds = _judges(caches[0])
+    for name in (name for sets in kinds.values() for name in sets):
+        label, classes = caches[0][name].label, caches[0].header.classes
+        if wrong := find_wrong_labels(label, classes).size:
+            raise InputError(
+                f"{wrong} of {label.size} labels of {name} in {caches[0].path} are outside 0 … {classes - 1}, so that"
+                " its accuracy would be wrong; give --accuracies FILE"
+            )
     return {
         name: {
             kind: float(np.mean([accuracy(cache[one].read("logits"), cache[one].label) for one in sets]))

@@ -16,6 +16,7 @@ from nacpipe.core.baselines import (
     row_slices,
     why_no_logits,
 )
+from nacpipe.core.metrics import find_wrong_labels
 from nacpipe.core.params import NacParams
 from nacpipe.errors import InputError
 from nacpipe.search.scoring import fit_coverage, has_classes, has_logits, outputs_of
@@ -100,6 +101,8 @@ def score_cache(
     if not has_logits(cache):
         empty = [*([] if has_classes(cache) else ["accuracy"]), *(name for name in plain if not plain[name].scores)]
         notes.append(f"{', '.join(empty)} are left empty: {why_no_logits(outputs_of(cache))}")
+    if has_classes(cache):
+        notes += _note_wrong_labels(cache, [split for split in splits if not split.startswith("ood/")])
     if unfinished := [name for name in cache if not cache.peek(name).sealed]:
         notes.append(
             f"not finished: {', '.join(unfinished)}; what needs them is left empty; finish with: {cache.command()}"
@@ -115,6 +118,19 @@ def score_cache(
         unfinished=list(reasons),
         note=". ".join(notes),
     )
+
+
+def _note_wrong_labels(cache: Cache, splits: Iterable[str]) -> list[str]:
+    """Say of ID splits how many labels are no classes; today's `extract` refuses them."""
+    classes, notes = cache.header.classes, []
+    for split in splits:
+        label = cache[split].label
+        if wrong := find_wrong_labels(label, classes).size:
+            notes.append(
+                f"{wrong} of {label.size} labels of {split} are outside 0 … {classes - 1}; accuracy counts them as"
+                " wrong"
+            )
+    return notes
 
 
 def score_logits(cache: Cache, splits: Iterable[str]) -> tuple[dict[str, MethodScores], dict[str, int]]:

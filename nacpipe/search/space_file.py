@@ -98,7 +98,7 @@ def _read_file(path: Path, layers: Sequence[str]) -> dict[str, Given]:
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES} bytes")
-        data = tomllib.loads(text.decode("utf-8"))
+        data = tomllib.loads(text.decode("utf-8-sig"))
     except FileNotFoundError:
         raise InputError(
             f"there is no space file {path}; name a file, or --space auto, wide, terms or published"

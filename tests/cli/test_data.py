@@ -34,8 +34,9 @@ def write_lists(root: Path, benchmark: str, rows: int = 20, images: bool = False
         if split.name == "id/subtrain":
             continue
         stem = (split.fallback or split.source).removesuffix(".txt")
-        classes = known.classes if split.name.startswith("id/") else 0
-        lines = [f"{stem}/{i}.png {i % classes if classes else -1}" for i in range(max(rows, classes))]
+        count = max(rows, known.classes if split.name.startswith("id/") else 0)
+        label = (lambda i: -1) if split.name.startswith("ood/") else (lambda i: i % known.classes)
+        lines = [f"{stem}/{i}.png {label(i)}" for i in range(count)]
         (lists / f"{stem}.txt").write_text("\n".join(lines))
         if images:
             (root / split.folder / stem).mkdir(parents=True)
@@ -67,9 +68,26 @@ def test_status_says_what_is_there_and_what_to_do(tmp_path: Path) -> None:
     found = json.loads(nacpipe("data", "status", "cifar100", "--data-root", root, "--json").stdout)
     row = next(row for row in found if row["split"] == "ood/far/mnist")
     assert row == {
-        "split": "ood/far/mnist", "list": "test_mnist.txt", "images": 20, "missing": 1, "state": "incomplete",
+        "split": "ood/far/mnist", "list": "test_mnist.txt", "images": 20, "missing": 1, "wrong_labels": 0,
+        "state": "incomplete",
     }  # fmt: skip
     assert "in Python packages" in nacpipe("data", "status", "digits").stdout
+
+
+def test_status_names_labels_that_are_no_classes(tmp_path: Path) -> None:
+    write_lists(tmp_path, "cifar10", images=True)
+    file = tmp_path / "benchmark_imglist/cifar10/test_cifar10.txt"
+    file.write_text(file.read_text().replace("3.png 3", "3.png 12").replace("7.png 7", "7.png -1"))
+    args = ("data", "status", "cifar10", "--data-root", str(tmp_path))
+    printed = nacpipe(*args)
+    assert printed.exit_code == 0
+    assert re.search(r"^id/test +test_cifar10\.txt +wrong labels +20$", printed.stdout, re.MULTILINE)
+    assert printed.stderr.splitlines()[0] == (
+        f"id/test: 4 of 20 labels are outside 0 … 9; the first is 12, of {tmp_path}/images_classic/test_cifar10/3.png"
+        f" (line 4 of {file})"
+    )
+    rows = json.loads(nacpipe(*args, "--json").stdout)
+    assert {row["split"]: row["wrong_labels"] for row in rows if row["wrong_labels"]} == {"id/test": 4}
 
 
 def test_split_train_writes_two_lists(tmp_path: Path) -> None:

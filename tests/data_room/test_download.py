@@ -147,6 +147,14 @@ def test_killed_while_unpacking_nothing_looks_whole(
     assert get(tmp_path, mirror, "cifar10") == []
 
 
+@pytest.mark.parametrize("beside", ["__MACOSX/tin/._val", ".DS_Store", "._tin"])
+def test_what_a_mac_adds_beside_the_one_folder_does_not_hide_it(tmp_path: Path, mirror: Any, beside: str) -> None:
+    files = {"tin/val/1.JPEG": b"1", "tin/val/2.JPEG": b"2", beside: b"0"}
+    mirror.files["tin.zip"] = pack(files)
+    assert get(tmp_path, mirror, "benchmark_imglist", "tin") == []
+    assert (tmp_path / "images_classic/tin/val/1.JPEG").read_bytes() == b"1"
+
+
 # --- what is there already --------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -40,21 +41,40 @@ def test_line_ends_and_empty_lines_at_the_end_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a.png 1\nb.png\n", r"^line 2 of list\.txt is not 'path label': 'b\.png'$"),
-        (b"a.png one\n", r"^line 1 of list\.txt is not 'path label': 'a\.png one'$"),
-        (b"a.png 1.5\n", r"^line 1 of list\.txt is not 'path label'"),
-        (b"a.png True\n", r"^line 1 of list\.txt is not 'path label'"),
-        (b"a.png {'label': '3'}\n", r"^line 1 of list\.txt is not 'path label'"),
-        (b"a.png 1\nb.png 2\n\nc.png 3\n", r"^line 3 of list\.txt is not 'path label': ''$"),
-        (b"a.png __import__('os').getcwd()\n", r"^line 1 of list\.txt is not 'path label'"),
-        (b"my picture.png 3\n", r"^line 1 of list\.txt is not 'path label'"),
+        (b"a.png 1\nb.png\n", r"^line 2 of list\.txt is not 'path label' \(no label\): 'b\.png'$"),
+        (b"a.png one\n", r"^line 1 of list\.txt is not 'path label' \(label 'one' is no integer\): 'a\.png one'$"),
+        (b"a.png 1.5\n", r"^line 1 of list\.txt is not 'path label' \(label '1\.5' is no integer\)"),
+        (b"a.png True\n", r"^line 1 of list\.txt is not 'path label' \(label 'True' is no integer\)"),
+        (
+            b"a.png {'label': '3'}\n",
+            r"^line 1 of list\.txt is not 'path label' \(the 'label' of its dictionary is no integer\): \"a\.png {'lab",
+        ),
+        (b"a.png {'label': True}\n", r"^line 1 of list\.txt is not 'path label' \(the 'label' of its dictionary is no"),
+        (b"a.png {'label' 3}\n", r"^line 1 of list\.txt is not 'path label' \(no label: what ends in } is no dictiona"),
+        (b"a{b}\n", r"^line 1 of list\.txt is not 'path label' \(no label: what ends in } is no dictionary\): 'a{b}'$"),
+        (b"a.png 1\nb.png 2\n\nc.png 3\n", r"^line 3 of list\.txt is not 'path label' \(it is empty\): ''$"),
+        (b"a.png 1\n\t \r\nc.png 3\n", r"^line 2 of list\.txt is not 'path label' \(it is empty\): ''$"),
+        (b"a.png __import__('os').getcwd()\n", r"^line 1 of list\.txt is not 'path label' \(label \"__import__\('os"),
+        (b"my picture.png\n", r"^line 1 of list\.txt is not 'path label' \(label 'picture\.png' is no integer\)"),
         (b"", r"^list\.txt lists no images$"),
         (b"\n \n", r"^list\.txt lists no images$"),
-        (b"a.png 1\n\xff.png 1\n", r"^list\.txt is not UTF-8 text: invalid start byte at byte 8$"),
+        (b"\xef\xbb\xbf\r\n", r"^list\.txt lists no images$"),
+        (b"a.png 1\n\xff.png 1\n", r"^line 2 of list\.txt is not UTF-8 text: invalid start byte at byte 8$"),
+        (b"\xef\xbb\xbfa.png 1\nb\xe9.png 1\n", r"^line 2 of list\.txt is not UTF-8 text: .* at byte 12$"),
+        ("a.png 1\n".encode("utf-16"), r"^line 1 of list\.txt is not UTF-8 text: invalid start byte at byte 0$"),
         (b"a.png 1\n../b.png 2\n", r"^line 2 of list\.txt leaves the image folder: '\.\./b\.png'$"),
         (b"a/../../b.png 2\n", r"^line 1 of list\.txt leaves the image folder: 'a/\.\./\.\./b\.png'$"),
+        (b"x y/../b.png\t2\n", r"^line 1 of list\.txt leaves the image folder: 'x y/\.\./b\.png'$"),
         (b"/etc/passwd 2\n", r"^line 1 of list\.txt leaves the image folder: '/etc/passwd'$"),
-        (b"a\x00.png 2\n", r"^line 1 of list\.txt leaves the image folder: 'a\\x00\.png'$"),
+        (b"../a {'label': 1}\n", r"^line 1 of list\.txt leaves the image folder: '\.\./a'$"),
+        (
+            b"a\x00.png 2\n",
+            r"^line 1 of list\.txt is not 'path label' \(its path has a NUL character; is it UTF-16\?\): 'a\\x00\.pn",
+        ),
+        (
+            b"a.png 1\rb.png 2\r",
+            r"^line 1 of list\.txt is not 'path label' \(its path has a carriage return; lines end in LF or CRLF\): ",
+        ),
     ],
 )
 def test_bad_lists_are_refused_by_line(content: bytes, message: str) -> None:
@@ -62,14 +82,21 @@ def test_bad_lists_are_refused_by_line(content: bytes, message: str) -> None:
         parse_list(content, "list.txt")
 
 
-@pytest.mark.parametrize("label", [b"99999999999999999999", b"{[]: 1}"])
-def test_odd_labels_are_refused_by_line_too(label: bytes) -> None:
-    with pytest.raises(ImageError, match=r"^line 1 of list\.txt is not 'path label'"):
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        (b"99999999999999999999", "its label is too large"),
+        (b"{'label': -99999999999}", "its label is too large"),
+        (b"{[]: 1}", "no label: what ends in } is no dictionary"),
+    ],
+)
+def test_odd_labels_are_refused_by_line_too(label: bytes, reason: str) -> None:
+    with pytest.raises(ImageError, match=rf"^line 1 of list\.txt is not 'path label' \({re.escape(reason)}\): "):
         parse_list(b"a.png " + label, "list.txt")
 
 
 def test_long_lines_are_cut_in_messages() -> None:
-    with pytest.raises(ImageError, match=r"'path label': 'x{80}'$"):
+    with pytest.raises(ImageError, match=r"'path label' \(no label\): 'x{80}'$"):
         parse_list(b"x" * 500, "list.txt")
 
 
@@ -80,10 +107,48 @@ def test_integers_are_pythons(label: bytes, value: int) -> None:
     assert parse_list(b"a.png " + label, "list.txt")[1].tolist() == [value]
 
 
-@pytest.mark.parametrize("label", ["01", "\u0661", "1.0", "--1", "-", "1 2", "[1]", "9" * 5000])
+@pytest.mark.parametrize("label", ["01", "\u0661", "1.0", "--1", "-", "1,2", "[1]", "9" * 5000])
 def test_what_is_no_integer_is_refused(label: str) -> None:
-    with pytest.raises(ImageError, match=r"^line 1 of list\.txt is not 'path label'"):
+    with pytest.raises(
+        ImageError, match=r"^line 1 of list\.txt is not 'path label' \(label '.{1,40}' is no integer\): "
+    ):
         parse_list(f"a.png {label}".encode(), "list.txt")
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "label"),
+    [
+        ("my picture.png 3", "my picture.png", 3),
+        ("my picture.png\t3", "my picture.png", 3),
+        ("my\tpicture.png \t 3\t ", "my\tpicture.png", 3),
+        ("a.png 1 2", "a.png 1", 2),
+        ("a  b.png  -1", "a  b.png", -1),
+        ("no\u00a0break.png 3", "no\u00a0break.png", 3),
+        ("\u3000wide.png 3", "\u3000wide.png", 3),  # white space, but no blank: part of the path
+        ("my picture.png {'label': 3, 'x': 1}", "my picture.png", 3),
+        ("my picture.png\t{'x': {'y z': 1}, 'label': 3}", "my picture.png", 3),
+        ("my {x} y.png {'label': 3}", "my {x} y.png", 3),
+        ("{x} 3", "{x}", 3),
+    ],
+)
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_last_blank_parts_path_and_label(line: str, name: str, label: int, end: str, mark: str) -> None:
+    names, labels = parse_list(f"{mark}{line}{end}".encode(), "list.txt")
+    assert (names, labels.tolist()) == ([name], [label])
+
+
+def test_a_list_of_another_editor_is_found_and_known_by_its_own_bytes(tmp_path: Path) -> None:
+    """A byte-order mark, CRLF, tabs and paths with blanks; the digest is that of the file as it is."""
+    touch(tmp_path, "images_classic/my pictures/a 1.png", "images_classic/b.png")
+    path = tmp_path / "benchmark_imglist/cifar10/val_cifar10.txt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content := b"\xef\xbb\xbfmy pictures/a 1.png\t3\r\nb.png 1\r\n\r\n")
+    listed = read_list(CIFAR10, CIFAR10.split("id/val"), tmp_path)
+    assert listed is not None
+    assert (listed.names, listed.labels.tolist()) == (["my pictures/a 1.png", "b.png"], [3, 1])
+    assert listed.missing(range(2)) == []
+    assert listed.sha256 == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("name", ["a..b/c.png", "..a/b.png", "a/...png"])

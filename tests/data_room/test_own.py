@@ -108,6 +108,12 @@ def test_the_root_is_the_files_own_folder_unless_said(tmp_path: Path) -> None:
     assert read_benchmark(write(tmp_path, GOOD.replace('"pictures"', '"/else/where"'))).root == "/else/where"
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_byte_order_mark_is_taken_away(tmp_path: Path, end: str) -> None:
+    (tmp_path / "marked.toml").write_bytes(b"\xef\xbb\xbf" + GOOD.strip().replace("\n", end).encode())
+    assert read_benchmark(tmp_path / "marked.toml") == read_benchmark(write(tmp_path, GOOD))
+
+
 WRONG = {  # what stands in the file instead → the complaint
     ('name = "mine"', ""): "name: is not there; it must be a name",
     ('name = "mine"', "name = 5"): "name: is 5; it must be a name",

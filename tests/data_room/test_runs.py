@@ -53,6 +53,11 @@ def test_each_run_has_its_cache(cache: str, named: str) -> None:
     assert name_run(cache, "s0") == named
 
 
+def test_what_a_mac_adds_is_no_checkpoint(tmp_path: Path) -> None:
+    touch(tmp_path, "s0/net.pth", "s0/._net.pth", "s1/a.ckpt", "s1/.a.ckpt.pth")
+    assert find_runs(tmp_path) == {"s0": tmp_path / "s0/net.pth", "s1": tmp_path / "s1/a.ckpt"}
+
+
 @pytest.mark.parametrize("name", ["ckpt.pth", "best.ckpt", "only.safetensors", "s3/best.ckpt"])
 def test_a_folder_of_one_checkpoint_is_that_checkpoint(tmp_path: Path, name: str) -> None:
     touch(tmp_path, name, "log.txt", "._a.pth")

@@ -88,3 +88,26 @@ def test_the_cut_lists_are_what_extraction_reads(lists: Path, tmp_path: Path) ->
     split = plan_split(CIFAR10, tmp_path, 2, seed=1)
     assert split.main.name == CIFAR10.split("id/train").source
     assert split.sub.name == CIFAR10.split("id/subtrain").source
+
+
+@pytest.mark.parametrize(("label", "line"), [(-1, 3), (10, 1)])
+def test_a_train_list_with_labels_that_are_no_classes_is_not_cut(
+    lists: Path, tmp_path: Path, label: int, line: int
+) -> None:
+    lines = TRAIN.splitlines()
+    lines[line - 1] = f"x.png {label}"
+    (lists / "train_cifar10.txt").write_text("\n".join(lines))
+    message = (
+        rf"^id/train: 1 of 9 labels are outside 0 … 9; the first is {label}, of line {line} of .*/train_cifar10\.txt"
+    )
+    with pytest.raises(InputError, match=message):
+        plan_split(CIFAR10, tmp_path, 2, seed=1)
+
+
+def test_a_list_of_another_editor_is_cut_line_by_line(lists: Path, tmp_path: Path) -> None:
+    """The byte-order mark stays with no line, a path keeps its blanks, and both lists are read again."""
+    text = TRAIN.replace("a.png", "my a.png").replace("\n", "\r\n")
+    (lists / "train_cifar10.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    write_split(plan_split(CIFAR10, tmp_path, 2, seed=1))
+    assert (lists / "sub_train_cifar10.txt").read_text() == SUB
+    assert (lists / "main_train_cifar10.txt").read_text() == MAIN.replace("a.png", "my a.png")

@@ -63,5 +63,32 @@ def test_a_bad_list_is_named(tmp_path: Path) -> None:
     lists = tmp_path / "benchmark_imglist/cifar100"
     lists.mkdir(parents=True)
     (lists / "val_tin.txt").write_text("a.png\n")
-    with pytest.raises(ImageError, match=r"^line 1 of .*val_tin\.txt is not 'path label': 'a\.png'$"):
+    with pytest.raises(ImageError, match=r"^line 1 of .*val_tin\.txt is not 'path label' \(no label\): 'a\.png'$"):
         survey(CIFAR100, tmp_path)
+
+
+def test_labels_that_are_no_classes_are_named(tmp_path: Path) -> None:
+    """Of ID and csid lists; an OOD list's labels mean nothing."""
+    lists = tmp_path / "benchmark_imglist/cifar10"
+    lists.mkdir(parents=True)
+    (tmp_path / "images_classic").mkdir()
+    (tmp_path / "images_classic/a.png").touch()
+    for name, text in {
+        "val_cifar10.txt": "a.png 0\na.png 10\na.png -1\n",
+        "test_cifar10.txt": "a.png 9\n",
+        "test_cifar10c.txt": "a.png 3\nb.png {'x': 1}\n",
+        "test_mnist.txt": "a.png 12\n",
+    }.items():
+        (lists / name).write_text(text)
+    found = {s.split: s for s in survey(find_benchmark("cifar10"), tmp_path)}
+    image = f"{tmp_path}/images_classic/a.png"
+    assert found["id/val"] == SetStatus(
+        split="id/val", source="val_cifar10.txt", images=3, missing=0, wrong_labels=2,
+        first_wrong=f"10, of {image} (line 2 of {lists}/val_cifar10.txt)",
+    )  # fmt: skip
+    assert {name: (s.state, s.wrong_labels, s.complete) for name, s in found.items() if s.images} == {
+        "id/val": ("wrong labels", 2, True),
+        "id/test": ("complete", 0, True),
+        "csid/cifar10c": ("wrong labels", 1, False),
+        "ood/far/mnist": ("complete", 0, True),
+    }

@@ -99,7 +99,11 @@ def test_without_main_train_the_train_list_is_used_and_said(tmp_path: Path) -> N
 
 def test_training_labels_out_of_range_name_the_list(tmp_path: Path) -> None:
     write_list(tmp_path, "main_train_cifar10.txt", "a.png 0\nb.png 10\n")
-    with pytest.raises(InputError, match=r"^main_train_cifar10\.txt: training labels must lie in 0 … 9; found 10$"):
+    message = (
+        r"^id/train: 1 of 2 labels are outside 0 … 9; the first is 10, of .*/b\.png \(line 2 of .*/main_train_cifar10\."
+        r"txt\); correct the labels, or the benchmark's number of classes$"
+    )
+    with pytest.raises(InputError, match=message):
         open_train(tmp_path, 2)
 
 

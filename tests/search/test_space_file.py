@@ -205,6 +205,11 @@ def test_refusals(read: Read, tmp_path: Path, text: str, message: str) -> None:
         read(text)
 
 
+def test_a_byte_order_mark_is_taken_away(read: Read) -> None:
+    text = "[layers.layer1]\nbins = 50\n"
+    assert read(b"\xef\xbb\xbf" + text.encode()) == read(text)
+
+
 def test_a_number_of_five_thousand_digits(read: Read) -> None:
     """Python itself will not print it."""
     for field in ("alpha", "bins"):
