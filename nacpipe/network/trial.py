@@ -97,20 +97,20 @@ def find_classifier(
     The weight is the effective one: that of a parametrised layer (weight or spectral normalisation) is computed.
     """
     reason = f"no linear layer in its forward pass has an input (n, d) and {logits.shape[1]} outputs"
-    wanted, narrow = logits.double().cpu(), torch.finfo(logits.dtype).eps
+    wanted, narrow = logits.cpu().double(), torch.finfo(logits.dtype).eps
     for path, features in reversed(list(inputs.items())):
         linear = network.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        weight = linear.weight.detach().double().cpu()
+        weight = linear.weight.detach().cpu().double()
         if features.dim() != 2 or weight.shape != (wanted.shape[1], features.shape[1]) or len(features) > len(wanted):
             continue
         rows = wanted[len(wanted) - len(features) :]  # the last of them, where the memory is short
         bias = torch.zeros(1) if linear.bias is None else linear.bias.detach()
-        terms, bias = features.double().cpu(), bias.double().cpu()
+        terms, bias = features.cpu().double(), bias.cpu().double()
         difference = float((terms @ weight.T + bias - rows).abs().max())
         # What float32 (or TF32) sums and the rounding of half types may make of it:
         size = float((terms.abs() @ weight.abs().T + bias.abs()).max())
-        rounding = (2e-3 if _sums_in_tf32(logits) else 1e-6) * size
+        rounding = (2e-3 if _sums_in_tf32(features.device) else 1e-6) * size
         if narrow > 1e-5:
             rounding += 2 * narrow * float(wanted.abs().max())
         if difference <= SAME * _spread(wanted) + rounding:
@@ -133,7 +133,7 @@ def name_outputs(outputs: Tensor) -> str:  # (n, classes)
 
 
 def _run(name: str, network: nn.Module, images: Tensor, classes: int | None) -> Tensor:
-    """Return the logits of images, (n, classes); of fewer at once where the memory is short."""
+    """Return the logits of images, (n, classes), on the CPU; of fewer at once where the memory is short."""
     run = BatchRunner(lambda part: _run_once(name, network, part, classes), images.device)
     return torch.cat(list(run(images)))
 
@@ -149,7 +149,7 @@ def _run_once(name: str, network: nn.Module, images: Tensor, classes: int | None
         ) from error
     floats = isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point()
     if floats and output.shape[0] == len(images) and classes in (None, output.shape[1]):
-        found: Tensor = output.detach().clone()
+        found: Tensor = output.detach().cpu().clone()  # where there is float64, which MPS has not
         return found
     what = type(output).__name__
     if isinstance(output, Tensor):
@@ -192,8 +192,8 @@ def _tolerance(outputs: Tensor) -> float:
     return max(SAME, 2 * torch.finfo(outputs.dtype).eps)
 
 
-def _sums_in_tf32(logits: Tensor) -> bool:
-    return logits.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+def _sums_in_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
 
 
 def _draw_images(like: Tensor, dtype: torch.dtype) -> Tensor:
