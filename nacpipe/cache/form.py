@@ -51,8 +51,9 @@ def root_problems(header: Header) -> Iterator[str]:
     for key in IDENTITY:
         if key not in header.identity:
             yield f"identity lacks {key}"
-    if "weights" in header.identity and not _is_sha256(header.identity["weights"]):
-        yield "identity.weights is no sha256"
+    for key in ("weights", "source"):
+        if key in header.identity and not _is_sha256(header.identity[key]):
+            yield f"identity.{key} is no sha256"
     transform = header.identity.get("transform")
     if transform is not None:
         for key in TRANSFORM:

@@ -64,8 +64,15 @@ class SplitView(Mapping[str, LayerView]):
 
     @property
     def images(self) -> Mapping[str, Any]:
-        """The image list's name and sha256, and for id/train how its samples were chosen."""
-        return dict(self.attributes.get("images", {}))
+        """The image list's name and sha256, and for id/train how its samples were chosen.
+
+        Raises:
+            CacheError: the attribute is damaged.
+        """
+        found = self.attributes.get("images", {})
+        if not isinstance(found, Mapping):
+            raise self._damaged("zarr.json", f"images is {str(found)[:40]!r}, not an object")
+        return dict(found)
 
     @cached_property
     def logits(self) -> ArrayView:

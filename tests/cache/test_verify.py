@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cache.repair import repair_cache
 from nacpipe.cache.verify import Damage, check_form, verify_cache
+from nacpipe.cli import main
 from nacpipe.errors import CacheError, FormatError
 
 SPLITS = {
@@ -300,6 +302,18 @@ def test_every_field_of_the_format_is_checked(
         open_cache(path)["id/val"]
 
 
+@pytest.mark.parametrize("images", ["a", 3, ["list"], None])
+def test_images_that_are_no_object_are_damage_in_words(path: Path, images: object) -> None:
+    edit(path / "id/val/zarr.json", images=images)
+    with pytest.raises(
+        CacheError, match=r"id/val/zarr\.json is damaged \(images is .*, not an object\); mend it with: nac"
+    ):
+        open_cache(path).peek("id/val").images  # noqa: B018
+    assert ("", "images names no list") in [(d.array, d.what) for d in check_form(open_cache(path))]
+    done = CliRunner().invoke(main, ["inspect", str(path)])
+    assert (done.exit_code, "id/val/zarr.json is damaged" in done.stderr) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -332,11 +346,13 @@ def test_what_only_a_writer_needs_is_told_by_the_validator(path: Path) -> None:
     file = path / "zarr.json"
     content = json.loads(file.read_text())
     del content["attributes"]["digest"]
-    content["attributes"]["identity"] = {"weights": "abc", "transform": {"crop": 3}, "outputs": "pixels"}
+    unfit = {"weights": "abc", "source": "net.py", "transform": {"crop": 3}, "outputs": "pixels"}
+    content["attributes"]["identity"] = unfit
     file.write_text(json.dumps(content))
     assert [d.what for d in check_form(open_cache(path))] == [
         *(f"identity lacks {key}" for key in ("benchmark", "architecture", "family", "dtype")),
         "identity.weights is no sha256",
+        "identity.source is no sha256",
         *(f"identity.transform lacks {key}" for key in ("resize", "mean", "std")),
         "identity.outputs is 'pixels', none of logits, features, probabilities, log-probabilities",
     ]

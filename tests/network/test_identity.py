@@ -24,7 +24,7 @@ from nacpipe.network.extract import extract
 from nacpipe.network.load import blank_network, load_network
 from nacpipe.network.models import find_model
 from nacpipe.network.plan import plan_extraction
-from nacpipe.network.request import ExtractRequest, uses_tf32
+from nacpipe.network.request import ExtractRequest, pin_arithmetic, uses_tf32
 from nacpipe.network.score import prepare
 from nacpipe.network.source import hash_source
 from nacpipe.search.export import export_detector
@@ -260,6 +260,25 @@ def test_rounded_products_are_noticed(turn: Callable[[bool], None]) -> None:
     finally:
         turn(False)
     assert not uses_tf32(CPU)
+
+
+@pytest.mark.parametrize("turn", [
+    lambda on: torch.set_float32_matmul_precision("high" if on else "highest"),
+    lambda on: setattr(torch.backends.cuda.matmul, "allow_tf32", on),
+    lambda on: setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32" if on else "none"),
+])  # fmt: skip
+def test_tf32_is_noticed_where_a_networks_file_turns_it_on(turn: Callable[[bool], None]) -> None:
+    """The flags can be read without such a device."""
+    cuda = torch.device("cuda")
+    pin_arithmetic()
+    assert not uses_tf32(cuda)
+    try:
+        turn(True)
+        assert uses_tf32(cuda)
+    finally:
+        turn(False)
+    assert not uses_tf32(cuda)
+    assert not uses_tf32(torch.device("mps"))
 
 
 @pytest.mark.parametrize("more", [{}, {"channels_last": True}])
