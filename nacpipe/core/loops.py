@@ -223,8 +223,7 @@ def walk_rows(products, borders, counts, saturation, filled):  # type: ignore[no
             size = borders.size - 1  # bin k: borders[k] ≤ x < borders[k + 1], borders[0] = −∞
             while size > 1:
                 half = size >> 1
-                if borders[low + half] <= x:
-                    low += half
+                low += half * (borders[low + half] <= x)  # no branch: which way it goes cannot be foreseen
                 size -= half
             total += min(counts[neuron, low], saturation)
         filled[s] = total
