@@ -77,7 +77,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], cache: Path, what: str) -> None:
-    """One line after what the plan says, exit code 1, and what is there is whole; id/train may have been done before."""
+    """One line after what the plan says, exit code 1, and what is there is whole. id/train may be done."""
     assert (done.returncode, done.stdout) == (1, "")
     note, *lines = done.stderr.splitlines()
     assert note.startswith("images are prepared by the benchmark digits: resize 28 ")
