@@ -46,10 +46,10 @@ class Ready:
     detector: Detector
     transform: Transform
     device: torch.device
-    notes: tuple[str, ...]
-    """What to say aloud of the network's weights."""
     predicts: bool
     """Whether the network's outputs are classes' logits or probabilities."""
+    notes: tuple[str, ...] = ()
+    """What to say aloud of the network's weights."""
 
 
 def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str) -> Ready:
@@ -80,7 +80,7 @@ def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str)
     except DetectorError as error:
         raise DetectorError(f"{file}: {error}") from None
     predicts = exported.identity.get("outputs", "logits") != "features"
-    return Ready(detector, exported.transform, network.device, network.notes, predicts)
+    return Ready(detector, exported.transform, network.device, predicts, network.notes)
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
