@@ -47,10 +47,10 @@ class Ready:
     detector: Detector
     transform: Transform
     device: torch.device
-    notes: tuple[str, ...]
-    """What to say aloud of the network's weights."""
     predicts: bool
     """Whether the network's outputs are classes' logits or probabilities."""
+    notes: tuple[str, ...] = ()
+    """What to say aloud of the network's weights."""
 
 
 def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str) -> Ready:
@@ -87,7 +87,7 @@ def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str)
             " its scores are right only where the network computes the same"
         )
     predicts = exported.identity.get("outputs", "logits") != "features"
-    return Ready(detector, exported.transform, network.device, tuple(notes), predicts)
+    return Ready(detector, exported.transform, network.device, predicts, tuple(notes))
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
