@@ -206,20 +206,6 @@ def test_pickle_is_named_only_to_catch_its_errors() -> None:
 # --- sizes and docstrings ---------------------------------------------------------------------------------------------
 
 
-LONG = {
-    "network/layers.py",
-    "network/taps.py",
-    "cache/append.py",
-    "search/study.py",
-}  # one noun each: no good place to cut
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_file_past_300_lines_wants_a_second_room(path: Path) -> None:
-    name = path.relative_to(ROOT / "nacpipe").as_posix()
-    assert (len(path.read_text("utf-8").splitlines()) > 300) == (name in LONG)
-
-
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.name)
 def test_stages_are_doors(path: Path) -> None:
     assert len(path.read_text("utf-8").splitlines()) <= 25

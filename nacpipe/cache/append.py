@@ -284,7 +284,7 @@ def _remedy(stored: Mapping[str, Any], differences: Sequence[str]) -> str:
     differ = {phrase.split(":")[0] for phrase in differences}
     arithmetic = stored.get("arithmetic", {})
     known = {
-        "arithmetic.device": f"--device {arithmetic.get('device')}",
+        "arithmetic.device": f"--device {shlex.quote(str(arithmetic.get('device')))}",
         "arithmetic.memory_format": f"--{str(arithmetic.get('memory_format')).replace('_', '-')}",
         "arithmetic.tf32": f"TF32 (torch.backends, in the network's file) {'on' if arithmetic.get('tf32') else 'off'}",
         "source": "the network's file, and what it imports from its folder, as they were",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -117,5 +118,5 @@ def _remark(layer: Tappable) -> str:
 
     remarks = [f"the last of {layer.runs} runs"] if layer.runs > 1 else []
     if layer.name in RESERVED:
-        remarks.append(f"--layers {free_name(layer.name)}={layer.name}")
+        remarks.append(f"--layers {shlex.quote(f'{free_name(layer.name)}={layer.name}')}")
     return "; ".join(remarks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -191,7 +192,7 @@ def _recognise(model: Model, file: Path) -> _Chosen:
     claimed = [name for name, weights in model.weights.items() if named and weights.sha256 == named]
     notes = [
         f"{file} is called like {name}'s file, but its content is another; if it holds those weights, give"
-        f" --weights-transform {name}"
+        f" --weights-transform {shlex.quote(name)}"
         for name in claimed
     ]
     return _Chosen(str(file), Weights(read), notes=tuple(notes))

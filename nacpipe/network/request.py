@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +193,7 @@ def name_device(name: str, local: int, local_world: int) -> str:
     if index:
         raise InputError(
             f"device {name!r} is one GPU, and {local_world} processes of this machine would share it; give --device"
-            f" {kind}, which gives each its own"
+            f" {shlex.quote(kind)}, which gives each its own"
         )
     return f"{kind}:{local}"
 

@@ -167,7 +167,7 @@ def test_a_file_that_is_no_journal_may_be_a_database(cache: str) -> None:
 
 
 def test_a_layer_that_is_not_there(cache: str) -> None:
-    for layer, quoted in (("a b", "'a b'"), ("x'y", "'x'\"'\"'y'"), ("layer9", "layer9")):
+    for layer, quoted in (("a;b", "'a;b'"), ("x'y", "'x'\"'\"'y'"), ("layer9", "layer9")):
         done = nacpipe("search", cache, "--layers", layer)
         assert done.stderr.endswith(f"extract it into another cache with --layers {quoted}\n")
 
@@ -237,7 +237,7 @@ def test_data_and_layers_quote_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 # What is named and not to be pasted: an option with the value that it was given.
 NAMED = {"cli/evaluate.py: text", "search/study.py: request.sampler", "network/digits_train.py: seed"}
-NAMED |= {"network/digits_train.py: epochs"}
+NAMED |= {"network/digits_train.py: epochs", "network/plan.py: request.block_rows"}
 
 
 def interpolated(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:

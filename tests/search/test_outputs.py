@@ -16,9 +16,10 @@ from nacpipe.artifact import write_params
 from nacpipe.cache import Cache
 from nacpipe.cache.form import root_problems
 from nacpipe.cli import main
-from nacpipe.core.baselines import OUTPUTS, as_logits, energy, msp, why_no_logits
+from nacpipe.core.baselines import OUTPUTS, as_logits, why_no_logits
 from nacpipe.core.exported import Exported
 from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.core.plain_scores import energy, msp
 from nacpipe.errors import DetectorError, InputError, ParamsError
 from nacpipe.search.evaluate import evaluate
 from nacpipe.search.export import export_detector
