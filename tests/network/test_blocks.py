@@ -107,14 +107,15 @@ def test_a_shard_is_written_at_once(open_request: ExtractRequest, monkeypatch: p
 def test_the_second_of_two_batches_of_the_real_size_is_timed(
     open_request: ExtractRequest, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
-    run, seen, clock = extraction._run, list[tuple[int, ...]](), [0.0]
+    seen, clock = list[tuple[int, ...]](), [0.0]
 
-    def slow(taps: Any, images: Any, device: Any) -> Any:
-        seen.append((*images.shape, images.unique().numel() > 100))
-        clock[0] += 40.0 if len(seen) == 1 else 2.0  # the first compiles, allocates, …
-        return run(taps, images, device)
+    class Slow(extraction.BatchRunner[Any]):
+        def __call__(self, images: Any) -> Any:
+            seen.append((*images.shape, images.unique().numel() > 100))
+            clock[0] += 40.0 if len(seen) == 1 else 2.0  # the first compiles, allocates, …
+            return super().__call__(images)
 
-    monkeypatch.setattr(extraction, "_run", slow)
+    monkeypatch.setattr(extraction, "BatchRunner", Slow)
     monkeypatch.setattr(extraction.time, "perf_counter", lambda: clock[0])
     plan = choose_blocks(plan_extraction(replace(open_request, **more)))
     size = plan.request.batch_size

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from nacpipe.network.baselines import NO_CLASSIFIER, score_baselines
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from nacpipe.cache import open_cache
 from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.core.plain_scores import gen
 from nacpipe.errors import IdentityError, InputError
 from nacpipe.network.detector import Detector
 from nacpipe.network.extract import extract
@@ -27,6 +27,7 @@ from nacpipe.network.request import ExtractRequest
 from nacpipe.network.snapshots import Snapshots
 from nacpipe.network.taps import Taps, freeze
 from nacpipe.network.trial import Trial, run_trial
+from nacpipe.search.baselines import NO_CLASSIFIER, score_baselines
 from tests.network.test_taps import by_definition, spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -337,9 +338,8 @@ def test_probabilities_are_said_and_their_gradient_is_the_definitions(
     rows = np.exp(logits) if function == "log_softmax" else logits
     np.testing.assert_allclose(rows.sum(axis=1), 1, rtol=1e-5)
     found = score_baselines(open_cache(plan.request.cache), ["GEN", "ViM"], ["id/val"])
-    assert {scores.reasons["id/val"] for scores in found.values()} == {
-        f"what this network gives are {outputs}, not logits"
-    }
+    assert found["ViM"].reasons["id/val"] == f"what this network gives are {outputs}, not logits"
+    np.testing.assert_allclose(found["GEN"].scores["id/val"], gen(np.log(rows)), rtol=1e-6)  # of probabilities alone
 
 
 def test_a_probability_of_zero_has_a_finite_gradient() -> None:
