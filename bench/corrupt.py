@@ -28,9 +28,9 @@ from click.testing import CliRunner
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cli import main as nacpipe
-from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import NacError
-from nacpipe.search.scoring import score_splits
+from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.scoring.coverage import score_splits
 
 PARAMS = NacParams(layers={name: LayerParams(bins=20, saturation=5, alpha=0.5) for name in ("avgpool", "layer1")})
 

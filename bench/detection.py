@@ -19,11 +19,11 @@ from pathlib import Path
 import pandas as pd
 
 from nacpipe.cache import open_cache
-from nacpipe.search.evaluate import evaluate
-from nacpipe.search.objective import Objective
-from nacpipe.search.result import SearchRequest
-from nacpipe.search.study import Search
-from nacpipe.search.sweep import run
+from nacpipe.evaluation.evaluate import evaluate
+from nacpipe.tuning.objective import Objective
+from nacpipe.tuning.request import SearchRequest
+from nacpipe.tuning.runner import run
+from nacpipe.tuning.study import Search
 
 
 def means(frame: pd.DataFrame, method: str) -> tuple[float, float]:

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from taps import bare, forward, measure, specs
 
-from nacpipe.core.columns import sort_columns
-from nacpipe.core.coverage import bin_edges, product_borders
-from nacpipe.core.exported import ExportedLayer
-from nacpipe.core.kernels import count_sorted
-from nacpipe.core.params import LayerParams
-from nacpipe.network.detector import Detector, select_products
-from nacpipe.network.models import find_model
-from nacpipe.network.taps import Tapped, Taps, freeze
+from nacpipe.detector.exported import ExportedLayer
+from nacpipe.detector.module import Detector, select_products
+from nacpipe.method.coverage import bin_edges, product_borders
+from nacpipe.method.kernels import count_sorted
+from nacpipe.method.params import LayerParams
+from nacpipe.method.sorted_index import sort_columns
+from nacpipe.networks.models import find_model
+from nacpipe.networks.taps import Tapped, Taps, freeze
 
 BINS = {"avgpool": 2000, "layer3": 1000, "layer2": 200, "layer1": 50}
 TRAIN = 1000

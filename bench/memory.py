@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nacpipe.network.resnets import CifarResNet
+from nacpipe.networks.architectures.resnets import CifarResNet
 
 
 def peak_mib(root: Path, weights: Path, rows: int) -> float:

@@ -14,8 +14,8 @@ import json
 from pathlib import Path
 
 from nacpipe.cache import open_cache
-from nacpipe.core.params import NacParams
-from nacpipe.search.evaluate import evaluate
+from nacpipe.evaluation.evaluate import evaluate
+from nacpipe.method.params import NacParams
 
 PREFIX = "id-test against ood-"
 

@@ -29,9 +29,9 @@ CLASSES, FEATURES, BLOCK = 10, 512, 512
 CHILD = """
 import sys, time
 from nacpipe.cache import open_cache
-from nacpipe.core.params import LayerParams, NacParams
-from nacpipe.search.evaluate import evaluate
-from nacpipe.search.scored import evaluated_splits
+from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.evaluation.evaluate import evaluate
+from nacpipe.evaluation.method_scores import evaluated_splits
 
 path, warm, names = sys.argv[1:]
 params = NacParams(layers={name: LayerParams(bins=500, saturation=50, alpha=1.0) for name in
@@ -40,7 +40,7 @@ params = NacParams(layers={name: LayerParams(bins=500, saturation=50, alpha=1.0)
 def run(path):
     cache, more = open_cache(path), {}
     if names:
-        from nacpipe.search.baselines import score_baselines
+        from nacpipe.evaluation.baselines import score_baselines
         more = score_baselines(cache, names.split(","), evaluated_splits(cache))
     return evaluate(cache, params, more=more)
 

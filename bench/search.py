@@ -30,13 +30,13 @@ from detection import means
 
 from nacpipe.artifact import read_params
 from nacpipe.cache import open_cache
-from nacpipe.core.params import LayerParams, NacParams
-from nacpipe.search.evaluate import evaluate
-from nacpipe.search.objective import Checks
-from nacpipe.search.result import SearchRequest
-from nacpipe.search.space import Interval
-from nacpipe.search.storage import open_storage
-from nacpipe.search.study import Search
+from nacpipe.evaluation.evaluate import evaluate
+from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.tuning.objective import Checks
+from nacpipe.tuning.request import SearchRequest
+from nacpipe.tuning.space import Interval
+from nacpipe.tuning.storage import open_storage
+from nacpipe.tuning.study import Search
 
 COLUMNS = "seed      seconds   on all cores   trials   val AUROC   FPR@95   subtrain AUROC    near     far   (%)"
 Times = tuple[float, float]

@@ -25,10 +25,10 @@ import optuna
 from trial import SIZES, Layer, draw_products, score_plainly
 
 from nacpipe.cache import CacheWriter, Header, LayerSpec
-from nacpipe.core.metrics import auroc
-from nacpipe.core.params import LayerParams
-from nacpipe.core.published import GRIDS, PUBLISHED
-from nacpipe.search.storage import open_storage
+from nacpipe.method.metrics import auroc
+from nacpipe.method.params import LayerParams
+from nacpipe.method.published import GRIDS, PUBLISHED
+from nacpipe.tuning.storage import open_storage
 
 KEY, BLOCK, PLAIN = ("cifar10", "resnet"), 512, 10
 

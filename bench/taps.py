@@ -5,7 +5,7 @@
 From tensors in to pooled arrays out, the sides taken in turn, medians of the ratios round by round:
 
     loop      one torch.autograd.grad per layer, everything recorded (as the authors do; their network in float32)
-    ours      nacpipe.network.taps.Taps, the same memory format
+    ours      nacpipe.networks.taps.Taps, the same memory format
     ours cl   the same with channels-last on our side alone
     bare      a forward pass and one backward pass to the first tapped layer, nothing pooled
     forward   a forward pass that records nothing
@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from nacpipe.cache import LayerSpec
-from nacpipe.network.models import find_model
-from nacpipe.network.taps import POOLINGS, Taps, find_direct, freeze
+from nacpipe.networks.models import find_model
+from nacpipe.networks.taps import POOLINGS, Taps, find_direct, freeze
 
 
 def specs(model: str, names: tuple[str, ...]) -> list[LayerSpec]:

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nacpipe.core.columns import Index, index_columns
-from nacpipe.core.coverage import bin_edges, combine_layers, layer_score, product_borders
-from nacpipe.core.kernels import fill_ranked
-from nacpipe.core.metrics import auroc
-from nacpipe.core.params import LayerParams
-from nacpipe.core.published import PUBLISHED
+from nacpipe.method.coverage import bin_edges, combine_layers, layer_score, product_borders
+from nacpipe.method.kernels import fill_ranked
+from nacpipe.method.metrics import auroc
+from nacpipe.method.params import LayerParams
+from nacpipe.method.published import PUBLISHED
+from nacpipe.method.sorted_index import Index, index_columns
 
 Floats = NDArray[np.float32]
 Times = tuple[float, float]

@@ -14,37 +14,37 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nacpipe.artifact import read_params, write_params
     from nacpipe.cache import Cache, open_cache
-    from nacpipe.core.metrics import detect
-    from nacpipe.core.params import LayerParams, NacParams
+    from nacpipe.detector.module import load_detector
     from nacpipe.errors import NacError
-    from nacpipe.network.detector import load_detector
-    from nacpipe.search.bootstrap import add_confidence, compare_methods
-    from nacpipe.search.evaluate import evaluate, evaluate_runs
-    from nacpipe.search.samples import save_scores
-    from nacpipe.search.scored import score_cache
-    from nacpipe.search.scoring import score_splits
-    from nacpipe.search.tables import tabulate
+    from nacpipe.evaluation.bootstrap import add_confidence, compare_methods
+    from nacpipe.evaluation.evaluate import evaluate, evaluate_runs
+    from nacpipe.evaluation.method_scores import score_cache
+    from nacpipe.evaluation.score_files import save_scores
+    from nacpipe.evaluation.tables import tabulate
+    from nacpipe.method.metrics import detect
+    from nacpipe.method.params import LayerParams, NacParams
+    from nacpipe.scoring.coverage import score_splits
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Cache": "nacpipe.cache",
     "open_cache": "nacpipe.cache",
-    "LayerParams": "nacpipe.core.params",
-    "NacParams": "nacpipe.core.params",
-    "detect": "nacpipe.core.metrics",
+    "LayerParams": "nacpipe.method.params",
+    "NacParams": "nacpipe.method.params",
+    "detect": "nacpipe.method.metrics",
     "read_params": "nacpipe.artifact",
     "write_params": "nacpipe.artifact",
-    "score_splits": "nacpipe.search.scoring",
-    "evaluate": "nacpipe.search.evaluate",
-    "evaluate_runs": "nacpipe.search.evaluate",
-    "score_cache": "nacpipe.search.scored",
-    "tabulate": "nacpipe.search.tables",
-    "add_confidence": "nacpipe.search.bootstrap",
-    "compare_methods": "nacpipe.search.bootstrap",
-    "save_scores": "nacpipe.search.samples",
+    "score_splits": "nacpipe.scoring.coverage",
+    "evaluate": "nacpipe.evaluation.evaluate",
+    "evaluate_runs": "nacpipe.evaluation.evaluate",
+    "score_cache": "nacpipe.evaluation.method_scores",
+    "tabulate": "nacpipe.evaluation.tables",
+    "add_confidence": "nacpipe.evaluation.bootstrap",
+    "compare_methods": "nacpipe.evaluation.bootstrap",
+    "save_scores": "nacpipe.evaluation.score_files",
     "NacError": "nacpipe.errors",
-    "load_detector": "nacpipe.network.detector",
+    "load_detector": "nacpipe.detector.module",
 }
 
 __all__ = [

@@ -25,11 +25,11 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from nacpipe.core.address import is_url
-from nacpipe.core.exported import Exported
-from nacpipe.core.params import NacParams
-from nacpipe.core.text import command_line
+from nacpipe.address import is_url
+from nacpipe.detector.exported import Exported
 from nacpipe.errors import DetectorError, InputError, ParamsError
+from nacpipe.method.params import NacParams
+from nacpipe.text import command_line
 
 NEW_FILE = 0o666  # from which the kernel takes what the umask says; tempfile's files would be the owner's alone
 MAX_BYTES = 16 * 2**20  # a parameter file is a few kB; more is a mistake

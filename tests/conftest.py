@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
 
+pytest_plugins = ["tests.cifar_root"]  # a data root, weights and a finished extraction
+
 settings.register_profile("here", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
@@ -37,15 +39,28 @@ def load_bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """The function that loads a script of bench/ by path: bench/ is not a package."""
 
     def load(name: str) -> ModuleType:
-        path = Path(__file__).resolve().parents[1] / "bench" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look there
-        spec.loader.exec_module(module)
+        module = load_script("bench", name)
+        monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look there
         return module
 
     return load
+
+
+@pytest.fixture(scope="session")
+def digits_train() -> ModuleType:
+    """The script that trains the packaged network."""
+    return load_script("tools", "train_digits")
+
+
+def load_script(folder: str, name: str) -> ModuleType:
+    """Load a script of a folder that is not a package."""
+    path = Path(__file__).resolve().parents[1] / folder / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nacpipe.artifact import MAX_BYTES, beside_cache, check_writable, read_params, read_section, write_params
-from nacpipe.core.params import LayerParams, NacParams
 from nacpipe.errors import InputError, ParamsError
+from nacpipe.method.params import LayerParams, NacParams
 
 PARAMS = NacParams(
     layers={

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
+from nacpipe.benchmarks import digits
+from nacpipe.benchmarks.digits import LETTERS, SETS, SPLITS, load_set
 from nacpipe.errors import InputError, MissingExtra
-from nacpipe.network import digits, digits_cnn, digits_train
-from nacpipe.network.digits import LETTERS, SETS, SPLITS, load_set
-from nacpipe.network.digits_cnn import DigitsCNN
+from nacpipe.networks.architectures import digits_cnn
+from nacpipe.networks.architectures.digits_cnn import DigitsCNN
 
 WEIGHTS = Path(digits_cnn.__file__).with_name("digits_cnn.safetensors")
 

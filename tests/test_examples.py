@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from nacpipe.artifact import write_params
 from nacpipe.cache import Cache
 from nacpipe.cli import main
-from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.method.params import LayerParams, NacParams
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -29,15 +29,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nacpipe.artifact import read_params
+from nacpipe.benchmarks.folders import is_hidden, walk_images
+from nacpipe.benchmarks.lists import check_labels, parse_list
+from nacpipe.benchmarks.toml import read_benchmark
 from nacpipe.cache import Cache, open_cache
-from nacpipe.cache.seal import split_digest
+from nacpipe.cache.digest import split_digest
+from nacpipe.cache.identity import fingerprint
 from nacpipe.cli import main
-from nacpipe.core.provenance import fingerprint
-from nacpipe.data.folders import is_hidden, walk_images
-from nacpipe.data.lists import check_labels, parse_list
-from nacpipe.data.own import read_benchmark
 from nacpipe.errors import FormatError, ImageError, InputError, NacError, ParamsError
-from nacpipe.network.image_file import read_image
+from nacpipe.extraction.image_file import read_image
 
 EXAMPLES = int(os.environ.get("NACPIPE_FUZZ", "40"))
 fuzzed = settings(
@@ -527,7 +527,7 @@ def test_any_benchmark_of_folders_is_walked_or_refused(data: st.DataObject) -> N
             cache = ["--cache", str(place / "c.zarr"), "--train-images", "3"]
             invoke("extract", toml, "--model", f"{place / 'net.py'}:build", *cache, "--dry-run")
         with contextlib.suppress(ImageError):
-            from nacpipe.network.score import find_images
+            from nacpipe.detector.predict import find_images
 
             assert all(path.is_relative_to(place) for path in find_images([place]))
 
@@ -568,10 +568,10 @@ def test_any_checkpoint_is_loaded_or_refused(tmp_path: Path, data: st.DataObject
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
-    from nacpipe.core.benchmarks import find_benchmark
-    from nacpipe.network.digits_cnn import DigitsCNN
-    from nacpipe.network.load import load_network
-    from nacpipe.network.models import find_model
+    from nacpipe.benchmarks.standard import find_benchmark
+    from nacpipe.networks.architectures.digits_cnn import DigitsCNN
+    from nacpipe.networks.build import load_network
+    from nacpipe.networks.models import find_model
 
     state: dict[Any, Any] = dict(DigitsCNN().state_dict())
     for _ in range(data.draw(st.integers(0, 3), label="changes")):

@@ -250,7 +250,14 @@ import sys
 for name in ("torch", "torchvision", "PIL"):
     sys.modules[name] = None
 import nacpipe
-from nacpipe.search import evaluate, explain, export, inspection, rank, scoring, study, sweep
+from nacpipe.evaluation import evaluate
+from nacpipe.tuning import explain
+from nacpipe.detector import export
+from nacpipe.evaluation import inspection
+from nacpipe.evaluation import model_selection as rank
+from nacpipe.scoring import coverage as scoring
+from nacpipe.tuning import study
+from nacpipe.tuning import runner as sweep
 for args in (["search", sys.argv[1], "--trials", "3", "--storage", "s.log", "--output", "p.json"],
              ["evaluate", sys.argv[1], "--params", "p.json"], ["inspect", sys.argv[1]], ["rank", sys.argv[1]],
              ["export", sys.argv[1], "--params", "p.json", "--output", "d.safetensors"]):

@@ -24,11 +24,11 @@ os.umask(int(sys.argv[1], 8))
 source = sys.argv[2]
 from nacpipe.cache import CacheWriter, open_cache
 from nacpipe.cli import main
-from nacpipe.core.benchmarks import find_benchmark
-from nacpipe.data.archives import Archive
-from nacpipe.data.download import DownloadPlan, download
-from nacpipe.data.split import TrainSplit, write_split
-from nacpipe.search.storage import only_runner, open_storage
+from nacpipe.benchmarks.standard import find_benchmark
+from nacpipe.benchmarks.archives import Archive
+from nacpipe.benchmarks.download import DownloadPlan, download
+from nacpipe.benchmarks.train_split import TrainSplit, write_split
+from nacpipe.tuning.storage import only_runner, open_storage
 
 run = lambda *args: main([*args], standalone_mode=False)
 shutil.copytree(source, "x.zarr", copy_function=shutil.copyfile)

@@ -41,7 +41,7 @@ both = nacpipe.score_cache(cache, {"all layers": params, "one layer": alone})
 print(nacpipe.compare_methods([both], "all layers", "one layer", resamples=200)[["dataset", "metric", "difference"]])
 
 # %% Baselines that learn from the cache: nacpipe evaluate CACHE --baselines ViM,KNN
-from nacpipe.search.baselines import score_baselines  # noqa: E402
+from nacpipe.evaluation.baselines import score_baselines  # noqa: E402
 
 more = score_baselines(cache, ["ViM", "KNN"], list(scored.rows))
 print(nacpipe.evaluate(cache, params, more=more)[["dataset", "method", "auroc", "fitted_on", "n_fitted", "reason"]])
@@ -54,8 +54,8 @@ strangest = saved["id/test/index"][saved["id/test/NAC"].argsort()[:5]]
 print("the five strangest test images, lines of their list from 0:", strangest)
 
 # %% A part of a split, as one of several machines would score it: tables are the same wherever they are counted
-from nacpipe.core.coverage import combine_layers  # noqa: E402
-from nacpipe.search.scoring import fit_coverage, read_source  # noqa: E402
+from nacpipe.method.coverage import combine_layers  # noqa: E402
+from nacpipe.scoring.coverage import fit_coverage, read_source  # noqa: E402
 
 coverage, rows = fit_coverage(cache, params), slice(10, 20)
 parts = [

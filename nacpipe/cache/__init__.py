@@ -9,12 +9,12 @@ sums it up. `form` says whether metadata are as specified, `verify` reads everyt
 
 import atexit
 
-from nacpipe.cache.append import CacheWriter
 from nacpipe.cache.layout import Header, LayerSpec
 from nacpipe.cache.pending import end_pending
-from nacpipe.cache.read import Cache, open_cache
+from nacpipe.cache.reader import Cache, open_cache
 from nacpipe.cache.split import LayerView, SplitView
 from nacpipe.cache.view import ArrayView
+from nacpipe.cache.writer import CacheWriter
 
 __all__ = ["ArrayView", "Cache", "CacheWriter", "Header", "LayerSpec", "LayerView", "SplitView", "open_cache"]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from nacpipe.core.address import is_url
+from nacpipe.address import is_url
 from nacpipe.errors import CacheError
 
 if sys.platform != "win32":

@@ -23,8 +23,8 @@ from zarr.core.common import concurrent_map
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, ObjectStore
 
-from nacpipe.cache.durable import replace_file
-from nacpipe.core.address import is_url
+from nacpipe.address import is_url
+from nacpipe.cache.durability import replace_file
 from nacpipe.errors import CacheError, InputError, MissingExtra
 
 if TYPE_CHECKING:

@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 import zarr
 
-from nacpipe.cache.form import (
+from nacpipe.cache.digest import is_as_sealed
+from nacpipe.cache.keys import find_foreign, list_split
+from nacpipe.cache.layout import MISSING_INT, chunk_key, count_blocks, is_there, list_places
+from nacpipe.cache.reader import Cache
+from nacpipe.cache.validation import (
     classifier_problems,
     image_problems,
     only_begun,
@@ -21,10 +25,6 @@ from nacpipe.cache.form import (
     root_problems,
     split_problems,
 )
-from nacpipe.cache.keys import find_foreign, list_split
-from nacpipe.cache.layout import MISSING_INT, chunk_key, count_blocks, is_there, list_places
-from nacpipe.cache.read import Cache
-from nacpipe.cache.seal import is_as_sealed
 from nacpipe.errors import CacheError, FormatError, NacError
 
 NO_METADATA = "has no zarr.json"

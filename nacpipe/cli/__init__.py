@@ -1,5 +1,5 @@
 """The command line: options → records → one call → print. Wings are imported inside the commands."""
 
-from nacpipe.cli.door import main
+from nacpipe.cli.main import main
 
 __all__ = ["main"]

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nacpipe.cli.show import Progress, note, print_json, print_table, split_names
-from nacpipe.core.text import command_line
+from nacpipe.cli.output import Progress, note, print_json, print_table, split_names
+from nacpipe.text import command_line
 
 if TYPE_CHECKING:
-    from nacpipe.core.benchmarks import Benchmark
-    from nacpipe.data.download import DownloadPlan
+    from nacpipe.benchmarks.download import DownloadPlan
+    from nacpipe.benchmarks.standard import Benchmark
 
 _root = click.option(
     "--data-root",
@@ -44,7 +44,7 @@ def status(benchmark: str, data_root: Path | None, as_json: bool) -> None:
     \b
     nacpipe data status cifar10 --data-root data
     """
-    from nacpipe.data.own import choose_root, open_benchmark
+    from nacpipe.benchmarks.toml import choose_root, open_benchmark
 
     opened = open_benchmark(benchmark)
     print_status(opened, choose_root(opened, data_root), as_json)
@@ -80,8 +80,8 @@ def download(
     nacpipe data download cifar10 --data-root data --checkpoints
     nacpipe data download imagenet --data-root data --only benchmark_imglist_authors
     """
-    from nacpipe.data.download import choose_archives, download_archives, plan_download, read_lists
-    from nacpipe.data.own import choose_root, open_benchmark
+    from nacpipe.benchmarks.download import choose_archives, download_archives, plan_download, read_lists
+    from nacpipe.benchmarks.toml import choose_root, open_benchmark
     from nacpipe.errors import DownloadError
 
     opened = open_benchmark(benchmark)
@@ -111,8 +111,8 @@ def split_train(benchmark: str, data_root: Path | None, count: int, seed: int, f
     \b
     nacpipe data split-train cifar10 --data-root data --count 1000 --seed 1
     """
-    from nacpipe.data.own import choose_root, open_benchmark
-    from nacpipe.data.split import plan_split, write_split
+    from nacpipe.benchmarks.toml import choose_root, open_benchmark
+    from nacpipe.benchmarks.train_split import plan_split, write_split
 
     opened = open_benchmark(benchmark)
     split = plan_split(opened, choose_root(opened, data_root), count, seed)
@@ -125,9 +125,9 @@ def split_train(benchmark: str, data_root: Path | None, count: int, seed: int, f
 
 def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
     """Print one line per set, and what to do next."""
-    from nacpipe.data.archives import has_archives
-    from nacpipe.data.download import unlisted_splits
-    from nacpipe.data.status import survey
+    from nacpipe.benchmarks.archives import has_archives
+    from nacpipe.benchmarks.download import unlisted_splits
+    from nacpipe.benchmarks.status import survey
 
     sets = survey(benchmark, root)
     if as_json:

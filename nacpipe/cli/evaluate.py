@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import (
+from nacpipe.cli.output import (
     Address,
     note,
     output_options,
@@ -20,15 +20,15 @@ from nacpipe.cli.show import (
     printable,
     split_names,
 )
-from nacpipe.core.text import escape_bytes
+from nacpipe.text import escape_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from nacpipe.cache import Cache
-    from nacpipe.core.baselines import MethodScores
-    from nacpipe.core.params import NacParams
-    from nacpipe.search.scored import ScoredCache
+    from nacpipe.evaluation.method_scores import ScoredCache
+    from nacpipe.evaluation.methods import MethodScores
+    from nacpipe.method.params import NacParams
 
 _TITLES = {"ood": "OOD: ID is id/test", "fsood": "FS-OOD: ID is id/test and csid together"}
 _SHOWN = {"fpr95": "FPR@95", "auroc": "AUROC", "aupr_in": "AUPR-IN", "aupr_out": "AUPR-OUT"}
@@ -81,10 +81,10 @@ def evaluate(
     nacpipe evaluate cache/s0.zarr cache/s1.zarr cache/s2.zarr --markdown
     """
     from nacpipe.cache import open_cache
-    from nacpipe.search.bootstrap import LEVEL, RESAMPLES, add_confidence, compare_methods
-    from nacpipe.search.runs import check_runs
-    from nacpipe.search.samples import check_scores_file, save_scores
-    from nacpipe.search.tables import add_published, tabulate
+    from nacpipe.evaluation.bootstrap import LEVEL, RESAMPLES, add_confidence, compare_methods
+    from nacpipe.evaluation.runs import check_runs
+    from nacpipe.evaluation.score_files import check_scores_file, save_scores
+    from nacpipe.evaluation.tables import add_published, tabulate
 
     for option, given in (("--published-results", published_results), ("--baselines", baselines)):
         if against is not None and given:
@@ -123,8 +123,8 @@ def _score(
     caches: Sequence[Cache], choices: Sequence[str], baselines: Sequence[str], against: str | None
 ) -> tuple[list[ScoredCache], str | None]:
     """Score every cache; also the name of the method to compare with."""
-    from nacpipe.search.evaluate import find_params
-    from nacpipe.search.scored import evaluated_splits, score_cache
+    from nacpipe.evaluation.evaluate import find_params
+    from nacpipe.evaluation.method_scores import evaluated_splits, score_cache
 
     chosen = match_choices(choices, len(caches))
     names, other = list(baselines), None
@@ -150,8 +150,8 @@ def match_choices(choices: Sequence[str], caches: int) -> list[str | None]:
 
 def _method_name(text: str) -> str | None:
     """The plain or further baseline of that name; None for a parameter file or `published`."""
-    from nacpipe.core.baselines import LOGIT_BASELINES, MORE_BASELINES
     from nacpipe.errors import InputError
+    from nacpipe.evaluation.methods import LOGIT_BASELINES, MORE_BASELINES
 
     known = {name.lower(): name for name in (*LOGIT_BASELINES, *MORE_BASELINES)}
     if (name := known.get(text.lower())) is None and text != "published" and not Path(text).exists():
@@ -164,14 +164,14 @@ def _method_name(text: str) -> str | None:
 
 def score_baselines_named(cache: Cache, names: Sequence[str], splits: list[str]) -> Mapping[str, MethodScores]:
     """Score these splits by further baselines."""
-    from nacpipe.search.baselines import score_baselines
+    from nacpipe.evaluation.baselines import score_baselines
 
     return score_baselines(cache, names, splits) if names else {}
 
 
 def print_evaluation(frame: pd.DataFrame) -> None:
     """Print one table per task, in percent, what methods were fitted on, and where NAC ranks."""
-    from nacpipe.search.tables import footnotes, verdicts
+    from nacpipe.evaluation.tables import footnotes, verdicts
 
     for number, (task, rows) in enumerate(frame.groupby("task", sort=False)):
         first = rows.iloc[0]

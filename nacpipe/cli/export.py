@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nacpipe.cli.show import Address, format_bytes, note, print_json, print_table
-from nacpipe.core.text import command_line
+from nacpipe.cli.output import Address, format_bytes, note, print_json, print_table
+from nacpipe.text import command_line
 
 if TYPE_CHECKING:
     from nacpipe.cache import Header
@@ -32,8 +32,8 @@ def export(cache: str | Path, choice: str | None, output: Path | None, keep: flo
     """
     from nacpipe.artifact import beside_cache, check_writable, write_detector
     from nacpipe.cache import open_cache
-    from nacpipe.search.evaluate import find_params
-    from nacpipe.search.export import export_detector
+    from nacpipe.detector.export import export_detector
+    from nacpipe.evaluation.evaluate import find_params
 
     target = output or beside_cache(str(cache), ".detector.safetensors")
     check_writable(target)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import Address, Progress, format_bytes, note, print_json, print_table, split_layers, split_names
-from nacpipe.core.address import is_url
-from nacpipe.core.text import command_line
+from nacpipe.address import is_url
+from nacpipe.cli.output import Address, Progress, format_bytes, note, print_json, print_table, split_layers, split_names
+from nacpipe.text import command_line
 
 if TYPE_CHECKING:
-    from nacpipe.network.plan import Plan
-    from nacpipe.network.ranks import Ranks
-    from nacpipe.network.request import ExtractRequest
+    from nacpipe.extraction.distributed import Ranks
+    from nacpipe.extraction.plan import Plan
+    from nacpipe.extraction.request import ExtractRequest
 
 
 def _split_pools(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -95,7 +95,7 @@ def extract(dry_run: bool, as_json: bool, **asked: Any) -> None:
     nacpipe extract cifar10 --model resnet18_32x32 --checkpoint results/cifar10_resnet18_32x32_base_e100_lr0.1_default
     nacpipe extract my.toml --model resnet18 --checkpoint mine.pth
     """
-    from nacpipe.network.plan import plan_extraction
+    from nacpipe.extraction.plan import plan_extraction
 
     requests = make_requests(**asked)
     if dry_run:
@@ -105,7 +105,7 @@ def extract(dry_run: bool, as_json: bool, **asked: Any) -> None:
         return  # another process of the same torchrun says the rest
     from nacpipe.cache import open_cache
     from nacpipe.cli.inspect import print_splits
-    from nacpipe.search.inspection import summarise_splits
+    from nacpipe.evaluation.inspection import summarise_splits
 
     frames = {str(request.cache): summarise_splits(open_cache(request.cache)) for request in requests}
     if as_json:
@@ -121,11 +121,11 @@ def extract(dry_run: bool, as_json: bool, **asked: Any) -> None:
 
 def make_requests(**asked: Any) -> list[ExtractRequest]:
     """Fill in what depends on the benchmark, its network and the cache's place; one request for each training run."""
-    from nacpipe.data.own import open_benchmark
-    from nacpipe.data.runs import find_checkpoint, find_runs, holds_runs, name_run
+    from nacpipe.benchmarks.toml import open_benchmark
     from nacpipe.errors import InputError
-    from nacpipe.network.models import MODELS, plain_name
-    from nacpipe.network.request import ExtractRequest, name_cache
+    from nacpipe.extraction.request import ExtractRequest, name_cache
+    from nacpipe.networks.checkpoint_folders import find_checkpoint, find_runs, holds_runs, name_run
+    from nacpipe.networks.models import MODELS, plain_name
 
     benchmark = open_benchmark(asked["benchmark"])
     if asked["model"] is None:
@@ -175,7 +175,7 @@ def _canonical(asked: dict[str, Any]) -> str:
 
 def extract_requests(requests: Sequence[ExtractRequest]) -> bool:
     """Plan and extract with progress on stderr; return whether this process is the one that speaks."""
-    from nacpipe.network.ranks import join_ranks, leave_ranks
+    from nacpipe.extraction.distributed import join_ranks, leave_ranks
 
     ranks = join_ranks()
     try:
@@ -187,9 +187,9 @@ def extract_requests(requests: Sequence[ExtractRequest]) -> bool:
 
 
 def _extract_one(request: ExtractRequest, ranks: Ranks) -> None:
-    from nacpipe.network.extract import choose_blocks
-    from nacpipe.network.extract import extract as run_plan
-    from nacpipe.network.plan import plan_extraction
+    from nacpipe.extraction.pipeline import choose_blocks
+    from nacpipe.extraction.pipeline import extract as run_plan
+    from nacpipe.extraction.plan import plan_extraction
 
     plan = plan_extraction(request, ranks=ranks)
     for text in plan.notes if ranks.first else ():
@@ -221,7 +221,7 @@ def print_plans(plans: Sequence[Plan], as_json: bool) -> None:
 
 
 def _describe_plan(plan: Plan) -> dict[str, Any]:
-    from nacpipe.network.plan import total_bytes
+    from nacpipe.extraction.plan import total_bytes
 
     rows = [
         {
@@ -246,7 +246,7 @@ def _describe_plan(plan: Plan) -> dict[str, Any]:
 
 
 def _print_plan(plan: Plan, rows: Sequence[dict[str, Any]]) -> None:
-    from nacpipe.network.ranks import Ranks
+    from nacpipe.extraction.distributed import Ranks
 
     print_table(
         ("split", "list", "rows", "missing", "blocks", "to write", "raw", "state"),

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.bars import print_bars
-from nacpipe.cli.show import Address, format_bytes, note, percent, print_json, print_table, printable, say
+from nacpipe.cli.output import Address, format_bytes, note, percent, print_json, print_table, printable, say
+from nacpipe.cli.text_plot import print_bars
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from nacpipe.cache import Cache
-    from nacpipe.core.params import LayerParams, NacParams
+    from nacpipe.method.params import LayerParams, NacParams
 
 
 @click.command()
@@ -90,7 +90,7 @@ def inspect(
 
 
 def _inspect_cache(cache: Cache, as_json: bool) -> None:
-    from nacpipe.search.inspection import summarise_cache, summarise_splits
+    from nacpipe.evaluation.inspection import summarise_cache, summarise_splits
 
     frame, summary = summarise_splits(cache), summarise_cache(cache)
     if as_json:
@@ -119,8 +119,8 @@ def print_splits(frame: pd.DataFrame) -> None:
 
 
 def _inspect_split(cache: Cache, split: str, choice: str | None, as_json: bool) -> None:
-    from nacpipe.search.evaluate import find_params
-    from nacpipe.search.inspection import describe_layers, summarise_cache, summarise_splits
+    from nacpipe.evaluation.evaluate import find_params
+    from nacpipe.evaluation.inspection import describe_layers, summarise_cache, summarise_splits
 
     frame = summarise_splits(cache, split)
     layers = None
@@ -158,11 +158,11 @@ def _print_layers(layers: pd.DataFrame, states: bool) -> None:
 def _inspect_layer(
     cache: Cache, split: str, layer: str, choice: str | None, alpha: float | None, plot: Path | None, as_json: bool
 ) -> None:
-    from nacpipe.core.coverage import source_of
-    from nacpipe.core.params import LayerParams, NacParams
-    from nacpipe.search.evaluate import find_params
-    from nacpipe.search.inspection import describe_bins, describe_layer, describe_layers, value_histograms
-    from nacpipe.search.scoring import check_layers, fit_coverage
+    from nacpipe.evaluation.evaluate import find_params
+    from nacpipe.evaluation.inspection import describe_bins, describe_layer, describe_layers, value_histograms
+    from nacpipe.method.coverage import source_of
+    from nacpipe.method.params import LayerParams, NacParams
+    from nacpipe.scoring.coverage import check_layers, fit_coverage
 
     params = bins = None
     check_layers(cache, [layer])  # both names are checked before anything is read
@@ -200,8 +200,8 @@ def _inspect_layer(
 
 def _params_of(params: NacParams, layer: str, choice: str | None) -> LayerParams:
     """A layer's parameters with weight 1: a layer of weight 0 can be looked at too."""
-    from nacpipe.core.coverage import layer_of
     from nacpipe.errors import ParamsError
+    from nacpipe.method.coverage import layer_of
 
     if layer not in params.layers:
         named = "the parameter file" if choice is None else choice
@@ -220,10 +220,10 @@ def _inspect_rows(
     data_root: Path | None,
     as_json: bool,
 ) -> None:
-    from nacpipe.cli.pictures import image_names, write_mosaic
-    from nacpipe.core.params import NacParams
-    from nacpipe.search.evaluate import find_params
-    from nacpipe.search.inspection import rank_rows
+    from nacpipe.cli.image_lookup import image_names, write_mosaic
+    from nacpipe.evaluation.evaluate import find_params
+    from nacpipe.evaluation.inspection import rank_rows
+    from nacpipe.method.params import NacParams
 
     cache[split]
     params = find_params(cache, choice, note)
@@ -249,9 +249,9 @@ def _inspect_rows(
 
 
 def _compare(cache: Cache, other: Cache, split: str, layer: str | None, plot: Path | None, as_json: bool) -> None:
-    from nacpipe.core.coverage import layer_of
-    from nacpipe.search.inspection import compare_splits, value_histograms
-    from nacpipe.search.scoring import check_layers
+    from nacpipe.evaluation.inspection import compare_splits, value_histograms
+    from nacpipe.method.coverage import layer_of
+    from nacpipe.scoring.coverage import check_layers
 
     for one in (cache, other):
         if layer is not None:
@@ -284,7 +284,7 @@ def _plot(path: Path, histograms: dict[str, pd.DataFrame], title: str) -> None:
     from nacpipe.errors import MissingExtra
 
     try:
-        from nacpipe.search.figures import draw_values, to_png, to_svg
+        from nacpipe.reporting.figures import draw_values, to_png, to_svg
     except ModuleNotFoundError as error:
         raise MissingExtra(f"--plot needs {error.name}; install it with: pip install 'nacpipe[report]'") from None
     write_whole(path, (to_svg if path.suffix == ".svg" else to_png)(draw_values(histograms, title)))

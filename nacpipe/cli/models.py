@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nacpipe.cli.show import note, print_json, print_table
+from nacpipe.cli.output import note, print_json, print_table
 
 if TYPE_CHECKING:
-    from nacpipe.network.layers import Tappable
+    from nacpipe.networks.layers import Tappable
 
 _OTHERS = {
     "timm:NAME": "timm's network of that name with its weights, or yours; pip install 'nacpipe[timm]'",
@@ -32,8 +32,8 @@ def models(as_json: bool) -> None:
     nacpipe models
     nacpipe models --json
     """
-    from nacpipe.network.models import BACKBONES, MODELS, find_model
-    from nacpipe.network.wrapped import WRAPPERS
+    from nacpipe.networks.architectures.training_schemes import WRAPPERS
+    from nacpipe.networks.models import BACKBONES, MODELS, find_model
 
     wrapped = [find_model(f"{backbone}+{scheme}") for scheme in WRAPPERS for backbone in BACKBONES]
     if as_json:
@@ -82,10 +82,10 @@ def layers(model: str, benchmark: str | None, as_json: bool) -> None:
     nacpipe layers vit_b_16
     nacpipe layers networks.py:build --benchmark cifar10
     """
-    from nacpipe.data.own import open_benchmark
-    from nacpipe.network.layers import list_layers
-    from nacpipe.network.load import blank_network
-    from nacpipe.network.models import find_model
+    from nacpipe.benchmarks.toml import open_benchmark
+    from nacpipe.networks.build import blank_network
+    from nacpipe.networks.layers import list_layers
+    from nacpipe.networks.models import find_model
 
     row = find_model(model)
     network = blank_network(row, open_benchmark(benchmark or row.benchmark), None)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nacpipe.cli.show import Address, note, percent, print_frame, print_json, print_table
+from nacpipe.cli.output import Address, note, percent, print_frame, print_json, print_table
 
 if TYPE_CHECKING:
-    from nacpipe.search.rank import Ranking
+    from nacpipe.evaluation.model_selection import Ranking
 
 
 @click.command()
@@ -48,9 +48,9 @@ def rank(
     nacpipe rank run/step-*.zarr --layer layer4 --accuracies domains.csv
     """
     from nacpipe.cache import open_cache
-    from nacpipe.core.params import LayerParams
     from nacpipe.errors import InputError
-    from nacpipe.search.rank import rank_checkpoints, read_accuracies
+    from nacpipe.evaluation.model_selection import rank_checkpoints, read_accuracies
+    from nacpipe.method.params import LayerParams
 
     params = LayerParams(bins=bins, saturation=saturation, alpha=alpha, edges="linear")
     given = None if accuracies is None else read_accuracies(accuracies)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from nacpipe.cli.evaluate import match_choices, score_baselines_named
-from nacpipe.cli.show import Address, note, params_option, split_names
+from nacpipe.cli.output import Address, note, params_option, split_names
 
 
 @click.command()
@@ -42,14 +42,14 @@ def report(
     from nacpipe.artifact import check_writable, write_whole
     from nacpipe.cache import open_cache
     from nacpipe.errors import MissingExtra
-    from nacpipe.search.evaluate import find_params
-    from nacpipe.search.runs import check_runs
-    from nacpipe.search.scored import evaluated_splits, score_cache
-    from nacpipe.search.tables import tabulate
+    from nacpipe.evaluation.evaluate import find_params
+    from nacpipe.evaluation.method_scores import evaluated_splits, score_cache
+    from nacpipe.evaluation.runs import check_runs
+    from nacpipe.evaluation.tables import tabulate
 
     try:
-        from nacpipe.search.figures import write_figure
-        from nacpipe.search.report import draw_chapter, read_chapter, render_report
+        from nacpipe.reporting.figures import write_figure
+        from nacpipe.reporting.report import draw_chapter, read_chapter, render_report
     except ModuleNotFoundError as error:
         raise MissingExtra(f"this needs {error.name}; install it with: pip install 'nacpipe[report]'") from None
 

@@ -22,13 +22,13 @@ def run(trials: int | None, seed: int, **asked: Any) -> None:
     nacpipe run digits
     nacpipe run cifar10 --model resnet20 --checkpoint resnet20.th --data-root data
     """
+    from nacpipe.address import is_url
     from nacpipe.cache import open_cache
     from nacpipe.cli.evaluate import print_evaluation
     from nacpipe.cli.search import run_search
-    from nacpipe.core.address import is_url
     from nacpipe.errors import InputError
-    from nacpipe.search.evaluate import evaluate
-    from nacpipe.search.result import SearchRequest
+    from nacpipe.evaluation.evaluate import evaluate
+    from nacpipe.tuning.request import SearchRequest
 
     if trials is not None and trials < 1:
         raise InputError(f"trials is {trials}; it must be at least 1")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import Progress, note, print_csv, print_json, print_table
+from nacpipe.cli.output import Progress, note, print_csv, print_json, print_table
 
 if TYPE_CHECKING:
-    from nacpipe.network.score import ScoredImage
+    from nacpipe.detector.predict import ScoredImage
 
 _COLUMNS = ("image", "score", "is_ood", "predicted", "error")
 
@@ -50,8 +50,8 @@ def score(
     nacpipe score digits.safetensors scans/ one.png
     nacpipe score resnet20.safetensors photos/ --model resnet20 --checkpoint resnet20.th --csv
     """
+    from nacpipe.detector.predict import find_images, prepare, score_images
     from nacpipe.errors import ImageError
-    from nacpipe.network.score import find_images, prepare, score_images
 
     paths = find_images(images)
     ready = prepare(detector, model, checkpoint, device)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import Address, Progress, note, percent, print_json, print_table, split_layers
-from nacpipe.core.text import command_line
+from nacpipe.cli.output import Address, Progress, note, percent, print_json, print_table, split_layers
+from nacpipe.text import command_line
 
 if TYPE_CHECKING:
-    from nacpipe.search.result import SearchRequest, SearchResult
-    from nacpipe.search.study import Search
+    from nacpipe.tuning.request import SearchRequest, SearchResult
+    from nacpipe.tuning.study import Search
 
 SAMPLERS = ("layers", "tpe", "random", "grid", "nsga2", "cmaes")
 
@@ -57,8 +57,8 @@ def search(status: bool, explain: bool, dry_run: bool, as_json: bool, **asked: A
     nacpipe search cache/digits-digits_cnn.zarr --storage postgresql://nac@db/studies --workers 8
     """
     from nacpipe.artifact import check_writable
-    from nacpipe.search.result import SearchRequest
-    from nacpipe.search.study import Search
+    from nacpipe.tuning.request import SearchRequest
+    from nacpipe.tuning.study import Search
 
     request = SearchRequest(**asked)
     if not (status or explain or dry_run):
@@ -81,8 +81,8 @@ def search(status: bool, explain: bool, dry_run: bool, as_json: bool, **asked: A
 def run_search(request: SearchRequest, as_json: bool = False) -> SearchResult:
     """Run a search with progress on stderr, write the parameters, print what was found."""
     from nacpipe.artifact import write_params
-    from nacpipe.search.storage import only_runner
-    from nacpipe.search.study import Search
+    from nacpipe.tuning.storage import only_runner
+    from nacpipe.tuning.study import Search
 
     with only_runner(request.where, request.study_name):  # before the study is made: two at once would both make it
         search = Search(request)
@@ -104,8 +104,8 @@ def run_search(request: SearchRequest, as_json: bool = False) -> SearchResult:
 
 
 def _run(search: Search) -> SearchResult:
-    from nacpipe.search.objective import SHOWN
-    from nacpipe.search.sweep import run
+    from nacpipe.tuning.objective import SHOWN
+    from nacpipe.tuning.runner import run
 
     request = search.request
     done = len(search.completed())
@@ -192,7 +192,7 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
 
 def print_explanation(search: Search, as_json: bool) -> None:
     """Print what mattered in a study: per parameter, per layer, and its history."""
-    from nacpipe.search.explain import explain
+    from nacpipe.tuning.explain import explain
 
     found = explain(search)
     if as_json:
@@ -237,7 +237,7 @@ def _choices(search: Search, name: str, params: Any) -> list[str]:
 
 
 def _print_plan(search: Search, as_json: bool) -> None:
-    from nacpipe.search.space import to_json
+    from nacpipe.tuning.space import to_json
 
     done = len(search.completed())
     space = to_json(search.space)

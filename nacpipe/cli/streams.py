@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from nacpipe.core.text import escape
+from nacpipe.text import escape
 
 # What is drawn and typeset, in ASCII; a picture is written in one piece, so that it is of one kind throughout.
 _PLAIN = str.maketrans(

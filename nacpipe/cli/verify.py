@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.show import Address, Progress, note, print_json, print_table, say
-from nacpipe.core.text import command_line
+from nacpipe.cli.output import Address, Progress, note, print_json, print_table, say
+from nacpipe.text import command_line
 
 if TYPE_CHECKING:
     from nacpipe.cache import Cache

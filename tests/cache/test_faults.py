@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
-from nacpipe.cache import append as writing
+from nacpipe.cache import writer as writing
 from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.verify import verify_cache
 from nacpipe.errors import CacheError

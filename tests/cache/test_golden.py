@@ -13,8 +13,8 @@ import pytest
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cache.verify import verify_cache
-from nacpipe.core.params import LayerParams, NacParams
-from nacpipe.search.scoring import score_splits
+from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.scoring.coverage import score_splits
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "caches"
 NAMES = [f"{age}{form}" for age in ("first-", "") for form in ("plain", "sharded", "keep_bits", "ranks")]

@@ -14,11 +14,12 @@ import zarr
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore, WrapperStore
 
-from nacpipe.cache import CacheWriter, Header, LayerSpec, open_cache, seal
+from nacpipe.cache import CacheWriter, Header, LayerSpec, open_cache
+from nacpipe.cache import digest as seal
+from nacpipe.cache.digest import hash_keys, is_as_sealed
 from nacpipe.cache.keys import list_split
 from nacpipe.cache.pages import PageStore
 from nacpipe.cache.repair import repair_cache
-from nacpipe.cache.seal import hash_keys, is_as_sealed
 from nacpipe.cache.verify import verify_cache
 from tests.pages import Plain, Ranges, serve
 

@@ -12,7 +12,7 @@ import pytest
 import zarr
 
 from nacpipe.cache import Cache, open_cache
-from nacpipe.cache.seal import split_digest
+from nacpipe.cache.digest import split_digest
 from nacpipe.errors import CacheError
 
 # One split of three blocks is enough here.

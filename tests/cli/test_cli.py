@@ -23,7 +23,7 @@ from nacpipe import __version__
 from nacpipe.artifact import read_params, write_params
 from nacpipe.cache import Cache, CacheWriter
 from nacpipe.cli import main
-from nacpipe.core.params import LayerParams, NacParams
+from nacpipe.method.params import LayerParams, NacParams
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,11 +12,11 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from nacpipe.benchmarks import download
+from nacpipe.benchmarks.standard import find_benchmark
 from nacpipe.cache import open_cache
 from nacpipe.cli import main
-from nacpipe.core.benchmarks import find_benchmark
-from nacpipe.data import download
-from nacpipe.network.models import find_model
+from nacpipe.networks.models import find_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,13 +20,13 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from nacpipe.artifact import read_detector, write_detector, write_params
+from nacpipe.benchmarks.digits import load_set
 from nacpipe.cache import Header, open_cache
 from nacpipe.cli import main
 from nacpipe.cli.export import score_command
-from nacpipe.core.params import LayerParams, NacParams
-from nacpipe.network import digits_cnn
-from nacpipe.network.digits import load_set
-from nacpipe.search.scoring import score_splits
+from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.networks.architectures import digits_cnn
+from nacpipe.scoring.coverage import score_splits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -169,9 +169,9 @@ def test_file_names_that_are_no_utf8_are_escaped(place: Path, detector: Path, tm
 
 
 OWN = """
-from nacpipe.network.digits_cnn import DigitsCNN
+from nacpipe.networks.architectures.digits_cnn import DigitsCNN
 from safetensors.torch import load_file
-import nacpipe.network.digits_cnn as packaged
+import nacpipe.networks.architectures.digits_cnn as packaged
 
 def net():
     network = DigitsCNN()

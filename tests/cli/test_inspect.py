@@ -15,14 +15,14 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from nacpipe.artifact import write_params
+from nacpipe.benchmarks.lists import list_path
+from nacpipe.benchmarks.toml import open_benchmark
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cli import main
-from nacpipe.cli.bars import squeeze
-from nacpipe.core.params import LayerParams, NacParams
-from nacpipe.data.lists import list_path
-from nacpipe.data.own import open_benchmark
-from nacpipe.network.mosaic import GAP, SIDE, TEXT
-from nacpipe.search.inspection import compare_splits, describe_layers, rank_rows, value_histograms
+from nacpipe.cli.text_plot import squeeze
+from nacpipe.evaluation.inspection import compare_splits, describe_layers, rank_rows, value_histograms
+from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.reporting.mosaic import GAP, SIDE, TEXT
 
 PARAMS = NacParams(
     layers={

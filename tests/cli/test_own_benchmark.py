@@ -16,9 +16,9 @@ from PIL import Image
 from nacpipe.artifact import read_params
 from nacpipe.cache import open_cache
 from nacpipe.cli import main
-from nacpipe.core.metrics import detect
-from nacpipe.network.models import find_model
-from nacpipe.search.scoring import score_splits
+from nacpipe.method.metrics import detect
+from nacpipe.networks.models import find_model
+from nacpipe.scoring.coverage import score_splits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

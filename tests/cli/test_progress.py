@@ -13,8 +13,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nacpipe.cache import Cache
-from nacpipe.cli import main, show
-from nacpipe.cli.show import Progress
+from nacpipe.cli import main
+from nacpipe.cli import output as show
+from nacpipe.cli.output import Progress
 
 
 class Terminal(io.StringIO):
@@ -144,7 +145,7 @@ def test_search(nacpipe: Callable[..., Result], small_cache: Cache, tmp_path: Pa
 
 def test_score(nacpipe: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    from nacpipe.network import score
+    from nacpipe.detector import predict as score
 
     def rows(_ready: object, paths: list[Path], *_: Any) -> Iterator[score.ScoredImage]:
         for path in paths:

@@ -17,9 +17,9 @@ from click.testing import CliRunner, Result
 from nacpipe.artifact import write_params
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cli import main
-from nacpipe.core.params import LayerParams, NacParams
-from nacpipe.core.text import command_line
 from nacpipe.errors import CacheError, FormatError, InputError
+from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.text import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["my caches/c.zarr", "it's.zarr", "$HOME; ls/a&b.zarr"]
@@ -176,7 +176,7 @@ def test_an_interrupt_says_how_to_go_on(cache: str, monkeypatch: pytest.MonkeyPa
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nacpipe.search.study.Search.__init__", interrupt)
+    monkeypatch.setattr("nacpipe.tuning.study.Search.__init__", interrupt)
     done = nacpipe("search", cache, "--study", "my study")
     assert done.exit_code == 130
     assert words_of(done.stderr, "go on with: nacpipe") == ["nacpipe", "search", cache, "--study", "my study"]
@@ -208,10 +208,10 @@ def test_an_extraction_and_an_export_name_what_comes_next(tmp_path: Path, monkey
 
 
 def test_data_and_layers_quote_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nacpipe.core.benchmarks import find_benchmark
-    from nacpipe.network.layers import measure_layers
-    from nacpipe.network.load import blank_network
-    from nacpipe.network.models import find_model
+    from nacpipe.benchmarks.standard import find_benchmark
+    from nacpipe.networks.build import blank_network
+    from nacpipe.networks.layers import measure_layers
+    from nacpipe.networks.models import find_model
 
     monkeypatch.chdir(tmp_path)
     done = nacpipe("data", "status", "cifar10", "--data-root", "my data")

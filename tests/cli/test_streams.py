@@ -22,9 +22,9 @@ from nacpipe.artifact import write_params
 from nacpipe.cache import Cache
 from nacpipe.cli import main
 from nacpipe.cli.streams import Terminal, standard_streams
-from nacpipe.core.params import LayerParams, NacParams
-from nacpipe.core.text import escape_bytes
-from nacpipe.search import sweep
+from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.text import escape_bytes
+from nacpipe.tuning import runner as sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMS = NacParams(layers={"avgpool": LayerParams(bins=20, saturation=5, alpha=0.5)})

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
 
-from nacpipe.core.coverage import bin_edges, product_borders
+from nacpipe.method.coverage import bin_edges, product_borders
 
 LAYERS = ("avgpool", "layer3", "layer2", "layer1")
 SETS = ("published", "tuned")

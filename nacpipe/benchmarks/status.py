@@ -1,0 +1,77 @@
+"""What of a benchmark is on disk, set by set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nacpipe.benchmarks.lists import list_path, read_list
+from nacpipe.benchmarks.standard import Benchmark, Split
+from nacpipe.method.metrics import find_wrong_labels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetStatus:
+    """What is there of one split."""
+
+    split: str
+    source: str
+    """The list that is there, or the one that is not."""
+    images: int
+    """Listed; 0 where there is no list."""
+    missing: int
+    """Listed images whose file is not there."""
+    first: str = ""
+    """The first missing file, or the list that is not there."""
+    wrong_labels: int = 0
+    """Images of an ID or csid split whose label is no class."""
+    first_wrong: str = ""
+    """The first of those labels, and its image."""
+    apart: str = ""
+    """Where images come from that are not looked for here: Python packages, or torchvision."""
+
+    @property
+    def complete(self) -> bool:
+        """True where every listed image is there."""
+        return self.images > 0 and not self.missing
+
+    @property
+    def state(self) -> str:
+        """In a few words, for people."""
+        if self.apart:
+            return self.apart
+        if not self.images:
+            return "no list"
+        if self.wrong_labels:
+            return "wrong labels"
+        return "complete" if self.complete else "missing" if self.missing == self.images else "incomplete"
+
+
+def survey(benchmark: Benchmark, root: Path) -> list[SetStatus]:
+    """Return one row per split: looks for every listed file, opens none.
+
+    Raises:
+        ImageError: a list is malformed, naming file and line.
+    """
+    return [_look(benchmark, split, root) for split in benchmark.splits]
+
+
+def _look(benchmark: Benchmark, split: Split, root: Path) -> SetStatus:
+    if benchmark.packaged or split.kind == "torchvision":
+        apart = "in Python packages" if benchmark.packaged else "torchvision's, looked for when extracted"
+        return SetStatus(split=split.name, source=split.source, images=0, missing=0, apart=apart)
+    listed = read_list(benchmark, split, root)
+    if listed is None:
+        path = list_path(benchmark, split, root)
+        return SetStatus(split=split.name, source=split.source, images=0, missing=0, first=str(path))
+    missing = listed.missing(range(len(listed.names)))
+    wrong = [] if split.name.startswith("ood/") else find_wrong_labels(listed.labels, benchmark.classes).tolist()
+    return SetStatus(
+        split=split.name,
+        source=listed.source,
+        images=len(listed.names),
+        missing=len(missing),
+        first=listed.where(missing[0]) if missing else "",
+        wrong_labels=len(wrong),
+        first_wrong=f"{listed.labels[wrong[0]]}, of {listed.where(wrong[0])}" if wrong else "",
+    )

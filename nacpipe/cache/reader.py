@@ -1,0 +1,153 @@
+"""Opening a cache for reading: `open_cache(path)["id/val"]["avgpool"].activation[:]` is a numpy array."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from nacpipe.cache.layout import Header, find_splits, is_there
+from nacpipe.cache.split import SplitView
+from nacpipe.cache.store import open_store
+from nacpipe.cache.validation import classifier_problems, open_member
+from nacpipe.errors import CacheError, FormatError, InputError, NacError
+from nacpipe.text import command_line, escape_bytes
+
+
+def open_cache(path: str | Path) -> Cache:
+    """Open a cache for reading.
+
+    Raises:
+        CacheError: nothing is there.
+        FormatError: it is not a cache, or one of another format version.
+    """
+    root, header = open_root(str(path), mode="r")
+    return Cache(str(path), root, header)
+
+
+def open_root(path: str, *, mode: Literal["r", "r+"]) -> tuple[zarr.Group, Header]:
+    """Open the root group and read its header; errors carry the path."""
+    try:
+        root = zarr.open_group(open_store(path, write=mode == "r+"), mode=mode, zarr_format=3, use_consolidated=False)
+    except (FileNotFoundError, zarr.errors.GroupNotFoundError):
+        raise CacheError(
+            f"there is no cache at {path}; make one with: {command_line('extract', 'BENCHMARK', '--cache', path)}"
+        ) from None
+    except (NacError, MemoryError):
+        raise
+    except Exception as error:  # zarr answers broken metadata with errors of every kind
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise FormatError(f"{path} cannot be read as a Zarr group ({what})") from error
+    try:
+        return root, Header.from_attributes(root.attrs)
+    except NacError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+class Cache(Mapping[str, SplitView]):
+    """A cache opened for reading: splits by name. Only sealed splits are handed out; `peek` shows the others."""
+
+    def __init__(self, path: str, root: zarr.Group, header: Header) -> None:
+        self.path = path
+        self.header = header
+        self.root = root
+        self._names = find_splits(root)
+        if odd := [name for name in self._names if escape_bytes(name) != name]:
+            raise FormatError(f"{path}: the name of split {escape_bytes(odd[0])} is not UTF-8; rename its folder")
+        self._checked: set[str] = set()
+
+    def __getitem__(self, name: str) -> SplitView:
+        split = self.peek(name)
+        if not split.sealed:
+            raise CacheError(
+                f"{self.path}: {name} is not finished ({int(split.marks().sum())} of {split.marks().size} blocks);"
+                f" finish it with: {self.command()}"
+            )
+        if name not in self._checked:
+            split.check()
+            self._checked.add(name)
+        return split
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def peek(self, name: str) -> SplitView:
+        """Return a split, finished or not.
+
+        Raises:
+            InputError: the cache has no such split.
+        """
+        if name not in self._names:
+            held = ", ".join(self._names) or "none"
+            close = difflib.get_close_matches(name, self._names, 1)
+            hint = f"did you mean {close[0]}?" if close else f"add it with: {self.command()}"
+            raise InputError(f"split {name!r} is not in {self.path}; it holds {held}; {hint}")
+        try:
+            group = open_member(self.root, name)
+        except KeyError:
+            raise CacheError(f"{self.path}: {name} is gone; is it being extracted anew?") from None
+        except FormatError as error:
+            raise FormatError(
+                f"{self.path}: {error}; {command_line('repair', self.path)} mends what can be mended"
+            ) from error
+        if not isinstance(group, zarr.Group):
+            raise FormatError(f"{self.path}: {name} is an array, not a split")
+        return SplitView(self, name, group)
+
+    def command(self) -> str:
+        """Return the command that made this cache, which also finishes it, where it is now."""
+        words = ["nacpipe", "extract", "BENCHMARK"]
+        with contextlib.suppress(ValueError):  # an open quote
+            recorded = shlex.split(str(self.header.information.get("command")))
+            words = recorded if recorded[:2] == words[:2] else words  # anything may stand in somebody's cache
+        if "--cache" in words[:-1]:
+            words[words.index("--cache") + 1] = self.path
+        else:
+            words += ["--cache", self.path]
+        return shlex.join(words)
+
+    def classifier(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Return the last linear layer's weight (classes, features) and bias (classes,), where there is one."""
+        try:
+            problems = list(classifier_problems(self.root, self.header))
+        except FormatError as error:
+            problems = [("zarr.json", str(error))]
+        for array, what in problems:
+            raise CacheError(
+                f"{self.path}: classifier/{array} {what}; mend it with: {command_line('repair', self.path)}"
+            )
+        if not is_there(self.root, "classifier/zarr.json") or not self.root["classifier"].attrs.get("written"):
+            return None
+        try:
+            weight, bias = (np.asarray(self.root[f"classifier/{name}"][:]) for name in ("weight", "bias"))  # type: ignore[index]
+        except (ValueError, RuntimeError) as error:
+            raise CacheError(
+                f"{self.path}: classifier is damaged ({error}); mend it with: {command_line('repair', self.path)}"
+            ) from error
+        if np.isnan(weight).any() or np.isnan(bias).any():
+            raise CacheError(
+                f"{self.path}: classifier holds no value; mend it with: {command_line('repair', self.path)}"
+            )
+        return weight, bias
+
+    def search_identity(self, splits: tuple[str, ...], layers: tuple[str, ...]) -> dict[str, Any]:
+        """Return the identity of these splits and layers, which a study is bound to."""
+        whole = self.header.whole_identity()
+        return {
+            **whole,
+            "layers": {name: whole["layers"].get(name, "held with every sample") for name in layers},  # or logits
+            "splits": {name: dict(self.peek(name).images) for name in splits if name in self},
+        }

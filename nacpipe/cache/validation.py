@@ -1,0 +1,219 @@
+"""Whether a store has the form that cache/README.md prescribes. Metadata alone is read, never a chunk.
+
+A reader refuses a split of another form; `nacpipe verify --format` says all that is wrong, in anyone's cache.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
+from zarr.core.metadata import ArrayV3Metadata
+
+from nacpipe.cache.layout import MISSING_INT, Header, count_blocks, is_there
+from nacpipe.errors import FormatError, NacError
+from nacpipe.evaluation.methods import OUTPUTS
+
+IDENTITY = ("benchmark", "architecture", "family", "weights", "transform", "dtype")
+TRANSFORM = ("resize", "crop", "mean", "std")
+MAX_ROWS = 2**40
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def open_member(root: zarr.Group, path: str) -> zarr.Group | zarr.Array[Any]:
+    """Return a group or an array below the root.
+
+    Raises:
+        KeyError: it is not there.
+        FormatError: its metadata cannot be read.
+    """
+    try:
+        return root[path]
+    except KeyError as error:
+        if error.args == (path,):
+            raise
+        raise FormatError(f"{path}/zarr.json is damaged (KeyError: {error})") from error
+    except (NacError, OSError, MemoryError):
+        raise
+    except Exception as error:  # zarr answers broken metadata with errors of every kind
+        raise FormatError(f"{path}/zarr.json is damaged ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def root_problems(header: Header) -> Iterator[str]:
+    """Yield what `Header.from_attributes` lets pass: what only a writer needs."""
+    for key in IDENTITY:
+        if key not in header.identity:
+            yield f"identity lacks {key}"
+    for key in ("weights", "source"):
+        if key in header.identity and not _is_sha256(header.identity[key]):
+            yield f"identity.{key} is no sha256"
+    transform = header.identity.get("transform")
+    if transform is not None:
+        for key in TRANSFORM:
+            if not isinstance(transform, Mapping) or key not in transform:
+                yield f"identity.transform lacks {key}"
+    if header.identity.get("outputs", "logits") not in OUTPUTS:
+        yield f"identity.outputs is {header.identity['outputs']!r}, none of {', '.join(OUTPUTS)}"
+
+
+def split_problems(group: zarr.Group, header: Header) -> Iterator[tuple[str, str]]:
+    """Yield (array, what is wrong) of a split; the array is empty where its attributes are meant."""
+    attributes = dict(group.attrs)
+    rows = attributes.get("rows")
+    for what in attribute_problems(attributes):
+        yield "", what
+    if isinstance(rows, bool) or not isinstance(rows, int) or not 0 < rows <= MAX_ROWS:
+        return
+    begun = only_begun(group)
+    for path, (width, dtype) in header.arrays().items():
+        if begun and not is_there(group, f"{group.path}/{path}/zarr.json"):
+            continue
+        for what in _array_problems(group, path, (rows, width) if width else (rows,), dtype, header):
+            yield path, what
+    if begun:
+        return
+    for what in _mark_problems(group, count_blocks(rows, header.block_rows)):
+        yield "blocks", what
+
+
+def only_begun(group: zarr.Group) -> bool:
+    """Return whether a split has no marks yet, which are created last: what it lacks is no damage."""
+    return not group.attrs.get("sealed") and not is_there(group, f"{group.path}/blocks/zarr.json")
+
+
+def missing_chunks(header: Header, rows: int, keys: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Yield (array, how many of its stored objects are not there) of a split, given the keys that it has."""
+    expected = -(-count_blocks(rows, header.block_rows) // header.shard_blocks)
+    held = Counter(
+        array
+        for array, _, chunk in (key.rpartition("/c/") for key in keys)
+        if array and int(chunk.partition("/")[0]) < expected
+    )
+    for path in header.arrays():
+        if held[path] < expected:
+            yield path, expected - held[path]
+
+
+def classifier_problems(root: zarr.Group, header: Header) -> Iterator[tuple[str, str]]:
+    """Yield (array, what is wrong) of the last linear layer, where there is one and it is written."""
+    if not is_there(root, "classifier/zarr.json"):
+        return
+    group = open_member(root, "classifier")
+    if not isinstance(group, zarr.Group):
+        yield "", "is no group"
+        return
+    if not group.attrs.get("written"):
+        if group.attrs:
+            yield "", "has no attribute written"
+        return
+    for name, shape in (("weight", (header.classes, header.features)), ("bias", (header.classes,))):
+        metadata, what = _open_array(group, name)
+        if metadata is None:
+            yield name, what
+        elif metadata.shape != shape or metadata.data_type.to_native_dtype() != np.dtype("float32"):
+            yield name, f"is {_form(metadata)}, not float32 of {shape}"
+
+
+def attribute_problems(attributes: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a split's own attributes."""
+    rows, sealed, digest = (attributes.get(key) for key in ("rows", "sealed", "digest"))
+    if isinstance(rows, bool) or not isinstance(rows, int) or not 0 < rows <= MAX_ROWS:
+        yield f"rows is {str(rows)[:40]}, not a whole number from 1"
+    if not isinstance(sealed, bool):
+        yield f"sealed is {str(sealed)[:40]}, neither true nor false"
+    elif sealed and not _is_sha256(digest):
+        yield "is sealed and has no digest"
+    elif not sealed and digest is not None:
+        yield "has a digest and is not sealed"
+
+
+def image_problems(attributes: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with what a split's attributes say of its images; a reader does not need it."""
+    images = attributes.get("images")
+    if not isinstance(images, Mapping) or not isinstance(images.get("list"), str):
+        yield "images names no list"
+    elif not _is_sha256(images.get("sha256")):
+        yield "images.sha256 is no sha256"
+
+
+def _array_problems(group: zarr.Group, path: str, shape: tuple[int, ...], dtype: str, header: Header) -> Iterator[str]:
+    metadata, what = _open_array(group, path)
+    if metadata is None:
+        yield what
+        return
+    if metadata.shape != shape or metadata.data_type.to_native_dtype() != np.dtype(dtype):
+        yield f"is {_form(metadata)}, not {dtype} of {shape}"
+        return
+    chunk = (header.block_rows, *shape[1:])
+    outer = (header.block_rows * header.shard_blocks, *shape[1:])
+    grid = getattr(metadata.chunk_grid, "chunk_shape", None)
+    codecs = metadata.codecs
+    if header.shard_blocks > 1:
+        shard = codecs[0] if len(codecs) == 1 else None
+        if not isinstance(shard, ShardingCodec) or grid != outer or shard.chunk_shape != chunk:
+            yield f"is not sharded {outer} with chunks {chunk}"
+            return
+        if not isinstance(shard.index_codecs[-1], Crc32cCodec):
+            yield "has shards whose index has no crc32c"
+        codecs = shard.codecs
+    elif grid != chunk:
+        yield f"is chunked {grid}, not {chunk}"
+    yield from _codec_problems(codecs)
+    fill = metadata.fill_value
+    fits = math.isnan(float(fill)) if dtype == "float32" else int(fill) == MISSING_INT
+    if not fits:
+        yield f"has fill value {fill}, which could pass for data"
+
+
+def _mark_problems(group: zarr.Group, blocks: int) -> Iterator[str]:
+    metadata, what = _open_array(group, "blocks")
+    if metadata is None:
+        yield what
+        return
+    if metadata.shape != (blocks,) or metadata.data_type.to_native_dtype() != np.dtype("uint8"):
+        yield f"is {_form(metadata)}, not uint8 of {(blocks,)}"
+        return
+    if (grid := getattr(metadata.chunk_grid, "chunk_shape", None)) != (1,):
+        yield f"is chunked {grid}, not one mark a chunk"
+    if int(metadata.fill_value) != 0:
+        yield f"has fill value {metadata.fill_value}: a mark that is not there would count"
+    yield from _codec_problems(metadata.codecs)
+
+
+def _codec_problems(codecs: Any) -> Iterator[str]:
+    if not isinstance(codecs[-1], Crc32cCodec):
+        yield "has chunks without a crc32c at their end"
+    if not isinstance(codecs[0], BytesCodec) or getattr(codecs[0].endian, "value", "little") != "little":
+        yield "is not little endian"
+    if not all(isinstance(codec, BytesBytesCodec) for codec in codecs[1:]):
+        yield "has codecs of another kind"
+
+
+def _open_array(group: zarr.Group, path: str) -> tuple[ArrayV3Metadata | None, str]:
+    try:
+        member = open_member(group, path)
+    except KeyError:
+        return None, "is not in the store"
+    except FormatError as error:
+        return None, str(error).split("/zarr.json ")[-1]
+    if not isinstance(member, zarr.Array):
+        return None, "is a group, not an array"
+    metadata = member.metadata
+    if not isinstance(metadata, ArrayV3Metadata):
+        return None, "is not Zarr v3"
+    return metadata, ""
+
+
+def _form(metadata: ArrayV3Metadata) -> str:
+    return f"{metadata.data_type.to_native_dtype()} of {metadata.shape}"
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None

@@ -1,0 +1,203 @@
+"""What people see: tables on stdout, progress and notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nacpipe.address import is_url
+from nacpipe.cli.streams import Terminal
+from nacpipe.text import escape, escape_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+REDRAW, MINUTE = 0.1, 60.0  # seconds between two lines of progress, on a terminal and elsewhere
+CLEAR = "\r\x1b[K"
+
+
+class Address(click.Path):
+    """A cache: a folder, or a URL as it is, which a Path would lose a slash of."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the Path, or the URL."""
+        return value if is_url(value) else super().convert(value, param, ctx)
+
+
+def split_names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Turn `a,b` into ("a", "b")."""
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if value else ()
+
+
+def split_layers(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Turn `a,b` or `a b`, as OpenOOD's scripts have layers, into ("a", "b")."""
+    return tuple(re.split(r"[,\s]+", value.strip(", \t\n"))) if value and value.strip(", \t\n") else ()
+
+
+def note(text: str) -> None:
+    """Say something to a person, beside the result."""
+    click.echo(printable(text), err=True)
+
+
+def say(text: str) -> None:
+    """Print a line of the result in which foreign names may stand; a line end in one is none on the terminal."""
+    click.echo(printable(text).replace("\n", "\\x0a"))
+
+
+def print_json(value: Any) -> None:
+    """Print JSON to stdout, in ASCII."""
+    click.echo(json.dumps(_to_json(value), indent=2, allow_nan=False))
+
+
+def print_csv(text: str) -> None:
+    """Print CSV to stdout, in UTF-8 whatever the terminal's encoding: it is read by programs."""
+    text = escape_bytes(text)
+    if isinstance(sys.stdout, Terminal):
+        sys.stdout.write_bytes(text.encode())
+    else:
+        click.echo(text, nl=False)
+
+
+def _to_json(value: Any) -> Any:
+    """JSON has no NaN or infinity: null; and no bytes of a file name."""
+    if isinstance(value, dict):
+        return {escape_bytes(key): _to_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(entry) for entry in value]
+    if isinstance(value, str):
+        return escape_bytes(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def printable(text: str) -> str:
+    """Make control characters of foreign names visible."""
+    return "".join(c if c.isprintable() or c == "\n" else escape(c) for c in text)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Print aligned columns; the first `left` are aligned to the left, a row of no cells is a blank line."""
+    columns, rows = _fit(columns), [_fit(row) for row in rows]
+    widths = [max(len(row[i]) for row in [columns, *rows] if row) for i in range(len(columns))]
+    for row in [columns, *rows]:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))]
+        say("  ".join(cells).rstrip())
+
+
+def _fit(cells: Sequence[str]) -> list[str]:
+    """Cells as the terminal can show them, so that columns stay aligned."""
+    return [sys.stdout.fit(cell) for cell in cells] if isinstance(sys.stdout, Terminal) else [*cells]
+
+
+def print_frame(frame: pd.DataFrame, output: str) -> None:
+    """Print a frame as json (a list of rows), csv or markdown; what is missing is null, or an empty cell."""
+    if output == "json":
+        print_json(frame.astype(object).where(frame.notna(), None).to_dict("records"))
+    elif output == "csv":
+        print_csv(frame.to_csv(index=False))
+    else:
+        shown = frame.astype(object).where(frame.notna(), "")
+        cells = [[_cell(value) for value in row] for row in shown.itertuples(index=False)]
+        click.echo("| " + " | ".join(frame.columns) + " |")
+        click.echo("|" + "|".join(" --- " for _ in frame.columns) + "|")
+        for row in cells:
+            say("| " + " | ".join(row) + " |")
+
+
+def params_option(command: Any) -> Any:
+    """Add --params to a command of several caches, as `choices`."""
+    said = "A file, or published; default: what search left beside X.zarr. Once for all caches, or once for each."
+    return click.option("--params", "choices", metavar="FILE", multiple=True, help=said)(command)
+
+
+def output_options(command: Any) -> Any:
+    """Add --json, --csv and --markdown to a command as `output`."""
+    for name in ("markdown", "csv", "json"):
+        command = click.option(f"--{name}", "output", flag_value=name, help=f"Print {name.upper()}.")(command)
+    return command
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """0.12345 → 12.35; what is not there is a dash."""
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
+
+
+def format_bytes(count: int) -> str:
+    """12345678 → 11.8 MiB."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+class Progress:
+    """How far a command is, on stderr: a line that is written over on a terminal, elsewhere a line a minute.
+
+    extract id/train 512/1000  total 512/9345  35/s  4:12 left
+    search 812/2000  best 98.21 %  310/s  0:04 left
+    """
+
+    def __init__(self, verb: str, totals: Mapping[str, int], done: Mapping[str, int] | None = None) -> None:
+        """Count up to these totals.
+
+        Args:
+            verb: what is done.
+            totals: part → how much there is of it; one part may have no name. None at all: nothing is shown.
+            done: part → how much of it was done before.
+        """
+        self._verb, self._totals, self._done = verb, dict(totals), dict.fromkeys(totals, 0) | dict(done or {})
+        self._terminal = sys.stderr.isatty()
+        self._before = self.done
+        self._started = self._shown = time.monotonic()
+
+    @property
+    def done(self) -> int:
+        """How much is done of all parts."""
+        return sum(self._done.values())
+
+    def step(self, count: int, part: str = "", more: str = "") -> None:
+        """Count on, and show it where it is time to: on a terminal at once, but no more than ten times a second."""
+        if not self._totals:
+            return
+        self._done[part] += count
+        now, total = time.monotonic(), sum(self._totals.values())
+        ended = self._terminal and self.done >= total
+        if not ended and now - self._shown < (REDRAW if self._terminal else MINUTE):
+            return
+        self._shown = now
+        rate = (self.done - self._before) / max(now - self._started, 1e-9)
+        left = max(total - self.done, 0) / max(rate, 1e-9)
+        words = [f"{self._verb} {part}".rstrip() + f" {self._done[part]}/{self._totals[part]}"]
+        words += [f"total {self.done}/{total}"] * (len(self._totals) > 1) + [more] * bool(more)
+        line = printable("  ".join([*words, f"{rate:.{0 if rate >= 10 else 1}f}/s", f"{_clock(left)} left"]))
+        sys.stderr.write(f"{CLEAR}{line}" + "\n" * ended if self._terminal else f"{line}\n")
+        sys.stderr.flush()
+
+    def note(self, text: str) -> None:
+        """Say something to a person in the middle of it."""
+        if self._terminal and self._totals:
+            sys.stderr.write(CLEAR)
+        note(text)
+
+
+def _clock(seconds: float) -> str:
+    """125.0 → 2:05; an hour and more with hours."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,1 @@
+"""A detector to take away: its file, and the module that runs beside a classifier."""

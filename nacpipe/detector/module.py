@@ -1,0 +1,269 @@
+"""The exported detector, running beside its classifier.
+
+    images ──▶ network with taps ──▶ products of every layer ──▶ Σ min(count, saturation) ──▶ score ──▶ is_ood
+               one forward and one   (n, neurons) float32        (n,) integers               (n,) float64
+               backward pass
+
+The sums are integers, as in the cache's scoring, so a score does not depend on the batch it came in; what a network
+computes for an image may, in its last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nacpipe.artifact import read_detector
+from nacpipe.cache import LayerSpec
+from nacpipe.cache.identity import diff
+from nacpipe.cache.layout import ALL_BITS
+from nacpipe.detector.exported import Exported, ExportedLayer
+from nacpipe.errors import DetectorError, InputError
+from nacpipe.extraction.request import AUTOCAST
+from nacpipe.method.coverage import (
+    LOGITS,
+    Source,
+    combine_layers,
+    layer_of,
+    layer_score,
+    logits_gradient,
+    select_source,
+)
+from nacpipe.method.kernels import fill_rows
+from nacpipe.networks.checkpoints import hash_network
+from nacpipe.networks.taps import POOLINGS, Tapped, Taps, apart, find_direct
+from nacpipe.networks.trial import run_trial
+from nacpipe.networks.wrappers import find_place, unwrap
+
+
+class Detected(NamedTuple):
+    """What a detector says of n images, on their device."""
+
+    logits: Tensor
+    """(n, classes), the network's own."""
+    score: Tensor
+    """(n,) float64 (float32 where the device has none); larger = more like the training data."""
+    is_ood: Tensor
+    """(n,) bool: the score is below the threshold, or states are not finite (the score is then NaN)."""
+
+
+class Detector(nn.Module):
+    """A classifier with its coverage: images in, (logits, score, is_ood) out.
+
+    Works whatever the caller's gradient mode, and leaves the network's modes, flags and gradients as they were; during
+    a call it is in evaluation mode. Calls from several threads wait for each other. Where all layers are the
+    classifier's input (avgpool alone, say) or the logits, no backward pass runs.
+
+    Tables are looked up by compiled code on the CPU and by plain torch elsewhere; only the CPU has been measured.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: Sequence[ExportedLayer],
+        like: Tensor,  # (2, channels, height, width)
+        *,
+        threshold: float = -np.inf,
+        autocast: torch.dtype | None = None,
+        keep_bits: int = ALL_BITS,
+        name: str = "",
+        outputs: str | None = None,
+    ) -> None:
+        """Put a network and coverage together.
+
+        Args:
+            network: the classifier, on whatever device; what torch.compile or DataParallel wrap is taken out of it.
+            layers: the coverage, for the network's modules.
+            like: images of the kind to come, of any content, on the network's device; they are run to see whether all
+                fits.
+            threshold: the lowest score that counts as ID; by default nothing is flagged.
+            autocast: the half type that the states were counted in.
+            keep_bits: of the mantissa of activations and gradients, if the cache rounded them.
+            name: the network's, for messages.
+            outputs: what the network gives, as the cache had it; None finds it out.
+
+        Raises:
+            DetectorError: a layer has another number of neurons, or a pooling is not known.
+            InputError: the network fails or is random in evaluation mode, or a layer is not in it.
+        """
+        super().__init__()
+        network = unwrap(network)
+        self.network, self.threshold = network, threshold
+        self.weights = np.array([layer.params.weight for layer in layers])
+        self._lookups = [Lookup(layer) for layer in layers]
+        self._autocast, self._keep_bits = autocast, keep_bits
+        for layer in layers:
+            if layer.pooling not in POOLINGS:
+                raise DetectorError(f"layer {layer.name!r}: pooling {layer.pooling!r} is not known")
+        self._specs = [
+            LayerSpec(name=name, path=one.path, pooling=one.pooling, neurons=one.counts.shape[0])
+            for name, one in {layer_of(one.name): one for one in layers}.items()
+            if name != LOGITS
+        ]
+        if any(parameter.is_inference() for parameter in network.parameters()):
+            raise InputError(
+                "the network was made under torch.inference_mode, which forbids gradients; make it outside"
+            )
+        with apart(network, like.device):
+            trial = run_trial(name or type(network).__name__, network, like, embeds=outputs == "features")
+            self.classifier, self._outputs = trial.classifier, outputs or trial.outputs
+            self._direct = find_direct(network, self._specs, self.classifier, like)
+        self._overwritten: Set[str] | None = None
+        self(like)
+
+    def forward(self, images: Tensor) -> Detected:  # (n, channels, height, width), prepared for the network
+        tapped = self._run(images)
+        filled, finite = [], np.ones(len(images), bool)
+        for lookup in self._lookups:
+            layer = lookup.layer
+            products = select_products(tapped, layer.name, layer.params.source, self._keep_bits)
+            finite &= torch.isfinite(products).all(dim=1).cpu().numpy()
+            filled.append(lookup(products))
+        scores = combine_layers(
+            np.stack(
+                [
+                    layer_score(sums, one.filled.shape[0], one.layer.params.saturation)
+                    for sums, one in zip(filled, self._lookups, strict=True)
+                ]
+            ),
+            self.weights,
+        )
+        scores[~finite] = np.nan
+        device = tapped.logits.device
+        return Detected(
+            logits=tapped.logits,
+            score=torch.from_numpy(scores).to(device, torch.float32 if device.type == "mps" else torch.float64),
+            is_ood=torch.from_numpy(~(scores >= self.threshold)).to(device),
+        )
+
+    def _run(self, images: Tensor) -> Tapped:
+        """One pass, as extraction makes it, whatever mode the caller is in."""
+        with (
+            apart(self.network, images.device),
+            Taps(
+                self.network,
+                self._specs,
+                self.classifier,
+                direct=self._direct,
+                overwritten=self._overwritten,
+                outputs=self._outputs,
+                autocast=self._autocast,
+            ) as taps,
+        ):
+            tapped = taps(images.detach())
+            self._overwritten = taps.overwritten
+        return tapped
+
+
+def select_products(tapped: Tapped, layer: str, source: Source, keep_bits: int = ALL_BITS) -> Tensor:
+    """Return what goes under the sigmoid for a layer or the logits, (n, neurons) float32."""
+    layer = layer_of(layer)
+    if layer == LOGITS:
+        activation = tapped.logits.float().cpu()
+        gradient = torch.from_numpy(logits_gradient(activation.numpy()))
+    else:
+        activation, gradient = (
+            round_bits(values[layer].float(), keep_bits) for values in (tapped.activation, tapped.gradient)
+        )
+    return select_source(activation, gradient, source)  # type: ignore[arg-type, return-value]  # as arrays do
+
+
+class Lookup:
+    """One layer's table: products → Σ over neurons of min(count, saturation) at each sample's bins."""
+
+    def __init__(self, layer: ExportedLayer) -> None:
+        self.layer = layer
+        self.filled = np.minimum(layer.counts, layer.params.saturation)  # (neurons, bins − 1)
+        self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, products: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+        """Return the sums (n,) for products (n, neurons).
+
+        Raises:
+            DetectorError: these are other neurons than were counted.
+        """
+        if products.shape[1] != self.filled.shape[0]:
+            raise DetectorError(
+                f"layer {self.layer.name!r} has {products.shape[1]} neurons, {self.filled.shape[0]} were counted;"
+                " is it another network?"
+            )
+        if products.device.type == "cpu":
+            rows = np.ascontiguousarray(products.numpy())
+            return fill_rows(rows, self.layer.borders, self.filled, self.layer.params.saturation)
+        return self.on_device(products)
+
+    def on_device(self, products: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+        """Return the same in plain torch, for any device."""
+        device = products.device
+        if device not in self._moved:
+            self._moved[device] = tuple(torch.from_numpy(a).to(device) for a in (self.layer.borders, self.filled))  # type: ignore[assignment]
+        borders, filled = self._moved[device]
+        bins = torch.bucketize(products.contiguous(), borders, right=True) - 1  # borders[k] ≤ x < borders[k + 1]
+        places = bins.clamp_(0, filled.shape[1] - 1) + filled.shape[1] * torch.arange(filled.shape[0], device=device)
+        sums: np.ndarray[tuple[int, ...], np.dtype[np.int64]] = filled.take(places).sum(dim=1).cpu().numpy()
+        return sums
+
+
+def round_bits(values: Tensor, keep_bits: int) -> Tensor:
+    """Return float32 values with `keep_bits` bits of mantissa, rounded half to even: the cache's rounding, anywhere."""
+    drop = ALL_BITS - keep_bits
+    if drop == 0:
+        return values
+    bits = values.contiguous().view(torch.int32)
+    bits = bits + ((bits >> drop) & 1) + ((1 << (drop - 1)) - 1)
+    return (bits >> drop << drop).view(torch.float32)
+
+
+def load_detector(file: str | Path, network: nn.Module) -> Detector:
+    """Put an exported detector on the network that it was made for.
+
+    To get the scores of the cache to the last bit, do as `nacpipe score` does (docs/decisions/same-values.md): on
+    a CPU with AVX-512, set ONEDNN_MAX_CPU_ISA=AVX2 before torch's first convolution; on CUDA,
+    torch.backends.cudnn.allow_tf32 = False.
+
+    Args:
+        file: from `nacpipe export`.
+        network: with the very weights, on whatever device; images must come prepared as `Exported.transform` says.
+            It may be wrapped (torch.compile, DataParallel); the network inside is what runs.
+
+    Raises:
+        DetectorError: the file is not there or malformed, or the network has other weights or layers.
+    """
+    exported = read_detector(file)
+    try:
+        return attach(exported, network)
+    except DetectorError as error:
+        raise DetectorError(f"{file}: {error}") from None
+
+
+def attach(exported: Exported, network: nn.Module) -> Detector:
+    """Put an exported detector on its network.
+
+    Raises:
+        DetectorError: the network has other weights or layers.
+    """
+    identity, transform = exported.identity, exported.transform
+    network = unwrap(network)
+    if differences := diff({"weights": identity["weights"]}, {"weights": hash_network(network)}):
+        inside = [name for name, child in network.named_children() if hash_network(child) == identity["weights"]]
+        advice = "give that network with those weights, or extract and export for this one"
+        if inside:
+            advice = f"that one is its module {inside[0]!r}: give network.{inside[0]}"
+        raise DetectorError(f"it was exported for another network ({'; '.join(differences)}); {advice}")
+    side, (device, dtype) = transform.crop, find_place(network)
+    noise = torch.randn(2, len(transform.mean), side, side, generator=torch.Generator().manual_seed(0))
+    return Detector(
+        network,
+        exported.layers,
+        noise.to(device, dtype),
+        threshold=exported.threshold,
+        autocast=AUTOCAST["none" if identity["dtype"] == "float32" else identity["dtype"]],
+        keep_bits=exported.keep_bits,
+        name=str(identity.get("architecture", "")),
+        outputs=str(identity.get("outputs", "logits")),
+    )

@@ -1,0 +1,278 @@
+"""Detectors of other papers on a cache's logits, features and last linear layer; no torch, and no network is run.
+
+Each has the settings of its paper or of pytorch-ood (docs/evaluate.md), and is told what to learn from:
+
+    nothing      Entropy, GEN, ASH, SCALE
+    id/val       Temperature, KL-Matching (what the network was trained on would flatter it)
+    id/train     the others
+
+All of them are fitted first, then every split is read once, in blocks. What cannot be computed is a reason, never a
+number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nacpipe.cache import Cache, SplitView
+from nacpipe.errors import InputError
+from nacpipe.evaluation.methods import MethodScores, as_logits, choose_baselines, row_slices, why_no_logits
+from nacpipe.evaluation.posthoc import base as posthoc
+from nacpipe.evaluation.posthoc import distances as distances
+from nacpipe.evaluation.posthoc import shaping as shaping
+from nacpipe.evaluation.posthoc.base import Fit, Linear, Samples, Score, Training
+from nacpipe.evaluation.posthoc.openmax import fit_openmax
+from nacpipe.scoring.coverage import has_classes, has_logits, outputs_of
+
+FIT_ROWS = 50_000  # images that a baseline learns from at most, evenly spaced over the split
+HELD = 2**24  # float64 numbers that a detector's intermediate array may have
+
+NO_CLASSIFIER = "the cache holds no last linear layer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """How a detector is fitted and what it needs."""
+
+    fit: Fit
+    reads: Literal["logits", "features"]
+    """`features` are read with the last linear layer."""
+    fitted_on: str = ""
+    """The split that it learns from."""
+    labels: bool = False
+    """Whether it learns from labels."""
+    images: int = 1
+    """Images that it cannot do without."""
+    per_class: int = 0
+    """Images of every class that it cannot do without."""
+    covariance: bool = False
+    """Whether it inverts the features' covariance within classes."""
+    of_probabilities: bool = False
+    """Whether it is a function of the probabilities alone, which a network may give in place of logits."""
+
+
+BASELINES: Mapping[str, Baseline] = {
+    "Temperature": Baseline(
+        fit=posthoc.fit_tempered_msp, reads="logits", fitted_on="id/val", labels=True, of_probabilities=True
+    ),
+    "Entropy": Baseline(fit=posthoc.fit_entropy, reads="logits", of_probabilities=True),
+    "GEN": Baseline(fit=posthoc.fit_gen, reads="logits", of_probabilities=True),
+    "KL-Matching": Baseline(fit=posthoc.fit_kl_matching, reads="logits", fitted_on="id/val", of_probabilities=True),
+    "OpenMax": Baseline(fit=fit_openmax, reads="logits", fitted_on="id/train", labels=True, per_class=2),
+    "Mahalanobis": Baseline(
+        fit=distances.fit_mahalanobis,
+        reads="features",
+        fitted_on="id/train",
+        labels=True,
+        per_class=1,
+        covariance=True,
+    ),
+    "RMD": Baseline(
+        fit=distances.fit_rmd, reads="features", fitted_on="id/train", labels=True, per_class=1, covariance=True
+    ),
+    "KNN": Baseline(fit=distances.fit_knn, reads="features", fitted_on="id/train", images=distances.KNN_NEIGHBOURS),
+    "ViM": Baseline(fit=distances.fit_vim, reads="features", fitted_on="id/train"),
+    "SHE": Baseline(fit=distances.fit_she, reads="features", fitted_on="id/train", labels=True, per_class=1),
+    "ReAct": Baseline(fit=shaping.fit_react, reads="features", fitted_on="id/train"),
+    "ASH": Baseline(fit=shaping.fit_ash, reads="features"),
+    "SCALE": Baseline(fit=shaping.fit_scale, reads="features"),
+    "DICE": Baseline(fit=shaping.fit_dice, reads="features", fitted_on="id/train"),
+    "fDBD": Baseline(fit=distances.fit_fdbd, reads="features", fitted_on="id/train"),
+    "NCI": Baseline(fit=distances.fit_nci, reads="features", fitted_on="id/train"),
+    "NNGuide": Baseline(
+        fit=distances.fit_nnguide, reads="features", fitted_on="id/train", images=distances.NNGUIDE_NEIGHBOURS
+    ),
+}
+
+
+def score_baselines(cache: Cache, names: Iterable[str], splits: Iterable[str]) -> dict[str, MethodScores]:
+    """Fit baselines and score splits, block by block: method → its scores, larger = more like the training data.
+
+    Args:
+        cache: a cache whose network gives logits; features and classifier where the network has a last linear layer.
+        names: among `BASELINES`, or `all`.
+        splits: what to score.
+
+    Raises:
+        InputError: a name is not known.
+    """
+    chosen = {name: BASELINES[name] for name in choose_baselines(names)}
+    wanted = list(splits)
+    reader = _Reader.of(cache)
+    fitted: dict[str, _Fitted] = {}
+    for split in dict.fromkeys(baseline.fitted_on for baseline in chosen.values()):
+        group = {name: baseline for name, baseline in chosen.items() if baseline.fitted_on == split}
+        fitted |= _fit_group(reader, group, split)
+    scores = _score_splits(reader, chosen, fitted, wanted)
+    return {name: _collect(baseline, fitted[name], scores.get(name), wanted) for name, baseline in chosen.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fitted:
+    """A detector, or why there is none."""
+
+    score: Score | None = None
+    images: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reader:
+    """Reads of a cache what detectors need."""
+
+    cache: Cache
+    linear: Linear | None
+
+    @classmethod
+    def of(cls, cache: Cache) -> _Reader:
+        found = cache.classifier()
+        return cls(cache=cache, linear=None if found is None else Linear(weight=found[0], bias=found[1]))
+
+    def read(self, split: SplitView, rows: slice, reads: Set[str]) -> Samples:
+        """Return these rows; an array that nobody reads has no columns."""
+        none = np.empty((len(range(*rows.indices(split.rows))), 0), np.float32)
+        features = split.read("features", rows) if "features" in reads else none
+        return Samples(
+            logits=as_logits(split.read("logits", rows), outputs_of(self.cache)) if "logits" in reads else none,
+            features=features,
+            linear_logits=self.linear(features) if "features" in reads and self.linear is not None else none,
+        )
+
+    def blocks(self, split: SplitView, reads: Set[str]) -> Iterator[slice]:
+        """Cut a split's rows so that about 32 MiB are read at a time."""
+        header = self.cache.header
+        width = {"logits": header.classes, "features": header.features + header.classes}
+        return row_slices(split.rows, width=sum(width[kind] for kind in reads), block_rows=header.block_rows)
+
+    def training(self, name: str, reads: Set[str]) -> Training:
+        """Return at most FIT_ROWS images of a split, evenly spaced; none of the split with an empty name."""
+        linear = self.linear or Linear(
+            weight=np.empty((self.cache.header.classes, 0), np.float32), bias=np.empty(0, np.float32)
+        )
+        if not name:
+            none = np.empty((0, 0), np.float32)
+            samples = Samples(logits=none, features=none, linear_logits=none)
+            return Training(samples=samples, label=np.empty(0, np.int64), linear=linear)
+        split = self.cache[name]
+        chosen = np.unique(np.linspace(0, split.rows - 1, min(split.rows, FIT_ROWS)).round().astype(np.int64))
+        parts = []
+        for rows in self.blocks(split, reads):
+            inside = chosen[(chosen >= rows.start) & (chosen < rows.stop)] - rows.start
+            parts.append(_take(self.read(split, rows, reads), inside))
+        samples = Samples(
+            logits=np.concatenate([part.logits for part in parts]),
+            features=np.concatenate([part.features for part in parts]),
+            linear_logits=np.concatenate([part.linear_logits for part in parts]),
+        )
+        return Training(samples=samples, label=split.label[chosen], linear=linear)
+
+
+def _fit_group(reader: _Reader, group: Mapping[str, Baseline], split: str) -> dict[str, _Fitted]:
+    """Fit the baselines that learn from one split, which is read once."""
+    reasons = {name: _lacks(reader, baseline) for name, baseline in group.items()}
+    reads = {baseline.reads for name, baseline in group.items() if not reasons[name]}
+    if not reads:
+        return {name: _Fitted(reason=reason) for name, reason in reasons.items()}
+    training = reader.training(split, reads)
+    fitted = {}
+    for name, baseline in group.items():
+        reason = reasons[name] or _too_few(baseline, training, split)
+        fitted[name] = _Fitted(reason=reason) if reason else _fit(baseline, training, split)
+    return fitted
+
+
+def _fit(baseline: Baseline, training: Training, split: str) -> _Fitted:
+    try:
+        with np.errstate(all="ignore"):
+            return _Fitted(score=baseline.fit(training), images=len(training.label))
+    except (InputError, np.linalg.LinAlgError) as error:
+        return _Fitted(reason=f"{split}: {error}")
+
+
+def _lacks(reader: _Reader, baseline: Baseline) -> str:
+    """What the cache does not hold; empty where it holds everything."""
+    cache, split = reader.cache, baseline.fitted_on
+    if not (has_logits(cache) or (baseline.of_probabilities and has_classes(cache))):
+        return why_no_logits(outputs_of(cache))
+    if baseline.reads == "features" and reader.linear is None:
+        why = cache.header.information.get("no_classifier")
+        return NO_CLASSIFIER + (f": {why}" if why else "")
+    if split and split not in cache:
+        return f"the cache has no {split}"
+    if split and not cache.peek(split).sealed:
+        return f"{split} is not finished"
+    return ""
+
+
+def _too_few(baseline: Baseline, training: Training, split: str) -> str:
+    """Why these images are too few, or labelled wrongly; empty where they are enough."""
+    if not split:
+        return ""
+    label, (classes, features) = training.label, training.linear.weight.shape
+    if baseline.labels and (wrong := int(((label < 0) | (label >= classes)).sum())):
+        return f"{wrong} of {len(label)} labels of {split} are outside 0 … {classes - 1}"
+    if len(label) < baseline.images:
+        return f"it needs {baseline.images} images; {split} has {len(label)}"
+    if baseline.per_class and (fewest := int(np.bincount(label, minlength=classes).min())) < baseline.per_class:
+        images = f"{baseline.per_class} images" if baseline.per_class > 1 else "an image"
+        return f"it needs {images} of every class; {split} has a class with {fewest}"
+    if baseline.covariance and len(label) < (needed := features + classes):
+        return (
+            f"the covariance of {features} features in {classes} classes needs {needed} images; {split} has"
+            f" {len(label)}"
+        )
+    return ""
+
+
+def _score_splits(
+    reader: _Reader, chosen: Mapping[str, Baseline], fitted: Mapping[str, _Fitted], splits: Iterable[str]
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Read every split once and return method → split → scores (rows,), of the methods that have a detector."""
+    detectors = {name: detector.score for name, detector in fitted.items() if detector.score is not None}
+    found: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in detectors}
+    if not detectors:
+        return found
+    reads = {chosen[name].reads for name in detectors}
+    header = reader.cache.header
+    step = max(1, HELD // (header.classes + header.features + max(one.images for one in fitted.values())))
+    for name in splits:
+        split = reader.cache[name]
+        for method in found.values():
+            method[name] = np.empty(split.rows)
+        for rows in reader.blocks(split, reads):
+            block = reader.read(split, rows, reads)
+            for start in range(0, rows.stop - rows.start, step):
+                part = _take(block, slice(start, start + step))
+                for method_name, score in detectors.items():
+                    with np.errstate(all="ignore"):
+                        scores = score(part)
+                    first = rows.start + start
+                    found[method_name][name][first : first + len(scores)] = scores
+    return found
+
+
+def _take(samples: Samples, rows: slice | NDArray[np.int64]) -> Samples:
+    return Samples(
+        logits=samples.logits[rows], features=samples.features[rows], linear_logits=samples.linear_logits[rows]
+    )
+
+
+def _collect(
+    baseline: Baseline, fitted: _Fitted, found: Mapping[str, NDArray[np.float64]] | None, splits: list[str]
+) -> MethodScores:
+    """Return the scores of the splits of which all are numbers, and reasons for the others."""
+    scores: dict[str, NDArray[np.float64]] = {}
+    reasons: dict[str, str] = {}
+    for split in splits:
+        if found is None:
+            reasons[split] = fitted.reason
+        elif bad := int((~np.isfinite(found[split])).sum()):
+            reasons[split] = f"{bad} of {found[split].size} scores of {split} are not finite"
+        else:
+            scores[split] = found[split]
+    return MethodScores(scores=scores, reasons=reasons, fitted_on=baseline.fitted_on, n_fitted=fitted.images)

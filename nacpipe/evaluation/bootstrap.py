@@ -1,0 +1,156 @@
+"""How sure a table is: bootstrap intervals, and whether two methods differ by more than chance.
+
+ID images and those of every OOD set are drawn again with replacement, as many as there are. A set's draw number b is
+the same for every method, run and cell of a task, so differences between methods are paired, and a group's mean is of
+one draw; the full spectrum draws id/test and csid as one set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from nacpipe.benchmarks.standard import label_set
+from nacpipe.errors import InputError
+from nacpipe.evaluation.method_scores import ScoredCache
+from nacpipe.evaluation.tables import KEYS, tabulate
+from nacpipe.method.resampling import draw_counts, rank_scores, redetect
+
+LEVEL = 0.95
+RESAMPLES = 1000
+MEASURED = ("fpr95", "auroc")  # what intervals are given for
+
+Cell = tuple[str, ...]  # task, group, dataset, method
+Draws = Mapping[Cell, NDArray[np.float64]]  # (resamples, 2): FPR@95, AUROC
+
+
+def add_confidence(
+    frame: pd.DataFrame,
+    runs: Sequence[ScoredCache],
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 1,
+) -> pd.DataFrame:
+    """Return a table with fpr95_low, fpr95_high, auroc_low, auroc_high, confidence and resamples.
+
+    Percentile intervals over redrawn images. Of several runs they are for the mean over runs: how far the runs lie
+    apart is in `*_std`.
+
+    Args:
+        frame: `tabulate(runs)`.
+        runs: what it was made from.
+        level: the share of draws inside the interval, between 0 and 1.
+        resamples: how often the images are drawn.
+        seed: of the draws.
+
+    Raises:
+        InputError: level or resamples is out of range.
+    """
+    draws = _draw(runs, list(runs[0].methods), level, resamples, seed)
+    ends = np.array([_interval(draws[cell], level) for cell in frame[list(KEYS)].itertuples(index=False, name=None)])
+    bounds = {
+        f"{metric}_{end}": ends[:, i, j] for j, metric in enumerate(MEASURED) for i, end in enumerate(("low", "high"))
+    }
+    whole = frame.assign(**bounds, confidence=level, resamples=resamples)
+    whole.attrs = dict(frame.attrs)
+    return whole
+
+
+def compare_methods(
+    runs: Sequence[ScoredCache],
+    first: str,
+    second: str,
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 1,
+) -> pd.DataFrame:
+    """Return how two methods differ on the same images, one row per task, set (or mean) and metric (fpr95, auroc).
+
+    Columns: task, group, dataset, metric, first, second (their names), first_value, second_value, difference (first −
+    second), low, high (a paired bootstrap interval of the difference), confidence, resamples, more_than_chance (whether
+    0 lies outside the interval; None for an empty cell), reason. All values are fractions. At a level of 0.95, one in
+    twenty rows of two equal methods would be called more than chance: look at the means first.
+
+    Raises:
+        InputError: a name is not among the methods, or level or resamples is out of range.
+    """
+    for name in (first, second):
+        if name not in runs[0].methods:
+            raise InputError(f"method {name!r} was not evaluated; there are {', '.join(runs[0].methods)}")
+    pair = [replace(run, methods={name: run.methods[name] for name in (first, second)}) for run in runs]
+    draws = _draw(pair, [first, second], level, resamples, seed)
+    table = tabulate(pair).set_index(list(KEYS))
+    rows: list[dict[str, Any]] = []
+    for task, group, dataset in dict.fromkeys(cell[:3] for cell in draws):
+        a, b = (table.loc[(task, group, dataset, name)] for name in (first, second))
+        low, high = _interval(draws[task, group, dataset, first] - draws[task, group, dataset, second], level)
+        reason = "; ".join(dict.fromkeys(text for text in (a["reason"], b["reason"]) if text))
+        for place, metric in enumerate(MEASURED):
+            row: dict[str, Any] = {
+                "task": task,
+                "group": group,
+                "dataset": dataset,
+                "metric": metric,
+                "first": first,
+                "second": second,
+            }
+            row |= {"first_value": a[metric], "second_value": b[metric], "difference": a[metric] - b[metric]}
+            row |= {"low": low[place], "high": high[place], "confidence": level, "resamples": resamples}
+            chance = None if np.isnan(low[place]) else bool(low[place] <= 0 <= high[place])
+            rows.append(row | {"more_than_chance": None if chance is None else not chance, "reason": reason})
+    return pd.DataFrame(rows)
+
+
+def _draw(runs: Sequence[ScoredCache], methods: list[str], level: float, resamples: int, seed: int) -> Draws:
+    """Return every cell's metrics for every draw, means over runs; NaN where a method has no scores."""
+    if not 0 < level < 1:
+        raise InputError(f"confidence is {level}; it must lie between 0 and 1")
+    if resamples < 1:
+        raise InputError(f"resamples is {resamples}; it must be at least 1")
+    found: dict[Cell, NDArray[np.float64]] = {}
+    for task, id_splits in runs[0].tasks().items():
+        for group in ("near", "far"):
+            sets = [name for name in runs[0].ood_sets() if name.startswith(f"ood/{group}/")]
+            drawn = {name: _draw_set(runs, methods, id_splits, name, resamples, seed) for name in sets}
+            for place, method in enumerate(methods):
+                for name, values in drawn.items():
+                    found[task, group, label_set(name), method] = values[:, place]
+            for place, method in enumerate(methods):
+                if sets:
+                    found[task, group, "mean", method] = np.mean(
+                        [values[:, place] for values in drawn.values()], axis=0
+                    )
+    return found
+
+
+def _draw_set(
+    runs: Sequence[ScoredCache], methods: list[str], id_splits: list[str], ood: str, resamples: int, seed: int
+) -> NDArray[np.float64]:
+    """One OOD set's metrics, (resamples, methods, 2), means over runs."""
+    ranks = {}  # of one set at a time: 4 bytes per image, method and run
+    for place, method in enumerate(methods):
+        for number, run in enumerate(runs):
+            scored = run.methods[method]
+            if not {*id_splits, ood} & set(scored.reasons):
+                inside = np.concatenate([scored.scores[split] for split in id_splits])
+                ranks[place, number] = rank_scores(inside, scored.scores[ood])
+    n_id, n_ood = sum(runs[0].rows[split] for split in id_splits), runs[0].rows[ood]
+    values = np.full((resamples, len(methods), len(runs), 2), np.nan)
+    for draw in range(resamples):
+        id_counts = draw_counts(n_id, "+".join(id_splits), draw, seed)
+        ood_counts = draw_counts(n_ood, ood, draw, seed)
+        for (place, number), (id_ranks, ood_ranks) in ranks.items():
+            values[draw, place, number] = redetect(id_ranks, ood_ranks, id_counts, ood_counts)
+    return np.asarray(values.mean(axis=2))
+
+
+def _interval(draws: NDArray[np.float64], level: float) -> NDArray[np.float64]:
+    """The percentile interval of (resamples, 2): low and high ends, (2, 2)."""
+    return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)

@@ -1,0 +1,166 @@
+"""One cache's images scored by every method, in bounded memory: 8 bytes per image and method are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nacpipe.benchmarks.standard import label_set, why_reserved
+from nacpipe.cache import Cache
+from nacpipe.errors import InputError
+from nacpipe.evaluation.methods import (
+    LOGIT_BASELINES,
+    OF_PROBABILITIES,
+    MethodScores,
+    as_logits,
+    row_slices,
+    why_no_logits,
+)
+from nacpipe.method.metrics import find_wrong_labels
+from nacpipe.method.params import NacParams
+from nacpipe.scoring.coverage import fit_coverage, has_classes, has_logits, outputs_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredCache:
+    """All that a table needs of one cache."""
+
+    path: str
+    methods: Mapping[str, MethodScores]
+    """NAC first where there are parameters, then the plain baselines, then others."""
+    rows: Mapping[str, int]
+    """Split → images: id/test, csid, near and far sets, in this order; those that are not finished too."""
+    correct: Mapping[str, int]
+    """Finished ID split → images whose largest logit is their label's; none where the network gives no logits."""
+    unfinished: Sequence[str] = ()
+    """The splits among `rows` that are not finished: no method has scores of them."""
+    note: str
+    """What a reader must know of the table; empty where there is nothing."""
+
+    def tasks(self) -> dict[str, list[str]]:
+        """Return task → the splits that are ID in it: `ood`, and `fsood` where there are csid sets."""
+        csid = [name for name in self.rows if name.startswith("csid/")]
+        return {"ood": ["id/test"]} | ({"fsood": ["id/test", *csid]} if csid else {})
+
+    def ood_sets(self) -> list[str]:
+        """Return the near sets, then the far sets."""
+        return [name for name in self.rows if name.startswith("ood/")]
+
+    def finished(self) -> list[str]:
+        """Return the splits of which there are scores."""
+        return [name for name in self.rows if name not in self.unfinished]
+
+
+def table_splits(cache: Cache) -> list[str]:
+    """Return what a table names: id/test and every csid, near and far set, finished or not."""
+    return ["id/test", *(name for name in cache if name.startswith(("csid/", "ood/near/", "ood/far/")))]
+
+
+def evaluated_splits(cache: Cache) -> list[str]:
+    """Return what of a table can be scored: id/test and every finished csid, near and far set.
+
+    Raises:
+        InputError: there is no finished near or far set.
+    """
+    found = [name for name in table_splits(cache) if name == "id/test" or cache.peek(name).sealed]
+    if not any(name.startswith("ood/") for name in found):
+        raise InputError(f"{cache.path} holds no finished near or far set; add them with: {cache.command()}")
+    return found
+
+
+def score_cache(
+    cache: Cache,
+    params: NacParams | Mapping[str, NacParams] | None,
+    *,
+    more: Mapping[str, MethodScores] | None = None,
+) -> ScoredCache:
+    """Score id/test and every finished csid, near and far set; one that is not finished is a reason, not a number.
+
+    Args:
+        cache: a cache with id/test and at least one finished near or far set.
+        params: NAC's parameters; several sets by name, `{"NAC": …, "NAC (published)": …}`; None for none.
+        more: further methods that have scored `evaluated_splits(cache)`, as nacpipe.evaluation.baselines gives them.
+
+    Raises:
+        InputError: there is nothing to evaluate.
+        ParamsError: a layer is not in the cache.
+    """
+    splits = evaluated_splits(cache)
+    named = {"NAC": params} if isinstance(params, NacParams) else (params or {})
+    coverages: dict[str, MethodScores] = {}
+    for name, chosen in named.items():
+        coverage = fit_coverage(cache, chosen)
+        coverages[name] = MethodScores(
+            scores={split: coverage.score(cache[split]) for split in splits},
+            fitted_on="id/train",
+            n_fitted=cache["id/train"].rows,
+        )
+    plain, correct = score_logits(cache, splits)
+    notes = []
+    if not has_logits(cache):
+        empty = [*([] if has_classes(cache) else ["accuracy"]), *(name for name in plain if not plain[name].scores)]
+        notes.append(f"{', '.join(empty)} are left empty: {why_no_logits(outputs_of(cache))}")
+    if has_classes(cache):
+        notes += _note_wrong_labels(cache, [split for split in splits if not split.startswith("ood/")])
+    if unfinished := [name for name in cache if not cache.peek(name).sealed]:
+        notes.append(
+            f"not finished: {', '.join(unfinished)}; what needs them is left empty; finish with: {cache.command()}"
+        )
+    for split in table_splits(cache):
+        if split.startswith("ood/") and label_set(split) == split:
+            name = split.rpartition("/")[2]
+            notes.append(f"{split} is listed by its whole name: {name!r} is reserved, {why_reserved(name)}")
+    rows = {split: cache.peek(split).rows for split in table_splits(cache)}
+    reasons = {split: f"{split} is not finished" for split in rows if split not in splits}
+    methods = {**coverages, **plain, **(more or {})}
+    return ScoredCache(
+        path=cache.path,
+        methods={name: replace(found, reasons={**found.reasons, **reasons}) for name, found in methods.items()},
+        rows=rows,
+        correct={split: count for split, count in correct.items() if not split.startswith("ood/")},
+        unfinished=list(reasons),
+        note=". ".join(notes),
+    )
+
+
+def _note_wrong_labels(cache: Cache, splits: Iterable[str]) -> list[str]:
+    """Say of ID splits how many labels are no classes; today's `extract` refuses them."""
+    classes, notes = cache.header.classes, []
+    for split in splits:
+        label = cache[split].label
+        if wrong := find_wrong_labels(label, classes).size:
+            notes.append(
+                f"{wrong} of {label.size} labels of {split} are outside 0 … {classes - 1}; accuracy counts them as"
+                " wrong"
+            )
+    return notes
+
+
+def score_logits(cache: Cache, splits: Iterable[str]) -> tuple[dict[str, MethodScores], dict[str, int]]:
+    """Return the plain baselines' scores, and split → images whose largest logit is their label's.
+
+    The logits are read once, in blocks. Of a network that gives probabilities or their logarithms, only what is a
+    function of probabilities is scored; of one that gives features, nothing.
+    """
+    names, outputs = list(splits), outputs_of(cache)
+    possible = LOGIT_BASELINES if has_logits(cache) else OF_PROBABILITIES if has_classes(cache) else ()
+    reasons = {
+        method: MethodScores(reasons=dict.fromkeys(names, why_no_logits(outputs)))
+        for method in LOGIT_BASELINES
+        if method not in possible
+    }
+    if not possible:
+        return reasons, {}
+    scores = {method: {name: np.empty(cache[name].rows) for name in names} for method in possible}
+    correct = dict.fromkeys(names, 0)
+    for name in names:
+        split = cache[name]
+        for rows in row_slices(split.rows, width=cache.header.classes, block_rows=cache.header.block_rows):
+            logits = as_logits(split.read("logits", rows), outputs)
+            for method in possible:
+                scores[method][name][rows] = LOGIT_BASELINES[method](logits)
+            correct[name] += int((logits.argmax(axis=1) == split.label[rows]).sum())
+    found = {method: MethodScores(scores=values) for method, values in scores.items()} | reasons
+    return {method: found[method] for method in LOGIT_BASELINES}, correct

@@ -1,0 +1,1 @@
+"""Post-hoc detectors of other papers, as functions of logits and features."""

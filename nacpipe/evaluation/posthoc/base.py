@@ -1,0 +1,108 @@
+"""Post-hoc detectors of other papers: what they learn from, what they score, and those that read logits alone.
+
+    fit_NAME(training) ──▶ score(samples) ──▶ (samples,) float64, larger = more like the training data
+
+A fit raises InputError where these images cannot give a detector; scores that cannot be computed are NaN or infinite.
+Detectors on features are in feature_distances.py and feature_shaping.py, OpenMax is in openmax.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nacpipe.method.plain_scores import Floats, entropy, fit_temperature, gen, tempered_msp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """A network's last linear layer."""
+
+    weight: NDArray[np.float32]  # (classes, features)
+    bias: NDArray[np.float32]  # (classes,)
+
+    def __call__(self, features: NDArray[np.floating]) -> NDArray[np.floating]:  # (samples, features)
+        """Return the logits of these features, (samples, classes)."""
+        return np.asarray(features @ self.weight.T + self.bias)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """What a cache holds of some images; a detector is given what it reads, the other arrays may be empty."""
+
+    logits: NDArray[np.float32]  # (samples, classes)
+    """The network's outputs."""
+    features: NDArray[np.float32]  # (samples, features)
+    """The inputs of the last linear layer."""
+    linear_logits: NDArray[np.float32]  # (samples, classes)
+    """The last linear layer's outputs for these features."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """The images that a detector learns from; none where it learns from nothing."""
+
+    samples: Samples
+    label: NDArray[np.int64]  # (samples,)
+    linear: Linear
+
+
+Score = Callable[[Samples], Floats]
+Fit = Callable[[Training], Score]
+
+
+def class_means(
+    values: NDArray[np.floating],  # (samples, width)
+    label: NDArray[np.int64],  # (samples,)
+    classes: int,
+) -> Floats:
+    """Return the mean of each class's rows, (classes, width); NaN where a class has none."""
+    means = np.full((classes, values.shape[1]), np.nan)
+    order = np.argsort(label, kind="stable")
+    held, starts, counts = np.unique(label[order], return_index=True, return_counts=True)
+    means[held] = np.add.reduceat(values[order], starts, axis=0, dtype=np.float64) / counts[:, None]
+    return means
+
+
+def softmax(logits: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return the probabilities, (samples, classes), in the precision of the logits."""
+    masses = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(masses / masses.sum(axis=1, keepdims=True))
+
+
+def fit_entropy(_training: Training) -> Score:
+    """Entropy (plain_scores.py); it learns nothing."""
+    return lambda samples: entropy(samples.logits)
+
+
+def fit_gen(_training: Training) -> Score:
+    """GEN (plain_scores.py); it learns nothing."""
+    return lambda samples: gen(samples.logits)
+
+
+def fit_tempered_msp(training: Training) -> Score:
+    """Temperature (plain_scores.py)."""
+    temperature = fit_temperature(training.samples.logits, training.label)
+    return lambda samples: tempered_msp(samples.logits, temperature)
+
+
+def fit_kl_matching(training: Training) -> Score:
+    """KL-Matching (Hendrycks et al., ICML 2022): −min over k of KL(p ‖ mean p of the images predicted as k).
+
+    Classes that no image is predicted as have no mean and are left out.
+    """
+    probabilities = softmax(training.samples.logits.astype(np.float64))
+    predicted = probabilities.argmax(axis=1)
+    seen, place = np.unique(predicted, return_inverse=True)
+    means = class_means(probabilities, place, len(seen))
+    log_means = np.log(np.maximum(means, np.finfo(np.float64).tiny))  # 0 · log 0 = 0
+
+    def score(samples: Samples) -> Floats:
+        p = softmax(samples.logits.astype(np.float64))
+        p_log_p = p * np.log(np.maximum(p, np.finfo(np.float64).tiny))
+        return np.asarray(-(p_log_p.sum(axis=1)[:, None] - p @ log_means.T).min(axis=1))
+
+    return score

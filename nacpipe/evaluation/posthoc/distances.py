@@ -1,0 +1,189 @@
+"""Post-hoc detectors that compare an image's features with the training images' or with the last linear layer's rows.
+
+z is an image's features, l = W z + b the last linear layer's logits, k their largest's place. In each docstring: the
+paper, then the score. They are computed in float64 from float32 features, NNGuide's similarities in float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nacpipe.errors import InputError
+from nacpipe.evaluation.posthoc.base import Linear, Samples, Score, Training, class_means
+from nacpipe.method.plain_scores import Floats, energy
+
+RIDGE = 1e-6  # added to the diagonal of a scatter matrix, as pytorch-ood does
+KNN_NEIGHBOURS, NNGUIDE_NEIGHBOURS = 50, 10
+
+
+def fit_mahalanobis(training: Training) -> Score:
+    """Mahalanobis (Lee et al., NeurIPS 2018): −½ min over classes of (z − μ)ᵀ Σ⁻¹ (z − μ), one Σ for all classes.
+
+    Σ is the scatter, a sum over images and not a mean, which changes no order.
+    """
+    classes = training.linear.weight.shape[0]
+    features = training.samples.features.astype(np.float64)
+    centre, means, precision = _gaussians(features, training.label, classes)
+    return lambda samples: -0.5 * _squared_distances(samples.features - centre, means, precision).min(axis=1)
+
+
+def fit_rmd(training: Training) -> Score:
+    """RMD (Ren et al., 2021): Mahalanobis without the ½, less the same of one Gaussian of all images."""
+    classes = training.linear.weight.shape[0]
+    features = training.samples.features.astype(np.float64)
+    centre, means, precision = _gaussians(features, training.label, classes)
+    _, background, background_precision = _gaussians(features, np.zeros(len(features), np.int64), 1)
+
+    def score(samples: Samples) -> Floats:
+        centred = samples.features - centre
+        to_all = _squared_distances(centred, background, background_precision)[:, 0]
+        return np.asarray(to_all - _squared_distances(centred, means, precision).min(axis=1))
+
+    return score
+
+
+def fit_knn(training: Training) -> Score:
+    """KNN (Sun et al., ICML 2022): the negative distance to the 50th nearest training image, at unit length."""
+    bank = _unit(training.samples.features)
+
+    def score(samples: Samples) -> Floats:
+        unit = _unit(samples.features)
+        squared = (unit**2).sum(axis=1)[:, None] + (bank**2).sum(axis=1) - 2 * unit @ bank.T
+        nearest = np.partition(squared, KNN_NEIGHBOURS - 1, axis=1)[:, KNN_NEIGHBOURS - 1]
+        return -np.sqrt(np.maximum(nearest, 0))
+
+    return score
+
+
+def fit_nnguide(training: Training) -> Score:
+    """NNGuide (Park et al., ICCV 2023): Energy times the mean similarity to the ten most similar training images.
+
+    A training image's similarity is the cosine times its own Energy.
+    """
+    energies = energy(training.samples.linear_logits)[:, None]
+    bank = (_unit(training.samples.features) * energies).astype(np.float32)
+
+    def score(samples: Samples) -> Floats:
+        similarity = _unit(samples.features).astype(np.float32) @ bank.T
+        nearest = np.partition(similarity, -NNGUIDE_NEIGHBOURS, axis=1)[:, -NNGUIDE_NEIGHBOURS:]
+        return np.asarray(nearest.mean(axis=1, dtype=np.float64) * energy(samples.linear_logits))
+
+    return score
+
+
+def fit_vim(training: Training) -> Score:
+    """ViM (Wang et al., CVPR 2022): Energy less alpha times the length of z + W⁺ b outside the principal subspace.
+
+    Alpha makes the mean length of the training images their mean largest logit.
+    """
+    origin = _origin(training.linear)
+    centred = training.samples.features - origin
+    principal = _principal(centred, vim_dimension(centred.shape[1]))
+
+    def lengths(values: Floats) -> Floats:  # (samples, features) → (samples,)
+        return np.asarray(np.linalg.norm(values - (values @ principal) @ principal.T, axis=1))
+
+    parts = np.array_split(centred, 1 + len(centred) // 4096)  # lengths() holds three times what it is given
+    mean_length = np.concatenate([lengths(part) for part in parts]).mean()
+    alpha = training.samples.linear_logits.max(axis=1).mean(dtype=np.float64) / mean_length
+    return lambda samples: energy(samples.linear_logits) - alpha * lengths(samples.features - origin)
+
+
+def vim_dimension(features: int) -> int:
+    """The paper's 1,000 for wide features, 512 for those of a ViT, half of what is narrower."""
+    return 1000 if features > 1500 else 512 if features >= 768 else features // 2
+
+
+def fit_she(training: Training) -> Score:
+    """SHE (Zhang et al., ICLR 2023): z · the mean features of the training images rightly classified as k."""
+    classes = training.linear.weight.shape[0]
+    correct = training.samples.linear_logits.argmax(axis=1) == training.label
+    missing = np.flatnonzero(np.bincount(training.label[correct], minlength=classes) == 0)
+    if missing.size:
+        raise InputError(f"no image of class {missing[0]} is classified correctly ({missing.size} such classes)")
+    patterns = class_means(training.samples.features[correct], training.label[correct], classes)
+    return lambda samples: (samples.features * patterns[samples.linear_logits.argmax(axis=1)]).sum(axis=1)
+
+
+def fit_fdbd(training: Training) -> Score:
+    """fDBD (Liu & Qin, ICML 2024): mean distance to the other classes' boundaries, over that to the mean features.
+
+    The boundary between k and j is |l_k − l_j| / ‖w_k − w_j‖ away.
+    """
+    weight = training.linear.weight.astype(np.float64)
+    mean = training.samples.features.mean(axis=0, dtype=np.float64)
+    squared = (weight**2).sum(axis=1)
+    between = np.sqrt(np.maximum(squared[:, None] + squared - 2 * weight @ weight.T, 0))  # (classes, classes)
+    np.fill_diagonal(between, 1.0)
+
+    def score(samples: Samples) -> Floats:
+        logits = samples.linear_logits.astype(np.float64)
+        predicted = logits.argmax(axis=1)
+        boundaries = ((logits.max(axis=1)[:, None] - logits) / between[predicted]).sum(axis=1)
+        distance = np.maximum(np.linalg.norm(samples.features - mean, axis=1), 1e-8)
+        return np.asarray(boundaries / ((logits.shape[1] - 1) * distance))
+
+    return score
+
+
+def fit_nci(training: Training) -> Score:
+    """NCI (Liu & Qin, CVPR 2025): w_k · (z − mean features) / ‖z − mean features‖, without the norm of z."""
+    weight = training.linear.weight
+    mean = training.samples.features.mean(axis=0, dtype=np.float64)
+
+    def score(samples: Samples) -> Floats:
+        centred = samples.features - mean
+        rows = weight[samples.linear_logits.argmax(axis=1)]
+        return np.asarray((centred * rows).sum(axis=1) / np.linalg.norm(centred, axis=1))
+
+    return score
+
+
+def _gaussians(features: Floats, label: NDArray[np.int64], classes: int) -> tuple[Floats, Floats, Floats]:
+    """The mean of all features, each class's mean less it, (classes, features), and the inverse of the scatter."""
+    centre = features.mean(axis=0)
+    means = class_means(features - centre, label, classes)
+    spread = features - centre - means[label]
+    return centre, means, np.linalg.inv(spread.T @ spread + RIDGE * np.eye(features.shape[1]))
+
+
+def _squared_distances(values: Floats, means: Floats, precision: Floats) -> Floats:
+    """(v − μ)ᵀ P (v − μ) of every pair, (samples, classes), without an array of (samples, classes, features)."""
+    turned = values @ precision
+    own = (turned * values).sum(axis=1)[:, None]
+    return np.asarray(own - 2 * turned @ means.T + ((means @ precision) * means).sum(axis=1))
+
+
+def _origin(linear: Linear) -> Floats:
+    """−W⁺ b, (features,): the shortest z with W z + b = 0, from the smaller of W Wᵀ and Wᵀ W.
+
+    Singular values of W below float32's rounding count as 0.
+    """
+    weight, bias = linear.weight.astype(np.float64), linear.bias.astype(np.float64)
+    wide = weight.shape[0] <= weight.shape[1]
+    values, vectors = np.linalg.eigh(weight @ weight.T if wide else weight.T @ weight)
+    rounding = max(weight.shape) * float(np.finfo(np.float32).eps)
+    kept = values > rounding**2 * values[-1]
+    right = bias if wide else weight.T @ bias
+    solved = vectors[:, kept] @ ((vectors[:, kept].T @ right) / values[kept])
+    return np.asarray(-(weight.T @ solved if wide else solved))
+
+
+def _principal(values: Floats, dimension: int) -> Floats:  # (samples, features)
+    """The directions of the largest spread around 0, (features, at most dimension).
+
+    Of fewer samples than features, from the samples' inner products: a matrix of (samples, samples).
+    """
+    samples, features = values.shape
+    if samples >= features:
+        return np.asarray(np.linalg.eigh(values.T @ values)[1][:, -dimension:])  # eigenvalues ascend
+    squares, vectors = np.linalg.eigh(values @ values.T)
+    squares, vectors = squares[-dimension:], vectors[:, -dimension:]
+    kept = squares > samples * np.finfo(np.float64).eps * squares[-1]
+    return np.asarray(values.T @ (vectors[:, kept] / np.sqrt(squares[kept])))
+
+
+def _unit(features: NDArray[np.float32]) -> Floats:
+    wide = features.astype(np.float64)
+    return np.asarray(wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12))

@@ -1,0 +1,164 @@
+"""Scores → tables: per set and on the means, over runs as mean ± standard deviation, and who ranks first.
+
+A row is one task, OOD set (or a group's mean) and method. A cell that cannot be computed is NaN and its row's `reason`
+says why; a mean over sets of which one is empty is empty too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nacpipe.benchmarks.standard import label_set
+from nacpipe.evaluation.method_scores import ScoredCache
+from nacpipe.evaluation.methods import MethodScores
+from nacpipe.evaluation.published_results import NETWORKS, published_results
+from nacpipe.method.metrics import detect
+
+KEYS = ("task", "group", "dataset", "method")
+METRICS = ("fpr95", "auroc", "aupr_in", "aupr_out")
+COLUMNS = (*KEYS, *METRICS, "accuracy", "n_id", "n_ood", "fitted_on", "n_fitted", "reason")
+
+
+def tabulate(runs: Sequence[ScoredCache]) -> pd.DataFrame:
+    """Return the table of one cache, or of several training runs: means, and `*_std` with ddof 0 as OpenOOD has it.
+
+    Columns: task (ood, fsood), group (near, far), dataset (a set's name or "mean"), method, fpr95, auroc, aupr_in,
+    aupr_out, accuracy (of the network on the task's ID samples), n_id, n_ood, fitted_on (the split that the method
+    learned from; empty for none), n_fitted (images), reason (why metrics are empty). Of several runs: `runs` and a
+    `_std` beside each metric and the accuracy; a group's mean is taken per run, so its deviation is that of the means.
+    All metrics are fractions; `attrs["note"]` says what else must be known.
+    """
+    tables = [pd.DataFrame(_rows(run), columns=list(COLUMNS)) for run in runs]
+    frame = tables[0] if len(tables) == 1 else _over_runs(tables, [run.path for run in runs])
+    if notes := [run.note if len(runs) == 1 else f"{run.path}: {run.note}" for run in runs if run.note]:
+        frame.attrs["note"] = ". ".join(notes)
+    return frame
+
+
+def _rows(run: ScoredCache) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for task, id_splits in run.tasks().items():
+        n_id = sum(run.rows[split] for split in id_splits)
+        told = all(split in run.correct for split in id_splits)
+        accuracy = sum(run.correct[split] for split in id_splits) / n_id if told else math.nan
+        for group in ("near", "far"):
+            sets = [name for name in run.ood_sets() if name.startswith(f"ood/{group}/")]
+            cells = {name: [_cell(method, id_splits, split) for split in sets] for name, method in run.methods.items()}
+            lines = [(name, *line) for name, found in cells.items() for line in zip(sets, found, strict=True)]
+            lines += [(name, "mean", _mean(found, sets)) for name, found in cells.items() if sets]
+            for name, dataset, cell in lines:
+                label = dataset if dataset == "mean" else label_set(dataset)
+                row = {"task": task, "group": group, "dataset": label, "method": name, **cell}
+                n_ood = sum(run.rows[split] for split in (sets if dataset == "mean" else [dataset]))
+                row |= {"accuracy": accuracy, "n_id": n_id, "n_ood": n_ood}
+                method = run.methods[name]
+                rows.append(row | {"fitted_on": method.fitted_on, "n_fitted": method.n_fitted})
+    return rows
+
+
+def _cell(method: MethodScores, id_splits: list[str], ood_split: str) -> dict[str, Any]:
+    """Metrics and reason of one method on one set."""
+    for split in (*id_splits, ood_split):
+        if split in method.reasons:
+            return {**dict.fromkeys(METRICS, math.nan), "reason": method.reasons[split]}
+    inside = np.concatenate([method.scores[split] for split in id_splits])
+    return {**asdict(detect(inside, method.scores[ood_split])), "reason": ""}
+
+
+def _mean(cells: list[dict[str, Any]], sets: list[str]) -> dict[str, Any]:
+    """The unweighted mean over a group's sets."""
+    reasons = [f"{label_set(name)}: {c['reason']}" for name, c in zip(sets, cells, strict=True) if c["reason"]]
+    distinct = {cell["reason"] for cell in cells}
+    reason = distinct.pop() if len(distinct) == 1 else "; ".join(reasons)
+    return {**{metric: sum(cell[metric] for cell in cells) / len(cells) for metric in METRICS}, "reason": reason}
+
+
+def _over_runs(tables: list[pd.DataFrame], paths: list[str]) -> pd.DataFrame:
+    frame = tables[0].copy()
+    for metric in (*METRICS, "accuracy"):
+        values = np.stack([table[metric].to_numpy() for table in tables])  # (runs, rows)
+        frame[metric] = values.mean(axis=0)
+        frame[f"{metric}_std"] = values.std(axis=0, ddof=0)
+    reasons = []
+    for row in range(len(frame)):
+        said = {path: table["reason"].iloc[row] for path, table in zip(paths, tables, strict=True)}
+        distinct = set(said.values())
+        reasons.append(distinct.pop() if len(distinct) == 1 else "; ".join(f"{p}: {r}" for p, r in said.items() if r))
+    frame["reason"] = reasons
+    frame["n_fitted"] = np.stack([table["n_fitted"].to_numpy() for table in tables]).min(axis=0)
+    frame["runs"] = len(tables)
+    spread = [f"{metric}_std" for metric in (*METRICS, "accuracy")]
+    return frame[[*KEYS, *METRICS, "accuracy", *spread, "runs", *COLUMNS[len(KEYS) + len(METRICS) + 1 :]]]
+
+
+def add_published(frame: pd.DataFrame, benchmark: str) -> pd.DataFrame:
+    """Return the table with the published results below, told apart by a column `source` (measured, published).
+
+    Published rows have what was printed in the papers and nothing else; they are for another network's weights and
+    images, and `verdicts` never ranks them.
+
+    Raises:
+        InputError: none are known for this benchmark.
+    """
+    rows = [asdict(result) for result in published_results(benchmark)]
+    said = {"task": "ood", "fitted_on": "", "reason": f"published, {NETWORKS[benchmark]}", "source": "published"}
+    published = pd.DataFrame(rows).astype(dict.fromkeys(("fpr95", "fpr95_std", "auroc_std"), float)).assign(**said)
+    whole = pd.concat([frame.assign(source="measured"), published])
+    for column in ("n_id", "n_ood", "n_fitted", "runs"):
+        if column in whole:
+            whole[column] = whole[column].astype("Int64")  # not a float because one is missing
+    spread = [c for c in ("fpr95_std", "auroc_std") if c not in frame]
+    whole = whole[[*frame.columns, *spread, "source"]].reset_index(drop=True)
+    whole.attrs = dict(frame.attrs)
+    return whole
+
+
+def verdicts(frame: pd.DataFrame) -> list[str]:
+    """Return one sentence per task and group: where NAC, or else the best method, ranks by mean AUROC."""
+    sentences = []
+    measured = frame if "source" not in frame else frame[frame["source"] == "measured"]
+    for (task, group), rows in measured[measured["dataset"] == "mean"].groupby(["task", "group"], sort=False):
+        told = rows[rows["auroc"].notna()].sort_values("auroc", ascending=False, kind="stable")
+        if told.empty:
+            continue
+        where = f"{group}-OOD" if task == "ood" else f"{group}-OOD, full spectrum"
+        values = told["auroc"].to_numpy()
+        names = told["method"].tolist()
+        place = next((i for i, name in enumerate(names) if name.startswith("NAC")), 0)
+        rank = int((values > values[place]).sum()) + 1
+        shared = "shares" if int((values == values[place]).sum()) > 1 else "ranks"
+        text = f"{where}: {names[place]} {shared} {ordinal(rank)} of {len(names)} by AUROC, {100 * values[place]:.2f} %"
+        if len(names) > 1:
+            other = 0 if place else 1
+            text += f" ({names[other]} {100 * values[other]:.2f} %)"
+        sentences.append(text)
+    return sentences
+
+
+def ordinal(rank: int) -> str:
+    """1 → first, 2 → second, 3 → third, 4 → 4th, …."""
+    words = {1: "first", 2: "second", 3: "third"}
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(rank % 10, "th") if rank % 100 not in (11, 12, 13) else "th"
+    return words.get(rank, f"{rank}{ending}")
+
+
+def footnotes(frame: pd.DataFrame) -> list[str]:
+    """Return what each method was fitted on, and why cells are empty, one line each."""
+    measured = frame if "source" not in frame else frame[frame["source"] == "measured"]
+    fitted: dict[str, list[str]] = {}
+    for row in measured.drop_duplicates("method").itertuples():
+        if row.n_fitted:
+            fitted.setdefault(f"{row.fitted_on} ({row.n_fitted} images)", []).append(row.method)
+    lines = [f"fitted on {what}: {', '.join(methods)}" for what, methods in fitted.items()]
+    empty: dict[str, list[str]] = {}
+    for row in measured[(measured["reason"] != "") & (measured["dataset"] != "mean")].itertuples():
+        which = empty.setdefault(row.reason, [])
+        if row.method not in which:
+            which.append(row.method)
+    return lines + [f"empty: {', '.join(methods)}: {reason}" for reason, methods in empty.items()]

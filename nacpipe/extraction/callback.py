@@ -1,0 +1,172 @@
+"""A training loop's callback: at each checkpoint, the states that `nacpipe rank` compares, as a cache of its own.
+
+snapshots = Snapshots("run", {"id/train": train_loader, "id/val": val_loader}, layers=["avgpool"])
+for step in range(steps):
+    …
+    if step % 300 == 0:
+        snapshots(network, step)          # run/step-000300.zarr
+
+nacpipe rank run/*.zarr
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import nacpipe
+from nacpipe.benchmarks.lists import check_labels
+from nacpipe.benchmarks.standard import Transform
+from nacpipe.cache import CacheWriter, Header
+from nacpipe.cache.layout import BLOCK_ROWS, check_layer_names, check_split_name
+from nacpipe.errors import InputError
+from nacpipe.networks.build import Network, classifier_weights, wrap_network
+from nacpipe.networks.layers import Measured, measure_layers, name_layers
+from nacpipe.networks.taps import Taps, apart
+from nacpipe.networks.wrappers import find_place, unwrap
+
+_SPLIT = re.compile(r"id/(train|val|test)|csid/[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # images (n, channels, side, side), labels (n,)
+
+
+class Snapshots:
+    """Writes one cache per call; leaves the network's modes, flags and gradients, and random numbers, as they are."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        splits: Mapping[str, Batches],
+        layers: Sequence[str] | Mapping[str, str],
+        *,
+        pools: Mapping[str, str] | None = None,
+        transform: Transform | None = None,
+    ) -> None:
+        """Choose what is looked at.
+
+        Args:
+            folder: where the caches go.
+            splits: name → batches that can be gone through again and give the same images each time (a DataLoader
+                without shuffling or random transforms, a list). `id/train`, the training domains' images, is needed;
+                `id/val` is their validation part; `csid/NAME` are held-out domains, `csid/NAME_out` the parts of them
+                that only the oracle may see.
+            layers: module paths; or name → module path, for names of their own in the cache.
+            pools: layer → pooling, where the one that `nacpipe layers` would guess is wrong.
+            transform: how the images were prepared; None: their pixels are 0 … 1.
+
+        Raises:
+            InputError: a split or layer name that cannot be.
+        """
+        for name in splits:
+            if not _SPLIT.fullmatch(name):
+                raise InputError(f"split {name!r} is not known here; known: id/train, id/val, id/test, csid/NAME")
+            check_split_name(name)
+        if "id/train" not in splits:
+            raise InputError(f"the splits are {', '.join(splits) or 'none'}; id/train is needed")
+        self.folder, self.splits, self.layers = Path(folder), splits, name_layers(layers)
+        check_layer_names(list(self.layers))
+        self.pools, self.transform = pools or {}, transform
+
+    def __call__(self, network: nn.Module, step: int) -> Path:
+        """Write the cache of one checkpoint and return where it is. Memory: one split's pooled numbers.
+
+        Raises:
+            InputError: a layer is not in the network, a split has no images, a label is none of its classes, or the
+                network is random when evaluated.
+            CacheError: another cache is there already.
+        """
+        target = self.folder / f"step-{step:06}.zarr"
+        network = unwrap(network)
+        device = find_place(network)[0]
+        # A DataLoader draws a seed each time it is gone through.
+        with torch.random.fork_rng(devices=[]), apart(network, device):
+            wrapped = wrap_network(network, _example(self.splits["id/train"]).to(device))
+            if self.transform is not None:
+                wrapped = replace(wrapped, transform=self.transform)
+            measured = measure_layers(wrapped, self.layers, list(self.pools.items()))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            writer = CacheWriter(target, _header(wrapped, measured))
+            if (weights := classifier_weights(wrapped)) is not None:
+                writer.write_classifier(*(w.float().numpy() for w in weights))
+            model = wrapped.model
+            with Taps(network, measured.layers, model.classifier, outputs=model.outputs) as taps:
+                for name, batches in self.splits.items():
+                    arrays, given = _look(taps, batches, device, name)
+                    check_labels(name, arrays["label"], measured.classes, lambda row: f"image {row} of its batches")
+                    _write_split(writer, name, arrays, given)
+        return target
+
+
+def _example(batches: Batches) -> Tensor:
+    for images, _ in batches:
+        return images[:1].repeat(2, 1, 1, 1)
+    raise InputError("id/train has no images")
+
+
+def _header(network: Network, measured: Measured) -> Header:
+    return Header(
+        identity={
+            "benchmark": "a training run",
+            "architecture": network.model.name,
+            "family": network.model.family,
+            "weights": network.weights_sha256,
+            "transform": network.transform.to_json(),
+            "dtype": "float32",
+            **({} if network.model.outputs == "logits" else {"outputs": network.model.outputs}),
+        },
+        information={
+            "nacpipe": nacpipe.__version__,
+            "torch": torch.__version__,
+            "device": str(network.device),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "written_by": "nacpipe.extraction.callback",
+            **({"no_classifier": network.no_classifier} if network.no_classifier else {}),
+        },
+        block_rows=BLOCK_ROWS,
+        layers=measured.layers,
+        classes=measured.classes,
+        features=measured.features,
+    )
+
+
+def _look(
+    taps: Taps, batches: Batches, device: torch.device, name: str
+) -> tuple[dict[str, NDArray[Any]], Mapping[str, Any]]:
+    """Run a split; return its arrays, (rows, …) each, and what the cache remembers of its images."""
+    parts: list[dict[str, NDArray[Any]]] = []
+    digest = hashlib.sha256()
+    for images, labels in batches:
+        tapped = taps(images.detach().to(device))
+        found = {f"{layer}/activation": value for layer, value in tapped.activation.items()}
+        found |= {f"{layer}/gradient": value for layer, value in tapped.gradient.items()}
+        found["logits"] = tapped.logits
+        if tapped.features is not None:
+            found["features"] = tapped.features
+        part: dict[str, NDArray[Any]] = {path: value.float().cpu().numpy() for path, value in found.items()}
+        parts.append({**part, "label": labels.cpu().numpy().astype(np.int64)})
+        digest.update(images.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(parts[-1]["label"].tobytes())
+    if not parts:
+        raise InputError(f"{name} has no images")
+    arrays = {path: np.concatenate([part[path] for part in parts]) for path in parts[0]}
+    arrays["index"] = np.arange(arrays["label"].size)
+    return arrays, {"list": "given by the training loop", "sha256": digest.hexdigest()}
+
+
+def _write_split(writer: CacheWriter, name: str, arrays: Mapping[str, NDArray[Any]], images: Mapping[str, Any]) -> None:
+    rows = arrays["label"].size
+    marks = writer.prepare(name, rows, images)
+    for block in np.flatnonzero(~marks).tolist():
+        start = block * BLOCK_ROWS
+        writer.write_block(name, block, {path: a[start : start + BLOCK_ROWS] for path, a in arrays.items()})
+    writer.seal(name)

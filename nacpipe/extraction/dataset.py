@@ -1,0 +1,222 @@
+"""Images of lists, class folders, torchvision's data sets and packaged sets, as deterministic batches.
+
+Order is the list's order; nothing is shuffled, dropped or repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from nacpipe.benchmarks import digits
+from nacpipe.benchmarks.lists import ImageList, check_labels, read_list
+from nacpipe.benchmarks.standard import Benchmark, Split, Transform
+from nacpipe.benchmarks.subset import choose_balanced
+from nacpipe.errors import ImageError, InputError
+from nacpipe.extraction.image_file import read_image
+from nacpipe.extraction.torchvision_sets import open_vision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSet:
+    """The images of one split, in order; nothing is decoded yet."""
+
+    name: str
+    """The split's name."""
+    source: str
+    """The list's file name, the folder, torchvision's class, or the packaged set's name."""
+    sha256: str
+    """Of the list's bytes, of the packaged images, or of the labels of torchvision's data set."""
+    open: Callable[[int], Image.Image]
+    """Position in the list → the decoded image."""
+    labels: NDArray[np.int64]
+    """(list's rows,)"""
+    index: NDArray[np.int64]
+    """(rows,): positions in the list of the samples to extract, in order."""
+    listed: ImageList | None = None
+    """Where the files are; None where the images are not in files of their own."""
+    untouched: bool = False
+    """Neither resized nor cropped, only normalised."""
+    one_thread: bool = False
+    """Read by one thread, in order: the data set may keep state from one image to the next."""
+    choice: dict[str, Any] = field(default_factory=dict)
+    """What else is part of the cache's identity: how `index` was chosen, torchvision's arguments."""
+    notes: tuple[str, ...] = ()
+    """What to say aloud."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the cache remembers of this set."""
+        return {"list": self.source, "sha256": self.sha256, **self.choice}
+
+    def where(self, row: int) -> str:
+        """Return how to name the image at a position of the list."""
+        return f"number {row} of {self.source}" if self.listed is None else self.listed.where(row)
+
+    def check_labels(self, classes: int) -> None:
+        """Refuse labels that are none of the classes 0 … classes − 1; an OOD set's are not looked at.
+
+        Raises:
+            InputError: counts the wrong labels and names the first.
+        """
+        check_labels(self.name, self.labels, classes, self.where)
+
+    def missing(self) -> list[int]:
+        """Return the positions in the list of those samples to extract whose file is not there."""
+        return [] if self.listed is None else self.listed.missing(self.index.tolist())
+
+    def check(self, rows: NDArray[np.int64]) -> None:
+        """Refuse positions whose file is not there.
+
+        Raises:
+            ImageError: counts the missing files and names the first.
+        """
+        if self.listed is not None and (missing := self.listed.missing(rows.tolist())):
+            raise ImageError(
+                f"{len(missing)} listed images are not there; the first is {self.listed.where(missing[0])}"
+            )
+
+
+def open_images(
+    benchmark: Benchmark,
+    split: Split,
+    data_root: Path,
+    *,
+    train_images: int,
+    train_seed: int,
+    allow_truncated: bool = False,
+) -> ImageSet | None:
+    """Return a split's images, or None where its list is not there.
+
+    Raises:
+        ImageError: the list is malformed, naming file and line.
+        InputError: a label of id/train is no class of the benchmark.
+    """
+    notes: list[str] = []
+    source, listed, choice = split.source, None, dict[str, Any]()
+    if benchmark.packaged:
+        open_one, labels, sha256 = _packaged(source)
+    elif split.kind == "torchvision":
+        vision = open_vision(split, data_root, allow_truncated)
+        open_one, labels, sha256 = vision.open, vision.labels, vision.sha256
+        choice |= {"arguments": dict(split.arguments), "length": int(labels.size)}
+    else:
+        listed = read_list(benchmark, split, data_root)
+        if listed is None:
+            return None
+        open_one, labels, sha256 = _opener(listed, allow_truncated), listed.labels, listed.sha256
+        if listed.source != source:
+            notes.append(f"{split.name}: there is no {source}, so {listed.source} is used")
+            source = listed.source
+    if split.untouched:
+        choice["untouched"] = True
+    images = ImageSet(
+        name=split.name,
+        source=source,
+        sha256=sha256,
+        open=open_one,
+        labels=labels,
+        index=np.arange(labels.size),
+        listed=listed,
+        untouched=split.untouched,
+        one_thread=split.kind == "torchvision",
+        choice=choice,
+        notes=tuple(notes),
+    )
+    return _choose_training(images, benchmark, train_images, train_seed) if split.name == "id/train" else images
+
+
+def _choose_training(images: ImageSet, benchmark: Benchmark, count: int, seed: int) -> ImageSet:
+    """Choose as many images of every class; how is part of the set's identity."""
+    images.check_labels(benchmark.classes)
+    try:
+        index = choose_balanced(images.labels, benchmark.classes, count, seed)
+    except InputError as error:
+        raise InputError(f"{images.source}: {error}") from None
+    notes = images.notes
+    if count < benchmark.classes:
+        notes += (f"id/train: {count} images cannot cover {benchmark.classes} classes; chosen unbalanced",)
+    elif index.size < count:
+        notes += (f"id/train: {index.size} of the {count} images asked for, the same number of each class",)
+    return replace(images, index=index, choice={**images.choice, "images": count, "seed": seed}, notes=notes)
+
+
+_Opener = Callable[[int], Image.Image]
+
+
+def _packaged(source: str) -> tuple[_Opener, NDArray[np.int64], str]:
+    images, labels = digits.load_set(source)
+    sha256 = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    return lambda row: Image.fromarray(images[row]), labels, sha256
+
+
+def _opener(listed: ImageList, allow_truncated: bool) -> _Opener:
+    hint = "; --allow-truncated loads it as OpenOOD does"
+    return lambda row: read_image(listed.file(row), listed.where(row), allow_truncated, hint)
+
+
+def build_transform(transform: Transform, untouched: bool = False) -> Callable[[Image.Image], Tensor]:
+    """Return image → (channels, crop, crop) float32: OpenOOD's test transform, without resize and crop if untouched."""
+    mode = "L" if len(transform.mean) == 1 else "RGB"
+    geometry = [
+        transforms.Resize(transform.resize, interpolation=transforms.InterpolationMode(transform.interpolation)),
+        transforms.CenterCrop(transform.crop),
+    ]
+    steps = transforms.Compose(  # not transforms.v2, whose scaling to 0 … 1 differs in the last bit
+        [
+            *([] if untouched else geometry),
+            transforms.ToTensor(),
+            transforms.Normalize(transform.mean, transform.std),
+        ]
+    )
+    return lambda image: steps(image.convert(mode))
+
+
+def load_batches(
+    images: ImageSet,
+    batches: Sequence[range],  # positions in images.index
+    transform: Callable[[Image.Image], Tensor],
+    workers: int,
+    pin: bool = False,
+) -> Iterator[Tensor]:
+    """Yield one tensor (n, channels, height, width) per batch, in order, decoding ahead on `workers` threads.
+
+    A set that keeps state is read by one thread, in the order of the batches, whatever the number of workers.
+
+    `pin` puts batches in page-locked memory, from which a GPU fetches them while it computes.
+    """
+
+    def decode(batch: range) -> Tensor:
+        found = [transform(images.open(int(images.index[row]))) for row in batch]
+        if len({image.shape for image in found}) > 1:  # untouched sets alone
+            sizes = sorted({"×".join(str(side) for side in image.shape[:0:-1]) for image in found})
+            raise ImageError(f"{images.name} is untouched, but its images differ in size: {', '.join(sizes)}")
+        return torch.stack(found).pin_memory() if pin else torch.stack(found)
+
+    if workers == 0:
+        yield from map(decode, batches)
+        return
+    if images.one_thread:
+        workers = 1
+    waiting: deque[Future[Tensor]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(decode, batch))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

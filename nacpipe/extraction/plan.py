@@ -1,0 +1,315 @@
+"""What extraction will do, as a value: what is there, what is missing, rows and bytes, where it goes on.
+
+`--dry-run` prints it; `extract` obeys it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nacpipe.address import is_url
+from nacpipe.benchmarks.lists import list_path
+from nacpipe.benchmarks.standard import Benchmark
+from nacpipe.benchmarks.toml import choose_root, open_benchmark
+from nacpipe.cache import Header, LayerSpec, open_cache
+from nacpipe.cache.identity import diff
+from nacpipe.cache.layout import check_layer_names, count_blocks
+from nacpipe.cache.store import holds_cache, open_store
+from nacpipe.cache.writer import check_identity
+from nacpipe.errors import IdentityError, ImageError, InputError
+from nacpipe.extraction.dataset import ImageSet, open_images
+from nacpipe.extraction.distributed import Ranks
+from nacpipe.extraction.request import (
+    AUTOCAST,
+    ExtractRequest,
+    choose_block_rows,
+    find_device,
+    make_header,
+    pin_arithmetic,
+)
+from nacpipe.networks.build import Network, blank_network, load_network
+from nacpipe.networks.layers import measure_layers, name_layers
+from nacpipe.networks.models import find_model
+from nacpipe.networks.taps import Taps, find_direct
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitPlan:
+    """What is to be done for one split."""
+
+    images: ImageSet
+    todo: tuple[int, ...]
+    """Blocks to write, ascending."""
+    blocks: int
+    sealed: bool
+    drop: bool
+    """Removed first: asked for with --force."""
+
+    @property
+    def rows(self) -> int:
+        """Samples of the split."""
+        return int(self.images.index.size)
+
+    @property
+    def state(self) -> str:
+        """In a word or two, for people."""
+        if self.sealed:
+            return "done"
+        if self.drop:
+            return "again"
+        return "new" if len(self.todo) == self.blocks else f"from block {self.todo[0]}" if self.todo else "to seal"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything extraction will do."""
+
+    request: ExtractRequest
+    header: Header
+    network: Network = field(repr=False)
+    direct: Set[str]
+    """Layers that are the classifier's input themselves."""
+    overwritten: Set[str]
+    """Layers whose output what follows changes in place."""
+    exists: bool
+    """Whether the cache is there already."""
+    blocks_are_open: bool
+    """Whether a trial batch is to say how many rows a block has (extract.choose_blocks); here they are the most."""
+    splits: tuple[SplitPlan, ...]
+    notes: tuple[str, ...]
+    """What to say aloud: sets left out, lists that stand in for others."""
+
+    def with_block_rows(self, block_rows: int) -> Plan:
+        """Return the plan of a new cache with blocks of so many rows."""
+        splits = []
+        for split in self.splits:
+            blocks = count_blocks(split.rows, block_rows)
+            splits.append(replace(split, blocks=blocks, todo=tuple(range(blocks))))
+        header = replace(self.header, block_rows=block_rows)
+        return replace(self, header=header, splits=tuple(splits), blocks_are_open=False)
+
+    def units(self, split: SplitPlan) -> list[int]:
+        """Return what is written at once, by its first block: blocks, or the shards that have an unmarked block."""
+        shard = self.header.shard_blocks
+        return sorted({block - block % shard for block in split.todo})
+
+    def rows_of_unit(self, split: SplitPlan, unit: int) -> range:
+        """Return a unit's rows."""
+        start, size = unit * self.header.block_rows, self.header.block_rows * self.header.shard_blocks
+        return range(start, min(start + size, split.rows))
+
+    def batches(self, split: SplitPlan, unit: int) -> list[range]:
+        """Return a unit's batches; none crosses a block, so resuming and sharing keep every boundary.
+
+        With another batch size than the cache was made with, a block's last batch is what is left of the block.
+        """
+        rows, block, size = self.rows_of_unit(split, unit), self.header.block_rows, self.request.batch_size
+        blocks = [rows[i : i + block] for i in range(0, len(rows), block)]
+        return [b[i : i + size] for b in blocks for i in range(0, len(b), size)]
+
+    def todo_rows(self, ranks: Ranks) -> int:
+        """Return the samples that this rank still has to run through the network."""
+        return sum(self.todo_of(split, ranks) for split in self.splits)
+
+    def todo_of(self, split: SplitPlan, ranks: Ranks) -> int:
+        """Return the samples of a split that this rank still has to run through the network."""
+        return sum(len(self.rows_of_unit(split, unit)) for unit in ranks.share(self.units(split)))
+
+    def taps(self) -> Taps:
+        """Return hooks on the network's layers, as the request wants them run."""
+        request, network = self.request, self.network
+        return Taps(
+            network.module,
+            self.header.layers,
+            network.model.classifier,
+            direct=self.direct,
+            overwritten=self.overwritten,
+            outputs=network.model.outputs,
+            autocast=AUTOCAST[request.autocast],
+        )
+
+
+def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks = Ranks()) -> Plan:  # noqa: B008
+    """Decide what to do; reads lists, weights and the cache's marks, changes nothing.
+
+    Args:
+        request: what is asked for.
+        dry: the plan will only be looked at: no weights are loaded, and images that are not there are counted, not
+            refused.
+        ranks: this process among those that share the cache.
+
+    Raises:
+        InputError: an unknown benchmark, model, layer or split, a file that is not there, or a label of an ID or csid
+            split that is no class of the benchmark.
+        IdentityError: the cache was made from something else.
+    """
+    pin_arithmetic()
+    request.check()
+    benchmark = open_benchmark(request.benchmark)
+    model = find_model(request.model)
+    for name in (*request.splits, *request.force):
+        benchmark.split(name)
+    check_layer_names(list(name_layers(request.layers)))
+    sets, notes = _open_sets(request)
+    if not (dry or request.splits):
+        sets = _with_images(benchmark, sets, notes)
+    if dry:
+        network = blank_network(model, benchmark, request.checkpoint, request.weights_transform)
+    else:
+        device = find_device(request.device, ranks.local, ranks.local_world)
+        network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
+    notes += [f"images are prepared by {network.prepared_by}: {network.transform.describe()}", *network.notes]
+    layers, classes, features, said = measure_layers(network, request.layers, request.pools)
+    notes += said
+    header = make_header(request, network, layers, classes, features)
+    exists = holds_cache(request.cache)
+    if not exists:
+        _check_block(request, header)
+        if request.block_rows is None:
+            most = choose_block_rows(request.batch_size, 0.0, header.most_block_rows)
+            header = replace(header, block_rows=most)
+    if is_url(request.cache):
+        open_store(request.cache, write=True)  # or refused
+        notes.append(f"{request.cache}: two extractions into it at once are not kept apart, as in a folder; run one")
+    done: dict[str, tuple[bool, NDArray[np.bool_]]] = {}
+    forced: list[str] = []
+    if exists:
+        cache = open_cache(request.cache)
+        if dry:  # whatever weights and device there are
+            theirs = {k: v for k, v in cache.header.identity.items() if k in ("weights", "arithmetic")}
+            header = replace(header, identity={**header.identity, **theirs})
+        check_identity(cache.path, cache.header, header)
+        if not dry:
+            _check_features(cache.path, cache.header, header, network)
+        if request.block_rows not in (None, cache.header.block_rows):
+            notes.append(
+                f"{cache.path} has blocks of {cache.header.block_rows} rows since it was made; --block-rows"
+                f" {request.block_rows} is for a new cache"
+            )
+        header = replace(header, block_rows=cache.header.block_rows, shard_blocks=cache.header.shard_blocks)
+        for images in sets:
+            if images.name not in cache:
+                continue
+            split = cache.peek(images.name)
+            if images.name in request.force and (split.sealed or diff(split.images, images.identity())):
+                forced.append(images.name)  # one that is not finished goes on: it was dropped before
+                continue
+            _check_images(cache.path, images, split.images)
+            done[images.name] = (split.sealed, split.marks())
+    plans = []
+    for images in sets:
+        blocks = count_blocks(int(images.index.size), header.block_rows)
+        sealed, marks = done.get(images.name, (False, np.zeros(blocks, bool)))
+        todo = () if sealed else tuple(int(b) for b in np.flatnonzero(~marks))
+        plans.append(SplitPlan(images=images, todo=todo, blocks=blocks, sealed=sealed, drop=images.name in forced))
+    direct: Set[str] = frozenset()
+    overwritten: Set[str] = frozenset()
+    if not dry:
+        for plan in plans:
+            if plan.todo:
+                plan.images.check(plan.images.index)
+        direct, overwritten = _prepare(request, network, layers)
+    return Plan(
+        request=request,
+        header=header,
+        network=network,
+        direct=direct,
+        overwritten=overwritten,
+        exists=exists,
+        blocks_are_open=not exists and request.block_rows is None,
+        splits=tuple(plans),
+        notes=tuple(notes),
+    )
+
+
+def _check_block(request: ExtractRequest, header: Header) -> None:
+    """Refuse blocks that no batches make up, or that cannot be stored."""
+    if header.block_rows % request.batch_size:
+        raise InputError(
+            f"block-rows is {header.block_rows}; it must be a multiple of batch-size, {request.batch_size}"
+        )
+    if problem := header.block_problem():
+        option = "batch-size" if request.block_rows is None else "block-rows"
+        raise InputError(f"{option} is {header.block_rows}: {problem}; make it smaller")
+
+
+def _with_images(benchmark: Benchmark, sets: Sequence[ImageSet], notes: list[str]) -> list[ImageSet]:
+    """Leave out, and say so, optional sets without any image: lists come in one archive, images in many."""
+    kept = []
+    for images in sets:
+        if benchmark.split(images.name).optional and len(images.missing()) == images.index.size:
+            notes.append(f"{images.name}: left out, none of its {images.index.size} images is there")
+        else:
+            kept.append(images)
+    return kept
+
+
+def _prepare(request: ExtractRequest, network: Network, layers: Sequence[LayerSpec]) -> tuple[Set[str], Set[str]]:
+    """Put the network in its memory format and try which layers are the classifier's input, and which overwritten."""
+    if request.channels_last_on(network.device):
+        network.module.to(memory_format=torch.channels_last)
+    side = network.transform.crop
+    noise = torch.randn(2, len(network.transform.mean), side, side, generator=torch.Generator().manual_seed(0))
+    images, classifier = noise.to(network.device), network.model.classifier
+    with Taps(network.module, layers, classifier, outputs=network.model.outputs) as taps:
+        taps(images)
+    return find_direct(network.module, layers, classifier, images), taps.overwritten or frozenset()
+
+
+def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
+    """Open the lists of the wanted splits; leave out, and say so, what nobody asked for by name and is not there."""
+    benchmark = open_benchmark(request.benchmark)
+    root = choose_root(benchmark, request.data_root)
+    sets: list[ImageSet] = []
+    notes: list[str] = []
+    wanted = [s for s in benchmark.splits if not request.splits or s.name in request.splits or s.name in request.force]
+    for split in wanted:
+        images = open_images(
+            benchmark,
+            split,
+            root,
+            train_images=request.train_images,
+            train_seed=request.train_seed,
+            allow_truncated=request.allow_truncated,
+        )
+        if images is not None:
+            images.check_labels(benchmark.classes)
+            sets.append(images)
+            notes += images.notes
+        elif split.optional and not request.splits:
+            notes.append(f"{split.name}: left out, its list is not there ({split.source})")
+        else:
+            path = list_path(benchmark, split, root)
+            what = "folder of images" if split.kind == "folders" else "image list"
+            raise ImageError(f"{split.name}: there is no {what} {path}; say where the data is with --data-root DIR")
+    return sets, notes
+
+
+def _check_features(path: str, stored: Header, wanted: Header, network: Network) -> None:
+    """Refuse a cache whose classifier is not the network's: an earlier nacpipe took it by its place alone."""
+    if stored.features != wanted.features:
+        why = f" ({network.no_classifier})" if network.no_classifier else ""
+        raise IdentityError(
+            f"{path} was made with {stored.features} features, now there are {wanted.features}{why};"
+            " give another --cache"
+        )
+
+
+def _check_images(path: str, images: ImageSet, stored: Any) -> None:
+    if differences := diff(dict(stored), images.identity()):
+        raise IdentityError(
+            f"{path}: {images.name} was made from other images: {'; '.join(differences)}. Give the same options, or"
+            f" extract it again with --force {shlex.quote(images.name)}"
+        )
+
+
+def total_bytes(plan: Plan, splits: Sequence[SplitPlan]) -> int:
+    """Return the raw bytes of these splits."""
+    return sum(split.rows for split in splits) * plan.header.row_bytes()

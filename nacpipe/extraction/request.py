@@ -1,0 +1,222 @@
+"""What someone asks of an extraction, and what the cache will say it was made from."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+import nacpipe
+from nacpipe.address import is_url
+from nacpipe.benchmarks.toml import choose_root, open_benchmark
+from nacpipe.cache import Header, LayerSpec
+from nacpipe.cache.layout import ALL_BITS, BLOCK_ROWS
+from nacpipe.cache.store import REMOTE_SHARD
+from nacpipe.errors import InputError
+from nacpipe.networks.build import Network
+
+BLOCK_SECONDS = 10.0  # of work, which is what a kill costs
+AUTOCAST: Mapping[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractRequest:
+    """What someone asks for."""
+
+    benchmark: str
+    model: str
+    cache: str | Path
+    """A folder, or a URL."""
+    checkpoint: Path | None = None
+    """A file, a folder with one checkpoint, or a name of published weights; None means the model's own."""
+    weights_transform: str | None = None
+    """Whose preparation of images: published weights' by their name, or `benchmark`; None chooses by the weights."""
+    layers: tuple[str, ...] = ()
+    """Aliases or module paths, or NAME=PATH; none means the model's default four."""
+    pools: tuple[tuple[str, str], ...] = ()
+    """(layer, pooling): instead of the table's or the guessed one."""
+    data_root: Path | None = None
+    """None means the benchmark's own: data, or what its file says."""
+    train_images: int = 1000
+    train_seed: int = 1
+    batch_size: int = 128
+    device: str = "auto"
+    splits: tuple[str, ...] = ()
+    """Names; none means every split whose list is there."""
+    force: tuple[str, ...] = ()
+    """Finished splits to drop and extract again."""
+    allow_truncated: bool = False
+    workers: int = 2
+    """Threads that decode images."""
+    autocast: str = "none"
+    """none or bf16: the type that the network runs in."""
+    channels_last: bool | None = None
+    """Memory format; None means on CUDA."""
+    keep_bits: int = ALL_BITS
+    """Bits of mantissa to keep of activations, gradients and features."""
+    block_rows: int | None = None
+    """Rows of a block of a new cache, a multiple of `batch_size`; None: about ten seconds of work, at most 512."""
+    shard_blocks: int | None = None
+    """Blocks in one stored object; None: one, and of a remote cache several."""
+
+    @property
+    def blocks_per_object(self) -> int:
+        """Blocks in one stored object of a new cache."""
+        return self.shard_blocks if self.shard_blocks is not None else REMOTE_SHARD if is_url(self.cache) else 1
+
+    def channels_last_on(self, device: torch.device) -> bool:
+        """Return the memory format: as asked, or channels last on CUDA."""
+        return device.type == "cuda" if self.channels_last is None else self.channels_last
+
+    def check(self) -> None:
+        """Refuse numbers that make no sense.
+
+        Raises:
+            InputError: naming the option, the value and the limits.
+        """
+        limits = {"batch-size": (self.batch_size, 1, 1 << 20), "keep-bits": (self.keep_bits, 1, ALL_BITS)}
+        limits |= {"shard-blocks": (self.blocks_per_object, 1, 1 << 16)}
+        if self.block_rows is not None:
+            limits |= {"block-rows": (self.block_rows, 1, 1 << 20)}
+        for name, (value, low, high) in limits.items():
+            if not low <= value <= high:
+                raise InputError(f"{name} is {value}; it must lie between {low} and {high}")
+        if self.autocast not in AUTOCAST:
+            raise InputError(
+                f"autocast is {self.autocast!r}; known: {', '.join(AUTOCAST)} (in float16 most gradients would be 0)"
+            )
+
+    command: str = ""
+    """The command line, remembered so that errors can name it."""
+
+
+def make_header(
+    request: ExtractRequest, network: Network, layers: tuple[LayerSpec, ...], classes: int, features: int
+) -> Header:
+    """Return a new cache's header: what it is made from, and what is worth knowing about it."""
+    benchmark, transform = open_benchmark(request.benchmark), network.transform
+    return Header(
+        identity={
+            "benchmark": benchmark.name,
+            "architecture": network.model.name,
+            "family": network.model.family,
+            "weights": network.weights_sha256,
+            "transform": transform.to_json(),
+            "dtype": "float32" if request.autocast == "none" else request.autocast,
+            "arithmetic": {
+                "device": network.device.type,
+                "tf32": uses_tf32(network.device),
+                "memory_format": "channels_last" if request.channels_last_on(network.device) else "contiguous",
+            },
+            **({"source": network.source} if network.source else {}),
+            **({} if network.model.outputs == "logits" else {"outputs": network.model.outputs}),
+        },
+        information={
+            "nacpipe": nacpipe.__version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "device": str(network.device),
+            "batch_size": request.batch_size,
+            "channels_last": request.channels_last_on(network.device),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "checkpoint": network.model.unasked if request.checkpoint is None else request.checkpoint.name,
+            "data_root": str(choose_root(benchmark, request.data_root)),
+            "command": request.command,
+            **({"no_classifier": network.no_classifier} if network.no_classifier else {}),
+        },
+        block_rows=request.block_rows or request.batch_size,
+        layers=layers,
+        classes=classes,
+        features=features,
+        keep_bits=request.keep_bits,
+        shard_blocks=request.blocks_per_object,
+    )
+
+
+def choose_block_rows(batch_size: int, seconds: float, most: int = BLOCK_ROWS) -> int:
+    """Return a new cache's rows of a block: 1, 2, 4, 8, … batches, within `BLOCK_ROWS` and `BLOCK_SECONDS`, or one.
+
+    Args:
+        batch_size: images of a batch.
+        seconds: that a batch takes, times the blocks that are written at once; 0 where it is not known.
+        most: rows that a block can have.
+    """
+    batches = 1
+    while 2 * batches * batch_size <= min(most, BLOCK_ROWS) and 2 * batches * seconds <= BLOCK_SECONDS:
+        batches *= 2
+    return batches * batch_size
+
+
+def name_cache(benchmark: str, model: str) -> Path:
+    """Return where a cache goes when nobody says."""
+    return Path("cache") / f"{benchmark}-{model}.zarr"
+
+
+def find_device(name: str, local: int = 0, local_world: int = 1) -> torch.device:
+    """Return the device of that name; `auto` takes CUDA, then MPS, then the CPU.
+
+    Args:
+        name: auto, cuda, cuda:1, mps, cpu, …
+        local: this process among those on this machine.
+        local_world: how many they are; `auto` and `cuda` give each a GPU of its own.
+
+    Raises:
+        InputError: this machine does not have it, or one GPU is named for several processes.
+    """
+    name = name_device(name, local, local_world)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0][:120]}") from None
+    return device
+
+
+def name_device(name: str, local: int, local_world: int) -> str:
+    """Return the name of this process's device, as `find_device` chooses it.
+
+    Raises:
+        InputError: one GPU is named for several processes.
+    """
+    if name == "auto":
+        return f"cuda:{local}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if local_world == 1 or kind not in ("cuda", "xpu"):
+        return name
+    if index:
+        raise InputError(
+            f"device {name!r} is one GPU, and {local_world} processes of this machine would share it; give --device"
+            f" {shlex.quote(kind)}, which gives each its own"
+        )
+    return f"{kind}:{local}"
+
+
+def uses_tf32(device: torch.device) -> bool:
+    """Return whether products of float32 numbers may be rounded on a device: TF32, or bfloat16 on a CPU.
+
+    `pin_arithmetic` leaves it off; the code of a network from a file may have turned it on.
+    """
+    backends: Any = torch.backends
+    kinds = {
+        "cuda": (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
+        "cpu": (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
+    }
+    return any(kind.fp32_precision not in ("none", "ieee") for kind in kinds.get(device.type, ()))
+
+
+def pin_arithmetic() -> None:
+    """Let convolutions on the CPU sum in the same order on every x86 machine (docs/decisions/same-values.md).
+
+    Otherwise processors with AVX-512 round differently, a ReLU near 0 flips, and a resumed cache differs in its
+    gradients by 1e-3. The variable is read at a process's first convolution; someone who set it has chosen.
+    """
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True

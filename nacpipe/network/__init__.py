@@ -1,1 +1,0 @@
-"""The network wing, the only rooms that know torch: models, images, taps, extraction."""

@@ -1,0 +1,1 @@
+"""Networks: how they are built, loaded and tapped. The layers below extraction that know torch."""

@@ -1,0 +1,1 @@
+"""Architectures that published checkpoints need and no library has."""

@@ -1,0 +1,75 @@
+"""Training runs of one network, in OpenOOD's folders: `s0/best.ckpt`, `s1/best.ckpt`, …"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from nacpipe.benchmarks.folders import is_hidden
+from nacpipe.errors import CheckpointError
+
+BEST = "best.ckpt"
+ONLY = "ckpt.pth"  # OpenOOD's name where a folder has one alone: AugMix, DeepAugment, Stylized, …
+_RUN = r"s[0-9]{1,9}"
+_SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".th")
+
+
+def find_runs(folder: Path) -> dict[str, Path]:
+    """Return run → checkpoint for a folder of run folders s0, s1, …: best.ckpt, or the only checkpoint in there.
+
+    Raises:
+        CheckpointError: there are no run folders, or one does not say which checkpoint is meant.
+    """
+    runs = {name: _checkpoint(folder / name) for name in _run_names(folder)}
+    if not runs:
+        raise CheckpointError(f"checkpoint {folder} is a folder without run folders s0, s1, …; name a file in it")
+    return runs
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """Return the one checkpoint that a folder stands for: best.ckpt, ckpt.pth, or the only one in it or its only run.
+
+    Raises:
+        CheckpointError: there is none, or several; where they are in run folders, the runs are named.
+    """
+    runs = _run_names(folder)
+    if len(runs) > 1:
+        raise CheckpointError(
+            f"checkpoint {folder} is a folder of {len(runs)} runs, {', '.join(runs[:5])}; name one of them:"
+            f" --checkpoint {shlex.quote(str(folder / runs[0]))}"
+        )
+    return _checkpoint(folder / runs[0] if runs else folder)
+
+
+def holds_runs(folder: Path) -> bool:
+    """Return whether a folder has run folders s0, s1, …"""
+    return bool(_run_names(folder))
+
+
+def name_run(cache: str, run: str) -> str:
+    """Return a run's cache: `{run}` replaced, or `-RUN` put before the ending."""
+    if "{run}" in cache:
+        return cache.replace("{run}", run)
+    return f"{cache.removesuffix('.zarr')}-{run}.zarr"
+
+
+def _run_names(folder: Path) -> list[str]:
+    names = (path.name for path in folder.iterdir() if path.is_dir() and re.fullmatch(_RUN, path.name))
+    return sorted(names, key=lambda name: int(name[1:]))
+
+
+def _checkpoint(folder: Path) -> Path:
+    for name in (BEST, ONLY):
+        if (folder / name).is_file():
+            return folder / name
+    visible = (path for path in folder.iterdir() if not is_hidden(path.name))
+    found = sorted(path for path in visible if path.suffix in _SUFFIXES and path.is_file())
+    if not found and not re.fullmatch(_RUN, folder.name):
+        raise CheckpointError(
+            f"checkpoint {folder} is a folder without a checkpoint or run folders s0, s1, …; name a file"
+        )
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise CheckpointError(f"{folder} has no {BEST}, and not one checkpoint but {len(found)}: {names}")
+    return found[0]

@@ -1,0 +1,189 @@
+"""Weights: reading them from files or by name, loading them key by key, and their hash."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import pickle
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+
+from nacpipe.benchmarks.standard import INTERPOLATIONS, Transform
+from nacpipe.errors import CheckpointError, InputError
+from nacpipe.networks.state_dicts import StateDict, choose_state_dict, find_state_dicts, hash_weights
+from nacpipe.networks.wrappers import is_frozen, is_scripted, named_state
+
+# What training scripts save beside weights; nothing of it can run code.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float16", "float32", "float64", "int32", "int64", "bool")),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights that a network can have, not read yet."""
+
+    read: Callable[[], Mapping[str, StateDict]] | None
+    """Gives state dicts by name, as `read_checkpoint` does; None means those that the network was built with."""
+    transform: Callable[[], Transform] | None = None
+    """The preparation of images that comes with them."""
+    sha256: str = ""
+    """The first digits of the published file's sha256, which are in its name; empty where they are not known."""
+
+
+def read_checkpoint(path: Path) -> dict[str, StateDict]:
+    """Read the state dicts of a `.safetensors` file or a `torch.save` file, never unpickling code.
+
+    Returns:
+        Name in the file → state dict: `""` where the file is one, `model`, `state_dict`, … where it holds one.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds no state dict.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} is not there")
+    try:
+        if path.suffix == ".safetensors":
+            return {"": dict(safetensors.torch.load_file(path))}
+        with torch.serialization.safe_globals(_HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {path} is no checkpoint, or holds more than tensors and is not loaded, since that could run"
+            f" code: save its state_dict alone"
+        ) from error
+    except Exception as error:  # a damaged file can make torch raise anything
+        raise CheckpointError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
+    if not (states := find_state_dicts(content)):
+        keys = [str(key)[:40] for key in content] if isinstance(content, Mapping) else []
+        held = f"; it holds {', '.join(keys[:5])}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+        raise CheckpointError(
+            f"checkpoint {path} holds no state dict (a dictionary of tensors)" + (held if keys else "")
+        )
+    return states
+
+
+def torchvision_weights(architecture: str) -> dict[str, Weights]:
+    """Return the published weights of a torchvision network by their names, IMAGENET1K_V1 and so on."""
+    return {
+        member.name: Weights(partial(_download, member), partial(_own_transform, member), published_sha256(member.url))
+        for member in torchvision.models.get_model_weights(architecture)
+        # vit_b_16's IMAGENET1K_SWAG_E2E_V1 is for 384 pixels, which is another network: other position embeddings.
+        if member.transforms().crop_size == [224]
+    }
+
+
+def published_sha256(url: str) -> str:
+    """Return the first digits of a published file's sha256, which are in its name; empty where there are none."""
+    found = re.search(r"-([0-9a-f]{8,})\.\w+$", url)
+    return found[1] if found else ""
+
+
+def recognise_weights(file: Path, published: Mapping[str, Weights]) -> str | None:
+    """Return the name of the published weights that a file holds, by its content, whatever it is called."""
+    if not any(weights.sha256 for weights in published.values()):
+        return None
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return next((name for name, w in published.items() if w.sha256 and digest.startswith(w.sha256)), None)
+
+
+def _download(member: Any) -> dict[str, StateDict]:
+    """Get weights from torchvision's server, or from where an earlier download left them."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # torch says there what it downloads
+            state = torch.hub.load_state_dict_from_url(
+                member.url,
+                map_location="cpu",
+                progress=bool(sys.stderr and sys.stderr.isatty()),
+                check_hash=True,
+                weights_only=True,
+            )
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"weights {member.name} cannot be downloaded: {first_line(error)}; get {member.url} and give the file with"
+            " --checkpoint FILE"
+        ) from error
+    return {"": state}
+
+
+def _own_transform(member: Any) -> Transform:
+    preset = member.transforms()
+    return make_transform(
+        resize=preset.resize_size[0],
+        crop=preset.crop_size[0],
+        mean=preset.mean,
+        std=preset.std,
+        interpolation=preset.interpolation.value,
+    )
+
+
+def make_transform(*, resize: int, crop: int, mean: list[float], std: list[float], interpolation: str) -> Transform:
+    """Return a published preparation of images as ours.
+
+    Raises:
+        InputError: it resizes in a way that is not known here.
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise InputError(
+            f"these weights want images resized by {interpolation} interpolation; known: {', '.join(INTERPOLATIONS)};"
+            " give the weights as a file with --checkpoint FILE to use the benchmark's transform"
+        )
+    return Transform(resize=resize, crop=crop, mean=tuple(mean), std=tuple(std), interpolation=interpolation)
+
+
+def load_weights(
+    module: nn.Module, states: StateDict | Mapping[str, StateDict], renames: Mapping[str, str], source: str
+) -> tuple[str, ...]:
+    """Load a state dict into a network, key by key; return what to say aloud of the choice.
+
+    Args:
+        module: the network; it is not touched by weights that do not fit.
+        states: the state dict, or those of a checkpoint by their names in it (`read_checkpoint`).
+        renames: prefixes of keys → prefixes of the network's.
+        source: the checkpoint's name, for messages.
+
+    Raises:
+        CheckpointError: keys are missing, left over, or of another shape, naming them; or several state dicts fit.
+    """
+    named = states if states and all(isinstance(state, dict) for state in states.values()) else {"": dict(states)}
+    state, notes = choose_state_dict(named, module, renames, source)
+    try:
+        module.load_state_dict(state, strict=False)
+    except Exception as error:  # set_extra_state is anyone's code
+        raise CheckpointError(f"checkpoint {source} cannot be loaded: {first_line(error)}") from error
+    return notes
+
+
+def hash_network(network: nn.Module) -> str:
+    """Return `hash_weights` of a network, whatever wraps it or modules in it.
+
+    Raises:
+        InputError: an entry cannot be hashed, or a scripted module's weights are constants in its code.
+    """
+    if any(is_scripted(module) and is_frozen(module) for module in network.modules()):
+        raise InputError(
+            "the network has a module of torch.jit.freeze, whose weights cannot be told apart; give it as it was before"
+        )
+    return hash_weights(named_state(network))
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, short enough for one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,1 +1,0 @@
-"""The search wing: CPU only, never torch. Scoring, the study, evaluation."""

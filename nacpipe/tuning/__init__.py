@@ -1,0 +1,1 @@
+"""Stage 2: search the parameters with Optuna against a cache. The only package that imports optuna."""

@@ -1,0 +1,131 @@
+"""What is asked of a search and what it found, as records."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nacpipe.artifact import beside_cache
+from nacpipe.method.params import NacParams
+from nacpipe.tuning.objective import Checks, Objective
+
+Sampler = Literal["layers", "tpe", "random", "grid", "nsga2", "cmaes"]
+DEFAULT_TRIALS = 2000
+
+OVERFIT_POINTS = 0.03  # below Energy's id/val-against-id/subtrain AUROC: NAC knows its training data too well
+
+
+def without_password(where: str) -> str:
+    """Return a storage's URL with *** for its password."""
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", where))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchRequest:
+    """What someone asks for."""
+
+    cache: str | Path
+    """A folder, or a URL; then `storage` and `output` must be given."""
+    trials: int | None = None
+    """Completed trials that the study shall have, whatever was done before; None: 2,000, or a whole grid."""
+    timeout: float | None = None
+    """Seconds for this command."""
+    patience: int | None = None
+    """Stop after this many trials without improvement, those of a strategy's opening not counted."""
+    space: str = "auto"
+    """`auto`, `wide`, `terms`, `published`, or a TOML file (space_file.py)."""
+    sampler: Sampler | None = None
+    """None: layer by layer; for the published space its grid."""
+    objective: Objective = "auroc"
+    val: str = "ood/val"
+    """The split that plays OOD."""
+    workers: int = 1
+    """Processes on this machine."""
+    seed: int = 1
+    layers: tuple[str, ...] = ()
+    """Names; none means all that the cache holds."""
+    threads: int | None = None
+    storage: str | None = None
+    """A journal file or a database URL; none means X.study.log beside the cache."""
+    study: str = "nac"
+    """The study's name in its storage; the seed is added to it."""
+    output: Path | None = None
+    """Where the result goes; None means X.params.json beside the cache."""
+
+    @property
+    def how(self) -> Sampler:
+        """The sampler that is meant."""
+        return self.sampler or ("grid" if self.space == "published" else "layers")
+
+    @property
+    def study_name(self) -> str:
+        """A study per way to search and seed, so that several live in the same storage."""
+        parts = [Path(self.space).stem] if self.space != "auto" else []
+        parts += [self.sampler] if self.sampler else []
+        parts += [self.objective] if self.objective != "auroc" else []
+        parts += [self.val.replace("/", "-")] if self.val != "ood/val" else []
+        return "-".join([self.study, *parts, f"seed{self.seed}"])
+
+    @property
+    def target(self) -> Path:
+        """The parameter file."""
+        return self.output or beside_cache(str(self.cache), ".params.json", "--storage and --output")
+
+    @property
+    def where(self) -> str:
+        """The storage."""
+        return self.storage or str(beside_cache(str(self.cache), ".study.log", "--storage and --output"))
+
+    @property
+    def shown(self) -> str:
+        """The storage as it may be printed and written to files."""
+        return without_password(self.where)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchResult:
+    """What a study has found so far."""
+
+    params: NacParams
+    checks: Checks
+    energy_subtrain: float | None
+    """Energy's id/val-against-id/subtrain AUROC: how well the network itself knows its training data."""
+    energy_val: float | None
+    """Energy's AUROC of id/val against the split that plays OOD."""
+    alone: Mapping[str, float]
+    """Layer → the best validation AUROC that it reached alone, where it was tried."""
+    trials: int
+    seconds: float
+    """Wall time of all sessions of the study."""
+    seed: int
+    ended: str
+    """trials, timeout, patience or interrupted."""
+    front: int | None = None
+    """Trials on the Pareto front, where two objectives were searched for."""
+
+    @property
+    def overfits(self) -> bool:
+        """True where NAC tells training images from others markedly better than the network's own Energy does."""
+        subtrain, own = self.checks.subtrain_auroc, self.energy_subtrain
+        return subtrain is not None and own is not None and subtrain < own - OVERFIT_POINTS
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the `result` section of params.json."""
+        return {
+            "val_auroc": self.checks.val_auroc,
+            "val_fpr95": self.checks.val_fpr95,
+            "subtrain_auroc": self.checks.subtrain_auroc,
+            "energy_val_auroc": self.energy_val,
+            "energy_subtrain_auroc": self.energy_subtrain,
+            "overfits": self.overfits,
+            "alone": dict(self.alone),
+            "trials": self.trials,
+            "seconds": round(self.seconds, 3),
+            "seed": self.seed,
+            "ended": self.ended,
+            **({"front": self.front} if self.front is not None else {}),
+            **({"val_soft": self.checks.val_soft} if self.checks.val_soft is not None else {}),
+        }

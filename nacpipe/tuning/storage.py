@@ -1,0 +1,280 @@
+"""Where a study is kept: a journal file by default, any RDB by URL.
+
+A journal is lines of JSON, appended under a lock. Two things that Optuna's own file lock does not survive are mended
+here: a process killed while it holds the lock (the kernel drops a flock with its process; nobody waits 30 s), and a
+last line torn by a full disk or a power cut (the next append would glue to it and make the study unreadable for ever;
+here the torn tail is cut off under the lock before anything is appended).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+from nacpipe.artifact import NEW_FILE
+from nacpipe.errors import MissingExtra, NacError, StudyError
+from nacpipe.tuning.request import without_password
+
+if sys.platform != "win32":
+    import fcntl
+
+JOURNAL = b'{"op_code":'  # how Optuna's first line begins
+
+
+class TailMendingLock:
+    """An exclusive flock on the journal itself; taking it cuts off a torn last line."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._held: list[int] = []
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, NEW_FILE)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            _check_journal(handle, self._path)
+            _cut_torn_tail(handle)
+        except BaseException:
+            os.close(handle)
+            raise
+        self._held.append(handle)
+        return True
+
+    def release(self) -> None:
+        """Give the lock back."""
+        os.close(self._held.pop())
+
+
+class NamingJournal(JournalFileBackend):
+    """Optuna's journal; where the system refuses a line (a full disk), its error names the file."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append lines."""
+        try:
+            super().append_logs(logs)
+        except OSError as error:
+            error.filename = error.filename or self._file_path
+            raise
+
+
+def _check_journal(handle: int, path: str) -> None:
+    """Refuse a file that is something else before a byte of it is cut or added."""
+    head = os.pread(handle, len(JOURNAL), 0)
+    if not JOURNAL.startswith(head):
+        raise StudyError(
+            f"{path} is not a study's journal; name another --storage FILE (a database is"
+            f" {shlex.quote(f'sqlite:///{path}')})"
+        )
+
+
+@contextmanager
+def only_runner(where: str, study: str) -> Iterator[None]:
+    """Hold a study in a file for this process: two searches would try the same trials.
+
+    Taken before the study is made. On a database server the trials are shared out instead.
+
+    Raises:
+        StudyError: another process searches it now.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(_file_lock(where, f".{study.replace('/', '-')}.running", wait=False))
+        except BlockingIOError:
+            where = without_password(where)
+            raise StudyError(f"study {study} in {where} is being searched by another process; wait for it") from None
+        yield
+
+
+@contextmanager
+def _file_lock(where: str, suffix: str, *, wait: bool) -> Iterator[None]:
+    """Hold a lock beside the file that a study is kept in; the kernel drops that of a process that was killed.
+
+    Where there is no such file, or no folder for it, nothing is held: opening the study says what is wrong.
+
+    Raises:
+        BlockingIOError: another process holds it, and this one does not wait.
+    """
+    file = study_file(where)
+    if file is None or not file.parent.is_dir() or sys.platform == "win32":
+        yield
+        return
+    path = f"{os.path.realpath(file)}{suffix}"  # one lock, whatever way the file is named
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, NEW_FILE)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if _is_at(path, handle):
+                break
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # the one before was just removing it
+    try:
+        yield
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(handle)
+
+
+def _is_at(path: str, handle: int) -> bool:
+    try:
+        return os.path.samestat(Path(path).stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _cut_torn_tail(handle: int) -> None:
+    size = os.fstat(handle).st_size
+    if size == 0 or os.pread(handle, 1, size - 1) == b"\n":
+        return
+    start = size
+    while start > 0:  # the last line end before the torn tail
+        step = min(start, 1 << 16)
+        found = os.pread(handle, step, start - step).rfind(b"\n")
+        if found >= 0:
+            os.ftruncate(handle, start - step + found + 1)
+            return
+        start -= step
+    os.ftruncate(handle, 0)
+
+
+def backend(where: str) -> str:
+    """Return a database's kind, `postgresql` of `postgresql+psycopg://…`; empty for a path, which is a journal."""
+    scheme, found, _ = where.partition("://")
+    return scheme.partition("+")[0] if found else ""
+
+
+def is_server(where: str) -> bool:
+    """Return True for a database that several machines may share."""
+    return backend(where) not in ("", "sqlite")
+
+
+def study_file(where: str) -> Path | None:
+    """Return the file that studies are kept in, a journal or SQLite's; None where there is none."""
+    if not (kind := backend(where)):
+        return Path(where)
+    if kind != "sqlite":
+        return None
+    import sqlalchemy
+
+    try:
+        database = sqlalchemy.make_url(where).database or ""
+    except (sqlalchemy.exc.SQLAlchemyError, ValueError):  # no URL: opening it says so
+        return None
+    path = unquote(urlsplit(database).path) if database.startswith("file:") else database
+    return None if path in ("", ":memory:") else Path(path)
+
+
+DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql", "mariadb": "pymysql"}  # what the extras install
+
+
+def with_driver(where: str) -> str:
+    """Return a database's URL with the driver that nacpipe installs, where it names none."""
+    kind, found, rest = where.partition("://")
+    return f"{kind}+{DRIVERS[kind]}{found}{rest}" if found and kind in DRIVERS else where
+
+
+def is_there(where: str) -> bool:
+    """Return False where opening would make something: a journal or SQLite file, or Optuna's tables in a database.
+
+    Raises:
+        StudyError: a database cannot be reached.
+        MissingExtra: its driver is not installed.
+    """
+    if not backend(where):
+        return Path(where).exists()
+    if not is_server(where) and ((file := study_file(where)) is None or not file.is_file()):
+        return False
+    import sqlalchemy
+
+    try:
+        url = sqlalchemy.make_url(with_driver(where))
+        with sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool).connect() as connection:
+            held = sqlalchemy.inspect(connection)
+            return all(held.has_table(table) for table in ("version_info", "alembic_version"))  # this one is made last
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        raise cannot_open(where, error) from error
+
+
+def open_storage(where: str, *, write: bool = True) -> BaseStorage:
+    """Open a journal file (a path) or a database (a URL with `://`).
+
+    Only to look, a journal's torn tail is left, and a database must have its tables (`is_there`).
+
+    Raises:
+        StudyError: it cannot be opened, naming it.
+    """
+    try:
+        if backend(where):
+            if write:
+                _make_sqlite(where)
+            return RDBStorage(with_driver(where), skip_table_creation=not write)
+        if not Path(where).parent.is_dir():
+            raise StudyError(f"the folder of the study {where} is not there")
+        if sys.platform == "win32":
+            return JournalStorage(NamingJournal(where, lock_obj=JournalFileOpenLock(where)))
+        lock = TailMendingLock(where)
+        if write:
+            lock.acquire()  # mends the tail before the first reading
+            lock.release()
+        return JournalStorage(NamingJournal(where, lock_obj=lock))  # type: ignore[arg-type]
+    except StudyError:
+        raise
+    except Exception as error:  # every database driver has errors of its own
+        raise cannot_open(where, error) from error
+
+
+def _make_sqlite(where: str) -> None:
+    """Make the empty file of a new SQLite database, with the umask's mode: SQLite itself would make it 0644."""
+    import sqlalchemy
+
+    url = sqlalchemy.make_url(with_driver(where))
+    path = url.database
+    if url.get_backend_name() == "sqlite" and path and path != ":memory:" and not path.startswith("file:"):
+        with suppress(OSError):  # what is wrong with the place is SQLite's to say
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, NEW_FILE))
+
+
+def cannot_open(where: str, error: Exception) -> NacError:
+    """Return what a person is told when a storage cannot be opened."""
+    root = error.__cause__ or error
+    if isinstance(root, ModuleNotFoundError):
+        kind = backend(where)
+        extra = "postgresql" if kind == "postgresql" else "mysql"
+        ours = f"install it with: pip install 'nacpipe[{extra}]'" if root.name == DRIVERS.get(kind) else "install it"
+        return MissingExtra(f"this needs {root.name}; {ours}")
+    return StudyError(f"the study's storage {without_password(where)} cannot be opened: {cause(error)}")
+
+
+def cause(error: BaseException) -> str:
+    """Return the first line of what is behind an error; Optuna's own words for it guess, and often wrongly."""
+    root = error.__cause__ or error
+    return f"{type(root).__name__}: {(str(root).splitlines() or [''])[0]}"
+
+
+@contextmanager
+def opening(where: str, *, create: bool) -> Iterator[None]:
+    """Let one command at a time open studies: making tables or a study is not safe when two do it."""
+    if not is_server(where):
+        with _file_lock(where, ".opening", wait=True) if create else nullcontext():
+            yield
+        return
+    from nacpipe.tuning.locks import ServerLocks  # brings SQLAlchemy
+
+    locks = ServerLocks(where, "")
+    try:
+        with locks.book():
+            yield
+    finally:
+        locks.close()

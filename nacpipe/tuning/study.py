@@ -1,0 +1,312 @@
+"""The search as an Optuna study: open, go on, record, report.
+
+Every evaluated combination is a trial with its parameters, value, duration and checks. A trial is recorded whole, in
+one append, after it was evaluated; killed at any moment a search loses the trial it was computing and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial
+
+import nacpipe
+from nacpipe.cache import Cache, open_cache
+from nacpipe.cache.identity import VAL, bound_splits, diff, fingerprint
+from nacpipe.errors import InputError, ParamsError, StudyError
+from nacpipe.method.coverage import layer_of
+from nacpipe.method.kernels import set_threads
+from nacpipe.method.params import NacParams
+from nacpipe.method.plain_scores import energy
+from nacpipe.method.published import published_params
+from nacpipe.scoring.coverage import Scorer, check_layers, has_logits, index_from, outputs_of, split_rows
+from nacpipe.text import command_line, escape_bytes
+from nacpipe.tuning.desk import completed_trials
+from nacpipe.tuning.objective import DIRECTIONS, Checks, Evaluator
+from nacpipe.tuning.request import DEFAULT_TRIALS, SearchRequest, SearchResult
+from nacpipe.tuning.samplers import LARGE_GRID, Asker, make_asker
+from nacpipe.tuning.space import Space, fits_weights, measure_space, to_json, with_weights
+from nacpipe.tuning.space_file import read_spec
+from nacpipe.tuning.storage import backend, is_there, open_storage, opening
+from nacpipe.tuning.trials import best_trial, pareto_front, trial_params
+from nacpipe.tuning.workers import SharedIndexes
+
+SUBTRAIN = "id/subtrain"  # on which overfitting shows
+
+
+class Search:
+    """A study opened on its cache, ready to run (sweep.py) or to be looked at."""
+
+    def __init__(self, request: SearchRequest, *, create: bool = True) -> None:
+        """Open cache and study; with `create=False` a study that is not there stays so.
+
+        Raises:
+            StudyError: the study was made with another cache, or for another search.
+            CacheError: the cache is not there or not finished.
+            InputError: the request makes no sense, or the sampler cannot search the space.
+        """
+        _check(request)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        set_threads(request.threads)
+        self.request = request
+        self.cache = open_cache(request.cache)
+        spec = read_spec(request.space, self.cache, request.layers)
+        check_layers(self.cache, list(spec))
+        self.layers = tuple(spec)
+        self.splits = bound_splits(_check_val(self.cache, request.val))
+        checked = SUBTRAIN in self.cache and self.cache.peek(SUBTRAIN).sealed  # nothing is chosen by it
+        scored = [*[SUBTRAIN] * checked, *self.splits[1:]]
+        make = index_from(self.cache, scored)
+        self.shared = SharedIndexes(make) if create and request.workers > 1 else None
+        self.scorer = Scorer(self.shared or functools.cache(make), split_rows(self.cache, scored))
+        self.energy = None
+        if request.objective == "soft":
+            if not has_logits(self.cache):
+                raise InputError(
+                    f"{self.cache.path} holds {outputs_of(self.cache)}, not logits: without Energy, search for auroc"
+                )
+            self.energy = np.concatenate([energy(self.cache[name].read("logits")) for name in scored])
+        self.evaluator = Evaluator(self.scorer, request.val, self.energy)
+        self.train_rows = self.cache["id/train"].rows
+        self.space: Space = {  # before the study is made: a layer that tells nothing is refused here
+            name: measure_space(name, self.scorer.index, self.train_rows, given) for name, given in spec.items()
+        }
+        self.fits = fits_weights(self.space)
+        self.published = (
+            _published(self.cache, self.space) if (request.space, request.how) == ("auto", "layers") else None
+        )
+        self.trials = _trials(request, self.make_asker())
+        self.study = self._open(create)
+
+    def make_asker(self) -> Asker:
+        """Return what proposes trials, untold."""
+        request = self.request
+        return make_asker(request.how, self.space, request.seed, request.objective, self.published)
+
+    def _open(self, create: bool) -> optuna.Study | None:
+        request = self.request
+        if not create and not is_there(request.where):
+            return None
+        identity = self.cache.search_identity(self.splits, tuple(map(layer_of, self.layers)))
+        bound = {
+            "identity": identity,
+            "objective": request.objective,
+            "space": to_json(self.space),
+            "fingerprint": fingerprint(identity),
+        }
+        with opening(request.where, create=create):
+            return self._open_bound(bound, create)
+
+    def _open_bound(self, bound: Mapping[str, Any], create: bool) -> optuna.Study | None:
+        request = self.request
+        storage = open_storage(request.where, write=create)
+        names = optuna.get_all_study_names(storage)
+        for name in names:
+            attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
+            if name == request.study_name or not backend(request.where):
+                _check_bound(request, name, attributes, bound)
+        if request.study_name in names:
+            study = optuna.load_study(study_name=request.study_name, storage=storage)
+        elif create:
+            study = optuna.create_study(
+                study_name=request.study_name,
+                storage=storage,
+                directions=DIRECTIONS[request.objective],
+                load_if_exists=True,
+            )
+        else:
+            return None
+        if create and "fingerprint" not in study.user_attrs:  # new, or its maker was killed before the last of these
+            for key, value in {"seed": request.seed, "nacpipe": nacpipe.__version__, **bound}.items():
+                study.set_user_attr(key, value)
+        return study
+
+    def reopen(self) -> None:
+        """Read the study anew: an interrupt may have come in the middle of Optuna's reading."""
+        if self.study is not None:
+            storage = open_storage(self.request.where)
+            self.study = optuna.load_study(study_name=self.request.study_name, storage=storage)
+
+    def completed(self) -> list[FrozenTrial]:
+        """Return the study's completed trials, in the order of their numbers."""
+        return [] if self.study is None else completed_trials(self.study)
+
+    def measure(self, params: NacParams) -> Checks:
+        """Score the search's splits under these parameters."""
+        return self.evaluator.measure(params)
+
+    def result(self, ended: str) -> SearchResult:
+        """Return what the study has found so far.
+
+        Raises:
+            StudyError: no trial is complete.
+        """
+        request, trials = self.request, self.completed()
+        if self.study is None:
+            raise StudyError(
+                f"there is no study {request.study_name} in {request.shown} yet; start it with: {self.command()}"
+            )
+        if not trials:
+            raise StudyError(
+                f"there is no completed trial of {request.study_name} in {request.shown};"
+                f" start or go on with: {self.command()}"
+            )
+        params = trial_params(best_trial(trials, request.objective), self.space)
+        own = self._energy()
+        return SearchResult(
+            params=params,
+            checks=self.measure(params),
+            energy_subtrain=own.subtrain_auroc if own else None,
+            energy_val=own.val_auroc if own else None,
+            alone=self.alone(trials),
+            trials=len(trials),
+            seconds=session_seconds(trials),
+            seed=request.seed,
+            ended=ended,
+            front=len(pareto_front(trials)) if request.objective == "both" else None,
+        )
+
+    def alone(self, trials: Sequence[FrozenTrial]) -> dict[str, float]:
+        """Return layer → the best validation AUROC that it reached alone, where it was tried."""
+        found: dict[str, float] = {}
+        for trial in trials:
+            weighty = [name for name in self.layers if trial.params[f"{name}.weight"] > 0]
+            if len(weighty) == 1:
+                found[weighty[0]] = max(found.get(weighty[0], 0.0), trial.user_attrs["val_auroc"])
+        return found
+
+    def made_by(self) -> dict[str, Any]:
+        """Return what params.json says of its making."""
+        assert self.study is not None
+        request = self.request
+        return {
+            "nacpipe": nacpipe.__version__,
+            "cache": self.cache.path,
+            "fingerprint": fingerprint(self.cache.search_identity(self.splits, tuple(map(layer_of, self.layers)))),
+            "study": request.shown,
+            "study_name": request.study_name,
+            "sampler": request.how,
+            "objective": request.objective,
+            "val": request.val,
+            "space": to_json(self.space),
+        }
+
+    def command(self, patience: int | None = None) -> str:
+        """Return the command that goes on, with more patience where that is given."""
+        asked, given = self.request, []
+        storage = asked.shown if asked.storage else None
+        for option, value, usual in (
+            ("trials", asked.trials, None), ("space", asked.space, "auto"), ("sampler", asked.sampler, None),
+            ("objective", asked.objective, "auroc"), ("val", asked.val, "ood/val"), ("seed", asked.seed, 1),
+            ("patience", patience or asked.patience, None), ("workers", asked.workers, 1),
+            ("threads", asked.threads, None), ("storage", storage, None),
+            ("study", asked.study, "nac"), ("layers", ",".join(asked.layers), ""), ("output", asked.output, None),
+        ):  # fmt: skip
+            given += [f"--{option}", str(value)] if value != usual else []
+        return command_line("search", asked.cache, *given)
+
+    def _energy(self) -> Checks | None:
+        """The same checks of Energy, where the network has logits."""
+        if not has_logits(self.cache):
+            return None
+        return self.evaluator.check(
+            np.concatenate([energy(self.cache[name].read("logits")) for name in self.scorer.rows])
+        )
+
+
+def session_seconds(trials: Sequence[FrozenTrial]) -> float:
+    """Return the wall time of all sessions: every trial carries the sum so far, so a killed session's is not lost."""
+    return max((float(trial.user_attrs["seconds"]) for trial in trials), default=0.0)
+
+
+def _check(request: SearchRequest) -> None:
+    for name, value in (("trials", request.trials), ("workers", request.workers), ("patience", request.patience)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+    assert request.where and request.target  # or refused: of a cache at a URL both must be given
+    if request.timeout is not None and not request.timeout > 0:  # nor NaN
+        raise InputError(f"timeout is {request.timeout}; it must be above 0 seconds")
+    if "/" in request.study or escape_bytes(request.study) != request.study:
+        raise InputError(f"study is {request.study!r}; a name must be UTF-8 without a / in it")
+    if request.space == "published" and request.how != "grid":
+        raise InputError(f"the published space is a grid; leave out --sampler {request.sampler}")
+
+
+def _check_val(cache: Cache, val: str) -> str:
+    if val in ("id/train", SUBTRAIN, "id/val"):
+        raise InputError(f"val is {val}; name a split that plays OOD, such as ood/val")
+    if val not in cache and val != VAL:
+        cache.peek(val)  # says what the cache holds
+    return val
+
+
+def _trials(request: SearchRequest, asker: Asker) -> int:
+    """How many completed trials the study shall have."""
+    if request.trials is not None:
+        return min(request.trials, asker.size or request.trials)
+    if asker.size is not None and asker.size > LARGE_GRID:
+        raise InputError(f"the grid has {asker.size} combinations; say how many to try with --trials N")
+    return asker.size or DEFAULT_TRIALS
+
+
+def _published(cache: Cache, space: Space) -> NacParams | None:
+    """The paper's parameters for the layers that it has, the others without weight."""
+    identity = cache.header.identity
+    try:
+        found = published_params(str(identity.get("benchmark")), str(identity.get("family")), tuple(space)).layers
+    except ParamsError:
+        return None
+    layers = {name: found.get(name) or s.params(np.full(len(s.free), 0.5)) for name, s in space.items()}
+    return with_weights(layers, np.array([float(name in found) for name in space]))
+
+
+def _what(identity: Mapping[str, Any]) -> str:
+    layers, splits = (", ".join(identity.get(key, ())) for key in ("layers", "splits"))
+    return f"{layers} ({splits})"
+
+
+def _chosen_by(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """A study's identity; of an earlier nacpipe without the split that nothing is chosen by."""
+    return {**identity, "splits": {k: v for k, v in identity.get("splits", {}).items() if k != SUBTRAIN}}
+
+
+def _shared(identity: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity with those layers and splits alone that the other has too."""
+    held = {key: other.get(key, {}) for key in ("layers", "splits")}
+    return {**identity, **{key: {k: v for k, v in identity.get(key, {}).items() if k in held[key]} for key in held}}
+
+
+def _check_bound(request: SearchRequest, name: str, stored: Mapping[str, Any], bound: Mapping[str, Any]) -> None:
+    """Refuse a study of other states or other ranges: its trials' values would mean nothing here."""
+    if stored.get("fingerprint") is None:
+        return
+    theirs, ours = _chosen_by(stored.get("identity", {})), bound["identity"]
+    if differences := diff(_shared(theirs, ours), _shared(ours, theirs)):
+        raise StudyError(
+            f"study {name} in {request.shown} was made with another cache than {request.cache}:"
+            f" {'; '.join(differences)}. Give another --storage FILE"
+        )
+    if name != request.study_name:
+        return  # the same states, perhaps other layers or validation splits: a neighbour
+    if diff(theirs, ours):
+        raise StudyError(
+            f"study {name} in {request.shown} searches {_what(theirs)} of this cache, not {_what(ours)}."
+            " Give another --study NAME"
+        )
+    if stored.get("objective", request.objective) != request.objective:
+        raise StudyError(
+            f"study {name} in {request.shown} searches for {stored['objective']}, not {request.objective}. Give another"
+            " --study NAME"
+        )
+    if "space" not in stored:
+        raise StudyError(
+            f"study {name} in {request.shown} was made by an earlier nacpipe; give another --study NAME, or remove it"
+        )
+    if moved := diff(stored.get("space", {}), bound["space"]):
+        raise StudyError(
+            f"study {name} in {request.shown} searches another space: {'; '.join(moved)}. Give another --study NAME"
+        )

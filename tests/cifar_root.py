@@ -1,0 +1,93 @@
+"""A small data root in OpenOOD's layout, random weights, and a finished cache of the two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from nacpipe.cache import Cache, open_cache
+
+if TYPE_CHECKING:
+    from nacpipe.extraction.request import ExtractRequest
+
+COUNTS = {  # list → images; blocks are of 16 rows here, batches of 8
+    "main_train_cifar10.txt": 45,
+    "sub_train_cifar10.txt": 20,
+    "val_cifar10.txt": 40,
+    "test_cifar10.txt": 16,
+    "val_tin.txt": 21,
+    "test_mnist.txt": 3,
+}
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random pictures and their lists."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.RandomState(0)
+    lists = root / "benchmark_imglist/cifar10"
+    lists.mkdir(parents=True)
+    for name, count in COUNTS.items():
+        folder = root / "images_classic" / name.removesuffix(".txt")
+        folder.mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.randint(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
+        label = (lambda i: i % 10) if name.endswith("_cifar10.txt") else (lambda i: -1)
+        (lists / name).write_text("".join(f"{folder.name}/{i}.png {label(i)}\n" for i in range(count)))
+    return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch  # here: the search side's tests need none
+
+    from nacpipe.networks.models import find_model
+
+    path = tmp_path_factory.mktemp("weights") / "resnet20.pth"
+    torch.manual_seed(0)
+    torch.save(find_model("resnet20").build(10).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def request_(root: Path, checkpoint: Path, tmp_path: Path) -> ExtractRequest:
+    """Everything there is, into a new cache."""
+    return build_request(root, checkpoint, tmp_path / "c.zarr")
+
+
+def build_request(root: Path, checkpoint: Path, cache: Path) -> ExtractRequest:
+    from nacpipe.extraction.request import ExtractRequest
+
+    return ExtractRequest(
+        benchmark="cifar10",
+        model="resnet20",
+        cache=cache,
+        checkpoint=checkpoint,
+        data_root=root,
+        train_images=45,
+        batch_size=8,
+        block_rows=16,
+        device="cpu",
+        command="nacpipe extract cifar10 --again",
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(root: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """A cache that was made in one go; read only."""
+    import torch
+
+    from nacpipe.extraction.pipeline import extract
+    from nacpipe.extraction.plan import plan_extraction
+
+    path = tmp_path_factory.mktemp("finished") / "c.zarr"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the tests have that compare with it: it is made before a module's fixtures
+    extract(plan_extraction(build_request(root, checkpoint, path)))
+    torch.set_num_threads(threads)
+    return open_cache(path)

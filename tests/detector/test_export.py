@@ -1,0 +1,140 @@
+"""Exporting: the counts are the oracle's, the threshold keeps the share it was chosen for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nacpipe.artifact import read_detector, write_detector
+from nacpipe.cache import Cache, CacheWriter, open_cache
+from nacpipe.detector.export import choose_threshold, export_detector
+from nacpipe.detector.exported import Exported
+from nacpipe.errors import DetectorError, InputError, ParamsError, ValuesError
+from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.scoring.coverage import read_source, score_splits
+from tests import oracle
+
+PARAMS = NacParams(
+    layers={
+        "layer1": LayerParams(bins=11, saturation=7, alpha=0.5, weight=3.0, edges="linear", source="gradient"),
+        "avgpool": LayerParams(bins=20, saturation=5, alpha=0.5, weight=1.0),
+    }
+)
+
+
+def test_counts_are_the_oracles(small_cache: Cache) -> None:
+    exported = export_detector(small_cache, PARAMS)
+    assert [one.name for one in exported.layers] == ["layer1", "avgpool"]
+    for one in exported.layers:
+        products = read_source(small_cache["id/train"], one.name, one.params.source)
+        edges = oracle.bin_edges(one.params.bins, one.params.edges)
+        assert not oracle.in_doubt(products, one.params.alpha, edges).any()
+        bins = oracle.bins_of(oracle.states(products, one.params.alpha), edges)
+        np.testing.assert_array_equal(one.counts, oracle.count(bins, one.params.bins - 1))
+        assert (one.path, one.pooling) == (one.name, "sum-nchw")
+
+
+def test_what_was_exported_is_read(small_cache: Cache, tmp_path: Path) -> None:
+    exported = export_detector(small_cache, PARAMS, keep=0.9)
+    write_detector(tmp_path / "d.safetensors", exported)
+    found = read_detector(tmp_path / "d.safetensors")
+    assert found.to_json() == exported.to_json()
+    for one, other in zip(found.layers, exported.layers, strict=True):
+        assert one.counts.dtype == np.int32
+        np.testing.assert_array_equal(one.counts, other.counts)
+        np.testing.assert_array_equal(one.borders, other.borders)
+    assert (found.classes, found.outputs, found.train_rows, found.keep, found.keep_bits) == (3, 3, 60, 0.9, 23)
+    assert found.identity["weights"] == small_cache.header.identity["weights"]
+    assert found.identity["splits"] == {name: dict(small_cache[name].images) for name in ("id/train", "id/val")}
+    assert found.transform.mean == (0.5,)
+
+
+def test_the_same_detector_makes_the_same_bytes(small_cache: Cache, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_detector(tmp_path / name, export_detector(small_cache, PARAMS))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_layers_of_weight_0_are_left_out(small_cache: Cache) -> None:
+    without = NacParams(layers={**PARAMS.layers, "layer1": LayerParams(bins=9, saturation=2, alpha=1.0, weight=0.0)})
+    assert [one.name for one in export_detector(small_cache, without).layers] == ["avgpool"]
+
+
+def test_embeddings_have_classes_of_their_labels(make_cache: object, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "e.zarr", identity={"outputs": "features"})  # type: ignore[operator]
+    exported: Exported = export_detector(cache, PARAMS)
+    assert (exported.classes, exported.outputs) == (3, 3)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.95, 0.5, 0.01])
+def test_the_threshold_keeps_its_share_of_id_val(small_cache: Cache, keep: float) -> None:
+    exported = export_detector(small_cache, PARAMS, keep)
+    scores = score_splits(small_cache, PARAMS, ["id/val"])["id/val"]
+    assert exported.threshold in scores
+    assert (scores >= exported.threshold).mean() >= keep
+    assert (scores > exported.threshold).mean() < keep  # a higher one would not do
+
+
+@given(
+    st.lists(st.integers(0, 8), min_size=1, max_size=60),
+    st.one_of(st.sampled_from([0.07, 0.29, 0.57, 0.58, 0.9, 0.95, 0.99, 1.0]), st.floats(0.001, 1.0)),
+)
+def test_the_highest_threshold_that_keeps_enough(values: list[int], keep: float) -> None:
+    scores = np.array(values, float)
+    found = choose_threshold(scores, keep)
+    needed = [t for t in set(values) if sum(v >= t for v in values) >= keep * len(values) - 1e-6]
+    assert found == max(needed)
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        (2, r"its images have 2 channels; files are prepared as grey \(1\) or RGB \(3\)$"),
+        (4, "its images have 4 channels"),
+    ],
+)
+def test_what_score_would_refuse_is_not_exported(
+    make_cache: Callable[..., Cache], tmp_path: Path, channels: int, message: str
+) -> None:
+    transform = {"resize": 28, "crop": 28, "mean": [0.5] * channels, "std": [0.5] * channels}
+    cache = make_cache(tmp_path / "c.zarr", identity={"transform": transform})
+    with pytest.raises(DetectorError, match=rf"^{cache.path} cannot be exported: {message}"):
+        export_detector(cache, PARAMS)
+
+
+def test_a_network_of_one_class_is_not_exported(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c.zarr", identity={"outputs": "features"})
+    label = zarr.open_group(cache.path, mode="r+")["id/train/label"]
+    label[:] = 0  # type: ignore[index]
+    CacheWriter(cache.path, cache.header).seal("id/train")
+    with pytest.raises(
+        DetectorError, match=rf"^{cache.path} cannot be exported: classes is 1; it must be a whole number"
+    ):
+        export_detector(open_cache(cache.path), PARAMS)
+
+
+def test_what_cannot_be_exported_is_refused(small_cache: Cache) -> None:
+    with pytest.raises(InputError, match=r"keep is 1\.5; it must be above 0 and at most 1"):
+        export_detector(small_cache, PARAMS, 1.5)
+    with pytest.raises(ParamsError, match=r"layer 'layer9' is not in .*small\.zarr"):
+        export_detector(small_cache, NacParams(layers={"layer9": LayerParams(bins=9, saturation=2, alpha=1.0)}))
+    with pytest.raises(ValuesError, match="there are no id/val scores"):
+        choose_threshold(np.empty(0), 0.95)
+
+
+def test_a_layer_once_per_source(small_cache: Cache) -> None:
+    """Both terms have the layer's module, each its own counts."""
+    layer = LayerParams(bins=20, saturation=5, alpha=0.5)
+    terms = {f"layer1:{source}": replace(layer, source=source) for source in ("product", "activation")}
+    exported = export_detector(small_cache, NacParams(layers=terms))
+    assert [(one.name, one.path) for one in exported.layers] == [(name, "layer1") for name in terms]
+    for one in exported.layers:
+        alone = export_detector(small_cache, NacParams(layers={"layer1": one.params})).layers[0]
+        np.testing.assert_array_equal(one.counts, alone.counts)

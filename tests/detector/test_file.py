@@ -1,0 +1,240 @@
+"""An exported detector may be anyone's file: every number in it is checked, and the message names what is wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from nacpipe.artifact import MAX_DETECTOR_BYTES, read_detector, write_detector
+from nacpipe.detector.exported import Exported, ExportedLayer
+from nacpipe.errors import DetectorError, InputError
+from nacpipe.method.params import LayerParams
+
+INF = np.float32(np.inf)
+GOOD: dict[str, Any] = {
+    "nacpipe_detector": 1,
+    "layers": [
+        {
+            "name": "avgpool",
+            "path": "avgpool",
+            "pooling": "sum-nchw",
+            "params": {"bins": 4, "saturation": 2, "alpha": 1.0, "weight": 1.0, "edges": "log", "source": "product"},
+        }
+    ],
+    "threshold": 0.5,
+    "keep": 0.95,
+    "classes": 3,
+    "outputs": 3,
+    "train_rows": 300,
+    "keep_bits": 23,
+    "identity": {
+        "weights": "0123456789abcdef" * 4,
+        "dtype": "float32",
+        "transform": {"resize": 8, "crop": 8, "mean": [0.5], "std": [0.5]},
+    },
+    "information": {},
+}
+
+
+def arrays() -> dict[str, Any]:
+    return {
+        "avgpool/borders": np.array([-INF, 0, 1, INF], np.float32),
+        "avgpool/counts": np.array([[100, 200, 0], [300, 0, 0]], np.uint16),
+    }
+
+
+def test_round_trip_and_narrow_counts() -> None:
+    exported = Exported.from_json(GOOD, arrays())
+    assert exported.to_json() == GOOD
+    assert exported.layers[0].counts.tolist() == [[100, 200, 0], [300, 0, 0]]
+    assert {key: a.dtype for key, a in exported.to_arrays().items()} == {
+        "avgpool/borders": np.float32,
+        "avgpool/counts": np.uint16,
+    }
+
+
+@pytest.mark.parametrize(
+    ("largest", "dtype"), [(255, np.uint8), (256, np.uint16), (65_535, np.uint16), (65_536, np.int32)]
+)
+def test_counts_are_as_narrow_as_they_can_be(largest: int, dtype: type, tmp_path: Path) -> None:
+    layer = ExportedLayer(
+        name="a",
+        path="a",
+        pooling="none",
+        params=LayerParams(bins=4, saturation=1, alpha=1.0),
+        borders=arrays()["avgpool/borders"],
+        counts=np.array([[largest, 0, 0]], np.int32),
+    )
+    good = Exported.from_json(GOOD, arrays())
+    made = Exported(**{**{f: getattr(good, f) for f in Exported.__slots__}, "layers": (layer,), "train_rows": largest})
+    assert made.to_arrays()["a/counts"].dtype == dtype
+    write_detector(tmp_path / "d", made)
+    assert read_detector(tmp_path / "d").layers[0].counts.tolist() == [[largest, 0, 0]]
+
+
+def change(path: str, value: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    def do(data: dict[str, Any], _: dict[str, Any]) -> None:
+        *parents, last = path.split(".")
+        for key in parents:
+            data = data[int(key) if key.isdigit() else key]
+        data[last] = value
+
+    return do
+
+
+def array(name: str, value: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    return lambda _, found: found.update({name: value})
+
+
+def second_layer(
+    weight: float, name: str = "layer1", path: str = "avgpool"
+) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    def do(data: dict[str, Any], found: dict[str, Any]) -> None:
+        (layer,) = data["layers"]
+        params = {**layer["params"], "weight": weight}
+        data["layers"].append({**layer, "name": name, "path": path, "params": params})
+        found.update({key.replace("avgpool", name): value for key, value in arrays().items()})
+
+    return do
+
+
+def grey(channels: int) -> dict[str, Any]:
+    return {"resize": 8, "crop": 8, "mean": [0.5] * channels, "std": [0.5] * channels}
+
+
+NAN = float("nan")
+WRONG = [
+    (change("nacpipe_detector", 2), "it has version 2, this nacpipe reads version 1"),
+    (change("threshold", NAN), "threshold is nan; it must be a finite number"),
+    (change("threshold", True), "threshold is True"),
+    (change("threshold", 10**400), "threshold is 1000"),
+    (change("keep", 0.0), r"keep is 0\.0"),
+    (change("classes", 1), "classes is 1; it must be a whole number from 2 to 1000000"),
+    (change("outputs", 3.0), r"outputs is 3\.0"),
+    (change("keep_bits", 24), "keep_bits is 24"),
+    (change("train_rows", 0), "train_rows is 0"),
+    (change("layers", []), "it has no layers"),
+    (change("layers", [GOOD["layers"][0]] * 2), "two of its layers have one name"),
+    (second_layer(1.0, "avgpool:product", "elsewhere"), "two states of one of its layers have another path or pooling"),
+    (change("layers.0.path", 3), "a layer's path is 3; it must be text"),
+    (change("layers.0.extra", 3), "a layer is not"),
+    (change("layers.0.params.bins", 5), r"borders are float32 \(4,\); wanted: float32 \(5,\)"),
+    (change("layers.0.params.alpha", NAN), "layer 'avgpool': alpha is nan"),
+    (change("layers.0.params.weight", -1), "weight is -1"),
+    (change("layers.0.params.weight", 0), "layer 'avgpool' has weight 0; a detector holds only layers that count"),
+    (second_layer(0.0), "layer 'layer1' has weight 0"),
+    (change("identity.weights", "abc"), "sha256 of its network's weights is 'abc'"),
+    (change("identity.dtype", "int8"), "dtype is 'int8'"),
+    (change("identity", []), r"identity is \[\], not an object"),
+    (change("identity.transform", None), "its transform is None"),
+    (change("identity.transform.crop", 10**6), "its transform is"),
+    (change("identity.transform.crop", 8.0), "its transform is"),
+    (change("identity.transform.std", [0.0]), "its transform is"),
+    (change("identity.transform.std", [NAN]), "its transform is"),
+    (change("identity.transform.mean", [0.1, 0.2]), "its transform is"),
+    (
+        change("identity.transform", grey(2)),
+        r"its images have 2 channels; files are prepared as grey \(1\) or RGB \(3\)",
+    ),
+    (change("identity.transform.mean", ["0"]), "its transform is"),
+    (change("identity.transform.interpolation", "nearest"), "its transform is"),
+    (change("identity.transform.more", 1), "its transform is"),
+    (array("avgpool/borders", np.array([-INF, 1, 0, INF], np.float32)), "borders do not ascend from"),
+    (array("avgpool/borders", np.array([-INF, 0, NAN, INF], np.float32)), "borders do not ascend from"),
+    (array("avgpool/borders", np.array([0, 0, 1, INF], np.float32)), "borders do not ascend from"),
+    (array("avgpool/borders", np.array([0, 0, 1, 2], np.int32)), "borders are int32"),
+    (array("avgpool/counts", np.array([[300, 0]], np.uint16)), r"counts are uint16 \(1, 2\)"),
+    (array("avgpool/counts", np.zeros((0, 3), np.uint16)), r"counts are uint16 \(0, 3\)"),
+    (array("avgpool/counts", np.array([[1.0, 0, 0]], np.float32)), "counts are float32"),
+    (array("avgpool/counts", np.array([[300, 0, 0], [300, 0, 1]], np.uint16)), "counts of neuron 1 add up to 301"),
+    (array("avgpool/counts", np.array([[301, -1, 0]], np.int32)), "counts of neuron 0 add up to 300, or one is below"),
+    (array("layer9/counts", np.array([[1]], np.uint8)), "array 'layer9/counts' belongs to no layer"),
+    (lambda _, found: found.pop("avgpool/counts"), "layer 'avgpool': its counts are not there"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
+def test_what_is_wrong_is_named(spoil: Callable[[Any, Any], None], message: str, tmp_path: Path) -> None:
+    data, found = copy.deepcopy(GOOD), arrays()
+    spoil(data, found)
+    with pytest.raises(DetectorError, match=message):
+        Exported.from_json(data, found)
+    save_file(found, tmp_path / "d", metadata={"nacpipe_detector": json.dumps(data)})
+    with pytest.raises(DetectorError, match=str(tmp_path / "d")) as raised:
+        read_detector(tmp_path / "d")
+    assert "\n" not in raised.value.one_line()
+    assert len(raised.value.one_line()) < 600
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def good_bytes(tmp_path: Path) -> bytes:
+    write_detector(tmp_path / "good", Exported.from_json(GOOD, arrays()))
+    return (tmp_path / "good").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"\x80\x04pickle", struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 2) + b"{}", b"\0" * 64],
+)
+def test_other_files_are_no_detectors(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "d").write_bytes(content)
+    with pytest.raises(DetectorError, match=rf"^{tmp_path / 'd'}(:| cannot be read as a detector: ).+"):
+        read_detector(tmp_path / "d")
+
+
+def test_files_that_are_not_there_too_large_or_folders(tmp_path: Path) -> None:
+    with pytest.raises(DetectorError, match=r"there is no detector .*nosuch; make one with: nacpipe export CACHE"):
+        read_detector(tmp_path / "nosuch")
+    with pytest.raises(DetectorError, match="cannot be read as a detector"):
+        read_detector(tmp_path)
+    (tmp_path / "a b.zarr").mkdir()
+    (tmp_path / "a b.zarr/zarr.json").write_text("{}")
+    with pytest.raises(DetectorError, match=r"a b\.zarr: it is a cache; make a .* nacpipe export '.*/a b\.zarr'$"):
+        read_detector(tmp_path / "a b.zarr")
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(MAX_DETECTOR_BYTES + 1)
+    with pytest.raises(DetectorError, match=f"it has {MAX_DETECTOR_BYTES + 1} bytes"):
+        read_detector(tmp_path / "large")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_detector(tmp_path / "no" / "such", Exported.from_json(GOOD, arrays()))
+
+
+@pytest.mark.parametrize("text", ['{"nacpipe_detector": NaN}', "[" * 100_000, "1" * 5000, "{", "null", "{}"])
+def test_metadata_that_is_no_detector(text: str, tmp_path: Path) -> None:
+    save_file(arrays(), tmp_path / "d", metadata={"nacpipe_detector": text})
+    with pytest.raises(DetectorError, match=str(tmp_path / "d")):
+        read_detector(tmp_path / "d")
+
+
+def test_arrays_of_other_types_are_not_read(tmp_path: Path) -> None:
+    save_file({**arrays(), "more": np.zeros(2, np.float64)}, tmp_path / "d", metadata={"nacpipe_detector": "{}"})
+    with pytest.raises(DetectorError, match="array 'more' is F64; known: F32, U8, U16, I32"):
+        read_detector(tmp_path / "d")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+def test_a_damaged_file_is_refused_or_read_but_never_crashes(place: float, bit: int, cut: bool, tmp_path: Path) -> None:
+    content = bytearray(good_bytes(tmp_path))
+    at = int(place * len(content))
+    content[at] ^= 1 << bit
+    (tmp_path / "d").write_bytes(content[:at] if cut else content)
+    try:
+        found = read_detector(tmp_path / "d")
+    except DetectorError as error:
+        assert str(error).startswith(str(tmp_path / "d"))
+        return
+    assert not cut
+    assert found.layers[0].counts.sum(axis=1).tolist() == [found.train_rows] * 2

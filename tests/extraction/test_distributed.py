@@ -1,0 +1,79 @@
+"""Several processes on one cache: the same values as one, whoever dies on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nacpipe.cache import Cache, open_cache
+from nacpipe.extraction.distributed import Ranks
+
+SPLITS = "id/val,ood/val,ood/near/letters"
+
+
+def command(cache: Path, *launcher: str) -> list[str]:
+    options = ["--cache", str(cache), "--splits", SPLITS, "--batch-size", "32", "--device", "cpu", "--workers", "1"]
+    return [sys.executable, *launcher, "-m", "nacpipe", "extract", "digits", *options]
+
+
+def two_ranks(cache: Path, port: int) -> list[str]:
+    rendezvous = ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    return command(cache, "-m", "torch.distributed.run", *rendezvous)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def children(parent: int) -> list[int]:
+    """The processes whose parent this is."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            number, _, rest = stat.read_text().partition(" ")
+            if int(rest.rpartition(")")[2].split()[1]) == parent:
+                found.append(int(number))
+    return found
+
+
+def same(a: Cache, b: Cache) -> bool:
+    return list(a) == list(b) and all(
+        np.array_equal(a[name].read(path), b[name].read(path)) for name in a for path in a.header.arrays()
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8])
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_every_unit_has_one_rank_and_ranges_are_contiguous(world: int, count: int) -> None:
+    units = list(range(0, 3 * count, 3))
+    shares = [Ranks(rank, world).share(units) for rank in range(world)]
+    assert [unit for share in shares for unit in share] == units
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_two_ranks_of_which_one_is_killed_make_the_cache_of_one(tmp_path: Path) -> None:
+    whole, shared = tmp_path / "whole.zarr", tmp_path / "shared.zarr"
+    subprocess.run(command(whole), check=True, env=environment(), capture_output=True)
+    port = 20000 + os.getpid() % 20000
+    running = subprocess.Popen(
+        two_ranks(shared, port), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    marks = shared / "ood" / "near" / "letters" / "blocks" / "c"
+    deadline = time.monotonic() + 120
+    while not marks.is_dir() and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(max(children(running.pid)), signal.SIGKILL)
+    running.communicate(timeout=120)
+    assert running.returncode != 0, "the extraction ended before a rank could be killed"
+    again = subprocess.run(two_ranks(shared, port + 1), env=environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("ood/near/letters") == 1, "only the first rank speaks"
+    assert same(open_cache(whole), open_cache(shared))

@@ -1,0 +1,187 @@
+"""Extraction that was stopped goes on with the same command and ends with the same values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from nacpipe.cache import Cache, CacheWriter, open_cache
+from nacpipe.cache.lock import CacheLock
+from nacpipe.cache.repair import repair_cache
+from nacpipe.cache.verify import verify_cache
+from nacpipe.errors import CacheError, IdentityError, ImageError
+from nacpipe.extraction import pipeline as extraction
+from nacpipe.extraction.distributed import Ranks
+from nacpipe.extraction.pipeline import extract
+from nacpipe.extraction.plan import plan_extraction
+from nacpipe.extraction.request import ExtractRequest
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BLOCKS = 3 + 2 + 3 + 1 + 2 + 1  # of 16 rows: train, subtrain, val, test, tin, mnist
+
+
+def values_of(cache: Cache) -> dict[str, NDArray[Any]]:
+    return {f"{name}/{key}": np.asarray(cache[name].array(key)[:]) for name in cache for key in cache.header.arrays()}
+
+
+def assert_equal(cache: Cache, other: Cache) -> None:
+    found, expected = values_of(cache), values_of(other)
+    assert set(found) == set(expected)
+    for key, array in expected.items():
+        np.testing.assert_array_equal(found[key], array, err_msg=key)
+
+
+class Crash(Exception):
+    """Not one of nacpipe's."""
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 4, 9])
+def test_the_same_command_after_a_crash_gives_the_same_values(
+    finished: Cache, request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """Crash again and again, each time after this many blocks, until it is through."""
+    left = 0
+    whole = CacheWriter.write_block
+
+    def crash(writer: CacheWriter, name: str, block: int, arrays: Any) -> None:
+        nonlocal left
+        whole(writer, name, block, arrays)
+        left -= 1
+        if left == 0:
+            raise Crash
+
+    monkeypatch.setattr(CacheWriter, "write_block", crash)
+    crashes = 0
+    while True:
+        left = calls
+        try:
+            extract(plan_extraction(request_))
+            break
+        except Crash:
+            crashes += 1
+    assert crashes == BLOCKS // calls
+    assert_equal(open_cache(request_.cache), finished)
+    for name, split in open_cache(request_.cache).items():
+        assert split.attributes["digest"] == finished[name].attributes["digest"]
+
+
+def test_blocks_that_are_done_are_not_run_again(request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    extract(plan_extraction(request_))
+    monkeypatch.setattr(extraction, "load_batches", lambda *_: pytest.fail("nothing was left to do"))
+    extract(plan_extraction(request_))
+
+
+def test_progress_tells_every_batch_once(request_: ExtractRequest) -> None:
+    told: list[tuple[str, int]] = []
+    extract(plan_extraction(replace(request_, splits=("id/val", "ood/far/mnist"))), lambda *call: told.append(call))
+    assert told == [*[("id/val", 8)] * 5, ("ood/far/mnist", 3)]
+
+
+def test_split_added_later_leaves_the_others_alone(finished: Cache, request_: ExtractRequest) -> None:
+    extract(plan_extraction(replace(request_, splits=("id/val",))))
+    assert list(open_cache(request_.cache)) == ["id/val"]
+    extract(plan_extraction(request_))
+    assert_equal(open_cache(request_.cache), finished)
+
+
+def test_force_extracts_anew(finished: Cache, request_: ExtractRequest) -> None:
+    small = replace(request_, train_images=10, splits=("id/train", "id/val"))
+    extract(plan_extraction(small))
+    assert open_cache(request_.cache)["id/train"].rows == 10
+    with pytest.raises(IdentityError, match="images: stored 10, now 45"):
+        plan_extraction(request_)
+    extract(plan_extraction(replace(request_, force=("id/train",))))
+    assert_equal(open_cache(request_.cache), finished)
+
+
+def test_bad_image_stops_and_keeps_what_was_done(request_: ExtractRequest, root: Path) -> None:
+    bad = root / "images_classic/val_cifar10/37.png"
+    good = bad.read_bytes()
+    bad.write_bytes(b"no image")
+    try:
+        with pytest.raises(ImageError, match=r"37\.png \(line 38 of .*val_cifar10\.txt\)"):
+            extract(plan_extraction(replace(request_, splits=("id/val",))))
+    finally:
+        bad.write_bytes(good)
+    assert open_cache(request_.cache).peek("id/val").marks().tolist() == [True, True, False]
+    with pytest.raises(CacheError, match=r"finish it with: nacpipe extract cifar10 --again --cache .*c\.zarr$"):
+        open_cache(request_.cache)["id/val"]
+
+
+def test_rows_without_their_mark_are_written_again(
+    finished: Cache, request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between a block's rows and its mark, in the second block of the first split."""
+    whole = CacheWriter._open
+    marks = 0
+
+    def open_until_second_mark(writer: CacheWriter, path: str) -> Any:
+        nonlocal marks
+        marks += path.endswith("/blocks")
+        if marks == 2:
+            raise Crash
+        return whole(writer, path)
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(CacheWriter, "_open", open_until_second_mark)
+        extract(plan_extraction(request_))
+    plan = plan_extraction(request_)
+    assert plan.splits[0].todo == (1, 2)
+    extract(plan)
+    assert_equal(open_cache(request_.cache), finished)
+
+
+def test_a_split_that_only_lacks_its_seal_is_sealed(
+    finished: Cache, request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(_writer: CacheWriter, _name: str) -> None:
+        raise Crash
+
+    only = replace(request_, splits=("ood/val",))
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(CacheWriter, "seal", crash)
+        extract(plan_extraction(only))
+    plan = plan_extraction(only)
+    assert (plan.splits[0].state, plan.todo_rows(Ranks())) == ("to seal", 0)
+    extract(plan)
+    digest = open_cache(request_.cache)["ood/val"].attributes["digest"]
+    assert digest == finished["ood/val"].attributes["digest"]
+
+
+@pytest.mark.parametrize(("shards", "rows"), [(1, [16]), (2, [32])], ids=["blocks", "shards"])
+def test_after_repair_the_same_command_runs_the_damaged_rows_alone(
+    request_: ExtractRequest, shards: int, rows: list[int]
+) -> None:
+    """Of a sharded cache the shard: it has one writer, which writes it whole."""
+    only = replace(request_, splits=("id/val",), shard_blocks=shards)
+    extract(plan_extraction(only))
+    before = open_cache(request_.cache)["id/val"].attributes
+    chunk = request_.cache / "id/val/layer2/gradient/c/0/0"
+    content = bytearray(chunk.read_bytes())
+    content[40] ^= 4
+    chunk.write_bytes(bytes(content))
+    found = verify_cache(open_cache(request_.cache))
+    assert [(d.split, d.array, d.rows) for d in found] == [("id/val", "layer2/gradient", range(16))]
+    repair_cache(request_.cache)
+    told: list[int] = []
+    extract(plan_extraction(only), lambda _split, count: told.append(count))
+    assert told == [8] * (sum(rows) // 8)
+    assert verify_cache(open_cache(request_.cache)) == []
+    assert open_cache(request_.cache)["id/val"].attributes == before
+
+
+def test_a_second_extraction_is_refused_while_the_first_lives(request_: ExtractRequest) -> None:
+    only = replace(request_, splits=("ood/far/mnist",))
+    with CacheLock(request_.cache) as lock:
+        lock.take()
+        with pytest.raises(CacheError, match=r"c\.zarr is being written by another extract; wait until it ends"):
+            extract(plan_extraction(only))
+        assert list(request_.cache.iterdir()) == []
+    extract(plan_extraction(only))
+    assert open_cache(request_.cache)["ood/far/mnist"].rows == 3

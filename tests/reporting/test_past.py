@@ -1,0 +1,73 @@
+"""From parameters back to their study, however it was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from nacpipe.cache import Cache
+from nacpipe.cli import main
+from nacpipe.reporting.past import find_study
+
+
+def search(*args: str) -> None:
+    done = CliRunner().invoke(main, ["search", *args])
+    assert done.exit_code == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [],
+        ["--sampler", "tpe", "--seed", "7"],
+        ["--space", "wide"],
+        ["--objective", "fpr95", "--study", "my-own"],
+        ["--layers", "layer1"],
+        ["--space", "terms"],
+        ["--space", "terms", "--layers", "layer1"],
+        ["--layers", "avgpool:gradient,layer1:product"],
+        ["--val", "ood/far/textures"],
+        ["--storage", "ELSEWHERE"],
+    ],
+    ids=" ".join,
+)
+def test_the_study_is_found_again(make_cache: Callable[..., Cache], tmp_path: Path, asked: list[str]) -> None:
+    asked = [word.replace("ELSEWHERE", str(tmp_path / "elsewhere.log")) for word in asked]
+    cache = make_cache(tmp_path / "c.zarr")
+    search(cache.path, "--trials", "25", *asked)
+    found = find_study(cache, None)
+    assert (found.reason, found.source) == ("", str(tmp_path / "c.params.json"))
+    assert found.explanation is not None
+    written = json.loads((tmp_path / "c.params.json").read_text())
+    assert (
+        found.explanation.history["best"].iloc[-1]
+        == written["result"]["val_fpr95" if "fpr95" in asked else "val_auroc"]
+    )
+    values = found.explanation.parameters.set_index(["layer", "parameter"])["value"]
+    for name, layer in written["layers"].items():
+        assert values[name, "bins"] == layer["bins"]
+    before = [word for pair in zip(asked[::2], asked[1::2], strict=True) for word in pair]
+    assert sorted(found.command.split()) == sorted(["nacpipe", "search", cache.path, *before])
+
+
+def test_why_it_cannot_be_looked_at(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c.zarr")
+    search(cache.path, "--trials", "3")
+    path = tmp_path / "c.params.json"
+    written = json.loads(path.read_text())
+    study = f"study nac-seed1 in {tmp_path}/c.study.log"
+    (tmp_path / "c.study.log").rename(tmp_path / "moved.log")
+    said = find_study(cache, None)
+    assert said.explanation is None
+    assert said.reason.startswith(f"History and importances are left out, {study}: there is no completed trial")
+    assert find_study(cache, "published").reason == "The parameters are the paper's; no search was made for them."
+    for change, reason in (
+        ({"study": "postgresql://nac:***@db/x"}, "nac-seed1 in postgresql://nac:***@db/x wants a password."),
+        ({"study_name": "other"}, "searched in a space of its own; nacpipe search --explain shows it."),
+    ):
+        path.write_text(json.dumps({**written, "made_by": {**written["made_by"], **change}}))
+        assert find_study(cache, None).reason.endswith(reason)

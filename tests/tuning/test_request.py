@@ -1,0 +1,82 @@
+"""What a search has found, as a record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.tuning.request import Checks, SearchRequest, SearchResult
+
+
+@pytest.mark.parametrize(
+    ("subtrain", "energys", "expected"),
+    [(0.40, 0.44, True), (0.42, 0.44, False), (0.44, 0.44, False), (0.5, 0.3, False), (None, 0.44, False),
+     (0.3, None, False)],
+)  # fmt: skip
+def test_the_overfitting_warning(subtrain: float | None, energys: float | None, expected: bool) -> None:
+    result = SearchResult(
+        params=NacParams(layers={"avgpool": LayerParams(bins=4, saturation=1, alpha=1.0)}),
+        checks=Checks(val_auroc=0.9, val_fpr95=0.1, subtrain_auroc=subtrain),
+        energy_subtrain=energys,
+        energy_val=0.8,
+        alone={},
+        trials=1,
+        seconds=1.23456,
+        seed=1,
+        ended="trials",
+    )
+    assert result.overfits is expected
+    assert result.to_json()["overfits"] is expected
+    assert result.to_json()["seconds"] == 1.235
+
+
+def test_names_and_places_of_a_study() -> None:
+    request = SearchRequest(cache=Path("somewhere/c.zarr"), seed=7)
+    assert request.study_name == "nac-seed7"
+    assert request.where == "somewhere/c.study.log"
+    assert SearchRequest(cache=Path("c"), study="mine").study_name == "mine-seed1"
+    assert SearchRequest(cache=Path("c")).where == "c.study.log"
+    assert SearchRequest(cache=Path("c"), storage="sqlite:///x.db").where == "sqlite:///x.db"
+
+
+@pytest.mark.parametrize(
+    ("where", "shown"),
+    [
+        ("s.log", "s.log"),
+        ("a:b@c.log", "a:b@c.log"),
+        ("postgresql://nac@db/studies", "postgresql://nac@db/studies"),
+        ("postgresql://nac:secret@db:5432/studies", "postgresql://nac:***@db:5432/studies"),
+        ("mysql+pymysql://nac:p@ss:word@db/x?ssl=1", "mysql+pymysql://nac:***@db/x?ssl=1"),
+    ],
+)
+def test_passwords_are_not_shown(where: str, shown: str) -> None:
+    assert SearchRequest(cache=Path("c.zarr"), storage=where).shown == shown
+
+
+def test_a_study_per_way_to_search() -> None:
+    names = {
+        SearchRequest(cache=Path("c.zarr"), **asked).study_name  # type: ignore[arg-type]
+        for asked in (
+            {},
+            {"seed": 2},
+            {"space": "published"},
+            {"space": "my/wide.toml"},
+            {"sampler": "tpe"},
+            {"objective": "both"},
+            {"val": "ood/near/letters"},
+            {
+                "study": "mine",
+                "space": "my/wide.toml",
+                "sampler": "tpe",
+                "objective": "fpr95",
+                "val": "csid/x",
+                "seed": 3,
+            },
+        )
+    }
+    assert names == {
+        *("nac-seed1", "nac-seed2", "nac-published-seed1", "nac-wide-seed1", "nac-tpe-seed1", "nac-both-seed1"),
+        *("nac-ood-near-letters-seed1", "mine-wide-tpe-fpr95-csid-x-seed3"),
+    }

@@ -1,0 +1,241 @@
+"""Optuna's trials and ours: there and back, the best of them, and the Pareto front."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.tuning.objective import DIRECTIONS, Checks, Objective, Outcome, Proposal
+from nacpipe.tuning.space import Choice, Interval, LayerSpace, Space
+from nacpipe.tuning.trials import (
+    as_distribution,
+    best_trial,
+    distributions,
+    flatten,
+    number_of,
+    pareto_front,
+    recorded_fields,
+    to_trial,
+    trial_checks,
+    trial_params,
+)
+
+SPACE: Space = {
+    "avgpool": LayerSpace(  # everything is searched
+        bins=Choice((50, 500)),
+        saturation=Interval(1, 9, whole=True),
+        alpha={"product": Interval(0.1, 2.0), "gradient": Interval(1.0, 50.0)},
+        source=Choice(("product", "gradient")),
+        edges=Choice(("log", "linear")),
+        weight=Interval(0.0, 3.0, log=False),
+    ),
+    "layer1": LayerSpace(  # nothing is
+        bins=Choice((20,)),
+        saturation=Choice((5,)),
+        alpha={"activation": Choice((0.5,))},
+        source=Choice(("activation",)),
+        edges=Choice(("linear",)),
+        weight=Choice((1.0,)),
+    ),
+}
+FIXED = LayerParams(bins=20, saturation=5, alpha=0.5, source="activation", edges="linear")
+CHECKS = Checks(val_auroc=0.75, val_fpr95=0.5, subtrain_auroc=0.25)
+BEGUN = datetime.datetime(2024, 2, 29, 12, 0)
+
+
+def make(params: NacParams, checks: Checks = CHECKS, objective: Objective = "auroc", number: int = 7) -> FrozenTrial:
+    return to_trial(
+        Proposal(number=number, phase="somewhere", params=params),
+        Outcome(params, checks),
+        BEGUN,
+        seconds=1.5,
+        objective=objective,
+        space=SPACE,
+        record=distributions(SPACE),
+    )
+
+
+# --- there and back ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_recorded() -> None:
+    """The fields that always are, and source and edges where there is a choice."""
+    assert recorded_fields(SPACE["avgpool"]) == ["bins", "alpha", "saturation", "source", "edges", "weight"]
+    assert recorded_fields(SPACE["layer1"]) == ["bins", "alpha", "saturation", "weight"]
+    first = LayerParams(bins=500, saturation=3, alpha=7.5, source="gradient", edges="linear", weight=2.5)
+    expected = {
+        "avgpool.bins": 500,
+        "avgpool.alpha": 7.5,
+        "avgpool.saturation": 3,
+        "avgpool.weight": 2.5,
+        "avgpool.source": "gradient",
+        "avgpool.edges": "linear",
+        "layer1.bins": 20,
+        "layer1.alpha": 0.5,
+        "layer1.saturation": 5,
+        "layer1.weight": 1.0,
+    }
+    params = NacParams(layers={"avgpool": first, "layer1": FIXED})
+    assert flatten(params, SPACE) == expected
+    trial = make(params)
+    assert trial.params == expected
+    assert trial.state == TrialState.COMPLETE
+    assert trial.values == [0.75]
+    assert trial.user_attrs == {
+        "number": 7,
+        "phase": "somewhere",
+        "seconds": 1.5,
+        "val_auroc": 0.75,
+        "val_fpr95": 0.5,
+        "subtrain_auroc": 0.25,
+    }
+    assert trial.datetime_start == BEGUN
+    assert trial.datetime_complete is not None
+    assert abs(datetime.datetime.now() - trial.datetime_complete) < datetime.timedelta(minutes=1)
+
+
+@given(
+    bins=st.sampled_from([50, 500]),
+    saturation=st.integers(1, 9),
+    alpha=st.floats(0.1, 50.0),
+    source=st.sampled_from(["product", "gradient"]),
+    edges=st.sampled_from(["log", "linear"]),
+    weight=st.floats(0.0, 3.0),
+    subtrain=st.none() | st.floats(0, 1),
+    objective=st.sampled_from(["auroc", "fpr95", "both"]),
+)
+def test_there_and_back(subtrain: float | None, objective: Objective, **fields: Any) -> None:
+    params = NacParams(layers={"avgpool": LayerParams(**fields), "layer1": FIXED})
+    checks = Checks(val_auroc=0.875, val_fpr95=0.125, subtrain_auroc=subtrain)
+    trial = make(params, checks, objective, number=3)
+    assert trial_params(trial, SPACE) == params
+    assert trial_checks(trial) == checks
+    assert number_of(trial) == 3
+    assert trial.values == {"auroc": [0.875], "fpr95": [0.125], "both": [0.875, 0.125]}[objective]
+
+
+def test_distributions() -> None:
+    found = distributions(SPACE)
+    assert found == {
+        "avgpool.bins": CategoricalDistribution((50, 500)),
+        "avgpool.alpha": FloatDistribution(0.1, 50.0, log=True),  # both sources'
+        "avgpool.saturation": IntDistribution(1, 9, log=True),
+        "avgpool.source": CategoricalDistribution(("product", "gradient")),
+        "avgpool.edges": CategoricalDistribution(("log", "linear")),
+        "avgpool.weight": FloatDistribution(0.0, 3.0),
+        "layer1.bins": CategoricalDistribution((20,)),
+        "layer1.alpha": CategoricalDistribution((0.5,)),
+        "layer1.saturation": CategoricalDistribution((5,)),
+        "layer1.weight": FloatDistribution(0.0, 1.0),
+    }
+    assert as_distribution(Choice((1.0, 2.0)), Choice((2.0, 3.0))) == CategoricalDistribution((1.0, 2.0, 3.0))
+    assert as_distribution(Interval(0.0, 2.0, log=False)) == FloatDistribution(0.0, 2.0)
+
+
+@pytest.mark.parametrize("weights", [(5.0,), (5.0, 2.0), (2.0, 5.0), (0.5, 5.0, 1.0)])
+def test_weights_above_1_are_recorded(weights: tuple[float, ...]) -> None:
+    space = {"layer1": replace(SPACE["layer1"], weight=Choice(weights))}
+    assert distributions(space)["layer1.weight"] == FloatDistribution(0.0, 5.0)
+
+
+def test_published_parameters_widen_what_is_recorded() -> None:
+    space = {
+        "layer1": LayerSpace(
+            bins=Interval(4, 100, whole=True), saturation=Interval(2, 9, whole=True), alpha={"product": Interval(1, 2)}
+        )
+    }
+    far = NacParams(layers={"layer1": LayerParams(bins=5000, saturation=1, alpha=1e-6)})
+    assert distributions(space, far) == {
+        "layer1.bins": IntDistribution(4, 5000, log=True),
+        "layer1.alpha": FloatDistribution(1e-6, 2.0, log=True),
+        "layer1.saturation": IntDistribution(1, 9, log=True),
+        "layer1.weight": FloatDistribution(0.0, 1.0),
+    }
+
+
+# --- the best ---------------------------------------------------------------------------------------------------------
+
+
+def measured(number: int, auroc: float, fpr95: float) -> FrozenTrial:
+    return optuna.trial.create_trial(
+        values=[auroc, fpr95],
+        user_attrs={"number": number, "val_auroc": auroc, "val_fpr95": fpr95, "subtrain_auroc": None},
+    )
+
+
+def numbered(*points: tuple[float, float]) -> list[FrozenTrial]:
+    return [measured(number, *point) for number, point in enumerate(points)]
+
+
+@pytest.mark.parametrize(
+    ("points", "auroc", "fpr95", "both"),
+    [
+        ([(0.5, 0.9)], 0, 0, 0),
+        ([(0.5, 0.9), (0.6, 0.9), (0.6, 0.8), (0.4, 0.1)], 1, 3, 2),  # of equal AUROC the first
+        ([(0.5, 0.2), (0.6, 0.2), (0.6, 0.2), (0.9, 0.3)], 3, 1, 1),  # of equal FPR@95 the higher AUROC, then the first
+        # A front of three, from (0.9, 0.5) to (0.7, 0.1): in units of its extent the ideal is 1, 1 from its ends and
+        # ((0.9 − 0.85) / 0.2, (0.2 − 0.1) / 0.4) = (¼, ¼) from the middle.
+        ([(0.9, 0.5), (0.7, 0.1), (0.85, 0.2), (0.8, 0.3)], 0, 1, 2),
+        ([(0.9, 0.5), (0.7, 0.1)], 0, 1, 0),  # equally far: the first
+        ([(0.7, 0.1), (0.9, 0.5)], 1, 0, 0),
+        ([(0.9, 0.5), (0.7, 0.1), (0.71, 0.45)], 0, 1, 0),  # on the front, but farther than its ends
+    ],
+)
+def test_the_best_by_hand(points: list[tuple[float, float]], auroc: int, fpr95: int, both: int) -> None:
+    trials = numbered(*points)
+    objectives: list[tuple[Objective, int]] = [("auroc", auroc), ("fpr95", fpr95), ("both", both)]
+    for objective, number in objectives:
+        assert number_of(best_trial(trials, objective)) == number
+        assert number_of(best_trial(trials[::-1], objective)) == number  # whatever order they were completed in
+
+
+POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=25)
+
+
+@given(points=POINTS)
+def test_the_front_against_every_pair(points: list[tuple[int, int]]) -> None:
+    trials = numbered(*[(a / 6, f / 6) for a, f in points])
+
+    def beats(one: FrozenTrial, other: FrozenTrial) -> bool:
+        (a, f), (b, g) = one.values, other.values
+        return (a >= b and f <= g) and (a > b or f < g)
+
+    unbeaten = [t for t in trials if not any(beats(other, t) for other in trials)]
+    firsts = [t for t in unbeaten if not any(o.values == t.values and number_of(o) < number_of(t) for o in unbeaten)]
+    front = pareto_front(trials)
+    assert front == sorted(firsts, key=lambda t: -t.values[0])
+    assert [t.values[1] for t in front] == sorted(t.values[1] for t in front)[::-1]
+    assert pareto_front(front) == front
+
+    study = optuna.create_study(directions=DIRECTIONS["both"])
+    study.add_trials(trials)
+    assert {tuple(t.values) for t in study.best_trials} == {tuple(t.values) for t in front}
+    assert number_of(best_trial(trials, "both")) in {number_of(t) for t in front}
+
+
+@given(points=POINTS)
+def test_the_best_of_one_objective_is_optunas(points: list[tuple[int, int]]) -> None:
+    trials = numbered(*points)
+    wanted: list[tuple[Objective, int]] = [("auroc", 0), ("fpr95", 1)]
+    for objective, which in wanted:
+        study = optuna.create_study(directions=DIRECTIONS[objective])
+        study.add_trials([optuna.trial.create_trial(value=t.values[which]) for t in trials])
+        assert best_trial(trials, objective).values[which] == study.best_value
+
+
+def test_the_best_does_not_depend_on_the_units() -> None:
+    """The front's extent is the measure: shrink one axis and the same trial is nearest to the ideal."""
+    points = [(0.9, 0.5), (0.7, 0.1), (0.85, 0.2), (0.75, 0.12)]
+    for scale, shift in itertools.product((1.0, 0.01), (0.0, 0.05)):
+        trials = numbered(*[(a * scale + shift, f) for a, f in points])
+        assert number_of(best_trial(trials, "both")) == 2
