@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from nacpipe.cache import open_cache
-from nacpipe.evaluation.evaluate import evaluate
+from nacpipe.evaluation.tables import evaluate
 from nacpipe.tuning.objective import Objective
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.runner import run

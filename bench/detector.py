@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from taps import bare, forward, measure, specs
 
-from nacpipe.detector.exported import ExportedLayer
+from nacpipe.detector.file import ExportedLayer
 from nacpipe.detector.module import Detector, select_products
+from nacpipe.method.counting import count_sorted
 from nacpipe.method.coverage import bin_edges, product_borders
-from nacpipe.method.kernels import count_sorted
 from nacpipe.method.params import LayerParams
 from nacpipe.method.sorted_index import sort_columns
 from nacpipe.networks.models import find_model

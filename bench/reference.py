@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from nacpipe.cache import open_cache
-from nacpipe.evaluation.evaluate import evaluate
+from nacpipe.evaluation.tables import evaluate
 from nacpipe.method.params import NacParams
 
 PREFIX = "id-test against ood-"

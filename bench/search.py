@@ -28,10 +28,10 @@ import numpy as np
 import optuna
 from detection import means
 
-from nacpipe.artifact import read_params
 from nacpipe.cache import open_cache
-from nacpipe.evaluation.evaluate import evaluate
+from nacpipe.evaluation.tables import evaluate
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.scoring.params_file import read_params
 from nacpipe.tuning.objective import Checks
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.space import Interval

@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
-from nacpipe.evaluation.evaluate import evaluate, find_params
+from nacpipe.evaluation.tables import evaluate
+from nacpipe.scoring.params_file import find_params
 
 
 def copy_rounded(cache: Cache, path: Path, bits: int) -> Cache:

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nacpipe.method.counting import fill_ranked
 from nacpipe.method.coverage import bin_edges, combine_layers, layer_score, product_borders
-from nacpipe.method.kernels import fill_ranked
 from nacpipe.method.metrics import auroc
 from nacpipe.method.params import LayerParams
 from nacpipe.method.published import PUBLISHED

@@ -12,18 +12,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nacpipe.artifact import read_params, write_params
     from nacpipe.cache import Cache, open_cache
     from nacpipe.detector.module import load_detector
     from nacpipe.errors import NacError
     from nacpipe.evaluation.bootstrap import add_confidence, compare_methods
-    from nacpipe.evaluation.evaluate import evaluate, evaluate_runs
     from nacpipe.evaluation.method_scores import score_cache
     from nacpipe.evaluation.score_files import save_scores
-    from nacpipe.evaluation.tables import tabulate
+    from nacpipe.evaluation.tables import evaluate, evaluate_runs, tabulate
     from nacpipe.method.metrics import detect
     from nacpipe.method.params import LayerParams, NacParams
     from nacpipe.scoring.coverage import score_splits
+    from nacpipe.scoring.params_file import read_params, write_params
 
 __version__ = "0.1.0"
 

@@ -19,3 +19,24 @@ def escape(character: str) -> str:
 def escape_bytes(text: str) -> str:
     """Return text whose bytes that are no UTF-8 are escapes: a file name may hold some, and no file format can."""
     return "".join(escape(c) if "\ud800" <= c <= "\udfff" else c for c in text)
+
+
+MISSING_NAMES = frozenset(  # pandas reads these as missing values in a table
+    {
+        *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A"),
+        *("NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+    }
+)
+
+
+def why_reserved(name: str) -> str | None:
+    """Return why no set of images may have this name; None where it may."""
+    if name == "mean":
+        return "tables name the mean over a group's sets so"
+    return "pandas reads it as a missing value in a table" if name in MISSING_NAMES else None
+
+
+def label_set(split: str) -> str:
+    """Return how tables name a set: the last part of its split's name; all of it where that part is reserved."""
+    name = split.rpartition("/")[2]
+    return split if why_reserved(name) else name

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nacpipe.artifact import MAX_BYTES, beside_cache, check_writable, read_params, read_section, write_params
 from nacpipe.errors import InputError, ParamsError
+from nacpipe.files import beside_cache, check_writable
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.scoring.params_file import MAX_BYTES, read_params, read_section, write_params
 
 PARAMS = NacParams(
     layers={

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -227,7 +228,7 @@ def test_network_gives_the_documented_shapes() -> None:
     }
 
 
-def test_packaged_weights_know_the_digits(network: DigitsCNN) -> None:
+def test_packaged_weights_know_the_digits(network: DigitsCNN, digits_train: ModuleType) -> None:
     assert WEIGHTS.stat().st_size < 1_000_000
     assert digits_train.accuracy(network, *load_set("test")) >= 0.98
     # Shifted, not foreign: well above chance, below the test set.
@@ -239,14 +240,14 @@ def test_packaged_weights_are_floats() -> None:
     assert set(dtypes.values()) == {torch.float32}
 
 
-def test_normalised_training_digits_have_mean_zero_and_deviation_one() -> None:
+def test_normalised_training_digits_have_mean_zero_and_deviation_one(digits_train: ModuleType) -> None:
     inputs = digits_train.to_inputs(load_set("main_train")[0])
     assert inputs.shape == (3000, 1, 28, 28)
     assert abs(inputs.mean().item()) < 0.02
     assert abs(inputs.std().item() - 1) < 0.02
 
 
-def test_augmentation_moves_digits_but_keeps_background_and_ink() -> None:
+def test_augmentation_moves_digits_but_keeps_background_and_ink(digits_train: ModuleType) -> None:
     inputs = digits_train.to_inputs(load_set("sub_train")[0])
     moved = digits_train.augment(inputs, torch.Generator().manual_seed(0))
     background = inputs.min()
@@ -256,22 +257,22 @@ def test_augmentation_moves_digits_but_keeps_background_and_ink() -> None:
     assert abs(ink / ink_before - 1) < 0.1
 
 
-def test_one_short_epoch_learns_and_repeats_itself() -> None:
+def test_one_short_epoch_learns_and_repeats_itself(digits_train: ModuleType) -> None:
     images, labels = load_set("main_train")
     images, labels = images[:300], labels[:300]
     state = torch.random.get_rng_state()
     runs = []
     for _ in range(2):
         network = digits_train.new_network(seed=5)
-        before = batch_loss(network, images, labels)
+        before = batch_loss(network, images, labels, digits_train)
         (during,) = digits_train.train(network, images, labels, seed=5, epochs=1)
-        runs.append((before, during, batch_loss(network, images, labels)))
+        runs.append((before, during, batch_loss(network, images, labels, digits_train)))
     assert runs[0] == runs[1]
     assert runs[0][2] < before - 0.1
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 @torch.no_grad()
-def batch_loss(network: DigitsCNN, images: digits.Images, labels: digits.Labels) -> float:
+def batch_loss(network: DigitsCNN, images: digits.Images, labels: digits.Labels, digits_train: ModuleType) -> float:
     """Mean cross-entropy with the batch's own statistics: after five steps the running ones still lag behind."""
     return functional.cross_entropy(network.train()(digits_train.to_inputs(images)), torch.tensor(labels)).item()

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from nacpipe.artifact import write_params
 from nacpipe.cache import Cache
 from nacpipe.cli import main
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.scoring.params_file import write_params
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -28,7 +28,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nacpipe.artifact import read_params
 from nacpipe.benchmarks.folders import is_hidden, walk_images
 from nacpipe.benchmarks.lists import check_labels, parse_list
 from nacpipe.benchmarks.toml import read_benchmark
@@ -38,6 +37,7 @@ from nacpipe.cache.identity import fingerprint
 from nacpipe.cli import main
 from nacpipe.errors import FormatError, ImageError, InputError, NacError, ParamsError
 from nacpipe.extraction.image_file import read_image
+from nacpipe.scoring.params_file import read_params
 
 EXAMPLES = int(os.environ.get("NACPIPE_FUZZ", "40"))
 fuzzed = settings(

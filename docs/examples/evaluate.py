@@ -55,7 +55,8 @@ print("the five strangest test images, lines of their list from 0:", strangest)
 
 # %% A part of a split, as one of several machines would score it: tables are the same wherever they are counted
 from nacpipe.method.coverage import combine_layers  # noqa: E402
-from nacpipe.scoring.coverage import fit_coverage, read_source  # noqa: E402
+from nacpipe.scoring.coverage import fit_coverage  # noqa: E402
+from nacpipe.scoring.states import read_source  # noqa: E402
 
 coverage, rows = fit_coverage(cache, params), slice(10, 20)
 parts = [

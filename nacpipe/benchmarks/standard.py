@@ -9,12 +9,6 @@ from typing import Any, Literal
 from nacpipe.errors import InputError
 
 INTERPOLATIONS = ("bilinear", "bicubic")
-MISSING_NAMES = frozenset(  # pandas reads these as missing values in a table
-    {
-        *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A"),
-        *("NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
-    }
-)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -211,16 +205,3 @@ def find_benchmark(name: str) -> Benchmark:
     if name not in BENCHMARKS:
         raise InputError(f"benchmark {name!r} is not known; known: {', '.join(BENCHMARKS)}, or your own FILE.toml")
     return BENCHMARKS[name]
-
-
-def why_reserved(name: str) -> str | None:
-    """Return why no set of images may have this name; None where it may."""
-    if name == "mean":
-        return "tables name the mean over a group's sets so"
-    return "pandas reads it as a missing value in a table" if name in MISSING_NAMES else None
-
-
-def label_set(split: str) -> str:
-    """Return how tables name a set: the last part of its split's name; all of it where that part is reserved."""
-    name = split.rpartition("/")[2]
-    return split if why_reserved(name) else name

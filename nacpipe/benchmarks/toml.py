@@ -12,16 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from nacpipe.benchmarks.standard import (
-    BENCHMARKS,
-    INTERPOLATIONS,
-    Benchmark,
-    Split,
-    Transform,
-    find_benchmark,
-    why_reserved,
-)
+from nacpipe.benchmarks.standard import BENCHMARKS, INTERPOLATIONS, Benchmark, Split, Transform, find_benchmark
 from nacpipe.errors import InputError
+from nacpipe.text import why_reserved
 
 MAX_BYTES, MAX_CLASSES, MAX_SIDE = 1 << 20, 1_000_000, 4096
 REQUIRED = ("id/train", "id/val", "id/test", "ood/val")

@@ -9,11 +9,11 @@ sums it up. `form` says whether metadata are as specified, `verify` reads everyt
 
 import atexit
 
+from nacpipe.cache.array_view import ArrayView
 from nacpipe.cache.layout import Header, LayerSpec
 from nacpipe.cache.pending import end_pending
 from nacpipe.cache.reader import Cache, open_cache
 from nacpipe.cache.split import LayerView, SplitView
-from nacpipe.cache.view import ArrayView
 from nacpipe.cache.writer import CacheWriter
 
 __all__ = ["ArrayView", "Cache", "CacheWriter", "Header", "LayerSpec", "LayerView", "SplitView", "open_cache"]

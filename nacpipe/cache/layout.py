@@ -18,10 +18,10 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.sync import sync
 
-from nacpipe.benchmarks.standard import why_reserved
 from nacpipe.cache.identity import fingerprint
 from nacpipe.errors import FormatError, InputError
 from nacpipe.method.coverage import layer_of, source_of
+from nacpipe.text import why_reserved
 
 FORMAT_VERSION = 1
 BLOCK_ROWS = 512

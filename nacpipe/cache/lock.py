@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from nacpipe.address import is_url
 from nacpipe.errors import CacheError
+from nacpipe.files import is_url
 
 if sys.platform != "win32":
     import fcntl

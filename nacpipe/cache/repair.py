@@ -19,7 +19,6 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
-from nacpipe.address import is_url
 from nacpipe.cache.digest import digest_lines, hash_content, hash_keys, sealed_before
 from nacpipe.cache.durability import sync_files, writing
 from nacpipe.cache.identity import fingerprint
@@ -32,6 +31,7 @@ from nacpipe.cache.validation import attribute_problems
 from nacpipe.cache.verify import Damage, verify_cache
 from nacpipe.cache.writer import remove_drafts
 from nacpipe.errors import FormatError
+from nacpipe.files import is_url
 
 _ROUNDS = 5  # each mends one kind of damage of every split: attributes, metadata, rows, the seal
 

@@ -11,11 +11,11 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from nacpipe.cache.array_view import ArrayView
 from nacpipe.cache.digest import is_as_sealed
 from nacpipe.cache.keys import list_split
 from nacpipe.cache.layout import MISSING_INT, LayerSpec, chunk_key, count_blocks, is_there
 from nacpipe.cache.validation import missing_chunks, open_member, split_problems
-from nacpipe.cache.view import ArrayView
 from nacpipe.errors import CacheError, FormatError, InputError, NacError, ValuesError
 from nacpipe.text import command_line
 

@@ -23,9 +23,9 @@ from zarr.core.common import concurrent_map
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, ObjectStore
 
-from nacpipe.address import is_url
 from nacpipe.cache.durability import replace_file
 from nacpipe.errors import CacheError, InputError, MissingExtra
+from nacpipe.files import is_url
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Client

@@ -19,7 +19,7 @@ from zarr.core.metadata import ArrayV3Metadata
 
 from nacpipe.cache.layout import MISSING_INT, Header, count_blocks, is_there
 from nacpipe.errors import FormatError, NacError
-from nacpipe.evaluation.methods import OUTPUTS
+from nacpipe.method.outputs import OUTPUTS
 
 IDENTITY = ("benchmark", "architecture", "family", "weights", "transform", "dtype")
 TRANSFORM = ("resize", "crop", "mean", "std")

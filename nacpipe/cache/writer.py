@@ -23,7 +23,6 @@ from numcodecs import BitRound
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
-from nacpipe.address import is_url
 from nacpipe.cache.digest import split_digest
 from nacpipe.cache.durability import sync_files, writing
 from nacpipe.cache.identity import diff, said_by
@@ -42,6 +41,7 @@ from nacpipe.cache.reader import open_cache, open_root
 from nacpipe.cache.store import holds_cache, is_empty, open_store
 from nacpipe.cache.validation import open_member, split_problems
 from nacpipe.errors import CacheError, FormatError, IdentityError
+from nacpipe.files import is_url
 from nacpipe.text import command_line
 
 

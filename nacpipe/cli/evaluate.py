@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from nacpipe.cache import Cache
-    from nacpipe.evaluation.method_scores import ScoredCache
-    from nacpipe.evaluation.methods import MethodScores
+    from nacpipe.evaluation.method_scores import MethodScores, ScoredCache
     from nacpipe.method.params import NacParams
 
 _TITLES = {"ood": "OOD: ID is id/test", "fsood": "FS-OOD: ID is id/test and csid together"}
@@ -82,9 +81,9 @@ def evaluate(
     """
     from nacpipe.cache import open_cache
     from nacpipe.evaluation.bootstrap import LEVEL, RESAMPLES, add_confidence, compare_methods
-    from nacpipe.evaluation.runs import check_runs
     from nacpipe.evaluation.score_files import check_scores_file, save_scores
     from nacpipe.evaluation.tables import add_published, tabulate
+    from nacpipe.evaluation.training_runs import check_runs
 
     for option, given in (("--published-results", published_results), ("--baselines", baselines)):
         if against is not None and given:
@@ -123,8 +122,8 @@ def _score(
     caches: Sequence[Cache], choices: Sequence[str], baselines: Sequence[str], against: str | None
 ) -> tuple[list[ScoredCache], str | None]:
     """Score every cache; also the name of the method to compare with."""
-    from nacpipe.evaluation.evaluate import find_params
     from nacpipe.evaluation.method_scores import evaluated_splits, score_cache
+    from nacpipe.scoring.params_file import find_params
 
     chosen = match_choices(choices, len(caches))
     names, other = list(baselines), None
@@ -151,7 +150,8 @@ def match_choices(choices: Sequence[str], caches: int) -> list[str | None]:
 def _method_name(text: str) -> str | None:
     """The plain or further baseline of that name; None for a parameter file or `published`."""
     from nacpipe.errors import InputError
-    from nacpipe.evaluation.methods import LOGIT_BASELINES, MORE_BASELINES
+    from nacpipe.evaluation.baselines import MORE_BASELINES
+    from nacpipe.method.plain_scores import LOGIT_BASELINES
 
     known = {name.lower(): name for name in (*LOGIT_BASELINES, *MORE_BASELINES)}
     if (name := known.get(text.lower())) is None and text != "published" and not Path(text).exists():

@@ -30,10 +30,11 @@ def export(cache: str | Path, choice: str | None, output: Path | None, keep: flo
     nacpipe export cache/digits-digits_cnn.zarr
     nacpipe export cache/cifar10-resnet20.zarr --params mine.params.json --keep 0.99 --output resnet20.safetensors
     """
-    from nacpipe.artifact import beside_cache, check_writable, write_detector
     from nacpipe.cache import open_cache
     from nacpipe.detector.export import export_detector
-    from nacpipe.evaluation.evaluate import find_params
+    from nacpipe.detector.file import write_detector
+    from nacpipe.files import beside_cache, check_writable
+    from nacpipe.scoring.params_file import find_params
 
     target = output or beside_cache(str(cache), ".detector.safetensors")
     check_writable(target)

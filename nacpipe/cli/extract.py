@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.address import is_url
 from nacpipe.cli.output import Address, Progress, format_bytes, note, print_json, print_table, split_layers, split_names
+from nacpipe.files import is_url
 from nacpipe.text import command_line
 
 if TYPE_CHECKING:

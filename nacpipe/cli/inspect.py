@@ -56,9 +56,9 @@ def inspect(
     nacpipe inspect cache/digits-digits_cnn.zarr ood/near/letters --rows 5 --mosaic letters.png
     nacpipe inspect cache/s0.zarr id/val --against cache/s1.zarr
     """
-    from nacpipe.artifact import check_writable
     from nacpipe.cache import open_cache
     from nacpipe.errors import InputError
+    from nacpipe.files import check_writable
 
     if choice is not None and alpha is not None:
         raise click.UsageError("Give --params or --alpha, not both.")
@@ -119,8 +119,8 @@ def print_splits(frame: pd.DataFrame) -> None:
 
 
 def _inspect_split(cache: Cache, split: str, choice: str | None, as_json: bool) -> None:
-    from nacpipe.evaluation.evaluate import find_params
     from nacpipe.evaluation.inspection import describe_layers, summarise_cache, summarise_splits
+    from nacpipe.scoring.params_file import find_params
 
     frame = summarise_splits(cache, split)
     layers = None
@@ -158,11 +158,12 @@ def _print_layers(layers: pd.DataFrame, states: bool) -> None:
 def _inspect_layer(
     cache: Cache, split: str, layer: str, choice: str | None, alpha: float | None, plot: Path | None, as_json: bool
 ) -> None:
-    from nacpipe.evaluation.evaluate import find_params
     from nacpipe.evaluation.inspection import describe_bins, describe_layer, describe_layers, value_histograms
     from nacpipe.method.coverage import source_of
     from nacpipe.method.params import LayerParams, NacParams
-    from nacpipe.scoring.coverage import check_layers, fit_coverage
+    from nacpipe.scoring.coverage import fit_coverage
+    from nacpipe.scoring.params_file import find_params
+    from nacpipe.scoring.states import check_layers
 
     params = bins = None
     check_layers(cache, [layer])  # both names are checked before anything is read
@@ -221,9 +222,9 @@ def _inspect_rows(
     as_json: bool,
 ) -> None:
     from nacpipe.cli.image_lookup import image_names, write_mosaic
-    from nacpipe.evaluation.evaluate import find_params
     from nacpipe.evaluation.inspection import rank_rows
     from nacpipe.method.params import NacParams
+    from nacpipe.scoring.params_file import find_params
 
     cache[split]
     params = find_params(cache, choice, note)
@@ -251,7 +252,7 @@ def _inspect_rows(
 def _compare(cache: Cache, other: Cache, split: str, layer: str | None, plot: Path | None, as_json: bool) -> None:
     from nacpipe.evaluation.inspection import compare_splits, value_histograms
     from nacpipe.method.coverage import layer_of
-    from nacpipe.scoring.coverage import check_layers
+    from nacpipe.scoring.states import check_layers
 
     for one in (cache, other):
         if layer is not None:
@@ -280,8 +281,8 @@ def _compare(cache: Cache, other: Cache, split: str, layer: str | None, plot: Pa
 
 
 def _plot(path: Path, histograms: dict[str, pd.DataFrame], title: str) -> None:
-    from nacpipe.artifact import write_whole
     from nacpipe.errors import MissingExtra
+    from nacpipe.files import write_whole
 
     try:
         from nacpipe.reporting.figures import draw_values, to_png, to_svg

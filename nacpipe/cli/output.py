@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.address import is_url
 from nacpipe.cli.streams import Terminal
+from nacpipe.files import is_url
 from nacpipe.text import escape, escape_bytes
 
 if TYPE_CHECKING:

@@ -39,13 +39,13 @@ def report(
     nacpipe report cache/digits-digits_cnn.zarr --output report.html --figures figures
     nacpipe report cache/s0.zarr cache/s1.zarr cache/s2.zarr --output report.html
     """
-    from nacpipe.artifact import check_writable, write_whole
     from nacpipe.cache import open_cache
     from nacpipe.errors import MissingExtra
-    from nacpipe.evaluation.evaluate import find_params
     from nacpipe.evaluation.method_scores import evaluated_splits, score_cache
-    from nacpipe.evaluation.runs import check_runs
     from nacpipe.evaluation.tables import tabulate
+    from nacpipe.evaluation.training_runs import check_runs
+    from nacpipe.files import check_writable, write_whole
+    from nacpipe.scoring.params_file import find_params
 
     try:
         from nacpipe.reporting.figures import write_figure

@@ -22,12 +22,12 @@ def run(trials: int | None, seed: int, **asked: Any) -> None:
     nacpipe run digits
     nacpipe run cifar10 --model resnet20 --checkpoint resnet20.th --data-root data
     """
-    from nacpipe.address import is_url
     from nacpipe.cache import open_cache
     from nacpipe.cli.evaluate import print_evaluation
     from nacpipe.cli.search import run_search
     from nacpipe.errors import InputError
-    from nacpipe.evaluation.evaluate import evaluate
+    from nacpipe.evaluation.tables import evaluate
+    from nacpipe.files import is_url
     from nacpipe.tuning.request import SearchRequest
 
     if trials is not None and trials < 1:

@@ -56,7 +56,7 @@ def search(status: bool, explain: bool, dry_run: bool, as_json: bool, **asked: A
     nacpipe search cache/digits-digits_cnn.zarr --explain
     nacpipe search cache/digits-digits_cnn.zarr --storage postgresql://nac@db/studies --workers 8
     """
-    from nacpipe.artifact import check_writable
+    from nacpipe.files import check_writable
     from nacpipe.tuning.request import SearchRequest
     from nacpipe.tuning.study import Search
 
@@ -80,7 +80,7 @@ def search(status: bool, explain: bool, dry_run: bool, as_json: bool, **asked: A
 
 def run_search(request: SearchRequest, as_json: bool = False) -> SearchResult:
     """Run a search with progress on stderr, write the parameters, print what was found."""
-    from nacpipe.artifact import write_params
+    from nacpipe.scoring.params_file import write_params
     from nacpipe.tuning.storage import only_runner
     from nacpipe.tuning.study import Search
 
@@ -125,7 +125,8 @@ def _run(search: Search) -> SearchResult:
 
 def _where_to(search: Search, result: SearchResult) -> Path:
     """Where the result goes: a better one of another study is not replaced unless its file is named."""
-    from nacpipe.artifact import beside_cache, read_section
+    from nacpipe.files import beside_cache
+    from nacpipe.scoring.params_file import read_section
 
     request = search.request
     try:

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 import nacpipe
 from nacpipe.cache import Cache, LayerSpec
-from nacpipe.detector.exported import Exported, ExportedLayer
+from nacpipe.detector.file import Exported, ExportedLayer
 from nacpipe.errors import DetectorError, InputError, ValuesError
 from nacpipe.method.coverage import LOGITS, layer_of
 from nacpipe.method.params import NacParams
-from nacpipe.scoring.coverage import fit_coverage, has_classes
+from nacpipe.scoring.coverage import fit_coverage
+from nacpipe.scoring.states import has_classes
 
 
 def export_detector(cache: Cache, params: NacParams, keep: float = 0.95) -> Exported:

@@ -11,19 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nacpipe.artifact import read_params
 from nacpipe.cache import LayerSpec
-from nacpipe.detector.exported import ExportedLayer
+from nacpipe.detector.file import ExportedLayer
 from nacpipe.detector.module import Detector, load_detector, select_products
 from nacpipe.errors import InputError, ValuesError
+from nacpipe.method.counting import count_sorted
 from nacpipe.method.coverage import LOGITS, bin_edges, layer_of, product_borders
-from nacpipe.method.kernels import count_sorted
 from nacpipe.method.params import NacParams
 from nacpipe.method.sorted_index import sort_columns
 from nacpipe.networks.build import wrap_network
 from nacpipe.networks.layers import measure_layers
 from nacpipe.networks.taps import Taps, apart
 from nacpipe.networks.wrappers import find_place, unwrap
+from nacpipe.scoring.params_file import read_params
 
 Source = str | Path | NacParams
 

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nacpipe.artifact import read_detector
 from nacpipe.cache import LayerSpec
 from nacpipe.cache.identity import diff
 from nacpipe.cache.layout import ALL_BITS
-from nacpipe.detector.exported import Exported, ExportedLayer
+from nacpipe.detector.file import Exported, ExportedLayer, read_detector
 from nacpipe.errors import DetectorError, InputError
 from nacpipe.extraction.request import AUTOCAST
+from nacpipe.method.counting import fill_rows
 from nacpipe.method.coverage import (
     LOGITS,
     Source,
@@ -34,7 +34,6 @@ from nacpipe.method.coverage import (
     logits_gradient,
     select_source,
 )
-from nacpipe.method.kernels import fill_rows
 from nacpipe.networks.checkpoints import hash_network
 from nacpipe.networks.taps import POOLINGS, Tapped, Taps, apart, find_direct
 from nacpipe.networks.trial import run_trial

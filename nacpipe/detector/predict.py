@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nacpipe.artifact import read_detector
 from nacpipe.benchmarks.folders import SUFFIXES, walk_images
 from nacpipe.benchmarks.standard import BENCHMARKS, Benchmark, Transform
+from nacpipe.detector.file import read_detector
 from nacpipe.detector.module import Detected, Detector, attach
 from nacpipe.errors import DetectorError, ImageError, InputError
 from nacpipe.extraction.dataset import build_transform

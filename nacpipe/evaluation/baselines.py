@@ -21,13 +21,15 @@ from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, SplitView
 from nacpipe.errors import InputError
-from nacpipe.evaluation.methods import MethodScores, as_logits, choose_baselines, row_slices, why_no_logits
-from nacpipe.evaluation.posthoc import base as posthoc
-from nacpipe.evaluation.posthoc import distances as distances
-from nacpipe.evaluation.posthoc import shaping as shaping
-from nacpipe.evaluation.posthoc.base import Fit, Linear, Samples, Score, Training
+from nacpipe.evaluation.method_scores import MethodScores, row_slices
+from nacpipe.evaluation.posthoc import distances
+from nacpipe.evaluation.posthoc import logits as logit_methods
+from nacpipe.evaluation.posthoc import shaping
+from nacpipe.evaluation.posthoc.detector import Fit, Linear, Samples, Score, Training
 from nacpipe.evaluation.posthoc.openmax import fit_openmax
-from nacpipe.scoring.coverage import has_classes, has_logits, outputs_of
+from nacpipe.method.outputs import as_logits, why_no_logits
+from nacpipe.method.plain_scores import LOGIT_BASELINES
+from nacpipe.scoring.states import has_classes, has_logits, outputs_of
 
 FIT_ROWS = 50_000  # images that a baseline learns from at most, evenly spaced over the split
 HELD = 2**24  # float64 numbers that a detector's intermediate array may have
@@ -58,11 +60,13 @@ class Baseline:
 
 BASELINES: Mapping[str, Baseline] = {
     "Temperature": Baseline(
-        fit=posthoc.fit_tempered_msp, reads="logits", fitted_on="id/val", labels=True, of_probabilities=True
+        fit=logit_methods.fit_tempered_msp, reads="logits", fitted_on="id/val", labels=True, of_probabilities=True
     ),
-    "Entropy": Baseline(fit=posthoc.fit_entropy, reads="logits", of_probabilities=True),
-    "GEN": Baseline(fit=posthoc.fit_gen, reads="logits", of_probabilities=True),
-    "KL-Matching": Baseline(fit=posthoc.fit_kl_matching, reads="logits", fitted_on="id/val", of_probabilities=True),
+    "Entropy": Baseline(fit=logit_methods.fit_entropy, reads="logits", of_probabilities=True),
+    "GEN": Baseline(fit=logit_methods.fit_gen, reads="logits", of_probabilities=True),
+    "KL-Matching": Baseline(
+        fit=logit_methods.fit_kl_matching, reads="logits", fitted_on="id/val", of_probabilities=True
+    ),
     "OpenMax": Baseline(fit=fit_openmax, reads="logits", fitted_on="id/train", labels=True, per_class=2),
     "Mahalanobis": Baseline(
         fit=distances.fit_mahalanobis,
@@ -276,3 +280,34 @@ def _collect(
         else:
             scores[split] = found[split]
     return MethodScores(scores=scores, reasons=reasons, fitted_on=baseline.fitted_on, n_fitted=fitted.images)
+
+
+MORE_BASELINES = (  # fitted and scored by search/baselines.py
+    *("Temperature", "Entropy", "GEN", "KL-Matching", "OpenMax", "Mahalanobis", "RMD", "KNN", "ViM", "SHE", "ReAct"),
+    *("ASH", "SCALE", "DICE", "fDBD", "NCI", "NNGuide"),
+)
+
+
+OUT_OF_REACH = ("ODIN", "GradNorm", "Gram", "RankFeat")  # they run the network again, or need its feature maps
+
+
+def choose_baselines(names: Iterable[str]) -> list[str]:
+    """Return the baselines beyond the plain ones that are meant, as they are written; `all` is every one.
+
+    Raises:
+        InputError: a name is not known, or needs the network itself.
+    """
+    known = {name.lower(): name for name in MORE_BASELINES}
+    chosen: dict[str, None] = {}
+    for name in names:
+        if name.lower() == "all":
+            chosen.update(dict.fromkeys(MORE_BASELINES))
+        elif name.lower() in known:
+            chosen[known[name.lower()]] = None
+        elif name.lower() in (other.lower() for other in OUT_OF_REACH):
+            raise InputError(f"baseline {name} runs the network itself; a cache does not hold what it needs")
+        elif name.lower() not in (other.lower() for other in LOGIT_BASELINES):
+            raise InputError(
+                f"baseline {name!r} is not known; known: all, {', '.join([*LOGIT_BASELINES, *MORE_BASELINES])}"
+            )
+    return list(chosen)

@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from nacpipe.benchmarks.standard import label_set
 from nacpipe.errors import InputError
 from nacpipe.evaluation.method_scores import ScoredCache
 from nacpipe.evaluation.tables import KEYS, tabulate
 from nacpipe.method.resampling import draw_counts, rank_scores, redetect
+from nacpipe.text import label_set
 
 LEVEL = 0.95
 RESAMPLES = 1000

@@ -14,8 +14,10 @@ from nacpipe.cache import Cache
 from nacpipe.errors import IdentityError, ValuesError
 from nacpipe.method.coverage import bin_edges, coverage_table, layer_of, source_of
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.scoring.coverage import Coverage, check_layers, fit_coverage, has_classes, index_from, read_states
-from nacpipe.tuning.space import Interval, measure_space
+from nacpipe.scoring.alpha_range import measure_alpha
+from nacpipe.scoring.coverage import Coverage, fit_coverage
+from nacpipe.scoring.states import check_layers, has_classes, read_states
+from nacpipe.scoring.trial_scorer import index_from
 
 QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 HISTOGRAM_BINS = 64
@@ -181,12 +183,9 @@ def suggest_alpha(cache: Cache, layer: str) -> tuple[float, float]:
     if "id/train" not in cache or not cache.peek("id/train").sealed:
         return math.nan, math.nan
     try:
-        measured = measure_space(layer, index_from(cache, ["id/train"]), cache["id/train"].rows)
+        return measure_alpha(layer, source_of(layer), index_from(cache, ["id/train"])(layer, source_of(layer)))
     except ValuesError:
         return math.nan, math.nan
-    alpha = measured.alpha[source_of(layer)]
-    assert isinstance(alpha, Interval)
-    return alpha.low, alpha.high
 
 
 def value_histograms(

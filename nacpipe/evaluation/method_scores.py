@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from nacpipe.benchmarks.standard import label_set, why_reserved
 from nacpipe.cache import Cache
 from nacpipe.errors import InputError
-from nacpipe.evaluation.methods import (
-    LOGIT_BASELINES,
-    OF_PROBABILITIES,
-    MethodScores,
-    as_logits,
-    row_slices,
-    why_no_logits,
-)
 from nacpipe.method.metrics import find_wrong_labels
+from nacpipe.method.outputs import OF_PROBABILITIES, as_logits, why_no_logits
 from nacpipe.method.params import NacParams
-from nacpipe.scoring.coverage import fit_coverage, has_classes, has_logits, outputs_of
+from nacpipe.method.plain_scores import LOGIT_BASELINES
+from nacpipe.scoring.coverage import fit_coverage
+from nacpipe.scoring.states import has_classes, has_logits, outputs_of
+from nacpipe.text import label_set, why_reserved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,3 +160,30 @@ def score_logits(cache: Cache, splits: Iterable[str]) -> tuple[dict[str, MethodS
             correct[name] += int((logits.argmax(axis=1) == split.label[rows]).sum())
     found = {method: MethodScores(scores=values) for method, values in scores.items()} | reasons
     return {method: found[method] for method in LOGIT_BASELINES}, correct
+
+
+BLOCK_BYTES = 32 * 2**20  # of one array that is held at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodScores:
+    """One method's scores of some splits: every split is among `scores` or among `reasons`."""
+
+    scores: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Split → (rows,), all finite."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Split → why it has no scores."""
+    fitted_on: str = ""
+    """The split that the method learns from; empty where it learns from none."""
+    n_fitted: int = 0
+    """Images of that split that it learned from; 0 also where it could not."""
+
+
+def row_slices(rows: int, *, width: int, block_rows: int) -> Iterator[slice]:
+    """Cut rows into whole blocks of a cache, as many at a time as `BLOCK_BYTES` of float32 (rows, width) hold.
+
+    A cache's chunk is then read once, and what is held does not grow with the number of rows.
+    """
+    step = block_rows * max(1, BLOCK_BYTES // (4 * width * block_rows))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))

@@ -22,12 +22,12 @@ import pandas as pd
 from nacpipe.cache import Cache, SplitView
 from nacpipe.cache.identity import diff, said_by
 from nacpipe.errors import IdentityError, InputError, ParamsError
+from nacpipe.method.counting import count_sorted
 from nacpipe.method.coverage import bin_edges, covered_area, layer_of, product_borders
-from nacpipe.method.kernels import count_sorted
 from nacpipe.method.metrics import accuracy, find_wrong_labels, spearman
 from nacpipe.method.params import LayerParams
 from nacpipe.method.sorted_index import sort_columns
-from nacpipe.scoring.coverage import check_layers, has_classes, read_source
+from nacpipe.scoring.states import check_layers, has_classes, read_source
 from nacpipe.text import escape_bytes
 
 PAPER = LayerParams(bins=50, saturation=500, alpha=0.1, edges="linear")

@@ -9,10 +9,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 
-from nacpipe.artifact import check_writable, writing_whole
 from nacpipe.cache import Cache
 from nacpipe.errors import InputError, MissingExtra
 from nacpipe.evaluation.method_scores import ScoredCache
+from nacpipe.files import check_writable, writing_whole
 from nacpipe.text import escape_bytes
 
 

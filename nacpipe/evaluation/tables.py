@@ -7,18 +7,20 @@ says why; a mean over sets of which one is empty is empty too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from nacpipe.benchmarks.standard import label_set
-from nacpipe.evaluation.method_scores import ScoredCache
-from nacpipe.evaluation.methods import MethodScores
+from nacpipe.cache import Cache
+from nacpipe.evaluation.method_scores import MethodScores, ScoredCache, score_cache
 from nacpipe.evaluation.published_results import NETWORKS, published_results
+from nacpipe.evaluation.training_runs import check_runs
 from nacpipe.method.metrics import detect
+from nacpipe.method.params import NacParams
+from nacpipe.text import label_set
 
 KEYS = ("task", "group", "dataset", "method")
 METRICS = ("fpr95", "auroc", "aupr_in", "aupr_out")
@@ -162,3 +164,36 @@ def footnotes(frame: pd.DataFrame) -> list[str]:
         if row.method not in which:
             which.append(row.method)
     return lines + [f"empty: {', '.join(methods)}: {reason}" for reason, methods in empty.items()]
+
+
+def evaluate(cache: Cache, params: NacParams | None, *, more: Mapping[str, MethodScores] | None = None) -> pd.DataFrame:
+    """Return one row per task, OOD set and method, and one per group's mean; `tables.tabulate` names the columns.
+
+    Where the network gives features and not logits (CIDER, NPOS), what needs logits is NaN, and `reason` says why.
+
+    Args:
+        cache: a cache with id/test and at least one finished near or far set.
+        params: NAC's parameters; None evaluates the baselines alone.
+        more: further methods, as `nacpipe.evaluation.baselines.score_baselines` gives them.
+
+    Raises:
+        InputError: there is nothing to evaluate.
+        ParamsError: a layer is not in the cache.
+    """
+    return tabulate([score_cache(cache, params, more=more)])
+
+
+def evaluate_runs(caches: Sequence[Cache], params: Sequence[NacParams | None]) -> pd.DataFrame:
+    """Return the table of several training runs: means, and standard deviations (ddof 0) in columns `*_std`.
+
+    Args:
+        caches: the same in everything but the weights.
+        params: of each cache.
+
+    Raises:
+        IdentityError: the caches differ in more than their weights, naming what.
+        InputError: there is nothing to evaluate.
+        ParamsError: a layer is not in a cache.
+    """
+    check_runs(caches)
+    return tabulate([score_cache(cache, chosen) for cache, chosen in zip(caches, params, strict=True)])

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nacpipe.address import is_url
 from nacpipe.benchmarks.lists import list_path
 from nacpipe.benchmarks.standard import Benchmark
 from nacpipe.benchmarks.toml import choose_root, open_benchmark
@@ -34,6 +33,7 @@ from nacpipe.extraction.request import (
     make_header,
     pin_arithmetic,
 )
+from nacpipe.files import is_url
 from nacpipe.networks.build import Network, blank_network, load_network
 from nacpipe.networks.layers import measure_layers, name_layers
 from nacpipe.networks.models import find_model

@@ -14,12 +14,12 @@ import torch
 import torchvision
 
 import nacpipe
-from nacpipe.address import is_url
 from nacpipe.benchmarks.toml import choose_root, open_benchmark
 from nacpipe.cache import Header, LayerSpec
 from nacpipe.cache.layout import ALL_BITS, BLOCK_ROWS
 from nacpipe.cache.store import REMOTE_SHARD
 from nacpipe.errors import InputError
+from nacpipe.files import is_url
 from nacpipe.networks.build import Network
 
 BLOCK_SECONDS = 10.0  # of work, which is what a kill costs

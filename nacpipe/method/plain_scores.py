@@ -150,3 +150,9 @@ def _split_top(logits: Logits) -> tuple[Floats, Floats]:
     differences -= differences[rows, top][:, None]
     differences[rows, top] = -np.inf
     return differences, np.exp(differences).sum(axis=1)
+
+
+LOGIT_BASELINES: Mapping[str, Callable[[Logits], Floats]] = {
+    name: PLAIN_SCORES[name] for name in ("MSP", "MaxLogit", "Energy")
+}
+"""Those of every table."""

@@ -20,7 +20,6 @@ from nacpipe.networks.architectures.training_schemes import WRAPPERS
 from nacpipe.networks.checkpoints import Weights, read_checkpoint, torchvision_weights
 from nacpipe.networks.custom import build_from_file, build_timm, read_timm, timm_transform
 
-
 DIGITS_WEIGHTS = Path(__file__).with_name("architectures") / "digits_cnn.safetensors"
 
 
@@ -120,11 +119,7 @@ MODELS: dict[str, Model] = {
             build=lambda classes: DigitsCNN(),
             layers={k: v for k, v in _resnet_layers(3).items() if k != "conv1"},
             default=_FOUR,
-            weights={
-                "packaged": Weights(
-                    partial(read_checkpoint, DIGITS_WEIGHTS)
-                )
-            },
+            weights={"packaged": Weights(partial(read_checkpoint, DIGITS_WEIGHTS))},
             unasked="packaged",
             benchmark="digits",
         ),

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nacpipe.artifact import beside_cache, read_section
 from nacpipe.cache import Cache
 from nacpipe.errors import NacError
+from nacpipe.files import beside_cache
 from nacpipe.method.coverage import layer_of
+from nacpipe.scoring.params_file import read_section
 from nacpipe.tuning.explain import Explanation, explain
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.space_file import read_spec

@@ -34,7 +34,8 @@ from nacpipe.reporting.figures import (
 )
 from nacpipe.reporting.page import commands, heading, panels, paragraph, render_page, side_by_side, table
 from nacpipe.reporting.past import PastStudy, find_study
-from nacpipe.scoring.coverage import Coverage, fit_coverage, has_logits
+from nacpipe.scoring.coverage import Coverage, fit_coverage
+from nacpipe.scoring.states import has_logits
 from nacpipe.tuning.explain import Explanation
 from nacpipe.tuning.request import OVERFIT_POINTS
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nacpipe.method.metrics import auroc, fpr95
 from nacpipe.method.params import NacParams
-from nacpipe.scoring.coverage import Scorer
+from nacpipe.scoring.trial_scorer import Scorer
 from nacpipe.tuning.space import with_weights
 from nacpipe.tuning.weights import fisher_weights, soft_target, target_weights
 

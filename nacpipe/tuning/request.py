@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nacpipe.artifact import beside_cache
+from nacpipe.files import beside_cache
 from nacpipe.method.params import NacParams
 from nacpipe.tuning.objective import Checks, Objective
 

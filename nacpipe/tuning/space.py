@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nacpipe.errors import ValuesError
 from nacpipe.method.coverage import Source, source_of
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.method.sorted_index import Index
-from nacpipe.scoring.coverage import IndexOf
+from nacpipe.scoring.alpha_range import measure_alpha
+from nacpipe.scoring.trial_scorer import IndexOf
 
 BINS = (4, 2000)
-FLAT, STEEP = 0.1, 30.0  # |alpha · product| at the 99th and 50th percentile of |product|
 FIELDS = ("bins", "alpha", "saturation", "source", "edges")  # the order of a unit vector
 
 
@@ -188,7 +186,7 @@ def measure_space(
     source = asked.pop("source", Choice((source_of(layer),)))
     assert isinstance(source, Choice)
     alpha = asked.pop("alpha", None)
-    alphas = {name: alpha or _measure_alpha(layer, name, index(layer, name)) for name in source.values}
+    alphas = {name: alpha or Interval(*measure_alpha(layer, name, index(layer, name))) for name in source.values}
     rest: dict[str, Any] = {
         "bins": Interval(*BINS, whole=True),
         "saturation": Interval(1, max(train_rows, 2), whole=True),
@@ -216,34 +214,6 @@ def with_weights(layers: Mapping[str, LayerParams], weights: NDArray[np.float64]
             for (name, layer), share in zip(layers.items(), shares, strict=True)
         }
     )
-
-
-def _measure_alpha(layer: str, source: Source, index: Index) -> Interval:
-    sizes = _sizes(index)
-    if sizes.size == 0:
-        raise ValuesError(f"layer {layer!r}: every {source} of id/train is 0; leave it out with --layers")
-    median, large = (_quantile(sizes, level) for level in (0.5, 0.99))
-    return Interval(FLAT / large, STEEP / median)
-
-
-def _sizes(index: Index) -> NDArray[np.float32]:
-    """|product| of all training samples and neurons where it is not 0, in no order, (values,)."""
-    sizes = np.empty(index.neurons * index.train_samples, np.float32)
-    filled = 0
-    for part in index.train_parts():
-        told = part[part != 0]
-        np.abs(told, out=sizes[filled : filled + told.size])
-        filled += told.size
-    return sizes[:filled]
-
-
-def _quantile(values: NDArray[np.float32], level: float) -> float:  # (values,), which are reordered
-    """To the bit what `np.quantile` gives of the values in float64, of which it would make two copies."""
-    place = (values.size - 1) * level
-    low = int(place)
-    pair = [low, min(low + 1, values.size - 1)]
-    values.partition(pair)
-    return float(np.quantile(values[pair].astype(np.float64), place - low))
 
 
 def _plain(dimension: Dimension) -> Any:

@@ -22,7 +22,7 @@ from nacpipe.errors import InputError, ParamsError
 from nacpipe.method.coverage import Edges, Source, layer_of, source_of
 from nacpipe.method.params import LayerParams
 from nacpipe.method.published import published_grid
-from nacpipe.scoring.coverage import held_layers
+from nacpipe.scoring.states import held_layers
 from nacpipe.tuning.space import FIELDS, Choice, Dimension, Given, Interval
 
 NAMED = ("auto", "wide", "terms")  # these take any layers

@@ -20,8 +20,8 @@ from urllib.parse import unquote, urlsplit
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from nacpipe.artifact import NEW_FILE
 from nacpipe.errors import MissingExtra, NacError, StudyError
+from nacpipe.files import NEW_FILE
 from nacpipe.tuning.request import without_password
 
 if sys.platform != "win32":

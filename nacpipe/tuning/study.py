@@ -19,11 +19,12 @@ from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.identity import VAL, bound_splits, diff, fingerprint
 from nacpipe.errors import InputError, ParamsError, StudyError
 from nacpipe.method.coverage import layer_of
-from nacpipe.method.kernels import set_threads
 from nacpipe.method.params import NacParams
 from nacpipe.method.plain_scores import energy
 from nacpipe.method.published import published_params
-from nacpipe.scoring.coverage import Scorer, check_layers, has_logits, index_from, outputs_of, split_rows
+from nacpipe.method.threads import set_threads
+from nacpipe.scoring.states import check_layers, has_logits, outputs_of
+from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
 from nacpipe.text import command_line, escape_bytes
 from nacpipe.tuning.desk import completed_trials
 from nacpipe.tuning.objective import DIRECTIONS, Checks, Evaluator

@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 
 from nacpipe.errors import InputError, StudyError
 from nacpipe.method.coverage import Source
-from nacpipe.method.kernels import set_threads
 from nacpipe.method.sorted_index import Index
-from nacpipe.scoring.coverage import REMEMBER_BYTES, IndexOf, Scorer
+from nacpipe.method.threads import set_threads
+from nacpipe.scoring.trial_scorer import REMEMBER_BYTES, IndexOf, Scorer
 from nacpipe.tuning.objective import Evaluator, Outcome, Proposal
 
 LIVES = 3  # workers that one trial may cost

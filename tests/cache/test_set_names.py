@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from pandas._libs.parsers import STR_NA_VALUES
 
-from nacpipe.benchmarks.standard import BENCHMARKS, MISSING_NAMES, label_set, why_reserved
+from nacpipe.benchmarks.standard import BENCHMARKS
+from nacpipe.text import MISSING_NAMES, label_set, why_reserved
 
 
 def test_the_names_are_those_that_pandas_takes_for_missing() -> None:

@@ -20,10 +20,10 @@ import zarr
 from click.testing import CliRunner, Result
 
 from nacpipe import __version__
-from nacpipe.artifact import read_params, write_params
 from nacpipe.cache import Cache, CacheWriter
 from nacpipe.cli import main
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.scoring.params_file import read_params, write_params
 
 ROOT = Path(__file__).resolve().parents[2]
 

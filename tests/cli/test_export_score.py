@@ -19,14 +19,15 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from nacpipe.artifact import read_detector, write_detector, write_params
 from nacpipe.benchmarks.digits import load_set
 from nacpipe.cache import Header, open_cache
 from nacpipe.cli import main
 from nacpipe.cli.export import score_command
+from nacpipe.detector.file import read_detector, write_detector
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.networks.architectures import digits_cnn
 from nacpipe.scoring.coverage import score_splits
+from nacpipe.scoring.params_file import write_params
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,6 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from nacpipe.artifact import write_params
 from nacpipe.benchmarks.lists import list_path
 from nacpipe.benchmarks.toml import open_benchmark
 from nacpipe.cache import Cache, CacheWriter, open_cache
@@ -23,6 +22,7 @@ from nacpipe.cli.text_plot import squeeze
 from nacpipe.evaluation.inspection import compare_splits, describe_layers, rank_rows, value_histograms
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.reporting.mosaic import GAP, SIDE, TEXT
+from nacpipe.scoring.params_file import write_params
 
 PARAMS = NacParams(
     layers={

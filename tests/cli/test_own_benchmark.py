@@ -13,12 +13,12 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from nacpipe.artifact import read_params
 from nacpipe.cache import open_cache
 from nacpipe.cli import main
 from nacpipe.method.metrics import detect
 from nacpipe.networks.models import find_model
 from nacpipe.scoring.coverage import score_splits
+from nacpipe.scoring.params_file import read_params
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

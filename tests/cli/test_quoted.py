@@ -14,11 +14,11 @@ import pytest
 import zarr
 from click.testing import CliRunner, Result
 
-from nacpipe.artifact import write_params
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cli import main
 from nacpipe.errors import CacheError, FormatError, InputError
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.scoring.params_file import write_params
 from nacpipe.text import command_line
 
 ROOT = Path(__file__).resolve().parents[2]

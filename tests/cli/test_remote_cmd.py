@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from nacpipe.artifact import read_params
 from nacpipe.cache import Cache, open_cache, store
 from nacpipe.cli import main
+from nacpipe.scoring.params_file import read_params
 from tests.alike import assert_alike
 from tests.pages import Plain, Ranges, serve
 from tests.s3 import BUCKET, Proxy, endpoint, variables

@@ -18,11 +18,11 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
-from nacpipe.artifact import write_params
 from nacpipe.cache import Cache
 from nacpipe.cli import main
 from nacpipe.cli.streams import Terminal, standard_streams
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.scoring.params_file import write_params
 from nacpipe.text import escape_bytes
 from nacpipe.tuning import runner as sweep
 

@@ -17,12 +17,12 @@ from nacpipe.network.digits_train import to_inputs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nacpipe.artifact import read_detector, write_detector, write_params
 from nacpipe.benchmarks.digits import load_set
 from nacpipe.benchmarks.standard import find_benchmark
 from nacpipe.cache import Cache, open_cache
 from nacpipe.detector.adapters.openood import NACPostprocessor
 from nacpipe.detector.export import export_detector
+from nacpipe.detector.file import read_detector, write_detector
 from nacpipe.detector.fit import fit_detector
 from nacpipe.detector.module import Detector
 from nacpipe.errors import InputError, NacError, ParamsError, ValuesError
@@ -35,6 +35,7 @@ from nacpipe.networks.architectures.digits_cnn import DigitsCNN
 from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
 from nacpipe.scoring.coverage import score_splits
+from nacpipe.scoring.params_file import write_params
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

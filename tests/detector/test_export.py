@@ -12,13 +12,13 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nacpipe.artifact import read_detector, write_detector
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.detector.export import choose_threshold, export_detector
-from nacpipe.detector.exported import Exported
+from nacpipe.detector.file import Exported, read_detector, write_detector
 from nacpipe.errors import DetectorError, InputError, ParamsError, ValuesError
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.scoring.coverage import read_source, score_splits
+from nacpipe.scoring.coverage import score_splits
+from nacpipe.scoring.states import read_source
 from tests import oracle
 
 PARAMS = NacParams(

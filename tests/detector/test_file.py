@@ -15,8 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from nacpipe.artifact import MAX_DETECTOR_BYTES, read_detector, write_detector
-from nacpipe.detector.exported import Exported, ExportedLayer
+from nacpipe.detector.file import MAX_DETECTOR_BYTES, Exported, ExportedLayer, read_detector, write_detector
 from nacpipe.errors import DetectorError, InputError
 from nacpipe.method.params import LayerParams
 

@@ -19,20 +19,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import nacpipe
-from nacpipe.artifact import write_detector
 from nacpipe.benchmarks.toml import choose_root, open_benchmark
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.writer import round_mantissa
 from nacpipe.detector.export import export_detector
-from nacpipe.detector.exported import Exported, ExportedLayer
+from nacpipe.detector.file import Exported, ExportedLayer, write_detector
 from nacpipe.detector.module import Detected, Detector, Lookup, attach, load_detector, round_bits
 from nacpipe.errors import DetectorError, InputError
 from nacpipe.extraction.dataset import build_transform, load_batches, open_images
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
+from nacpipe.method.counting import count_sorted
 from nacpipe.method.coverage import bin_edges, product_borders
-from nacpipe.method.kernels import count_sorted
 from nacpipe.method.metrics import auroc
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.sorted_index import sort_columns

@@ -17,21 +17,20 @@ import zarr
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from nacpipe.artifact import write_params
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cli import main
 from nacpipe.errors import InputError
 from nacpipe.evaluation import baselines
 from nacpipe.evaluation import methods as core
-from nacpipe.evaluation.baselines import BASELINES, score_baselines
+from nacpipe.evaluation.baselines import BASELINES, MORE_BASELINES, choose_baselines, score_baselines
 from nacpipe.evaluation.method_scores import score_cache
-from nacpipe.evaluation.methods import LOGIT_BASELINES, MORE_BASELINES, choose_baselines
-from nacpipe.evaluation.posthoc.base import Linear, Samples, Training
+from nacpipe.evaluation.posthoc.detector import Linear, Samples, Training
 from nacpipe.evaluation.posthoc.distances import vim_dimension
 from nacpipe.evaluation.posthoc.openmax import fit_openmax, fit_weibull
 from nacpipe.evaluation.tables import tabulate
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.method.plain_scores import entropy, fit_temperature, gen, tempered_msp
+from nacpipe.method.plain_scores import LOGIT_BASELINES, entropy, fit_temperature, gen, tempered_msp
+from nacpipe.scoring.params_file import write_params
 
 PARAMS = NacParams(layers={"avgpool": LayerParams(bins=20, saturation=5, alpha=0.5)})
 TABLE = ["id/test", "ood/near/letters", "ood/far/textures"]

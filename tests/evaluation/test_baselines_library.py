@@ -18,9 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nacpipe.benchmarks.digits import load_set
 from nacpipe.cache import Cache, open_cache
-from nacpipe.evaluation.baselines import BASELINES, score_baselines
-from nacpipe.evaluation.methods import MORE_BASELINES
-from nacpipe.evaluation.posthoc.base import Linear, Samples, Training
+from nacpipe.evaluation.baselines import BASELINES, MORE_BASELINES, score_baselines
+from nacpipe.evaluation.posthoc.detector import Linear, Samples, Training
 from nacpipe.evaluation.posthoc.distances import vim_dimension
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction

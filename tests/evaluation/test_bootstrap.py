@@ -12,16 +12,15 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from nacpipe.artifact import write_params
 from nacpipe.cache import Cache
 from nacpipe.cli import main
 from nacpipe.errors import InputError
 from nacpipe.evaluation.bootstrap import add_confidence, compare_methods
-from nacpipe.evaluation.method_scores import ScoredCache, score_cache
-from nacpipe.evaluation.methods import MethodScores
+from nacpipe.evaluation.method_scores import MethodScores, ScoredCache, score_cache
 from nacpipe.evaluation.tables import tabulate
 from nacpipe.method.metrics import detect
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.scoring.params_file import write_params
 
 PARAMS = NacParams(layers={"avgpool": LayerParams(bins=20, saturation=5, alpha=0.5)})
 
@@ -189,7 +188,7 @@ def test_confidence_as_printed(cache: Cache, run: ScoredCache) -> None:
 
 @pytest.mark.parametrize("against", ["energy", "other.json"])
 def test_a_comparison_as_printed(cache: Cache, run: ScoredCache, against: str) -> None:
-    from nacpipe.artifact import read_params
+    from nacpipe.scoring.params_file import read_params
 
     file = cache.path.replace("b.zarr", against)
     if against.endswith(".json"):

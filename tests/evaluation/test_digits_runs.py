@@ -6,18 +6,19 @@ import csv
 import io
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from nacpipe.artifact import write_params
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cli import main
-from nacpipe.evaluation.evaluate import evaluate, evaluate_runs
 from nacpipe.evaluation.method_scores import score_cache
+from nacpipe.evaluation.tables import evaluate, evaluate_runs
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.scoring.params_file import write_params
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,7 +33,7 @@ METRICS = ("fpr95", "auroc", "aupr_in", "aupr_out")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Cache]:
+def runs(tmp_path_factory: pytest.TempPathFactory, digits_train: ModuleType) -> list[Cache]:
     """The packaged network, and one trained by the script from another seed for two epochs."""
     folder = tmp_path_factory.mktemp("runs")
     weights = folder / "seed2.safetensors"

@@ -14,19 +14,18 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from nacpipe.artifact import write_params
 from nacpipe.cache import Cache, SplitView, open_cache
 from nacpipe.cache.identity import bound_splits, fingerprint
 from nacpipe.cli import main
 from nacpipe.errors import InputError, ParamsError
 from nacpipe.evaluation import methods as baselines
 from nacpipe.evaluation.bootstrap import add_confidence, compare_methods
-from nacpipe.evaluation.evaluate import evaluate, find_params
 from nacpipe.evaluation.method_scores import score_cache
 from nacpipe.evaluation.score_files import save_scores
-from nacpipe.evaluation.tables import tabulate, verdicts
+from nacpipe.evaluation.tables import evaluate, tabulate, verdicts
 from nacpipe.method import published
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.scoring.params_file import find_params, write_params
 from tests import oracle
 
 COLUMNS = [

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from nacpipe.artifact import write_params
 from nacpipe.cache import Cache
 from nacpipe.cli import main
-from nacpipe.evaluation.evaluate import evaluate
 from nacpipe.evaluation.method_scores import score_cache
-from nacpipe.evaluation.methods import LOGIT_BASELINES, NO_LOGITS
-from nacpipe.evaluation.tables import METRICS
+from nacpipe.evaluation.tables import METRICS, evaluate
+from nacpipe.method.outputs import NO_LOGITS
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.scoring.coverage import has_logits
+from nacpipe.method.plain_scores import LOGIT_BASELINES
+from nacpipe.scoring.params_file import write_params
+from nacpipe.scoring.states import has_logits
 
 NOTE = "accuracy, MSP, MaxLogit, Energy are left empty: what this network gives are features, not logits"
 

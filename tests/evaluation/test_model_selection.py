@@ -27,7 +27,7 @@ from nacpipe.evaluation.model_selection import PAPER, rank_checkpoints, read_acc
 from nacpipe.method.coverage import covered_area
 from nacpipe.method.metrics import spearman
 from nacpipe.method.params import LayerParams
-from nacpipe.scoring.coverage import read_source
+from nacpipe.scoring.states import read_source
 from tests import oracle
 
 SETS = {"csid/a": 30, "csid/b": 45, "csid/a_out": 25, "csid/b_out": 25}

@@ -13,7 +13,7 @@ import pytest
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.errors import FormatError, ValuesError
-from nacpipe.evaluation.evaluate import evaluate
+from nacpipe.evaluation.tables import evaluate
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.scoring.coverage import fit_coverage, score_splits
 from nacpipe.tuning.request import SearchRequest

@@ -12,22 +12,23 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 import nacpipe.cache.writer as append
-from nacpipe.artifact import write_params
 from nacpipe.cache import Cache
 from nacpipe.cache.validation import root_problems
 from nacpipe.cli import main
 from nacpipe.detector.export import export_detector
-from nacpipe.detector.exported import Exported
+from nacpipe.detector.file import Exported
 from nacpipe.errors import DetectorError, InputError, ParamsError
-from nacpipe.evaluation.evaluate import evaluate
 from nacpipe.evaluation.inspection import rank_rows
 from nacpipe.evaluation.method_scores import score_cache
-from nacpipe.evaluation.methods import OUTPUTS, as_logits, why_no_logits
 from nacpipe.evaluation.model_selection import rank_checkpoints
+from nacpipe.evaluation.tables import evaluate
+from nacpipe.method.outputs import OUTPUTS, as_logits, why_no_logits
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.plain_scores import energy, msp
 from nacpipe.reporting.report import check_overfitting
-from nacpipe.scoring.coverage import check_layers, fit_coverage, has_classes, has_logits, held_layers, outputs_of
+from nacpipe.scoring.coverage import fit_coverage
+from nacpipe.scoring.params_file import write_params
+from nacpipe.scoring.states import check_layers, has_classes, has_logits, held_layers, outputs_of
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.study import Search
 

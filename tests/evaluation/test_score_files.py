@@ -12,14 +12,13 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from nacpipe.artifact import write_params
 from nacpipe.cache import Cache
 from nacpipe.cli import main
 from nacpipe.errors import InputError, MissingExtra
-from nacpipe.evaluation.method_scores import score_cache
-from nacpipe.evaluation.methods import MethodScores
+from nacpipe.evaluation.method_scores import MethodScores, score_cache
 from nacpipe.evaluation.score_files import save_scores
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.scoring.params_file import write_params
 
 PARAMS = NacParams(layers={"avgpool": LayerParams(bins=20, saturation=5, alpha=0.5)})
 SETS = ["id/test", "ood/near/letters", "ood/far/textures"]

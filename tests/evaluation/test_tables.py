@@ -15,18 +15,25 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from nacpipe.artifact import write_params
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cli import main
 from nacpipe.errors import IdentityError, InputError
 from nacpipe.evaluation.bootstrap import add_confidence
-from nacpipe.evaluation.evaluate import evaluate, evaluate_runs
-from nacpipe.evaluation.method_scores import ScoredCache, score_cache
-from nacpipe.evaluation.methods import MethodScores
+from nacpipe.evaluation.method_scores import MethodScores, ScoredCache, score_cache
 from nacpipe.evaluation.published_results import NETWORKS, RESULTS
-from nacpipe.evaluation.tables import METRICS, add_published, footnotes, ordinal, tabulate, verdicts
+from nacpipe.evaluation.tables import (
+    METRICS,
+    add_published,
+    evaluate,
+    evaluate_runs,
+    footnotes,
+    ordinal,
+    tabulate,
+    verdicts,
+)
 from nacpipe.method.metrics import detect
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.scoring.params_file import write_params
 
 PARAMS = NacParams(layers={"avgpool": LayerParams(bins=20, saturation=5, alpha=0.5)})
 OTHER = NacParams(layers={"layer1": LayerParams(bins=12, saturation=3, alpha=1.5)})

@@ -27,7 +27,7 @@ from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
 from nacpipe.method.params import LayerParams
 from nacpipe.networks.architectures.digits_cnn import DigitsCNN
-from nacpipe.scoring.coverage import read_source
+from nacpipe.scoring.states import read_source
 from tests import oracle
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from nacpipe.artifact import write_detector
 from nacpipe.benchmarks.standard import find_benchmark
 from nacpipe.cache import Cache, CacheWriter, Header, open_cache
 from nacpipe.cache.identity import LATER
 from nacpipe.detector.export import export_detector
+from nacpipe.detector.file import write_detector
 from nacpipe.detector.predict import prepare
 from nacpipe.errors import IdentityError
 from nacpipe.extraction.pipeline import extract

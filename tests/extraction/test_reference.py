@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, open_cache
 from nacpipe.evaluation.baselines import score_baselines
-from nacpipe.evaluation.evaluate import evaluate
+from nacpipe.evaluation.tables import evaluate
+from nacpipe.method.counting import count_sorted, fill_ranked, fill_rows
 from nacpipe.method.coverage import bin_edges, combine_layers, layer_score, product_borders, select_source
-from nacpipe.method.kernels import count_sorted, fill_ranked, fill_rows
 from nacpipe.method.metrics import accuracy, detect
 from nacpipe.method.params import NacParams
 from nacpipe.method.plain_scores import fit_temperature

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from nacpipe.method.counting import count_sorted, fill_ranked, fill_rows
 from nacpipe.method.coverage import bin_edges, combine_layers, layer_score, product_borders, select_source
-from nacpipe.method.kernels import count_sorted, fill_ranked, fill_rows
 from nacpipe.method.metrics import detect
 from nacpipe.method.sorted_index import index_columns, sort_columns
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from nacpipe.method import kernels
+from nacpipe.method import counting as kernels
+from nacpipe.method.counting import count_sorted, fill_ranked, fill_rows
 from nacpipe.method.coverage import bin_edges, coverage_table, layer_score, product_borders
-from nacpipe.method.kernels import count_sorted, fill_ranked, fill_rows
 from nacpipe.method.sorted_index import index_columns, sort_columns
 from tests import oracle
 

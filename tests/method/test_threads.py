@@ -14,7 +14,7 @@ USE = """
 import os, signal, sys, threading
 import numba
 import numpy as np
-from nacpipe.method import kernels
+from nacpipe.method import counting as kernels
 from nacpipe.method.sorted_index import index_columns, sort_columns
 
 values = np.random.RandomState(0).standard_normal((200, 300)).astype(np.float32)  # enough for several threads

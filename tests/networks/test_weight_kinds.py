@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import nacpipe
-from nacpipe.artifact import write_detector
 from nacpipe.benchmarks.standard import find_benchmark
 from nacpipe.cache import open_cache
 from nacpipe.detector.export import export_detector
+from nacpipe.detector.file import write_detector
 from nacpipe.detector.fit import fit_detector
 from nacpipe.errors import CheckpointError, InputError
 from nacpipe.extraction.callback import Snapshots

@@ -16,12 +16,12 @@ from nacpipe.network.digits_train import to_inputs
 from torch import Tensor, nn
 
 import nacpipe
-from nacpipe.artifact import write_detector
 from nacpipe.benchmarks.digits import load_set
 from nacpipe.benchmarks.standard import find_benchmark
 from nacpipe.cache import Cache, open_cache
 from nacpipe.detector.adapters.openood import NACPostprocessor
 from nacpipe.detector.export import export_detector
+from nacpipe.detector.file import write_detector
 from nacpipe.detector.fit import fit_detector
 from nacpipe.errors import DetectorError, InputError
 from nacpipe.extraction.callback import Snapshots

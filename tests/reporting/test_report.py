@@ -17,17 +17,16 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from nacpipe.artifact import write_params
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cli import main
-from nacpipe.evaluation.method_scores import score_cache
-from nacpipe.evaluation.methods import MethodScores
+from nacpipe.evaluation.method_scores import MethodScores, score_cache
 from nacpipe.evaluation.tables import tabulate
 from nacpipe.method.coverage import bin_edges, coverage_table
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.reporting.figures import draw_coverage, draw_histogram, draw_roc, to_svg
 from nacpipe.reporting.report import check_overfitting, draw_chapter, read_chapter, render_report
 from nacpipe.scoring.coverage import fit_coverage
+from nacpipe.scoring.params_file import write_params
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.study import Search
 from tests.reporting.browser import browse

@@ -16,17 +16,9 @@ from nacpipe.errors import CacheError, InputError, ParamsError, ValuesError
 from nacpipe.method.coverage import LOGITS, Source
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.scoring import coverage as scoring
-from nacpipe.scoring.coverage import (
-    REMEMBER_BYTES,
-    Scorer,
-    check_layers,
-    fit_coverage,
-    index_from,
-    read_layer,
-    read_source,
-    score_splits,
-    split_rows,
-)
+from nacpipe.scoring.coverage import fit_coverage, score_splits
+from nacpipe.scoring.states import check_layers, read_layer, read_source
+from nacpipe.scoring.trial_scorer import REMEMBER_BYTES, Scorer, index_from, split_rows
 from tests import oracle
 
 SPLITS = ("id/subtrain", "id/val", "ood/val")

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from nacpipe.artifact import read_params, write_params
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cache.identity import fingerprint
 from nacpipe.cli import main
 from nacpipe.errors import ParamsError, StudyError
-from nacpipe.evaluation.evaluate import find_params
+from nacpipe.scoring.params_file import find_params, read_params, write_params
 from nacpipe.tuning import runner as sweep
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.study import Search

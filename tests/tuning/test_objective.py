@@ -19,16 +19,9 @@ from nacpipe.method.coverage import Source, logits_gradient
 from nacpipe.method.metrics import auroc, fpr95
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.plain_scores import energy
-from nacpipe.scoring.coverage import (
-    Scorer,
-    check_layers,
-    fit_coverage,
-    held_layers,
-    index_from,
-    read_source,
-    score_splits,
-    split_rows,
-)
+from nacpipe.scoring.coverage import fit_coverage, score_splits
+from nacpipe.scoring.states import check_layers, held_layers, read_source
+from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
 from nacpipe.tuning.objective import DIRECTIONS, Checks, Evaluator, Objective, Proposal
 from nacpipe.tuning.weights import fisher_weights, soft_target, target_weights
 

@@ -15,7 +15,7 @@ from nacpipe.errors import ParamsError, ValuesError
 from nacpipe.method import sorted_index as columns
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.sorted_index import index_columns
-from nacpipe.scoring.coverage import IndexOf
+from nacpipe.scoring.trial_scorer import IndexOf
 from nacpipe.tuning.space import BINS, Choice, Interval, LayerSpace, measure_space, to_json, with_weights
 
 UNITS = st.tuples(*[st.floats(0, 1)] * 3).map(np.array)

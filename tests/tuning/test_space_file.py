@@ -14,7 +14,7 @@ from nacpipe.errors import InputError, ParamsError
 from nacpipe.method import published
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.published import GRIDS, PUBLISHED
-from nacpipe.scoring.coverage import index_from
+from nacpipe.scoring.trial_scorer import index_from
 from nacpipe.tuning.samplers import Grid
 from nacpipe.tuning.space import Choice, Dimension, Given, Interval, LayerSpace, measure_space
 from nacpipe.tuning.space_file import MAX_BYTES, read_spec

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from optuna.trial import TrialState
 
-from nacpipe.artifact import read_params, write_params
 from nacpipe.cache import Cache
 from nacpipe.errors import InputError, ParamsError
 from nacpipe.method import published
@@ -21,6 +20,7 @@ from nacpipe.method.metrics import auroc, detect
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.plain_scores import energy
 from nacpipe.scoring.coverage import score_splits
+from nacpipe.scoring.params_file import read_params, write_params
 from nacpipe.tuning import runner as sweep
 from nacpipe.tuning.objective import Checks, Evaluator
 from nacpipe.tuning.request import SearchRequest, SearchResult

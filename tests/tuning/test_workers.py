@@ -23,7 +23,7 @@ from nacpipe.errors import InputError, StudyError
 from nacpipe.method.coverage import Source
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.scoring import coverage as scoring
-from nacpipe.scoring.coverage import IndexOf, Scorer, index_from, split_rows
+from nacpipe.scoring.trial_scorer import IndexOf, Scorer, index_from, split_rows
 from nacpipe.tuning import workers
 from nacpipe.tuning.objective import Evaluator, Outcome, Proposal
 from nacpipe.tuning.workers import LIVES, Here, Pool, SharedIndexes, Workers

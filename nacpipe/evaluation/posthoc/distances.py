@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.errors import InputError
-from nacpipe.evaluation.posthoc.base import Linear, Samples, Score, Training, class_means
+from nacpipe.evaluation.posthoc.detector import Linear, Samples, Score, Training, class_means
 from nacpipe.method.plain_scores import Floats, energy
 
 RIDGE = 1e-6  # added to the diagonal of a scatter matrix, as pytorch-ood does

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nacpipe.evaluation.posthoc.base import Samples, Score, Training, class_means, softmax
+from nacpipe.evaluation.posthoc.detector import Samples, Score, Training, class_means, softmax
 from nacpipe.method.plain_scores import Floats
 
 TAIL = 25  # the largest distances of a class

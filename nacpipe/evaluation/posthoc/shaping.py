@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from nacpipe.evaluation.posthoc.base import Linear, Samples, Score, Training
+from nacpipe.evaluation.posthoc.detector import Linear, Samples, Score, Training
 from nacpipe.method.plain_scores import Floats, energy
 
 REACT_QUANTILE = 0.9

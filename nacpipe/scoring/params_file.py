@@ -1,67 +1,23 @@
-"""How well scores tell ID from OOD, per set and on the mean: NAC beside baselines.
-
-    score_cache ──▶ tabulate ──▶ add_confidence        scored.py, tables.py, bootstrap.py
-               └──▶ compare_methods, save_scores       bootstrap.py, samples.py
-
-OpenOOD's two tasks: `ood` has id/test as ID; `fsood` (full spectrum) has id/test and all csid sets together. Near and
-far means are unweighted means over their sets. AUPR-IN has ID as the positive class, as in OpenOOD since
-4a72488 of 2023-12; before, and in the authors' code still, AUPR-IN and AUPR-OUT stand under each other's name.
-"""
+"""params.json: what a search writes and everything else reads, and which file is meant."""
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
-
-from nacpipe.artifact import beside_cache, read_params, read_section
 from nacpipe.cache import Cache
 from nacpipe.cache.identity import VAL, bound_splits, fingerprint
 from nacpipe.errors import ParamsError
-from nacpipe.evaluation.method_scores import score_cache
-from nacpipe.evaluation.methods import MethodScores
-from nacpipe.evaluation.runs import check_runs
-from nacpipe.evaluation.tables import tabulate
+from nacpipe.files import beside_cache, write_whole
 from nacpipe.method.coverage import layer_of
 from nacpipe.method.params import NacParams
 from nacpipe.method.published import published_params
-from nacpipe.scoring.coverage import held_layers
+from nacpipe.scoring.states import held_layers
 from nacpipe.text import command_line
-
-
-def evaluate(cache: Cache, params: NacParams | None, *, more: Mapping[str, MethodScores] | None = None) -> pd.DataFrame:
-    """Return one row per task, OOD set and method, and one per group's mean; `tables.tabulate` names the columns.
-
-    Where the network gives features and not logits (CIDER, NPOS), what needs logits is NaN, and `reason` says why.
-
-    Args:
-        cache: a cache with id/test and at least one finished near or far set.
-        params: NAC's parameters; None evaluates the baselines alone.
-        more: further methods, as `nacpipe.evaluation.baselines.score_baselines` gives them.
-
-    Raises:
-        InputError: there is nothing to evaluate.
-        ParamsError: a layer is not in the cache.
-    """
-    return tabulate([score_cache(cache, params, more=more)])
-
-
-def evaluate_runs(caches: Sequence[Cache], params: Sequence[NacParams | None]) -> pd.DataFrame:
-    """Return the table of several training runs: means, and standard deviations (ddof 0) in columns `*_std`.
-
-    Args:
-        caches: the same in everything but the weights.
-        params: of each cache.
-
-    Raises:
-        IdentityError: the caches differ in more than their weights, naming what.
-        InputError: there is nothing to evaluate.
-        ParamsError: a layer is not in a cache.
-    """
-    check_runs(caches)
-    return tabulate([score_cache(cache, chosen) for cache, chosen in zip(caches, params, strict=True)])
 
 
 def find_params(cache: Cache, choice: str | None, warn: Callable[[str], None] = lambda text: None) -> NacParams:
@@ -112,3 +68,41 @@ def _found_here(cache: Cache, params: NacParams, path: str | Path) -> bool:
     known = {fingerprint(cache.search_identity(some, layers)) for some in (splits, *before)}
     said = made_by.get("fingerprint")
     return not isinstance(said, str) or said in known
+
+
+MAX_BYTES = 16 * 2**20  # a parameter file is a few kB; more is a mistake
+
+
+def read_params(path: str | Path) -> NacParams:
+    """Read a parameter file.
+
+    Raises:
+        ParamsError: it is not there, not JSON, or malformed; the message names the file.
+    """
+    try:
+        if (size := os.path.getsize(path)) > MAX_BYTES:
+            raise ParamsError(f"it has {size} bytes; at most {MAX_BYTES} are read")
+        return NacParams.from_json(json.loads(Path(path).read_text("utf-8-sig")))
+    except FileNotFoundError:
+        raise ParamsError(f"there is no parameter file {path}; make one with: nacpipe search CACHE") from None
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5,000 digits, …
+        raise ParamsError(f"{path} cannot be read as JSON: {error}") from None
+    except ParamsError as error:
+        raise ParamsError(f"{path}: {error}") from None
+
+
+def read_section(path: str | Path, name: str) -> Mapping[str, Any]:
+    """Return a section of a parameter file, `made_by` or `result`; empty where it has none."""
+    data = json.loads(Path(path).read_text("utf-8-sig"))
+    section = data.get(name) if isinstance(data, dict) else None
+    return section if isinstance(section, dict) else {}
+
+
+def write_params(path: str | Path, params: NacParams, **sections: Mapping[str, Any]) -> None:
+    """Write parameters and further sections (`result`, `made_by`) whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    text = json.dumps({**params.to_json(), **sections}, indent=2) + "\n"
+    write_whole(path, text.encode())

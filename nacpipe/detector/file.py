@@ -9,20 +9,27 @@ What comes from a file is checked here, number by number: it may be anyone's.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from nacpipe.benchmarks.standard import INTERPOLATIONS, Transform
 from nacpipe.errors import DetectorError, ParamsError
-from nacpipe.evaluation.methods import OUTPUTS
+from nacpipe.files import write_whole
 from nacpipe.method.coverage import layer_of
+from nacpipe.method.outputs import OUTPUTS
 from nacpipe.method.params import LayerParams, layer_from_json
+from nacpipe.text import command_line
 
 VERSION = 1
 MAX_CLASSES, MAX_SIDE = 1_000_000, 4096
@@ -239,3 +246,56 @@ def _real(data: Mapping[str, Any], name: str) -> float:
 def _show(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+MAX_DETECTOR_BYTES = 2**30  # a detector is a few MB
+
+
+_DTYPES = ("F32", "U8", "U16", "I32")
+
+
+_KEY = "nacpipe_detector"
+
+
+def write_detector(path: str | Path, exported: Exported) -> None:
+    """Write an exported detector whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    text = json.dumps(exported.to_json(), allow_nan=False)
+    write_whole(path, save(exported.to_arrays(), metadata={_KEY: text}))
+
+
+def read_detector(path: str | Path) -> Exported:
+    """Read an exported detector; nothing in it is ever run.
+
+    Raises:
+        DetectorError: it is not there, no such file, or malformed; the message names the file.
+    """
+    try:
+        if (Path(path) / "zarr.json").is_file():
+            raise DetectorError(f"it is a cache; make a detector of it with: {command_line('export', path)}")
+        if (size := os.path.getsize(path)) > MAX_DETECTOR_BYTES:
+            raise DetectorError(f"it has {size} bytes; at most {MAX_DETECTOR_BYTES} are read")
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            if text is None:
+                raise DetectorError("it is no exported detector")
+            arrays = {}
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                if (dtype := file.get_slice(name).get_dtype()) not in _DTYPES:
+                    raise DetectorError(f"array {name!r} is {dtype}; known: {', '.join(_DTYPES)}")
+                arrays[name] = file.get_tensor(name)
+        return Exported.from_json(json.loads(text, parse_constant=_refuse), arrays)
+    except FileNotFoundError:
+        raise DetectorError(f"there is no detector {path}; make one with: nacpipe export CACHE") from None
+    except DetectorError as error:
+        raise DetectorError(f"{path}: {error}") from None
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DetectorError(f"{path} cannot be read as a detector: {said}") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")

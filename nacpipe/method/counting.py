@@ -7,36 +7,31 @@ border k:
     queries    · ·│· ·· ·· ····│·   │· ·        entry per place:   min(count, saturation) over q[k] … q[k+1]
                   └ border k               then   filled[s] += entry[ranks[s]]
 
-Work is shared out over plain threads: a trial's neurons, and the rows of `fill_rows`. Numba's own threads are not used
-and its settings are left as they are: its threading layer is one for the whole process, and the caller's too. The loops
-themselves are in loops.py.
+Work is shared out over plain threads (threads.py): a trial's neurons, and the rows of `fill_rows`. The loops themselves
+are in loops.py.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.method.loops import FOUR, STRETCH, add_entries, find_places, walk_rows
 from nacpipe.method.sorted_index import Columns, Index
+from nacpipe.method.threads import get_threads, run_in_parts
 
 VALUES_PER_THREAD = 1 << 12  # fewer are looked up sooner than another thread wakes
 
-Result = TypeVar("Result")
 Asked = tuple[Index, NDArray[np.float32], int]
 """A layer's index, its borders (bins,) and its saturation."""
 
 
 def fill_ranked(asked: Sequence[Asked]) -> list[NDArray[np.int64]]:
     """Return, layer by layer, Σ over neurons of min(count, saturation) at each query's bins, (n_query,) int64."""
-    parts = _run_in_parts(lambda part, parts: _fill_part(asked, part, parts), _threads)
+    parts = run_in_parts(lambda part, parts: _fill_part(asked, part, parts), get_threads())
     return [sum(rest, first.astype(np.int64)) for first, *rest in zip(*parts, strict=True)]
 
 
@@ -56,25 +51,6 @@ def _fill_part(asked: Sequence[Asked], part: int, parts: int) -> list[NDArray[An
         add_entries(tree, tuple(upper), values, marks, ranks, borders, saturation, entries, total)
         totals.append(total)
     return totals
-
-
-def _run_in_parts(run: Callable[[int, int], Result], parts: int) -> list[Result]:
-    """Call run(0, parts) … run(parts − 1, parts), the first in the caller's thread, and return what each returns."""
-    try:
-        others = [_helpers().submit(run, part, parts) for part in range(1, parts)]
-    except RuntimeError:  # no thread can be started: the process may have no more, or Python is about to exit
-        return [run(0, 1)]
-    return [run(0, parts), *(other.result() for other in others)]
-
-
-@cache
-def _helpers() -> ThreadPoolExecutor:
-    """Threads beside the caller's. A trial takes milliseconds, and here numba's own often woke on one core."""
-    return ThreadPoolExecutor(max(_most_threads() - 1, 1), thread_name_prefix="nacpipe")
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_helpers.cache_clear)  # a forked child has none of its parent's threads
 
 
 def count_sorted(
@@ -98,23 +74,5 @@ def fill_rows(
         rows = slice(len(products) * part // parts, len(products) * (part + 1) // parts)
         walk_rows(products[rows], borders, counts, saturation, filled[rows])
 
-    _run_in_parts(fill, min(_threads, 1 + products.size // VALUES_PER_THREAD))
+    run_in_parts(fill, min(get_threads(), 1 + products.size // VALUES_PER_THREAD))
     return filled
-
-
-def set_threads(threads: int | None) -> None:
-    """Let the loops use this many cores (all by default)."""
-    global _threads
-    _threads = min(threads or _most_threads(), _most_threads())
-
-
-def get_threads() -> int:
-    """Return how many cores the loops use."""
-    return _threads
-
-
-def _most_threads() -> int:
-    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-
-
-_threads = _most_threads()

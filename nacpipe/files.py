@@ -1,0 +1,83 @@
+"""Files that are written whole or not at all, and where files beside a cache go."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from nacpipe.errors import InputError
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def is_url(address: object) -> bool:
+    """Return whether an address is a URL, so that nothing stands beside it."""
+    return _URL.match(str(address)) is not None
+
+
+NEW_FILE = 0o666  # from which the kernel takes what the umask says; tempfile's files would be the owner's alone
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    with writing_whole(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def writing_whole(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file to be written whole or not at all: it appears when the `with` block ends well, with the umask's mode.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    target = Path(path)
+    try:
+        draft = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), NEW_FILE)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, target)
+        except BaseException:
+            os.unlink(draft)
+            raise
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error.strerror or error}") from None
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse an output file that could not be written, before any work is done for it.
+
+    Raises:
+        InputError: its folder is not there or not writable.
+    """
+    folder = Path(path).parent
+    if Path(path).is_dir():
+        raise InputError(f"{path} cannot be written: it is a folder; name a file in it")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{path} cannot be written: {folder} is not a folder that can be written to")
+
+
+def beside_cache(cache: str, suffix: str, options: str = "--output FILE") -> Path:
+    """Return the file beside a cache: `X.zarr` → `X` + suffix.
+
+    Raises:
+        InputError: the cache is at a URL, where no files are put; the message names the options to give instead.
+    """
+    if is_url(cache):
+        raise InputError(f"{cache} is not on this machine, so that nothing is kept beside it; give {options}")
+    path = Path(cache)
+    path = path if path.name else path.resolve()
+    return path.with_name(path.name.removesuffix(".zarr") + suffix)

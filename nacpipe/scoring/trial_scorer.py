@@ -1,0 +1,98 @@
+"""Scores of the search's splits under ever new parameters, from an index that is made once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nacpipe.cache import Cache
+from nacpipe.method.counting import Asked, fill_ranked
+from nacpipe.method.coverage import (
+    Source,
+    bin_edges,
+    combine_layers,
+    layer_score,
+    product_borders,
+)
+from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.method.sorted_index import Index, index_columns
+from nacpipe.scoring.states import (
+    read_layer,
+)
+
+REMEMBER_BYTES = 256 * 2**20  # of layer scores that a Scorer keeps
+
+
+IndexOf = Callable[[str, Source], Index]
+"""Layer and source → their index."""
+
+
+def index_from(cache: Cache, splits: Sequence[str]) -> IndexOf:
+    """Return what reads and sorts a layer's columns: id/train is counted, `splits` are scored."""
+
+    def make(layer: str, source: Source) -> Index:
+        evaluated = read_layer([cache[name] for name in splits], layer, source)
+        return index_columns(read_layer([cache["id/train"]], layer, source), evaluated)
+
+    return make
+
+
+def split_rows(cache: Cache, splits: Sequence[str]) -> dict[str, slice]:
+    """Return split → its samples' places, one split behind the other."""
+    rows: dict[str, slice] = {}
+    for name in splits:
+        start = max((taken.stop for taken in rows.values()), default=0)
+        rows[name] = slice(start, start + cache[name].rows)
+    return rows
+
+
+class Scorer:
+    """Scores of the search's splits under ever new parameters.
+
+    A layer's scores are remembered per (layer, bins, alpha, saturation, edges, source): a trial that repeats them costs
+    a weighted sum.
+    """
+
+    def __init__(self, index: IndexOf, rows: Mapping[str, slice], remember: int = REMEMBER_BYTES) -> None:
+        """Score from these indexes.
+
+        Args:
+            index: layer and source → sorted columns.
+            rows: split → its samples' places in the index.
+            remember: bytes of layer scores that are kept.
+        """
+        self.index = index
+        self.rows = dict(rows)
+        self._remembered: OrderedDict[tuple[str, LayerParams], NDArray[np.float64]] = OrderedDict()
+        self._room = remember
+
+    def layer_scores(self, layers: Mapping[str, LayerParams]) -> list[NDArray[np.float64]]:
+        """Return each layer's scores of all splits, (samples,); weights play no part."""
+        keys = [(layer, replace(params, weight=1.0)) for layer, params in layers.items()]
+        found = {key: self._remembered[key] for key in keys if key in self._remembered}
+        new = [key for key in keys if key not in found]
+        if new:
+            asked = [self._ask(layer, params) for layer, params in new]
+            for key, (index, _, saturation), filled in zip(new, asked, fill_ranked(asked), strict=True):
+                found[key] = layer_score(filled, index.neurons, saturation)
+        for key in keys:
+            self._remembered[key] = found[key]
+            self._remembered.move_to_end(key)
+        self._room -= sum(found[key].nbytes for key in new)
+        while self._room < 0:
+            _, oldest = self._remembered.popitem(last=False)
+            self._room += oldest.nbytes
+        return [found[key] for key in keys]
+
+    def scores(self, params: NacParams) -> NDArray[np.float64]:
+        """Return the scores of all splits, (samples,); `rows` says which are whose."""
+        layer_scores = np.stack(self.layer_scores(params.layers))
+        return combine_layers(layer_scores, np.array([layer.weight for layer in params.layers.values()]))
+
+    def _ask(self, layer: str, params: LayerParams) -> Asked:
+        borders = product_borders(bin_edges(params.bins, params.edges), params.alpha)
+        return self.index(layer, params.source), borders, params.saturation
