@@ -486,7 +486,7 @@ FILE_NAMES = st.sampled_from(
     ]
 )
 FOLDER_NAMES = st.sampled_from(["0", "1", "2", "deep", ".hidden", "caf\udce9", "a b", "x\ny"])
-TARGETS = st.sampled_from([".", "..", "../..", "0", "../0", "deep", "/", "nosuch", "self", "a.ppm", "../outside"])
+AWAY = st.sampled_from([".", "..", "../..", "0", "../0", "deep", "/", "nosuch", "self", "a.ppm", "../outside"])
 
 
 @fuzzed
@@ -515,7 +515,7 @@ def test_any_benchmark_of_folders_is_walked_or_refused(data: st.DataObject) -> N
                         target.mkdir()
                         folders.append(target)
                     elif kind == "link":
-                        target.symlink_to(data.draw(TARGETS))
+                        target.symlink_to(data.draw(AWAY))
                     elif kind == "nothing":
                         shutil.rmtree(where)
                     elif not os.path.lexists(target):
@@ -536,12 +536,9 @@ def test_any_benchmark_of_folders_is_walked_or_refused(data: st.DataObject) -> N
 
 PREFIXES = ["", "module.", "_orig_mod.", "model.", "net.", "backbone.", "module._orig_mod.", "encoder.module."]
 NESTS = ["model", "net", "state_dict", "model_state_dict", "ema", "weights", "", "1"]
-DTYPES = ["float32", "float64", "float16", "bfloat16", "int64", "bool", "float8_e4m3fn"]
+DTYPES = ["float32", "float64", "float16", "bfloat16", "int64", "uint16", "bool", "float8_e4m3fn", "complex64"]
 # What stands beside the weights in files of training loops.
 OTHERS: list[Any] = [7, "text", None, [1, 2], {}, {"lr": 0.1}, (1,), True, b"bytes", {"a": {"b": 3}}]
-# Lines 17 and 21 of issue 12, which are mended elsewhere: with these `load_weights` gives a traceback as it is here.
-# When they are mended, they belong in DTYPES, OTHERS and `change_tensor`:
-#   a dtype complex64; keys that are no text (1, ("a", 1), None); sparse, quantised and meta tensors.
 
 
 def change_tensor(tensor: Any, how: str) -> Any:
@@ -556,12 +553,19 @@ def change_tensor(tensor: Any, how: str) -> Any:
         "scalar": lambda: torch.tensor(1.0),
         "nan": lambda: torch.full_like(tensor.float(), float("nan")),
         "expanded": lambda: torch.zeros(()).expand(tensor.shape),
+        "sparse": lambda: tensor.to_sparse(),
+        "quantised": lambda: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8),
+        "meta": lambda: tensor.to("meta"),
         "text": lambda: "text",
         "nothing": lambda: None,
     }
-    return changes[how]() if how in changes else tensor.to(getattr(torch, how))
+    try:
+        return changes[how]() if how in changes else tensor.to(getattr(torch, how))
+    except RuntimeError:  # NotImplementedError too: a tensor that was changed before
+        return tensor
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's, of types that are new or old
 @fuzzed
 @given(data=st.data())
 def test_any_checkpoint_is_loaded_or_refused(tmp_path: Path, data: st.DataObject) -> None:
@@ -575,33 +579,26 @@ def test_any_checkpoint_is_loaded_or_refused(tmp_path: Path, data: st.DataObject
 
     state: dict[Any, Any] = dict(DigitsCNN().state_dict())
     for _ in range(data.draw(st.integers(0, 3), label="changes")):
-        key = data.draw(st.sampled_from(sorted(state)))
+        key = data.draw(st.sampled_from(sorted(state, key=repr)))
         kind = data.draw(st.sampled_from(["tensor", "remove", "add", "rename"]))
         if kind == "tensor" and isinstance(state[key], torch.Tensor):
-            hows = [
-                *DTYPES,
-                "parameter",
-                "transposed",
-                "strided",
-                "empty",
-                "scalar",
-                "nan",
-                "expanded",
-                "text",
-                "nothing",
-            ]
+            hows = [*DTYPES, "parameter", "transposed", "strided", "empty", "scalar", "nan", "expanded", "sparse"]
+            hows += ["quantised", "meta", "text", "nothing"]
             state[key] = change_tensor(state[key], data.draw(st.sampled_from(hows), label=key))
         elif kind == "remove":
             del state[key]
         elif kind == "rename":
-            state[data.draw(st.sampled_from(["x", "", "module.", key + ".", "\ud800", key.upper()]))] = state.pop(key)
+            names = ["x", "", "module.", f"{key}.", "\ud800", str(key).upper(), 1, None, ("a", 1)]
+            state[data.draw(st.sampled_from(names))] = state.pop(key)
         else:
             state["_extra_state"] = data.draw(st.sampled_from(OTHERS))
     dtype = data.draw(st.sampled_from(DTYPES), label="dtype of all")
     if data.draw(st.booleans()):
-        state = {k: v.to(getattr(torch, dtype)) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+        state = {k: change_tensor(v, dtype) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
     prefix = data.draw(st.sampled_from(PREFIXES), label="prefix")
-    content: Any = data.draw(st.sampled_from([dict, OrderedDict]))({prefix + k: v for k, v in state.items()})
+    content: Any = data.draw(st.sampled_from([dict, OrderedDict]))(
+        {prefix + k if isinstance(k, str) else k: v for k, v in state.items()}
+    )
     for _ in range(data.draw(st.integers(0, 2), label="nested")):
         content = {data.draw(st.sampled_from(NESTS)): content}
         if data.draw(st.booleans()):
@@ -609,7 +606,7 @@ def test_any_checkpoint_is_loaded_or_refused(tmp_path: Path, data: st.DataObject
     tensors = all(isinstance(v, torch.Tensor) for v in content.values()) and all(isinstance(k, str) for k in content)
     if tensors and data.draw(st.booleans(), label="safetensors"):
         file = tmp_path / "net.safetensors"
-        with contextlib.suppress(ValueError, RuntimeError, UnicodeEncodeError):  # shared memory, a key that is no text
+        with contextlib.suppress(ValueError, RuntimeError, KeyError):  # what it does not hold
             save_file({k: v.detach().contiguous().clone() for k, v in content.items()}, file)
     else:
         torch.save(content, file := tmp_path / "net.pth")

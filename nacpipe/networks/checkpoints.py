@@ -163,10 +163,12 @@ def load_weights(
         CheckpointError: keys are missing, left over, or of another shape, naming them; or several state dicts fit.
     """
     named = states if states and all(isinstance(state, dict) for state in states.values()) else {"": dict(states)}
-    state, notes = choose_state_dict(named, module, renames, source)
     try:
+        state, notes = choose_state_dict(named, module, renames, source)
         module.load_state_dict(state, strict=False)
-    except Exception as error:  # set_extra_state is anyone's code
+    except CheckpointError:
+        raise
+    except Exception as error:  # an entry that cannot be hashed; set_extra_state, which is anyone's code
         raise CheckpointError(f"checkpoint {source} cannot be loaded: {first_line(error)}") from error
     return notes
 

@@ -146,6 +146,16 @@ def test_a_network_is_not_touched_by_weights_that_do_not_fit(state: dict[str, Te
     assert hash_weights(module.state_dict()) == before
 
 
+def test_weights_without_values_are_refused_by_the_files_name(state: dict[str, Tensor], tmp_path: Path) -> None:
+    """It is the file's weights that have none, and no network's that somebody gave."""
+    whole = {**state, "conv1.weight": state["conv1.weight"].to("meta")}
+    message = "the network's weights 'conv1.weight' have no values"
+    for name, content in {"plain": whole, "nested": {"model": whole, "epoch": 3}}.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        with pytest.raises(CheckpointError, match=rf"^checkpoint \S+/{name}\.pth cannot be loaded: {message}"):
+            load(tmp_path / f"{name}.pth")
+
+
 class Runs:
     """What an attacker would put in a file: unpickling it makes a folder."""
 
