@@ -13,9 +13,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from nacpipe.cache.address import open_store
 from nacpipe.cache.layout import Header, find_splits, is_there
 from nacpipe.cache.split import SplitView
-from nacpipe.cache.store import open_store
 from nacpipe.cache.validation import classifier_problems, open_member
 from nacpipe.errors import CacheError, FormatError, InputError, NacError
 from nacpipe.text import command_line, escape_bytes

@@ -19,6 +19,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
+from nacpipe.cache.address import Objects
 from nacpipe.cache.digest import digest_lines, hash_content, hash_keys, sealed_before
 from nacpipe.cache.durability import sync_files, writing
 from nacpipe.cache.identity import fingerprint
@@ -26,7 +27,6 @@ from nacpipe.cache.keys import list_own, list_split, remove_own
 from nacpipe.cache.layout import Header, chunk_key, count_blocks, create_array, create_marks
 from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.reader import Cache, open_cache
-from nacpipe.cache.store import Objects
 from nacpipe.cache.validation import attribute_problems
 from nacpipe.cache.verify import Damage, verify_cache
 from nacpipe.cache.writer import remove_drafts

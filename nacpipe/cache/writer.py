@@ -23,6 +23,7 @@ from numcodecs import BitRound
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
+from nacpipe.cache.address import holds_cache, is_empty, open_store
 from nacpipe.cache.digest import split_digest
 from nacpipe.cache.durability import sync_files, writing
 from nacpipe.cache.identity import diff, said_by
@@ -38,7 +39,6 @@ from nacpipe.cache.layout import (
     is_there,
 )
 from nacpipe.cache.reader import open_cache, open_root
-from nacpipe.cache.store import holds_cache, is_empty, open_store
 from nacpipe.cache.validation import open_member, split_problems
 from nacpipe.errors import CacheError, FormatError, IdentityError
 from nacpipe.files import is_url

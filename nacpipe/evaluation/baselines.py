@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 from nacpipe.cache import Cache, SplitView
 from nacpipe.errors import InputError
 from nacpipe.evaluation.method_scores import MethodScores, row_slices
-from nacpipe.evaluation.posthoc import distances
+from nacpipe.evaluation.posthoc import distances, shaping
 from nacpipe.evaluation.posthoc import logits as logit_methods
-from nacpipe.evaluation.posthoc import shaping
 from nacpipe.evaluation.posthoc.detector import Fit, Linear, Samples, Score, Training
 from nacpipe.evaluation.posthoc.openmax import fit_openmax
 from nacpipe.method.outputs import as_logits, why_no_logits

@@ -18,9 +18,9 @@ from nacpipe.benchmarks.lists import list_path
 from nacpipe.benchmarks.standard import Benchmark
 from nacpipe.benchmarks.toml import choose_root, open_benchmark
 from nacpipe.cache import Header, LayerSpec, open_cache
+from nacpipe.cache.address import holds_cache, open_store
 from nacpipe.cache.identity import diff
 from nacpipe.cache.layout import check_layer_names, count_blocks
-from nacpipe.cache.store import holds_cache, open_store
 from nacpipe.cache.writer import check_identity
 from nacpipe.errors import IdentityError, ImageError, InputError
 from nacpipe.extraction.dataset import ImageSet, open_images

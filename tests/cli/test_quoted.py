@@ -236,8 +236,8 @@ def test_data_and_layers_quote_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # --- everywhere -------------------------------------------------------------------------------------------------------
 
 # What is named and not to be pasted: an option with the value that it was given.
-NAMED = {"cli/evaluate.py: text", "search/study.py: request.sampler", "network/digits_train.py: seed"}
-NAMED |= {"network/digits_train.py: epochs", "network/plan.py: request.block_rows"}
+NAMED = {"cli/evaluate.py: text", "tuning/study.py: request.sampler"}
+NAMED |= {"extraction/plan.py: request.block_rows"}
 
 
 def interpolated(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from nacpipe.method import counting as kernels
 from nacpipe.method.counting import count_sorted, fill_ranked, fill_rows
 from nacpipe.method.coverage import bin_edges, coverage_table, layer_score, product_borders
 from nacpipe.method.sorted_index import index_columns, sort_columns
+from nacpipe.method.threads import get_threads, set_threads
 from tests import oracle
 
 Products = NDArray[np.float32]  # (samples, neurons)
@@ -57,9 +57,9 @@ def products(samples: int, neurons: int = 3) -> st.SearchStrategy[Products]:
 @pytest.fixture(scope="module", autouse=True)
 def one_thread_unless_told() -> Iterator[None]:
     """Starting threads takes longer than these few values."""
-    kernels.set_threads(1)
+    set_threads(1)
     yield
-    kernels.set_threads(None)
+    set_threads(None)
 
 
 def fill(train: Products, queries: Products, borders: NDArray[np.float32], saturation: int) -> NDArray[np.int64]:
@@ -167,7 +167,7 @@ def test_fill_is_the_sum_of_the_table_by_hand() -> None:
 @pytest.fixture
 def threads() -> Iterator[None]:
     yield
-    kernels.set_threads(1)
+    set_threads(1)
 
 
 @pytest.mark.usefixtures("threads")
@@ -178,7 +178,7 @@ def test_threads_change_nothing(neurons: int) -> None:
     borders = product_borders(bin_edges(50), 2.0)
     results = []
     for number in (1, None):
-        kernels.set_threads(number)
+        set_threads(number)
         counts = count_sorted(sort_columns(train), borders)
         results += [fill(train, queries, borders, 3), fill_rows(queries, borders, counts, 3)]
     for other in results[1:]:
@@ -193,8 +193,8 @@ def test_set_threads_takes_all_by_default_and_never_more() -> None:
     """It is a number of our own: numba's is the caller's."""
     numbas, most = numba.get_num_threads(), numba.config.NUMBA_NUM_THREADS
     for asked, used in ((1, 1), (None, most), (10**6, most)):
-        kernels.set_threads(asked)
-        assert (kernels.get_threads(), numba.get_num_threads()) == (used, numbas)
+        set_threads(asked)
+        assert (get_threads(), numba.get_num_threads()) == (used, numbas)
 
 
 @pytest.mark.parametrize("samples", [65_535, 65_536, 65_537, 70_000])
@@ -301,8 +301,8 @@ def test_layers_are_filled_together_as_alone() -> None:
         train, queries = (random.standard_normal((n, neurons)).astype(np.float32) for n in (600, 70))
         asked.append((index_columns(train, queries), product_borders(bin_edges(bins), 2.0), saturation))
     for number in (1, None):
-        kernels.set_threads(number)
+        set_threads(number)
         for together, one in zip(fill_ranked(asked), asked, strict=True):
             np.testing.assert_array_equal(together, fill_ranked([one])[0])
-    kernels.set_threads(1)
+    set_threads(1)
     assert fill_ranked([]) == []

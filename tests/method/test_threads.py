@@ -15,6 +15,7 @@ import os, signal, sys, threading
 import numba
 import numpy as np
 from nacpipe.method import counting as kernels
+from nacpipe.method import threads
 from nacpipe.method.sorted_index import index_columns, sort_columns
 
 values = np.random.RandomState(0).standard_normal((200, 300)).astype(np.float32)  # enough for several threads
@@ -54,7 +55,7 @@ def python(code: str, cwd: Path, **variables: str) -> str:
 )
 def test_numbas_variables_do_not_stop_the_loops(tmp_path: Path, variables: dict[str, str]) -> None:
     fresh = {"NUMBA_CACHE_DIR": str(tmp_path / "compiled"), **variables}  # so that the loops are compiled here
-    assert python("use(); print(kernels.get_threads(), numba.config.DISABLE_JIT)", tmp_path, **fresh) == (
+    assert python("use(); print(threads.get_threads(), numba.config.DISABLE_JIT)", tmp_path, **fresh) == (
         f"4 {variables.get('NUMBA_DISABLE_JIT', '0')}\n"
     )
 
@@ -62,7 +63,7 @@ def test_numbas_variables_do_not_stop_the_loops(tmp_path: Path, variables: dict[
 def test_numbas_settings_stay_as_they_are(tmp_path: Path) -> None:
     code = """
 settings = {name: getattr(numba.config, name) for name in dir(numba.config) if name.isupper()}
-kernels.set_threads(1); use(); kernels.set_threads(None); use()
+threads.set_threads(1); use(); threads.set_threads(None); use()
 for name, value in settings.items():
     assert getattr(numba.config, name) == value, name
 print(numba.config.THREADING_LAYER)
@@ -116,8 +117,8 @@ use()  # the parent's threads are still there
     "in_child",
     [
         "use()",
-        "kernels.set_threads(2); use()",
-        "kernels.set_threads(1); use()",
+        "threads.set_threads(2); use()",
+        "threads.set_threads(1); use()",
         "child = os.fork(); use(); (os.waitpid(child, 0)[1] and os._exit(7)) if child else None",  # a grandchild too
     ],
 )
@@ -143,7 +144,7 @@ def test_loops_run_where_no_thread_can_be_started(tmp_path: Path) -> None:
 class Refusing:
     def submit(self, *_):
         raise RuntimeError("can't start new thread")
-kernels._helpers = lambda: Refusing()
+threads._helpers = lambda: Refusing()
 use()
 print("done")
 """

@@ -15,7 +15,7 @@ from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
 from nacpipe.errors import CacheError, InputError, ParamsError, ValuesError
 from nacpipe.method.coverage import LOGITS, Source
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.scoring import coverage as scoring
+from nacpipe.scoring import states
 from nacpipe.scoring.coverage import fit_coverage, score_splits
 from nacpipe.scoring.states import check_layers, read_layer, read_source
 from nacpipe.scoring.trial_scorer import REMEMBER_BYTES, Scorer, index_from, split_rows
@@ -130,12 +130,12 @@ def test_layers_are_read_in_pieces(
     splits = [small_cache[name] for name in SPLITS]
     whole = np.concatenate([read_source(split, layer, source) for split in splits])
     for piece in (1, 7, 8192):
-        monkeypatch.setattr(scoring, "PIECE", piece)
+        monkeypatch.setattr(states, "PIECE", piece)
         np.testing.assert_array_equal(read_layer(splits, layer, source), whole)
 
 
 def test_reading_takes_little_more_memory_than_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "PIECE", 256)
+    monkeypatch.setattr(states, "PIECE", 256)
     rows, neurons = 4096, 512
     spec = LayerSpec(name="avgpool", path="p", pooling="none", neurons=neurons)
     header = Header(identity={}, information={}, block_rows=64, layers=(spec,), classes=2, features=0)

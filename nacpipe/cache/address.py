@@ -1,0 +1,100 @@
+"""Where a cache is: an address in, a Zarr store out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zarr.abc.store import Store
+from zarr.core.buffer import cpu, default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import LocalStore, ObjectStore
+
+from nacpipe.cache.durability import replace_file
+from nacpipe.cache.pages import PageStore
+from nacpipe.cache.store import CONNECT, OBJECTS, PAGES, TIMEOUT, RemoteStore, first_line
+from nacpipe.errors import InputError, MissingExtra
+from nacpipe.files import is_url
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore as Client
+
+    Base = ObjectStore[Client]
+else:
+    Base = ObjectStore
+
+
+def open_store(address: str | Path, *, write: bool = False) -> Store | Path:
+    """Return the store of a cache; a folder as it is, which Zarr opens itself.
+
+    Raises:
+        InputError: a URL of an unknown kind, one that names no cache, or one to write that can only be read.
+        MissingExtra: obstore is needed.
+    """
+    if not is_url(address):
+        return Path(address)
+    url = str(address).rstrip("/")
+    scheme, _, rest = url.partition("://")
+    if scheme not in OBJECTS + PAGES:
+        known = ", ".join(OBJECTS + PAGES)
+        raise InputError(f"{url}: caches are not kept at {scheme}://; known: {known}, and folders")
+    if write and scheme in PAGES:
+        raise InputError(f"{url} can only be read; write to a folder or to s3://BUCKET/x.zarr")
+    if scheme in OBJECTS and not rest.partition("/")[2]:
+        raise InputError(f"{url} names a bucket, not a cache in it, such as {url}/x.zarr")
+    try:
+        from obstore.exceptions import BaseError
+        from obstore.store import HTTPStore, from_url
+    except ImportError:
+        raise MissingExtra(f"{url} needs obstore: pip install 'nacpipe[remote]'") from None
+    options: Any = {"allow_http": True, "connect_timeout": CONNECT, "timeout": TIMEOUT}
+    retries: Any = {"max_retries": 0}  # ours repeat more: torn listings, and writes without an answer
+    try:
+        if scheme in PAGES:
+            return PageStore(HTTPStore.from_url(url, client_options=options, retry_config=retries), url, read_only=True)
+        return RemoteStore(from_url(url, client_options=options, retry_config=retries), url, read_only=not write)
+    except (BaseError, ValueError) as error:
+        raise InputError(f"{url} cannot be opened: {first_line(error)}") from error
+
+
+def holds_cache(address: str | Path) -> bool:
+    """Return whether a root group is there.
+
+    Raises:
+        CacheError: a server does not say.
+    """
+    store = open_store(address)
+    return (store / "zarr.json").exists() if isinstance(store, Path) else sync(store.exists("zarr.json"))
+
+
+def is_empty(url: str) -> bool:
+    """Return whether nothing is below a URL."""
+    store = open_store(url)
+    assert isinstance(store, Store)
+    return sync(store.is_empty(""))
+
+
+class Objects:
+    """A cache's objects as bytes, for who mends them: read, replaced and removed whole."""
+
+    def __init__(self, address: str | Path) -> None:
+        found = open_store(address, write=True)
+        self._disk = found if isinstance(found, Path) else None
+        self.store: Store = LocalStore(found) if isinstance(found, Path) else found
+        """Where they are."""
+
+    def read(self, key: str) -> bytes | None:
+        """Return an object; None where it is not there."""
+        buffer = sync(self.store.get(key, default_buffer_prototype()))
+        return None if buffer is None else buffer.to_bytes()
+
+    def replace(self, key: str, content: bytes) -> None:
+        """Write an object whole or not at all; it is on the disk when this returns."""
+        if self._disk:
+            replace_file(self._disk / key, content)
+        else:
+            sync(self.store.set(key, cpu.Buffer.from_bytes(content)))
+
+    def remove(self, key: str) -> None:
+        """Remove an object, if it is there."""
+        sync(self.store.delete(key))
