@@ -188,12 +188,18 @@ def test_a_killed_extract_goes_on_and_ends_in_the_cache_that_nobody_disturbed(
     url, here = f"s3://{BUCKET}/killed.zarr", str(tmp_path / "whole.zarr")
     words = ("extract", "digits", "--device", "cpu", "--splits", "id/train,id/val", "--batch-size", "64")
     words += ("--block-rows", "512", "--shard-blocks", "1", "--cache")
-    assert nacpipe(*words, here).exit_code == 0
+    command, env = (
+        [sys.executable, "-m", "nacpipe", *words],
+        {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    whole = subprocess.run(
+        [*command, here], env=env, text=True, capture_output=True, check=False
+    )  # as many threads as below
+    assert whole.returncode == 0, whole.stderr
     with endpoint(tmp_path_factory.mktemp("moto")) as server, Deadly(server) as proxy:
         for name, value in variables(proxy.url).items():
             monkeypatch.setenv(name, value)
-        command = [sys.executable, "-m", "nacpipe", *words, url]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command.append(url)
         for proxy.key, proxy.stored, marks in KILLS:
             proxy.victim = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             said = proxy.victim.communicate(timeout=300)

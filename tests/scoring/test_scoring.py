@@ -143,12 +143,12 @@ def test_reading_takes_little_more_memory_than_what_is_read(tmp_path: Path, monk
     writer.prepare("id/train", rows, {})
     random = np.random.default_rng(0)
     for block in range(rows // 64):
-        states = {
+        arrays = {
             f"avgpool/{kind}": random.normal(size=(64, neurons)).astype(np.float32)
             for kind in ("activation", "gradient")
         }
         rest = {"logits": np.zeros((64, 2), np.float32), "label": np.zeros(64, int), "index": np.arange(64)}
-        writer.write_block("id/train", block, {**states, **rest})
+        writer.write_block("id/train", block, {**arrays, **rest})
     writer.seal("id/train")
     split = open_cache(tmp_path / "c.zarr")["id/train"]
     read_layer([split], "avgpool")  # zarr sets itself up
