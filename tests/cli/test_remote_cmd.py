@@ -140,7 +140,7 @@ def test_repair_takes_what_is_damaged_there_and_extract_computes_it_again(proxy:
     assert nacpipe(*words).exit_code == 0
     before = {name: split.attributes for name, split in open_cache(url).items()}
     values = open_cache(url)["id/val"].read("layer3/gradient")
-    objects = store.Objects(url)
+    objects = address.Objects(url)
     content = bytearray(objects.read("id/val/layer3/gradient/c/0/0") or b"")
     content[100] ^= 16
     objects.replace("id/val/layer3/gradient/c/0/0", bytes(content))
@@ -188,13 +188,9 @@ def test_a_killed_extract_goes_on_and_ends_in_the_cache_that_nobody_disturbed(
     url, here = f"s3://{BUCKET}/killed.zarr", str(tmp_path / "whole.zarr")
     words = ("extract", "digits", "--device", "cpu", "--splits", "id/train,id/val", "--batch-size", "64")
     words += ("--block-rows", "512", "--shard-blocks", "1", "--cache")
-    command, env = (
-        [sys.executable, "-m", "nacpipe", *words],
-        {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    whole = subprocess.run(
-        [*command, here], env=env, text=True, capture_output=True, check=False
-    )  # as many threads as below
+    command = [sys.executable, "-m", "nacpipe", *words]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # as many threads for all, so the same values
+    whole = subprocess.run([*command, here], env=env, text=True, capture_output=True, check=False)
     assert whole.returncode == 0, whole.stderr
     with endpoint(tmp_path_factory.mktemp("moto")) as server, Deadly(server) as proxy:
         for name, value in variables(proxy.url).items():
@@ -203,7 +199,7 @@ def test_a_killed_extract_goes_on_and_ends_in_the_cache_that_nobody_disturbed(
         for proxy.key, proxy.stored, marks in KILLS:
             proxy.victim = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             said = proxy.victim.communicate(timeout=300)
-            assert proxy.victim.returncode == -signal.SIGKILL, said
+            assert proxy.victim.returncode == -signal.SIGKILL, (proxy.key, said)
             split = open_cache(url).peek("id/train")
             assert (split.marks().tolist(), split.sealed) == (marks, False), proxy.key
         proxy.victim = None
