@@ -50,7 +50,7 @@ def main() -> None:
                 (f"{path.stem}, {len(held)} layers", held, "auto", "auroc"),
                 (f"{path.stem}, {len(held)} layers and logits", all_layers, "auto", "auroc"),
                 (f"{path.stem}, {len(held)} layers and logits, wide", all_layers, "wide", "auroc"),
-                (f"{path.stem}, {len(held)} layers and logits, terms soft", all_layers, "terms", "soft"),
+                (f"{path.stem}, {len(held)} layers and logits, terms guided", all_layers, "terms", "guided"),
             ]
             for title, layers, space, objective in rows:
                 for seed in asked.seeds:

@@ -32,7 +32,7 @@ from nacpipe.cache import open_cache
 from nacpipe.evaluation.tables import evaluate
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.scoring.params_file import read_params
-from nacpipe.tuning.objective import Checks
+from nacpipe.tuning.objective import ValidationMetrics
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.space import Interval
 from nacpipe.tuning.storage import open_storage
@@ -40,10 +40,10 @@ from nacpipe.tuning.study import Search
 
 COLUMNS = "seed      seconds   on all cores   trials   val AUROC   FPR@95   subtrain AUROC    near     far   (%)"
 Times = tuple[float, float]
-Found = tuple[Times, int, Checks, NacParams]
+Found = tuple[Times, int, ValidationMetrics, NacParams]
 
 
-def row(cache: Path, name: str, times: Times, trials: int, checks: Checks, params: NacParams) -> str:
+def row(cache: Path, name: str, times: Times, trials: int, checks: ValidationMetrics, params: NacParams) -> str:
     near, far = means(evaluate(open_cache(cache), params), "NAC")
     subtrain = float("nan") if checks.subtrain_auroc is None else 100 * checks.subtrain_auroc
     values = (
@@ -73,7 +73,7 @@ def run_search(cache: Path, seed: int, trials: int, folder: Path, compiled: Path
     times = since(before, clock(resource.RUSAGE_CHILDREN))
     assert ran.returncode == 0, ran.stderr
     result = json.loads(output.read_text())["result"]
-    checks = Checks(**{key: result[key] for key in ("val_auroc", "val_fpr95", "subtrain_auroc")})
+    checks = ValidationMetrics(**{key: result[key] for key in ("val_auroc", "val_fpr95", "subtrain_auroc")})
     return times, result["trials"], checks, read_params(output)
 
 

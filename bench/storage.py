@@ -2,8 +2,8 @@
 
     python bench/storage.py CACHE [--params FILE] [--bits 23,12,10,9,8,7,6]
 
-Copies the cache's states into temporary caches with `keep_bits` set, as `extract --keep-bits` would write them, and
-evaluates both. Stored bytes are those of all files, metadata included; ΔAUROC is the largest over all OOD sets.
+Copies the cache's states into temporary caches with `mantissa_bits` set, as `extract --mantissa-bits` would write them,
+and evaluates both. Stored bytes are those of all files, metadata included; ΔAUROC is the largest over all OOD sets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nacpipe.scoring.params_file import find_params
 
 
 def copy_rounded(cache: Cache, path: Path, bits: int) -> Cache:
-    header = replace(cache.header, keep_bits=bits)
+    header = replace(cache.header, mantissa_bits=bits)
     writer = CacheWriter(path, header)
     for name, split in cache.items():
         writer.prepare(name, split.rows, split.images)
@@ -48,4 +48,4 @@ if __name__ == "__main__":
             stored = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
             rounded = evaluate(copy, params).query("method == 'NAC'")["auroc"].to_numpy()
             worst = abs(rounded - exact).max()
-            print(f"keep-bits {bits:2d}: {stored / raw:.3f} of the raw bytes, |ΔAUROC| ≤ {worst:.5f}")
+            print(f"mantissa bits {bits:2d}: {stored / raw:.3f} of the raw bytes, |ΔAUROC| ≤ {worst:.5f}")

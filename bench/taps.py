@@ -23,7 +23,7 @@ from torch import nn
 
 from nacpipe.cache import LayerSpec
 from nacpipe.networks.models import find_model
-from nacpipe.networks.taps import POOLINGS, Taps, find_direct, freeze
+from nacpipe.networks.taps import POOLINGS, Taps, find_penultimate, freeze
 
 
 def specs(model: str, names: tuple[str, ...]) -> list[LayerSpec]:
@@ -83,8 +83,8 @@ def compare(model: str, names: tuple[str, ...], first: str, args: argparse.Names
     layers, images = specs(model, names), torch.randn(args.batch, 3, 224, 224)
     nhwc = images.to(memory_format=torch.channels_last)
     classifier = find_model(model).classifier
-    direct = find_direct(plain, layers, classifier, images[:2])
-    ours, ours_last = (Taps(n, layers, classifier, direct=direct) for n in (plain, last))
+    penultimate = find_penultimate(plain, layers, classifier, images[:2])
+    ours, ours_last = (Taps(n, layers, classifier, penultimate=penultimate) for n in (plain, last))
     start = next(s for s in layers if s.name == first)
     sides: dict[str, Callable[[], object]] = {
         "loop": lambda: loop_per_layer(network, layers, images),

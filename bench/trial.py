@@ -32,7 +32,7 @@ from nacpipe.method.coverage import bin_edges, combine_layers, layer_score, prod
 from nacpipe.method.metrics import auroc
 from nacpipe.method.params import LayerParams
 from nacpipe.method.published import PUBLISHED
-from nacpipe.method.sorted_index import Index, index_columns
+from nacpipe.method.sorted_index import LayerIndex, index_columns
 
 Floats = NDArray[np.float32]
 Times = tuple[float, float]
@@ -63,7 +63,7 @@ class Layer:
     params: LayerParams
     train: Floats  # (keep, neurons): products as they come, for the plain way
     evaluated: Floats  # (keep, neurons)
-    index: Index
+    index: LayerIndex
 
 
 def draw_products(random: np.random.Generator, rows: int, neurons: int, alpha: float) -> Floats:  # (rows, neurons)

@@ -71,7 +71,7 @@ def test_every_stage_calls_the_command_line() -> None:
         assert [name for name, _ in imports(parse(path)) if name.startswith("nacpipe")] == ["nacpipe.cli.main"]
 
 
-# --- the pure package ---------------------------------------------------------------------------------------------------
+# --- the pure package -------------------------------------------------------------------------------------------------
 
 IMPURE_MODULES = {
     *("pathlib", "io", "tempfile", "shutil", "subprocess", "socket", "logging", "sys"),
@@ -142,7 +142,7 @@ def test_pickle_is_named_only_to_catch_its_errors() -> None:
     assert not found
 
 
-# --- docstrings ---------------------------------------------------------------------------------------------
+# --- docstrings -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.name)

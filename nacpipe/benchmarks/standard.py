@@ -59,7 +59,7 @@ class Split:
     """The list to use where `source` is not there, which is said aloud."""
     optional: bool = False
     """Left out without an error, and said so, when its list is not there and nobody asked for it by name."""
-    untouched: bool = False
+    pre_resized: bool = False
     """The images have their size already: neither resized nor cropped, only normalised (ImageNet-C)."""
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Of torchvision's class, beside its root."""
@@ -125,7 +125,7 @@ def _openood(
             one("id/subtrain", f"sub_train_{name}.txt", optional=True),
             one("id/val", f"val_{name}.txt"),
             one("id/test", f"test_{name}.txt"),
-            *(one(f"csid/{k}", v, optional=True, untouched=k == "imagenet_c") for k, v in csid.items()),
+            *(one(f"csid/{k}", v, optional=True, pre_resized=k == "imagenet_c") for k, v in csid.items()),
             one("ood/val", f"val_{val}.txt"),
             *(one(f"ood/near/{key}", f"test_{key}.txt", optional=True) for key in near),
             *(one(f"ood/far/{key}", f"test_{key}.txt", optional=True) for key in far),

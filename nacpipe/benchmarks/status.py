@@ -27,7 +27,7 @@ class SetStatus:
     """Images of an ID or csid split whose label is no class."""
     first_wrong: str = ""
     """The first of those labels, and its image."""
-    apart: str = ""
+    elsewhere: str = ""
     """Where images come from that are not looked for here: Python packages, or torchvision."""
 
     @property
@@ -38,8 +38,8 @@ class SetStatus:
     @property
     def state(self) -> str:
         """In a few words, for people."""
-        if self.apart:
-            return self.apart
+        if self.elsewhere:
+            return self.elsewhere
         if not self.images:
             return "no list"
         if self.wrong_labels:
@@ -58,8 +58,8 @@ def survey(benchmark: Benchmark, root: Path) -> list[SetStatus]:
 
 def _look(benchmark: Benchmark, split: Split, root: Path) -> SetStatus:
     if benchmark.packaged or split.kind == "torchvision":
-        apart = "in Python packages" if benchmark.packaged else "torchvision's, looked for when extracted"
-        return SetStatus(split=split.name, source=split.source, images=0, missing=0, apart=apart)
+        elsewhere = "in Python packages" if benchmark.packaged else "torchvision's, looked for when extracted"
+        return SetStatus(split=split.name, source=split.source, images=0, missing=0, elsewhere=elsewhere)
     listed = read_list(benchmark, split, root)
     if listed is None:
         path = list_path(benchmark, split, root)

@@ -177,7 +177,7 @@ def _split(name: str, table: _Table) -> Split:
     common = {
         "name": name,
         "optional": name not in REQUIRED,
-        "untouched": table.take("untouched", bool, "true or false", False),
+        "pre_resized": table.take("pre_resized", bool, "true or false", False),
     }
     if given == ["list"]:
         split = Split(kind="list", source=table.below("list"), folder=table.below("folder", ""), **common)

@@ -66,16 +66,16 @@ def plan_split(benchmark: Benchmark, root: Path, count: int, seed: int) -> Train
     return TrainSplit(main=main, sub=sub, main_lines=tuple(main_lines), sub_lines=tuple(sub_lines))
 
 
-def write_split(split: TrainSplit, force: bool = False) -> None:
+def write_split(split: TrainSplit, redo: bool = False) -> None:
     """Write both lists, each whole or not at all.
 
     Raises:
         InputError: one is there already and `force` is not given.
     """
     there = [str(path) for path in (split.main, split.sub) if path.exists()]
-    if there and not force:
+    if there and not redo:
         raise InputError(
-            f"{' and '.join(there)} {'is' if len(there) == 1 else 'are'} there already; --force writes"
+            f"{' and '.join(there)} {'is' if len(there) == 1 else 'are'} there already; --redo writes"
             " anew (a cache made from the old lists does not go on)"
         )
     for path, lines in ((split.sub, split.sub_lines), (split.main, split.main_lines)):

@@ -35,9 +35,10 @@ LIMITS = {  # of the root's numbers
     "block_rows": (1, 2**20),
     "classes": (1, 2**24),
     "features": (0, 2**24),
-    "keep_bits": (1, ALL_BITS),
+    "mantissa_bits": (1, ALL_BITS),
     "shard_blocks": (1, 2**16),
 }
+STORED_AS = {"mantissa_bits": "keep_bits"}  # the name of a number in format 1, where it is another
 POOLINGS = ("sum-nchw", "sum-nhwc", "sum-tokens", "class-token", "none")
 SPLIT_PARENTS = ("id", "csid", "ood/near", "ood/far")
 RESERVED = ("blocks", "features", "logits", "label", "index", "classifier")
@@ -71,7 +72,7 @@ class Header:
     """Width of `logits`."""
     features: int
     """Width of `features`, the input of the last linear layer; 0 where the network has none."""
-    keep_bits: int = ALL_BITS
+    mantissa_bits: int = ALL_BITS
     """Bits of the mantissa that activations, gradients and features keep; all 23 unless rounded to save room."""
     shard_blocks: int = 1
     """Blocks in one stored object; a shard has one writer."""
@@ -79,7 +80,7 @@ class Header:
     def whole_identity(self) -> dict[str, Any]:
         """Identity with the layers and precision in it: everything about the root that must match."""
         layers = {spec.name: {"path": spec.path, "pooling": spec.pooling} for spec in self.layers}
-        return {**self.identity, "layers": layers, "keep_bits": self.keep_bits}
+        return {**self.identity, "layers": layers, "keep_bits": self.mantissa_bits}
 
     def layer(self, name: str) -> LayerSpec:
         """Return the layer of that name.
@@ -131,7 +132,7 @@ class Header:
             ],
             "classes": self.classes,
             "features": self.features,
-            "keep_bits": self.keep_bits,
+            "keep_bits": self.mantissa_bits,
             "shard_blocks": self.shard_blocks,
         }
         return {**attributes, "digest": fingerprint(attributes)}
@@ -159,7 +160,7 @@ class Header:
                 identity={**attributes["identity"]},
                 information={**attributes["information"]},
                 layers=tuple(_layer(**layer) for layer in attributes["layers"]),
-                **{name: _whole(name, attributes[name], *limits) for name, limits in LIMITS.items()},
+                **_numbers(attributes),
             )
             check_layer_names([spec.name for spec in header.layers])
             if not header.layers or len({spec.name for spec in header.layers}) < len(header.layers):
@@ -169,6 +170,12 @@ class Header:
         except (KeyError, TypeError, ValueError, InputError) as error:
             raise FormatError(f"the cache's attributes are damaged ({type(error).__name__}: {error})") from error
         return header
+
+
+def _numbers(attributes: Mapping[str, Any]) -> dict[str, int]:
+    """Return the root's numbers by the names that they have here."""
+    stored = {name: STORED_AS.get(name, name) for name in LIMITS}
+    return {name: _whole(key, attributes[key], *LIMITS[name]) for name, key in stored.items()}
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:

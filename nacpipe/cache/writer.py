@@ -132,7 +132,7 @@ class CacheWriter:
             for what, wanted in (("rows", rows), ("images", images)):
                 if (found := group.attrs.get(what)) != wanted:
                     raise CacheError(
-                        f"{self.path}: {name} has {found} {what}, not {wanted}; drop it first with --force"
+                        f"{self.path}: {name} has {found} {what}, not {wanted}; drop it first with --redo"
                         f" {shlex.quote(name)}"
                     )
             missing = [path for path in self.header.arrays() if not self._holds(f"{name}/{path}")]
@@ -160,7 +160,7 @@ class CacheWriter:
         Args:
             name: the split.
             block: the block, or the first of a shard.
-            arrays: everything of `Header.arrays`; activations, gradients and features are rounded to `keep_bits` here.
+            arrays: everything of `Header.arrays`; activations, gradients, features are rounded to `mantissa_bits` here.
         """
         expected = self.header.arrays()
         if set(arrays) != set(expected):
@@ -179,8 +179,8 @@ class CacheWriter:
             expected_shape = (stop - start, *target.shape[1:])
             if data.shape != expected_shape:  # zarr would broadcast
                 raise CacheError(f"{name}/{path}, block {block}: got shape {data.shape}, expected {expected_shape}")
-            rounded = self.header.keep_bits < ALL_BITS and target.dtype.kind == "f" and path != "logits"
-            target[start:stop] = round_mantissa(data, self.header.keep_bits) if rounded else data
+            rounded = self.header.mantissa_bits < ALL_BITS and target.dtype.kind == "f" and path != "logits"
+            target[start:stop] = round_mantissa(data, self.header.mantissa_bits) if rounded else data
             written.append(chunk_key(target, block, self.header))
         self._check_there()  # or zarr would have made the folders of a store that is gone anew, for these rows alone
         self._sync(*written)
@@ -295,9 +295,9 @@ def _remedy(stored: Mapping[str, Any], differences: Sequence[str]) -> str:
     return ", ".join(said + ["the same options"] * bool(differ.difference(known)))
 
 
-def round_mantissa(values: NDArray[np.float32], keep_bits: int) -> NDArray[np.float32]:
-    """Return float32 values rounded to `keep_bits` bits of mantissa, which compress better; zeros stay zeros."""
-    encoded = BitRound(keepbits=keep_bits).encode(np.array(values, np.float32))
+def round_mantissa(values: NDArray[np.float32], mantissa_bits: int) -> NDArray[np.float32]:
+    """Return float32 values rounded to `mantissa_bits` bits of mantissa, which compress better; zeros stay zeros."""
+    encoded = BitRound(keepbits=mantissa_bits).encode(np.array(values, np.float32))
     return np.asarray(encoded).view(np.float32).reshape(values.shape)
 
 

@@ -102,8 +102,8 @@ def download(
 @_root
 @click.option("--count", type=int, default=1000, show_default=True, help="Images of sub_train, as many of each class.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=1, show_default=True, help="Of the choice.")
-@click.option("--force", is_flag=True, help="Write lists that are there anew.")
-def split_train(benchmark: str, data_root: Path | None, count: int, seed: int, force: bool) -> None:
+@click.option("--redo", is_flag=True, help="Write lists that are there anew.")
+def split_train(benchmark: str, data_root: Path | None, count: int, seed: int, redo: bool) -> None:
     """Cut BENCHMARK's train list into main_train and sub_train, by the authors' rule.
 
     Coverage is built from main_train; on sub_train the search sees whether it overfits.
@@ -116,7 +116,7 @@ def split_train(benchmark: str, data_root: Path | None, count: int, seed: int, f
 
     opened = open_benchmark(benchmark)
     split = plan_split(opened, choose_root(opened, data_root), count, seed)
-    write_split(split, force)
+    write_split(split, redo)
     print_table(
         ("list", "images"),
         [(str(split.main), str(len(split.main_lines))), (str(split.sub), str(len(split.sub_lines)))],

@@ -19,15 +19,17 @@ if TYPE_CHECKING:
     from nacpipe.extraction.request import ExtractRequest
 
 
-def _split_pools(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def _split_poolings(
+    _ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
     """Turn `avgpool=none` into ("avgpool", "none")."""
-    pools = []
+    poolings = []
     for value in values:
         layer, _, kind = value.rpartition("=")
         if not (layer and kind):
             raise click.BadParameter(f"{value!r} is not LAYER=KIND, such as layer3=sum-nchw")
-        pools.append((layer, kind))
-    return tuple(pools)
+        poolings.append((layer, kind))
+    return tuple(poolings)
 
 
 def extract_options(command: Any) -> Any:
@@ -44,7 +46,7 @@ def extract_options(command: Any) -> Any:
         click.option("--layers", callback=split_layers, metavar="A,B",
                      help="Layers to tap, by alias or module path, NAME=PATH for another name; default: the paper's"
                      " four."),
-        click.option("--pool", "pools", multiple=True, callback=_split_pools, metavar="LAYER=KIND",
+        click.option("--pooling", "poolings", multiple=True, callback=_split_poolings, metavar="LAYER=KIND",
                      help="sum-nchw, sum-nhwc, sum-tokens, class-token or none; again for each layer."),
         click.option("--data-root", type=click.Path(path_type=Path),
                      help="Folder with benchmark_imglist/ and the images; default: data, or what FILE.toml says."),
@@ -58,7 +60,7 @@ def extract_options(command: Any) -> Any:
         click.option("--batch-size", type=int, default=128, show_default=True, help="Images at once."),
         click.option("--device", default="auto", show_default=True, help="cuda, mps, cpu, …"),
         click.option("--splits", callback=split_names, metavar="A,B", help="Only these; default: all that are there."),
-        click.option("--force", callback=split_names, metavar="A,B",
+        click.option("--redo", callback=split_names, metavar="A,B",
                      help="Drop these finished splits and extract them again."),
         click.option("--allow-truncated", is_flag=True, help="Load truncated images as OpenOOD does."),
         click.option("--workers", type=click.IntRange(0), default=2, show_default=True,
@@ -66,7 +68,7 @@ def extract_options(command: Any) -> Any:
         click.option("--autocast", default="none", show_default=True, metavar="none|bf16",
                      help="Run the network in this type; states change in the third digit."),
         click.option("--channels-last/--contiguous", default=None, help="Default: channels last on CUDA."),
-        click.option("--keep-bits", type=int, default=23, show_default=True,
+        click.option("--mantissa-bits", type=int, default=23, show_default=True,
                      help="Mantissa bits to store; 10 need half the room."),
         click.option("--block-rows", type=int, metavar="N",
                      help="Rows of a block of a new cache, a multiple of the batch; default: about ten seconds of work,"
@@ -157,13 +159,13 @@ def _canonical(asked: dict[str, Any]) -> str:
     usual = {option.name: option.default for option in extract.params}
     words = ["nacpipe", "extract", str(asked["benchmark"])]
     for name, value in asked.items():
-        said_elsewhere = name in ("benchmark", "splits", "force", "workers")
+        said_elsewhere = name in ("benchmark", "splits", "redo", "workers")
         off = value is False and name != "channels_last"
         if said_elsewhere or off or value in (None, (), usual.get(name)):
             continue
         flag = f"--{name.replace('_', '-')}"
-        if name == "pools":
-            words += [word for layer, kind in value for word in ("--pool", f"{layer}={kind}")]
+        if name == "poolings":
+            words += [word for layer, kind in value for word in ("--pooling", f"{layer}={kind}")]
         elif name == "channels_last":
             words.append(flag if value else "--contiguous")
         elif value is True:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.argument("layer", required=False)
 @click.option("--params", "choice", metavar="FILE", help="Show states and coverage per bin too: a file, or published.")
 @click.option("--alpha", type=float, help="Show the states sigmoid(alpha · product) too.")
-@click.option("--against", metavar="CACHE", type=Address(), help="Same images, other weights: compare.")
+@click.option("--compare", metavar="CACHE", type=Address(), help="Same images, other weights: compare.")
 @click.option("--rows", type=click.IntRange(1), metavar="N", help="The N most and N least typical images, by score.")
 @click.option(
     "--mosaic", metavar="FILE", type=click.Path(path_type=Path), help="A picture of the 25 highest and lowest scored."
@@ -40,7 +40,7 @@ def inspect(
     layer: str | None,
     choice: str | None,
     alpha: float | None,
-    against: str | Path | None,
+    compare: str | Path | None,
     rows: int | None,
     mosaic: Path | None,
     data_root: Path | None,
@@ -54,7 +54,7 @@ def inspect(
     nacpipe inspect cache/digits-digits_cnn.zarr id/val
     nacpipe inspect cache/digits-digits_cnn.zarr id/val avgpool --alpha 10 --plot avgpool.svg
     nacpipe inspect cache/digits-digits_cnn.zarr ood/near/letters --rows 5 --mosaic letters.png
-    nacpipe inspect cache/s0.zarr id/val --against cache/s1.zarr
+    nacpipe inspect cache/s0.zarr id/val --compare cache/s1.zarr
     """
     from nacpipe.cache import open_cache
     from nacpipe.errors import InputError
@@ -63,12 +63,12 @@ def inspect(
     if choice is not None and alpha is not None:
         raise click.UsageError("Give --params or --alpha, not both.")
     ranks = rows is not None or mosaic is not None
-    if against is not None and (ranks or choice is not None or alpha is not None):
-        raise click.UsageError("--against compares states; leave out --rows, --mosaic, --params and --alpha.")
+    if compare is not None and (ranks or choice is not None or alpha is not None):
+        raise click.UsageError("--compare is for states; leave out --rows, --mosaic, --params and --alpha.")
     if ranks and alpha is not None:
         raise click.UsageError("Scores need all parameters: --params, not --alpha.")
-    if split is None and (ranks or against is not None):
-        raise click.UsageError("Name a SPLIT for --rows, --mosaic and --against.")
+    if split is None and (ranks or compare is not None):
+        raise click.UsageError("Name a SPLIT for --rows, --mosaic and --compare.")
     if plot is not None and (split is None or layer is None or ranks):
         raise click.UsageError("--plot draws a layer: name SPLIT and LAYER, and leave out --rows and --mosaic.")
     for path in (mosaic, plot):
@@ -81,8 +81,8 @@ def inspect(
         _inspect_cache(opened, as_json)
     elif ranks:
         _inspect_rows(opened, split, layer, choice, rows, mosaic, data_root, as_json)
-    elif against is not None:
-        _compare(opened, open_cache(against), split, layer, plot, as_json)
+    elif compare is not None:
+        _compare(opened, open_cache(compare), split, layer, plot, as_json)
     elif layer is None:
         _inspect_split(opened, split, choice, as_json)
     else:
@@ -261,7 +261,7 @@ def _compare(cache: Cache, other: Cache, split: str, layer: str | None, plot: Pa
     if layer is not None:
         frame = frame[frame["layer"] == layer_of(layer)]
         if frame.empty:
-            raise click.UsageError("--against compares the network's layers; leave out LAYER logits.")
+            raise click.UsageError("--compare is for the network's layers; leave out LAYER logits.")
     if plot is not None and layer is not None:
         _plot(plot, {one.path: value_histograms(one, split, layer) for one in (cache, other)}, layer)
     if as_json:

@@ -76,7 +76,7 @@ def models(as_json: bool) -> None:
 def layers(model: str, benchmark: str | None, as_json: bool) -> None:
     """Print the modules of MODEL that --layers takes: outputs' shapes, pooling, neurons.
 
-    No weights are needed. A pooling with a question mark is a guess from the output's shape; --pool sets another.
+    No weights are needed. A pooling with a question mark is a guess from the output's shape; --pooling sets another.
 
     \b
     nacpipe layers vit_b_16

@@ -49,7 +49,7 @@ def report(
 
     try:
         from nacpipe.reporting.figures import write_figure
-        from nacpipe.reporting.report import draw_chapter, read_chapter, render_report
+        from nacpipe.reporting.report import draw_cache_report, read_cache_report, render_report
     except ModuleNotFoundError as error:
         raise MissingExtra(f"this needs {error.name}; install it with: pip install 'nacpipe[report]'") from None
 
@@ -62,9 +62,9 @@ def report(
     for cache, choice in zip(opened, match_choices(choices, len(opened)), strict=True):
         params = find_params(cache, choice, note)
         run = score_cache(cache, params, more=score_baselines_named(cache, baselines, evaluated_splits(cache)))
-        chapters.append(read_chapter(cache, params, run, choice))
+        chapters.append(read_cache_report(cache, params, run, choice))
     frame = tabulate([chapter.run for chapter in chapters])
-    drawn = [draw_chapter(chapter) for chapter in chapters]
+    drawn = [draw_cache_report(chapter) for chapter in chapters]
     write_whole(output, render_report(chapters, frame, ctx.obj, drawn).encode())
     note(f"wrote {output}")
     if figures is not None:

@@ -27,7 +27,7 @@ SAMPLERS = ("layers", "tpe", "random", "grid", "nsga2", "cmaes")
 @click.option("--sampler", type=click.Choice(SAMPLERS), help="Default: layers; for the published space its grid.")
 @click.option(
     "--objective",
-    type=click.Choice(("auroc", "fpr95", "both", "soft")),
+    type=click.Choice(("auroc", "fpr95", "pareto", "guided")),
     default="auroc",
     show_default=True,
     help="Of --val.",
@@ -114,7 +114,7 @@ def _run(search: Search) -> SearchResult:
     if request.val.startswith(("id/test", "csid/", "ood/near/", "ood/far/")):
         note(f"{request.val} is a test set: what is found on it says nothing about how well NAC does there")
     shown = SHOWN[request.objective]
-    best = {"auroc": "best", "both": shown}.get(request.objective, f"best {shown}")
+    best = {"auroc": "best", "pareto": shown}.get(request.objective, f"best {shown}")
     progress = Progress("search", {"": search.trials}, {"": done})
 
     def show(told: int, value: float) -> None:
@@ -173,8 +173,10 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
                 f"{result.front} trials are on the front of AUROC and FPR@95; this one is nearest the best of both,"
                 " each measured by its extent on the front"
             )
-        if checks.val_soft is not None:
-            click.echo(f"correlation with ID or OOD and half of Energy, which was searched for: {checks.val_soft:.4f}")
+        if checks.val_correlation is not None:
+            click.echo(
+                f"correlation with ID or OOD and half of Energy, which was searched for: {checks.val_correlation:.4f}"
+            )
         if checks.subtrain_auroc is None:
             click.echo("overfitting check: the cache has no finished id/subtrain")
         else:

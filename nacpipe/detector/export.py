@@ -56,7 +56,7 @@ def export_detector(cache: Cache, params: NacParams, keep: float = 0.95) -> Expo
         classes=int(cache["id/train"].label.max()) + 1 if embeds else header.classes,
         outputs=header.classes,
         train_rows=cache["id/train"].rows,
-        keep_bits=header.keep_bits,
+        mantissa_bits=header.mantissa_bits,
         identity={**header.identity, "splits": {name: dict(cache[name].images) for name in ("id/train", "id/val")}},
         information={"nacpipe": nacpipe.__version__, "cache": cache.path, "extraction": dict(header.information)},
     )

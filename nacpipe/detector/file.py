@@ -70,7 +70,7 @@ class Exported:
     """Width of its output: `classes`, or that of an embedding."""
     train_rows: int
     """Samples counted in every neuron's bins."""
-    keep_bits: int
+    mantissa_bits: int
     """Bits of the mantissa that the counted activations and gradients kept."""
     identity: Mapping[str, Any]
     """What it is made from: the cache's identity, and the image lists of id/train and id/val."""
@@ -90,7 +90,7 @@ class Exported:
                 {"name": one.name, "path": one.path, "pooling": one.pooling, "params": asdict(one.params)}
                 for one in self.layers
             ],
-            **{name: getattr(self, name) for name in (*_WHOLE, "threshold", "keep")},
+            **{_STORED_AS.get(name, name): getattr(self, name) for name in (*_WHOLE, "threshold", "keep")},
             "identity": dict(self.identity),
             "information": dict(self.information),
         }
@@ -117,7 +117,7 @@ class Exported:
                 f"it has version {_show(version)}, this nacpipe reads version {VERSION}; use the nacpipe that wrote it,"
                 " or export again with: nacpipe export CACHE"
             )
-        whole = {name: _whole(data, name, *limits) for name, limits in _WHOLE.items()}
+        whole = {name: _whole(data, _STORED_AS.get(name, name), *limits) for name, limits in _WHOLE.items()}
         threshold, keep = _real(data, "threshold"), _real(data, "keep")
         if not 0 < keep <= 1:
             raise DetectorError(f"keep is {keep}; it must be above 0 and at most 1")
@@ -149,8 +149,9 @@ _WHOLE = {
     "classes": (2, MAX_CLASSES),
     "outputs": (1, MAX_CLASSES),
     "train_rows": (1, 2**31 - 1),
-    "keep_bits": (1, 23),
+    "mantissa_bits": (1, 23),
 }
+_STORED_AS = {"mantissa_bits": "keep_bits"}  # the name of a number in version 1, where it is another
 
 
 def _layer(entry: Any, arrays: Arrays, train_rows: int) -> ExportedLayer:

@@ -19,9 +19,9 @@ from nacpipe.method.counting import count_sorted
 from nacpipe.method.coverage import LOGITS, bin_edges, layer_of, product_borders
 from nacpipe.method.params import NacParams
 from nacpipe.method.sorted_index import sort_columns
-from nacpipe.networks.build import wrap_network
+from nacpipe.networks.build import adopt_module
 from nacpipe.networks.layers import measure_layers
-from nacpipe.networks.taps import Taps, apart
+from nacpipe.networks.taps import Taps, isolated
 from nacpipe.networks.wrappers import find_place, unwrap
 from nacpipe.scoring.params_file import read_params
 
@@ -29,13 +29,13 @@ Source = str | Path | NacParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class DetectorSource:
     """How other tools' adapters come to a detector."""
 
     source: Source
     """A detector from `nacpipe export`; or parameters, in a `.json` file or as a record, whose layers are the network's
     module paths: then the coverage is counted from training images."""
-    pools: Mapping[str, str] = field(default_factory=dict)
+    poolings: Mapping[str, str] = field(default_factory=dict)
     """Layer → pooling, where the one that `nacpipe layers` would guess is wrong."""
     train_images: int | None = None
     """How many training images are counted, the loader's first; None means all. Saturation is a number of images, so
@@ -58,14 +58,14 @@ class Recipe:
             assert not isinstance(self.source, NacParams)
             return load_detector(self.source, network)
         params = self.source if isinstance(self.source, NacParams) else read_params(self.source)
-        return fit_detector(network, params, _first(batches, self.train_images), self.pools, self.layers)
+        return fit_detector(network, params, _first(batches, self.train_images), self.poolings, self.layers)
 
 
 def fit_detector(
     network: nn.Module,
     params: NacParams,
     batches: Iterable[Tensor],  # each (n, channels, side, side), prepared for the network
-    pools: Mapping[str, str],
+    poolings: Mapping[str, str],
     layers: Mapping[str, str] | None = None,
 ) -> Detector:
     """Count the coverage of training images; memory does not grow with their number. Nothing is flagged: there is no
@@ -89,11 +89,11 @@ def fit_detector(
     first = next(coming, None)
     if first is None:
         raise InputError("there are no training images to count")
-    with apart(network, device):
-        wrapped = wrap_network(network, first[:1].repeat(2, 1, 1, 1).to(device))
+    with isolated(network, device):
+        wrapped = adopt_module(network, first[:1].repeat(2, 1, 1, 1).to(device))
         named = [name for name in dict.fromkeys(map(layer_of, params.layers)) if name != LOGITS]
         paths = {name: (layers or {}).get(name, name) for name in named}
-        specs = measure_layers(wrapped, paths, list(pools.items())).layers if named else ()
+        specs = measure_layers(wrapped, paths, list(poolings.items())).layers if named else ()
     by_name = {spec.name: spec for spec in specs}
     by_name[LOGITS] = LayerSpec(name=LOGITS, path="", pooling="none", neurons=0)
     borders = {
@@ -103,7 +103,7 @@ def fit_detector(
     model, overwritten = wrapped.model, None
     for images in chain([first], coming):
         with (
-            apart(network, device),
+            isolated(network, device),
             Taps(network, specs, model.classifier, overwritten=overwritten, outputs=model.outputs) as taps,
         ):
             tapped = taps(images.detach().to(device))

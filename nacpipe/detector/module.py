@@ -35,7 +35,7 @@ from nacpipe.method.coverage import (
     select_source,
 )
 from nacpipe.networks.checkpoints import hash_network
-from nacpipe.networks.taps import POOLINGS, Tapped, Taps, apart, find_direct
+from nacpipe.networks.taps import POOLINGS, Tapped, Taps, find_penultimate, isolated
 from nacpipe.networks.trial import run_trial
 from nacpipe.networks.wrappers import find_place, unwrap
 
@@ -69,7 +69,7 @@ class Detector(nn.Module):
         *,
         threshold: float = -np.inf,
         autocast: torch.dtype | None = None,
-        keep_bits: int = ALL_BITS,
+        mantissa_bits: int = ALL_BITS,
         name: str = "",
         outputs: str | None = None,
     ) -> None:
@@ -82,7 +82,7 @@ class Detector(nn.Module):
                 fits.
             threshold: the lowest score that counts as ID; by default nothing is flagged.
             autocast: the half type that the states were counted in.
-            keep_bits: of the mantissa of activations and gradients, if the cache rounded them.
+            mantissa_bits: of the mantissa of activations and gradients, if the cache rounded them.
             name: the network's, for messages.
             outputs: what the network gives, as the cache had it; None finds it out.
 
@@ -95,7 +95,7 @@ class Detector(nn.Module):
         self.network, self.threshold = network, threshold
         self.weights = np.array([layer.params.weight for layer in layers])
         self._lookups = [Lookup(layer) for layer in layers]
-        self._autocast, self._keep_bits = autocast, keep_bits
+        self._autocast, self._mantissa_bits = autocast, mantissa_bits
         for layer in layers:
             if layer.pooling not in POOLINGS:
                 raise DetectorError(f"layer {layer.name!r}: pooling {layer.pooling!r} is not known")
@@ -108,10 +108,10 @@ class Detector(nn.Module):
             raise InputError(
                 "the network was made under torch.inference_mode, which forbids gradients; make it outside"
             )
-        with apart(network, like.device):
+        with isolated(network, like.device):
             trial = run_trial(name or type(network).__name__, network, like, embeds=outputs == "features")
             self.classifier, self._outputs = trial.classifier, outputs or trial.outputs
-            self._direct = find_direct(network, self._specs, self.classifier, like)
+            self._direct = find_penultimate(network, self._specs, self.classifier, like)
         self._overwritten: Set[str] | None = None
         self(like)
 
@@ -120,7 +120,7 @@ class Detector(nn.Module):
         filled, finite = [], np.ones(len(images), bool)
         for lookup in self._lookups:
             layer = lookup.layer
-            products = select_products(tapped, layer.name, layer.params.source, self._keep_bits)
+            products = select_products(tapped, layer.name, layer.params.source, self._mantissa_bits)
             finite &= torch.isfinite(products).all(dim=1).cpu().numpy()
             filled.append(lookup(products))
         scores = combine_layers(
@@ -143,12 +143,12 @@ class Detector(nn.Module):
     def _run(self, images: Tensor) -> Tapped:
         """One pass, as extraction makes it, whatever mode the caller is in."""
         with (
-            apart(self.network, images.device),
+            isolated(self.network, images.device),
             Taps(
                 self.network,
                 self._specs,
                 self.classifier,
-                direct=self._direct,
+                penultimate=self._direct,
                 overwritten=self._overwritten,
                 outputs=self._outputs,
                 autocast=self._autocast,
@@ -159,7 +159,7 @@ class Detector(nn.Module):
         return tapped
 
 
-def select_products(tapped: Tapped, layer: str, source: Source, keep_bits: int = ALL_BITS) -> Tensor:
+def select_products(tapped: Tapped, layer: str, source: Source, mantissa_bits: int = ALL_BITS) -> Tensor:
     """Return what goes under the sigmoid for a layer or the logits, (n, neurons) float32."""
     layer = layer_of(layer)
     if layer == LOGITS:
@@ -167,7 +167,7 @@ def select_products(tapped: Tapped, layer: str, source: Source, keep_bits: int =
         gradient = torch.from_numpy(logits_gradient(activation.numpy()))
     else:
         activation, gradient = (
-            round_bits(values[layer].float(), keep_bits) for values in (tapped.activation, tapped.gradient)
+            round_bits(values[layer].float(), mantissa_bits) for values in (tapped.activation, tapped.gradient)
         )
     return select_source(activation, gradient, source)  # type: ignore[arg-type, return-value]  # as arrays do
 
@@ -208,9 +208,9 @@ class Lookup:
         return sums
 
 
-def round_bits(values: Tensor, keep_bits: int) -> Tensor:
-    """Return float32 values with `keep_bits` bits of mantissa, rounded half to even: the cache's rounding, anywhere."""
-    drop = ALL_BITS - keep_bits
+def round_bits(values: Tensor, mantissa_bits: int) -> Tensor:
+    """Return float32 values with `mantissa_bits` bits of mantissa, rounded half to even, as the cache does."""
+    drop = ALL_BITS - mantissa_bits
     if drop == 0:
         return values
     bits = values.contiguous().view(torch.int32)
@@ -262,7 +262,7 @@ def attach(exported: Exported, network: nn.Module) -> Detector:
         noise.to(device, dtype),
         threshold=exported.threshold,
         autocast=AUTOCAST["none" if identity["dtype"] == "float32" else identity["dtype"]],
-        keep_bits=exported.keep_bits,
+        mantissa_bits=exported.mantissa_bits,
         name=str(identity.get("architecture", "")),
         outputs=str(identity.get("outputs", "logits")),
     )

@@ -30,9 +30,9 @@ from nacpipe.benchmarks.standard import Transform
 from nacpipe.cache import CacheWriter, Header
 from nacpipe.cache.layout import BLOCK_ROWS, check_layer_names, check_split_name
 from nacpipe.errors import InputError
-from nacpipe.networks.build import Network, classifier_weights, wrap_network
+from nacpipe.networks.build import Network, adopt_module, classifier_weights
 from nacpipe.networks.layers import Measured, measure_layers, name_layers
-from nacpipe.networks.taps import Taps, apart
+from nacpipe.networks.taps import Taps, isolated
 from nacpipe.networks.wrappers import find_place, unwrap
 
 _SPLIT = re.compile(r"id/(train|val|test)|csid/[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -49,7 +49,7 @@ class Snapshots:
         splits: Mapping[str, Batches],
         layers: Sequence[str] | Mapping[str, str],
         *,
-        pools: Mapping[str, str] | None = None,
+        poolings: Mapping[str, str] | None = None,
         transform: Transform | None = None,
     ) -> None:
         """Choose what is looked at.
@@ -75,7 +75,7 @@ class Snapshots:
             raise InputError(f"the splits are {', '.join(splits) or 'none'}; id/train is needed")
         self.folder, self.splits, self.layers = Path(folder), splits, name_layers(layers)
         check_layer_names(list(self.layers))
-        self.pools, self.transform = pools or {}, transform
+        self.poolings, self.transform = poolings or {}, transform
 
     def __call__(self, network: nn.Module, step: int) -> Path:
         """Write the cache of one checkpoint and return where it is. Memory: one split's pooled numbers.
@@ -89,11 +89,11 @@ class Snapshots:
         network = unwrap(network)
         device = find_place(network)[0]
         # A DataLoader draws a seed each time it is gone through.
-        with torch.random.fork_rng(devices=[]), apart(network, device):
-            wrapped = wrap_network(network, _example(self.splits["id/train"]).to(device))
+        with torch.random.fork_rng(devices=[]), isolated(network, device):
+            wrapped = adopt_module(network, _example(self.splits["id/train"]).to(device))
             if self.transform is not None:
                 wrapped = replace(wrapped, transform=self.transform)
-            measured = measure_layers(wrapped, self.layers, list(self.pools.items()))
+            measured = measure_layers(wrapped, self.layers, list(self.poolings.items()))
             self.folder.mkdir(parents=True, exist_ok=True)
             writer = CacheWriter(target, _header(wrapped, measured))
             if (weights := classifier_weights(wrapped)) is not None:

@@ -47,7 +47,7 @@ class ImageSet:
     """(rows,): positions in the list of the samples to extract, in order."""
     listed: ImageList | None = None
     """Where the files are; None where the images are not in files of their own."""
-    untouched: bool = False
+    pre_resized: bool = False
     """Neither resized nor cropped, only normalised."""
     one_thread: bool = False
     """Read by one thread, in order: the data set may keep state from one image to the next."""
@@ -119,8 +119,8 @@ def open_images(
         if listed.source != source:
             notes.append(f"{split.name}: there is no {source}, so {listed.source} is used")
             source = listed.source
-    if split.untouched:
-        choice["untouched"] = True
+    if split.pre_resized:
+        choice["untouched"] = True  # the key of format 1
     images = ImageSet(
         name=split.name,
         source=source,
@@ -129,7 +129,7 @@ def open_images(
         labels=labels,
         index=np.arange(labels.size),
         listed=listed,
-        untouched=split.untouched,
+        pre_resized=split.pre_resized,
         one_thread=split.kind == "torchvision",
         choice=choice,
         notes=tuple(notes),
@@ -166,8 +166,8 @@ def _opener(listed: ImageList, allow_truncated: bool) -> _Opener:
     return lambda row: read_image(listed.file(row), listed.where(row), allow_truncated, hint)
 
 
-def build_transform(transform: Transform, untouched: bool = False) -> Callable[[Image.Image], Tensor]:
-    """Return image → (channels, crop, crop) float32: OpenOOD's test transform, without resize and crop if untouched."""
+def build_transform(transform: Transform, pre_resized: bool = False) -> Callable[[Image.Image], Tensor]:
+    """Return image → (channels, crop, crop) float32: OpenOOD's test transform; pre-resized: no resize, no crop."""
     mode = "L" if len(transform.mean) == 1 else "RGB"
     geometry = [
         transforms.Resize(transform.resize, interpolation=transforms.InterpolationMode(transform.interpolation)),
@@ -175,7 +175,7 @@ def build_transform(transform: Transform, untouched: bool = False) -> Callable[[
     ]
     steps = transforms.Compose(  # not transforms.v2, whose scaling to 0 … 1 differs in the last bit
         [
-            *([] if untouched else geometry),
+            *([] if pre_resized else geometry),
             transforms.ToTensor(),
             transforms.Normalize(transform.mean, transform.std),
         ]
@@ -199,9 +199,9 @@ def load_batches(
 
     def decode(batch: range) -> Tensor:
         found = [transform(images.open(int(images.index[row]))) for row in batch]
-        if len({image.shape for image in found}) > 1:  # untouched sets alone
+        if len({image.shape for image in found}) > 1:  # pre-resized sets alone
             sizes = sorted({"×".join(str(side) for side in image.shape[:0:-1]) for image in found})
-            raise ImageError(f"{images.name} is untouched, but its images differ in size: {', '.join(sizes)}")
+            raise ImageError(f"{images.name} is pre_resized, but its images differ in size: {', '.join(sizes)}")
         return torch.stack(found).pin_memory() if pin else torch.stack(found)
 
     if workers == 0:

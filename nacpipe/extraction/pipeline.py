@@ -163,7 +163,7 @@ def _run_blocks(
     """Yield (first block, arrays) for every unit of this rank: a block, or a shard's blocks."""
     units = ranks.share(plan.units(split))
     batches = [batch for unit in units for batch in plan.batches(split, unit)]
-    transform = build_transform(plan.network.transform, split.images.untouched)
+    transform = build_transform(plan.network.transform, split.images.pre_resized)
     loaded = load_batches(
         split.images, batches, transform, plan.request.workers, pin=plan.network.device.type == "cuda"
     )

@@ -37,7 +37,7 @@ from nacpipe.files import is_url
 from nacpipe.networks.build import Network, blank_network, load_network
 from nacpipe.networks.layers import measure_layers, name_layers
 from nacpipe.networks.models import find_model
-from nacpipe.networks.taps import Taps, find_direct
+from nacpipe.networks.taps import Taps, find_penultimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class SplitPlan:
     blocks: int
     sealed: bool
     drop: bool
-    """Removed first: asked for with --force."""
+    """Removed first: asked for with --redo."""
 
     @property
     def rows(self) -> int:
@@ -74,7 +74,7 @@ class Plan:
     request: ExtractRequest
     header: Header
     network: Network = field(repr=False)
-    direct: Set[str]
+    penultimate: Set[str]
     """Layers that are the classifier's input themselves."""
     overwritten: Set[str]
     """Layers whose output what follows changes in place."""
@@ -129,7 +129,7 @@ class Plan:
             network.module,
             self.header.layers,
             network.model.classifier,
-            direct=self.direct,
+            penultimate=self.penultimate,
             overwritten=self.overwritten,
             outputs=network.model.outputs,
             autocast=AUTOCAST[request.autocast],
@@ -154,7 +154,7 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     request.check()
     benchmark = open_benchmark(request.benchmark)
     model = find_model(request.model)
-    for name in (*request.splits, *request.force):
+    for name in (*request.splits, *request.redo):
         benchmark.split(name)
     check_layer_names(list(name_layers(request.layers)))
     sets, notes = _open_sets(request)
@@ -166,7 +166,7 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         device = find_device(request.device, ranks.local, ranks.local_world)
         network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
     notes += [f"images are prepared by {network.prepared_by}: {network.transform.describe()}", *network.notes]
-    layers, classes, features, said = measure_layers(network, request.layers, request.pools)
+    layers, classes, features, said = measure_layers(network, request.layers, request.poolings)
     notes += said
     header = make_header(request, network, layers, classes, features)
     exists = holds_cache(request.cache)
@@ -179,7 +179,7 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         open_store(request.cache, write=True)  # or refused
         notes.append(f"{request.cache}: two extractions into it at once are not kept apart, as in a folder; run one")
     done: dict[str, tuple[bool, NDArray[np.bool_]]] = {}
-    forced: list[str] = []
+    redone: list[str] = []
     if exists:
         cache = open_cache(request.cache)
         if dry:  # whatever weights and device there are
@@ -198,8 +198,8 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
             if images.name not in cache:
                 continue
             split = cache.peek(images.name)
-            if images.name in request.force and (split.sealed or diff(split.images, images.identity())):
-                forced.append(images.name)  # one that is not finished goes on: it was dropped before
+            if images.name in request.redo and (split.sealed or diff(split.images, images.identity())):
+                redone.append(images.name)  # one that is not finished goes on: it was dropped before
                 continue
             _check_images(cache.path, images, split.images)
             done[images.name] = (split.sealed, split.marks())
@@ -208,19 +208,19 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         blocks = count_blocks(int(images.index.size), header.block_rows)
         sealed, marks = done.get(images.name, (False, np.zeros(blocks, bool)))
         todo = () if sealed else tuple(int(b) for b in np.flatnonzero(~marks))
-        plans.append(SplitPlan(images=images, todo=todo, blocks=blocks, sealed=sealed, drop=images.name in forced))
-    direct: Set[str] = frozenset()
+        plans.append(SplitPlan(images=images, todo=todo, blocks=blocks, sealed=sealed, drop=images.name in redone))
+    penultimate: Set[str] = frozenset()
     overwritten: Set[str] = frozenset()
     if not dry:
         for plan in plans:
             if plan.todo:
                 plan.images.check(plan.images.index)
-        direct, overwritten = _prepare(request, network, layers)
+        penultimate, overwritten = _prepare(request, network, layers)
     return Plan(
         request=request,
         header=header,
         network=network,
-        direct=direct,
+        penultimate=penultimate,
         overwritten=overwritten,
         exists=exists,
         blocks_are_open=not exists and request.block_rows is None,
@@ -260,7 +260,7 @@ def _prepare(request: ExtractRequest, network: Network, layers: Sequence[LayerSp
     images, classifier = noise.to(network.device), network.model.classifier
     with Taps(network.module, layers, classifier, outputs=network.model.outputs) as taps:
         taps(images)
-    return find_direct(network.module, layers, classifier, images), taps.overwritten or frozenset()
+    return find_penultimate(network.module, layers, classifier, images), taps.overwritten or frozenset()
 
 
 def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
@@ -269,7 +269,7 @@ def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
     root = choose_root(benchmark, request.data_root)
     sets: list[ImageSet] = []
     notes: list[str] = []
-    wanted = [s for s in benchmark.splits if not request.splits or s.name in request.splits or s.name in request.force]
+    wanted = [s for s in benchmark.splits if not request.splits or s.name in request.splits or s.name in request.redo]
     for split in wanted:
         images = open_images(
             benchmark,
@@ -306,7 +306,7 @@ def _check_images(path: str, images: ImageSet, stored: Any) -> None:
     if differences := diff(dict(stored), images.identity()):
         raise IdentityError(
             f"{path}: {images.name} was made from other images: {'; '.join(differences)}. Give the same options, or"
-            f" extract it again with --force {shlex.quote(images.name)}"
+            f" extract it again with --redo {shlex.quote(images.name)}"
         )
 
 

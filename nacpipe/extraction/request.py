@@ -40,7 +40,7 @@ class ExtractRequest:
     """Whose preparation of images: published weights' by their name, or `benchmark`; None chooses by the weights."""
     layers: tuple[str, ...] = ()
     """Aliases or module paths, or NAME=PATH; none means the model's default four."""
-    pools: tuple[tuple[str, str], ...] = ()
+    poolings: tuple[tuple[str, str], ...] = ()
     """(layer, pooling): instead of the table's or the guessed one."""
     data_root: Path | None = None
     """None means the benchmark's own: data, or what its file says."""
@@ -50,7 +50,7 @@ class ExtractRequest:
     device: str = "auto"
     splits: tuple[str, ...] = ()
     """Names; none means every split whose list is there."""
-    force: tuple[str, ...] = ()
+    redo: tuple[str, ...] = ()
     """Finished splits to drop and extract again."""
     allow_truncated: bool = False
     workers: int = 2
@@ -59,7 +59,7 @@ class ExtractRequest:
     """none or bf16: the type that the network runs in."""
     channels_last: bool | None = None
     """Memory format; None means on CUDA."""
-    keep_bits: int = ALL_BITS
+    mantissa_bits: int = ALL_BITS
     """Bits of mantissa to keep of activations, gradients and features."""
     block_rows: int | None = None
     """Rows of a block of a new cache, a multiple of `batch_size`; None: about ten seconds of work, at most 512."""
@@ -81,7 +81,7 @@ class ExtractRequest:
         Raises:
             InputError: naming the option, the value and the limits.
         """
-        limits = {"batch-size": (self.batch_size, 1, 1 << 20), "keep-bits": (self.keep_bits, 1, ALL_BITS)}
+        limits = {"batch-size": (self.batch_size, 1, 1 << 20), "mantissa-bits": (self.mantissa_bits, 1, ALL_BITS)}
         limits |= {"shard-blocks": (self.blocks_per_object, 1, 1 << 16)}
         if self.block_rows is not None:
             limits |= {"block-rows": (self.block_rows, 1, 1 << 20)}
@@ -135,7 +135,7 @@ def make_header(
         layers=layers,
         classes=classes,
         features=features,
-        keep_bits=request.keep_bits,
+        mantissa_bits=request.mantissa_bits,
         shard_blocks=request.blocks_per_object,
     )
 

@@ -143,17 +143,17 @@ def covered_area(
     The sum over M − 1 bins is divided by M, the number of edges, as the authors do: full coverage is (M − 1) / M.
     """
     neurons, bins = counts.shape[0], counts.shape[1] + 1
-    filled = int(np.minimum(counts, saturation).sum(dtype=np.int64))
-    return filled / float(saturation * neurons * bins)
+    entry_sum = int(np.minimum(counts, saturation).sum(dtype=np.int64))
+    return entry_sum / float(saturation * neurons * bins)
 
 
 def layer_score(
-    filled: NDArray[np.int64],  # (samples,): Σ over neurons of min(count, saturation) at the sample's bins
+    entry_sum: NDArray[np.int64],  # (samples,): Σ over neurons of min(count, saturation) at the sample's bins
     neurons: int,
     saturation: int,
 ) -> NDArray[np.float64]:
     """Return the mean over neurons of the table at each sample's bins: Σ_i min(κ_i, r) / (r · neurons)."""
-    return filled / float(neurons * saturation)
+    return entry_sum / float(neurons * saturation)
 
 
 def combine_layers(

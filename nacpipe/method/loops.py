@@ -22,9 +22,9 @@ from numba.extending import intrinsic as untyped_intrinsic
 _intrinsic: Any = untyped_intrinsic
 _config: Any = untyped_config
 _tuple_of: Any = types.UniTuple
-LINE = 16  # float32 values in a cache line, compared at once
+CACHE_LINE = 16  # float32 values in a cache line, compared at once
 STRETCH = 32  # entries that are written at once
-FOUR = 4  # ranks that are read at once
+GROUP = 4  # ranks that are read at once
 
 
 class _Loop(CPUDispatcher):
@@ -77,9 +77,9 @@ def _count_below(_typing, row, start, border):  # type: ignore[no-untyped-def]
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         row, start, border = arguments
-        borders = _repeat(builder, border, LINE)
+        borders = _repeat(builder, border, CACHE_LINE)
         values = builder.load(_address(context, builder, signature.args[0], row, start, borders.type), align=4)
-        bits = builder.bitcast(builder.fcmp_ordered("<", values, borders), ir.IntType(LINE))
+        bits = builder.bitcast(builder.fcmp_ordered("<", values, borders), ir.IntType(CACHE_LINE))
         return builder.zext(builder.ctpop(bits), ir.IntType(64))
 
     return types.int64(row, types.int64, types.float32), generate
@@ -117,12 +117,12 @@ def _load_four(_typing, row, start):  # type: ignore[no-untyped-def]
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         row, start = arguments
         width = signature.args[0].dtype.bitwidth
-        one, four, wide = ir.IntType(width), ir.IntType(FOUR * width), ir.IntType(64)
+        one, four, wide = ir.IntType(width), ir.IntType(GROUP * width), ir.IntType(64)
         word = builder.load(_address(context, builder, signature.args[0], row, start, four), align=width // 8)
-        parts = [builder.trunc(builder.lshr(word, ir.Constant(four, width * j)), one) for j in range(FOUR)]
+        parts = [builder.trunc(builder.lshr(word, ir.Constant(four, width * j)), one) for j in range(GROUP)]
         return context.make_tuple(builder, signature.return_type, [builder.zext(part, wide) for part in parts])
 
-    return _tuple_of(types.int64, FOUR)(row, types.int64), generate
+    return _tuple_of(types.int64, GROUP)(row, types.int64), generate
 
 
 @_intrinsic
@@ -146,7 +146,7 @@ def _find_place(row, starts, border):  # type: ignore[no-untyped-def]
     """How many of a neuron's values are below a border: down the tree, one line per level."""
     place = 0
     for start in starts:  # a tuple: compiled for so many levels, with no loop left
-        place = place * LINE + _count_below(row, start + place * LINE, border)
+        place = place * CACHE_LINE + _count_below(row, start + place * CACHE_LINE, border)
     return place
 
 
@@ -175,45 +175,45 @@ def _fill_entries(entries, p, q, saturation):  # type: ignore[no-untyped-def]
 @_compiled(inline="always")
 def _find_lines(tree, upper, values, first, borders, lines):  # type: ignore[no-untyped-def]
     """Which line of its values each border is in, for four neurons; and have memory send these lines."""
-    for j in range(min(FOUR, tree.shape[0] - first)):
+    for j in range(min(GROUP, tree.shape[0] - first)):
         row = tree[first + j]
         for k in range(borders.size):
             line = _find_place(row, upper, borders[k])
             lines[j, k] = line
-            _prefetch(row, values + line * LINE)
+            _prefetch(row, values + line * CACHE_LINE)
 
 
 @_compiled(nogil=True)
-def add_entries(tree, upper, values, marks, ranks, borders, saturation, entries, total):  # type: ignore[no-untyped-def]
+def add_entries(tree, upper, values, train_bits, ranks, borders, saturation, entries, total):  # type: ignore[no-untyped-def]
     """total[s] += each neuron's min(count, saturation) at query s's bin."""
     p, q = np.empty(borders.size, np.int64), np.empty(borders.size, np.int64)
-    lines = np.empty((FOUR, borders.size), np.int64)
+    lines = np.empty((GROUP, borders.size), np.int64)
     a, b, c, d = entries[0], entries[1], entries[2], entries[3]
     _find_lines(tree, upper, values, 0, borders, lines)
     for four in range(ranks.shape[0]):
-        for j in range(FOUR):
-            neuron = FOUR * four + j
+        for j in range(GROUP):
+            neuron = GROUP * four + j
             if neuron < tree.shape[0]:
                 row = tree[neuron]
                 for k in range(borders.size):
                     line = lines[j, k]
-                    below = _count_below(row, values + line * LINE, borders[k])
-                    mark = np.int64(marks[neuron, line])
-                    p[k] = (mark >> LINE) + _count_bits(mark & ((1 << below) - 1))
-                    q[k] = line * LINE + below - p[k]
+                    below = _count_below(row, values + line * CACHE_LINE, borders[k])
+                    mark = np.int64(train_bits[neuron, line])
+                    p[k] = (mark >> CACHE_LINE) + _count_bits(mark & ((1 << below) - 1))
+                    q[k] = line * CACHE_LINE + below - p[k]
                 _fill_entries(entries[j], p, q, saturation)
             else:
                 entries[j] = 0
-        _find_lines(tree, upper, values, FOUR * (four + 1), borders, lines)  # they come while entries are added up
+        _find_lines(tree, upper, values, GROUP * (four + 1), borders, lines)  # they come while entries are added up
         row_of_ranks = ranks[four].ravel()
         for s in range(total.size):
-            in_a, in_b, in_c, in_d = _load_four(row_of_ranks, FOUR * s)
+            in_a, in_b, in_c, in_d = _load_four(row_of_ranks, GROUP * s)
             total[s] += np.int64(a[in_a]) + np.int64(b[in_b]) + np.int64(c[in_c]) + np.int64(d[in_d])
 
 
 @_compiled(nogil=True)
-def walk_rows(products, borders, counts, saturation, filled):  # type: ignore[no-untyped-def]
-    """filled[s] = the same for samples as they come: each product's bin by halving."""
+def walk_rows(products, borders, counts, saturation, entry_sum):  # type: ignore[no-untyped-def]
+    """entry_sum[s] = the same for samples as they come: each product's bin by halving."""
     rows, neurons = products.shape
     for s in range(rows):
         total = np.int64(0)
@@ -226,25 +226,25 @@ def walk_rows(products, borders, counts, saturation, filled):  # type: ignore[no
                 low += half * (borders[low + half] <= x)  # no branch: which way it goes cannot be foreseen
                 size -= half
             total += min(counts[neuron, low], saturation)
-        filled[s] = total
+        entry_sum[s] = total
 
 
 @_compiled(nogil=True)
-def merge(train, queries, ascending, marks):  # type: ignore[no-untyped-def]
+def merge(train, queries, ascending, train_bits):  # type: ignore[no-untyped-def]
     """Two ascending rows per neuron become one, and the marks say which came from where."""
     for neuron in range(train.shape[0]):
         counted = scored = 0
         for place in range(ascending.shape[1]):
-            line, bit = place // LINE, place % LINE
+            line, bit = place // CACHE_LINE, place % CACHE_LINE
             if bit == 0:
-                marks[neuron, line] = counted << LINE
+                train_bits[neuron, line] = counted << CACHE_LINE
             more = counted < train.shape[1]
             if more and (scored == queries.shape[1] or train[neuron, counted] <= queries[neuron, scored]):
                 ascending[neuron, place] = train[neuron, counted]
-                marks[neuron, line] |= 1 << bit
+                train_bits[neuron, line] |= 1 << bit
                 counted += 1
             else:
                 ascending[neuron, place] = queries[neuron, scored]
                 scored += 1
-        if ascending.shape[1] % LINE == 0:  # the last line holds nothing, and all are before it
-            marks[neuron, ascending.shape[1] // LINE] = counted << LINE
+        if ascending.shape[1] % CACHE_LINE == 0:  # the last line holds nothing, and all are before it
+            train_bits[neuron, ascending.shape[1] // CACHE_LINE] = counted << CACHE_LINE

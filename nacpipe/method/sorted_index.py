@@ -14,14 +14,14 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from nacpipe.method.loops import FOUR, LINE, merge
+from nacpipe.method.loops import CACHE_LINE, GROUP, merge
 
 PART = 1 << 18  # values in a part of an index that is looked at
 AT_ONCE = 16  # neurons that are sorted in one go: a cache line of each sample's products
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Columns:
+class SortedColumns:
     """Each neuron's values in ascending order, in lines, as a tree: an upper level holds the last of every line below.
 
         tree      │ 7 +∞ +∞ +∞ │ 2 3 5 7 │ 9 +∞ +∞ +∞ │ 0 0 1 2 │ 2 2 3 3 │ … │ 8 9 9 +∞ │     (with lines of four)
@@ -44,12 +44,12 @@ class Columns:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Index:
+class LayerIndex:
     """Training samples, which are counted, and queries, which are scored, in one order."""
 
-    columns: Columns
+    columns: SortedColumns
     """Of both together: one look at it says how many of either are below a border."""
-    marks: NDArray[np.uint32] | NDArray[np.uint64]
+    train_bits: NDArray[np.uint32] | NDArray[np.uint64]
     """(neurons, lines): the training samples before the line · 2¹⁶ + one bit for each of the line's that is one."""
     ranks: NDArray[np.uint16] | NDArray[np.uint32]
     """(fours, queries, 4): each query's place among its neuron's queries, four neurons side by side."""
@@ -67,8 +67,8 @@ class Index:
     @property
     def train_samples(self) -> int:
         """Samples that are counted."""
-        last = int(self.marks[0, -1])
-        return (last >> LINE) + (last & (1 << LINE) - 1).bit_count()
+        last = int(self.train_bits[0, -1])
+        return (last >> CACHE_LINE) + (last & (1 << CACHE_LINE) - 1).bit_count()
 
     @property
     def train(self) -> NDArray[np.float32]:
@@ -80,54 +80,54 @@ class Index:
         ascending = self.columns.ascending
         step = max(PART // max(ascending.shape[1], 1), 1)
         for start in range(0, self.neurons, step):
-            marks = self.marks[start : start + step].astype("<u2").view(np.uint8)
-            bits = np.unpackbits(marks, axis=1, bitorder="little")[:, : ascending.shape[1]].view(bool)
+            train_bits = self.train_bits[start : start + step].astype("<u2").view(np.uint8)
+            bits = np.unpackbits(train_bits, axis=1, bitorder="little")[:, : ascending.shape[1]].view(bool)
             yield ascending[start : start + step][bits].reshape(len(bits), self.train_samples)
 
 
-def sort_columns(products: NDArray[np.float32]) -> Columns:  # (samples, neurons)
+def sort_columns(products: NDArray[np.float32]) -> SortedColumns:  # (samples, neurons)
     """Return each neuron's products in ascending order."""
-    columns = _plant(*products.shape)
+    columns = _allocate(*products.shape)
     columns.ascending[:] = products.T
     columns.ascending.sort(axis=1)
-    return _grow(columns)
+    return _build_levels(columns)
 
 
 def index_columns(
     train: NDArray[np.float32],  # (samples, neurons)
     queries: NDArray[np.float32],  # (samples, neurons)
-) -> Index:
+) -> LayerIndex:
     """Return the index of a layer; finite input."""
     (n_train, neurons), n_query = train.shape, len(queries)
-    columns = _plant(n_train + n_query, neurons)
-    lines = (n_train + n_query) // LINE + 1
-    marks = np.zeros((neurons, lines), np.uint32 if n_train < 1 << 16 else np.uint64)
-    ranks = np.zeros((-(-neurons // FOUR), n_query, FOUR), np.uint16 if n_query <= 1 << 16 else np.uint32)
+    columns = _allocate(n_train + n_query, neurons)
+    lines = (n_train + n_query) // CACHE_LINE + 1
+    train_bits = np.zeros((neurons, lines), np.uint32 if n_train < 1 << 16 else np.uint64)
+    ranks = np.zeros((-(-neurons // GROUP), n_query, GROUP), np.uint16 if n_query <= 1 << 16 else np.uint32)
     everyone = np.arange(n_query, dtype=ranks.dtype)
     for start in range(0, neurons, AT_ONCE):
         some = slice(start, start + AT_ONCE)
         counted, scored = np.ascontiguousarray(train[:, some].T), np.ascontiguousarray(queries[:, some].T)
         counted.sort(axis=1)
         order = scored.argsort(axis=1)
-        merge(counted, np.take_along_axis(scored, order, axis=1), columns.ascending[some], marks[some])
+        merge(counted, np.take_along_axis(scored, order, axis=1), columns.ascending[some], train_bits[some])
         for neuron, places in enumerate(order, start):
-            ranks[neuron // FOUR, places, neuron % FOUR] = everyone
-    return Index(columns=_grow(columns), marks=marks, ranks=ranks)
+            ranks[neuron // GROUP, places, neuron % GROUP] = everyone
+    return LayerIndex(columns=_build_levels(columns), train_bits=train_bits, ranks=ranks)
 
 
-def _plant(samples: int, neurons: int) -> Columns:
+def _allocate(samples: int, neurons: int) -> SortedColumns:
     """A tree without values yet, +∞ everywhere."""
-    widths = [(samples // LINE + 1) * LINE]
-    while widths[0] > LINE or len(widths) == 1:  # there is a level above the values
-        widths.insert(0, -(-widths[0] // LINE**2) * LINE)
+    widths = [(samples // CACHE_LINE + 1) * CACHE_LINE]
+    while widths[0] > CACHE_LINE or len(widths) == 1:  # there is a level above the values
+        widths.insert(0, -(-widths[0] // CACHE_LINE**2) * CACHE_LINE)
     starts = tuple(accumulate(widths, initial=0))
-    return Columns(tree=np.full((neurons, starts[-1]), np.inf, np.float32), starts=starts[:-1], samples=samples)
+    return SortedColumns(tree=np.full((neurons, starts[-1]), np.inf, np.float32), starts=starts[:-1], samples=samples)
 
 
-def _grow(columns: Columns) -> Columns:
+def _build_levels(columns: SortedColumns) -> SortedColumns:
     """The same with its upper levels, the last of every line below."""
     tree, ends = columns.tree, (*columns.starts[1:], columns.tree.shape[1])
     for start, below, end in reversed(list(zip(columns.starts, ends, ends[1:], strict=False))):
-        last = tree[:, below + LINE - 1 : end : LINE]
+        last = tree[:, below + CACHE_LINE - 1 : end : CACHE_LINE]
         tree[:, start : start + last.shape[1]] = last
     return columns

@@ -121,7 +121,7 @@ def blank_network(
     return network if model.known else _try(network, benchmark)
 
 
-def wrap_network(module: nn.Module, images: Tensor) -> Network:
+def adopt_module(module: nn.Module, images: Tensor) -> Network:
     """Take a network in hand as one that is not in the table; images come prepared by whoever calls it.
 
     Call it, and what looks at the network then, with the network `frozen`.

@@ -97,7 +97,7 @@ def name_layers(layers: Layers) -> dict[str, str]:
     return dict(pairs)
 
 
-def measure_layers(network: Network, layers: Layers, pools: Pools = ()) -> Measured:
+def measure_layers(network: Network, layers: Layers, poolings: Pools = ()) -> Measured:
     """Choose the layers, then run one blank image and count their neurons.
 
     Args:
@@ -108,7 +108,7 @@ def measure_layers(network: Network, layers: Layers, pools: Pools = ()) -> Measu
     Raises:
         InputError: a layer or pooling is not known, does not fit the other, or has no gradient.
     """
-    draft, notes = _choose_layers(network, layers, pools)
+    draft, notes = _choose_layers(network, layers, poolings)
     model = network.model
     try:
         with Taps(network.module, draft, model.classifier, outputs=model.outputs) as taps:
@@ -177,7 +177,7 @@ def _width(module: nn.Module) -> int | None:
     return None
 
 
-def _choose_layers(network: Network, layers: Layers, pools: Pools) -> tuple[list[LayerSpec], tuple[str, ...]]:
+def _choose_layers(network: Network, layers: Layers, poolings: Pools) -> tuple[list[LayerSpec], tuple[str, ...]]:
     """Return the layers, their neurons not counted yet, and what to say aloud."""
     model = network.model
     wanted = name_layers(layers or model.default)
@@ -192,7 +192,7 @@ def _choose_layers(network: Network, layers: Layers, pools: Pools) -> tuple[list
                 + (f"{', '.join(model.layers)}, and the modules" if model.layers else "the modules")
                 + f" that this lists: {where}{hint(place, [*model.layers, *modules])}"
             )
-    chosen = _check_pools(list(wanted), pools)
+    chosen = _check_pools(list(wanted), poolings)
     table = {**{path: (path, pooling) for path, pooling in model.layers.values()}, **model.layers}
     seen = _watch(network) if any(place not in table for place in wanted.values()) else {}
     specs, notes = [], []
@@ -204,19 +204,19 @@ def _choose_layers(network: Network, layers: Layers, pools: Pools) -> tuple[list
             if name not in chosen:
                 notes.append(
                     f"layer {name}: its output {_by(shape[1:])} is pooled by {pooling}, which is a guess;"
-                    f" another with --pool {shlex.quote(f'{name}=KIND')}"
+                    f" another with --pooling {shlex.quote(f'{name}=KIND')}"
                 )
         specs.append(LayerSpec(name=name, path=path, pooling=chosen.get(name, pooling), neurons=0))
     return specs, tuple(notes)
 
 
-def _check_pools(names: Sequence[str], pools: Pools) -> dict[str, str]:
-    for name, pooling in pools:
+def _check_pools(names: Sequence[str], poolings: Pools) -> dict[str, str]:
+    for name, pooling in poolings:
         if name not in names:
             raise InputError(f"pool {name}={pooling}: the layers are {', '.join(names)}")
         if pooling not in POOLINGS:
             raise InputError(f"pool {name}={pooling}: known poolings are {', '.join(POOLINGS)}")
-    return dict(pools)
+    return dict(poolings)
 
 
 def _check_tappable(name: str, path: str, module: nn.Module, seen: dict[str, _Seen]) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ class Taps:
         layers: Sequence[LayerSpec],
         classifier: str | None,
         *,
-        direct: Set[str] = frozenset(),
+        penultimate: Set[str] = frozenset(),
         overwritten: Set[str] | None = None,
         outputs: str = "logits",
         autocast: torch.dtype | None = None,
@@ -100,7 +100,7 @@ class Taps:
         if classifier is not None:
             if classifier not in modules:
                 raise InputError(f"the network has no module {classifier!r} to be its classifier")
-            if {spec.name for spec in layers} <= direct:
+            if {spec.name for spec in layers} <= penultimate:
                 self._linear = modules[classifier]
         self._backward = bool(layers) and self._linear is None
         self._outputs: dict[str, Tensor] = {}
@@ -247,7 +247,9 @@ def clone_in_graph(kept: Tensor) -> Tensor:
         return kept.clone()
 
 
-def find_direct(network: nn.Module, layers: Sequence[LayerSpec], classifier: str | None, images: Tensor) -> Set[str]:
+def find_penultimate(
+    network: nn.Module, layers: Sequence[LayerSpec], classifier: str | None, images: Tensor
+) -> Set[str]:
     """Return the names of the layers that are the classifier's input themselves, as they are pooled.
 
     Told by trying: the pooled activation equals the input, and the closed form the gradient of a backward pass.
@@ -302,7 +304,7 @@ def freeze(network: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def apart(network: nn.Module, device: torch.device) -> Iterator[None]:
+def isolated(network: nn.Module, device: torch.device) -> Iterator[None]:
     """Use somebody's network as extraction uses its own: `frozen`, whatever inference mode or autocast the caller is
     in, and one thread after the other.
     """

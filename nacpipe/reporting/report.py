@@ -46,7 +46,7 @@ NAMES = {"fpr95": "FPR@95 ↓", "auroc": "AUROC ↑", "aupr_in": "AUPR-IN ↑", 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chapter:
+class CacheReport:
     """What a report says of one cache."""
 
     cache: Cache
@@ -58,7 +58,7 @@ class Chapter:
     past: PastStudy
 
 
-def read_chapter(cache: Cache, params: NacParams, run: ScoredCache, choice: str | None = None) -> Chapter:
+def read_cache_report(cache: Cache, params: NacParams, run: ScoredCache, choice: str | None = None) -> CacheReport:
     """Gather what a report says of a cache.
 
     Args:
@@ -72,7 +72,7 @@ def read_chapter(cache: Cache, params: NacParams, run: ScoredCache, choice: str 
     """
     coverage = fit_coverage(cache, params)
     checks = check_overfitting(cache, coverage)
-    return Chapter(
+    return CacheReport(
         cache=cache, run=run, params=params, coverage=coverage, checks=checks, past=find_study(cache, choice)
     )
 
@@ -100,7 +100,7 @@ def check_overfitting(cache: Cache, coverage: Coverage) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw_chapter(chapter: Chapter) -> dict[str, dict[str, Figure]]:
+def draw_cache_report(chapter: CacheReport) -> dict[str, dict[str, Figure]]:
     """Return title of a group → name of a picture, good as a file's → the picture."""
     run, found = chapter.run, chapter.past.explanation
     scores = {name: method.scores for name, method in run.methods.items()}
@@ -143,7 +143,7 @@ _CAPTIONS = {
 
 
 def render_report(
-    chapters: Sequence[Chapter],
+    chapters: Sequence[CacheReport],
     frame: pd.DataFrame,
     command: str,
     pictures: Sequence[Mapping[str, Mapping[str, Figure]]],
@@ -180,7 +180,7 @@ def render_report(
     return render_page(f"nacpipe: {title}", parts)
 
 
-def _summary(chapters: Sequence[Chapter], frame: pd.DataFrame) -> list[str]:
+def _summary(chapters: Sequence[CacheReport], frame: pd.DataFrame) -> list[str]:
     counts = chapters[0].run.rows
     accuracy = frame["accuracy"].iloc[0]
     told = f", which the network classifies with an accuracy of {_percent(accuracy)} %" if accuracy == accuracy else ""
@@ -199,7 +199,7 @@ def _summary(chapters: Sequence[Chapter], frame: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _overfitting(chapter: Chapter, named: bool) -> str:
+def _overfitting(chapter: CacheReport, named: bool) -> str:
     """What the overfitting check says, in words."""
     where = f" ({chapter.cache.path})" if named else ""
     found = dict(zip(chapter.checks["method"], chapter.checks["subtrain_auroc"], strict=True))
@@ -250,7 +250,7 @@ def _score_table(block: pd.DataFrame, group: str, metrics: Sequence[str]) -> str
     return table([group, *names], rows, frozenset(bold))
 
 
-def _search(chapter: Chapter) -> list[str]:
+def _search(chapter: CacheReport) -> list[str]:
     found: Explanation | None = chapter.past.explanation
     told = {} if found is None else found.layers.set_index("layer").to_dict("index")
     rows = []
@@ -273,7 +273,7 @@ def _search(chapter: Chapter) -> list[str]:
     return [*parts, table(heads, checks)]
 
 
-def _provenance(chapter: Chapter, level: int) -> list[str]:
+def _provenance(chapter: CacheReport, level: int) -> list[str]:
     summary, splits = summarise_cache(chapter.cache), summarise_splits(chapter.cache)
     facts: dict[str, Any] = {"cache": summary["path"], **summary["identity"], **summary["information"]}
     facts["parameters"] = chapter.past.source

@@ -7,12 +7,12 @@ from numpy.typing import NDArray
 
 from nacpipe.errors import ValuesError
 from nacpipe.method.coverage import Source
-from nacpipe.method.sorted_index import Index
+from nacpipe.method.sorted_index import LayerIndex
 
 FLAT, STEEP = 0.1, 30.0  # |alpha · product| at the 99th and 50th percentile of |product|
 
 
-def measure_alpha(layer: str, source: Source, index: Index) -> tuple[float, float]:
+def measure_alpha(layer: str, source: Source, index: LayerIndex) -> tuple[float, float]:
     """Return the least and the greatest alpha at which the training states of a layer differ from each other.
 
     At the least, |alpha · product| is FLAT at the 99th percentile of |product|; at the greatest, STEEP at the median.
@@ -27,7 +27,7 @@ def measure_alpha(layer: str, source: Source, index: Index) -> tuple[float, floa
     return FLAT / large, STEEP / median
 
 
-def _sizes(index: Index) -> NDArray[np.float32]:
+def _sizes(index: LayerIndex) -> NDArray[np.float32]:
     """|product| of all training samples and neurons where it is not 0, in no order, (values,)."""
     sizes = np.empty(index.neurons * index.train_samples, np.float32)
     filled = 0

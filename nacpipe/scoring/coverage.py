@@ -43,8 +43,8 @@ class FittedLayer:
 
     def score(self, products: NDArray[np.float32]) -> NDArray[np.float64]:  # (samples, neurons) → (samples,)
         """Return the mean over neurons of the table at each sample's bins."""
-        filled = fill_rows(products, self.borders, self.counts, self.params.saturation)
-        return layer_score(filled, self.counts.shape[0], self.params.saturation)
+        entry_sum = fill_rows(products, self.borders, self.counts, self.params.saturation)
+        return layer_score(entry_sum, self.counts.shape[0], self.params.saturation)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from nacpipe.method.coverage import (
     product_borders,
 )
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.method.sorted_index import Index, index_columns
+from nacpipe.method.sorted_index import LayerIndex, index_columns
 from nacpipe.scoring.states import (
     read_layer,
 )
@@ -27,14 +27,14 @@ from nacpipe.scoring.states import (
 REMEMBER_BYTES = 256 * 2**20  # of layer scores that a Scorer keeps
 
 
-IndexOf = Callable[[str, Source], Index]
+IndexOf = Callable[[str, Source], LayerIndex]
 """Layer and source → their index."""
 
 
 def index_from(cache: Cache, splits: Sequence[str]) -> IndexOf:
     """Return what reads and sorts a layer's columns: id/train is counted, `splits` are scored."""
 
-    def make(layer: str, source: Source) -> Index:
+    def make(layer: str, source: Source) -> LayerIndex:
         evaluated = read_layer([cache[name] for name in splits], layer, source)
         return index_columns(read_layer([cache["id/train"]], layer, source), evaluated)
 
@@ -77,8 +77,8 @@ class Scorer:
         new = [key for key in keys if key not in found]
         if new:
             asked = [self._ask(layer, params) for layer, params in new]
-            for key, (index, _, saturation), filled in zip(new, asked, fill_ranked(asked), strict=True):
-                found[key] = layer_score(filled, index.neurons, saturation)
+            for key, (index, _, saturation), entry_sum in zip(new, asked, fill_ranked(asked), strict=True):
+                found[key] = layer_score(entry_sum, index.neurons, saturation)
         for key in keys:
             self._remembered[key] = found[key]
             self._remembered.move_to_end(key)

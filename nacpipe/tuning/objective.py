@@ -4,8 +4,8 @@ The objective says which of the checks is searched for:
 
     auroc   AUROC of id/val against the OOD validation split; the default
     fpr95   its FPR@95; among equals (it moves in steps of 1/n) the higher AUROC
-    both    the two as a Pareto front; the default search climbs AUROC − FPR@95 / 4, in which both weigh about as much
-    soft    the score's correlation with "ID or OOD" plus half of Energy (weights.py): smooth, so it overfits less
+    pareto  the two as a Pareto front; the default search climbs AUROC − FPR@95 / 4, in which both weigh about as much
+    guided  the score's correlation with "ID or OOD" plus half of Energy (weights.py): smooth, so it overfits less
 """
 
 from __future__ import annotations
@@ -20,50 +20,50 @@ from nacpipe.method.metrics import auroc, fpr95
 from nacpipe.method.params import NacParams
 from nacpipe.scoring.trial_scorer import Scorer
 from nacpipe.tuning.space import with_weights
-from nacpipe.tuning.weights import fisher_weights, soft_target, target_weights
+from nacpipe.tuning.weights import fisher_weights, guided_target, target_weights
 
-Objective = Literal["auroc", "fpr95", "both", "soft"]
+Objective = Literal["auroc", "fpr95", "pareto", "guided"]
 DIRECTIONS: dict[Objective, list[Literal["minimize", "maximize"]]] = {
     "auroc": ["maximize"],
     "fpr95": ["minimize"],
-    "both": ["maximize", "minimize"],
-    "soft": ["maximize"],
+    "pareto": ["maximize", "minimize"],
+    "guided": ["maximize"],
 }
-SHOWN: dict[Objective, str] = {"auroc": "AUROC", "fpr95": "FPR@95", "both": "AUROC", "soft": "correlation"}
+SHOWN: dict[Objective, str] = {"auroc": "AUROC", "fpr95": "FPR@95", "pareto": "AUROC", "guided": "correlation"}
 """What the first of a trial's values is called where people look."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Checks:
+class ValidationMetrics:
     """What is measured of every trial, fractions."""
 
     val_auroc: float
     val_fpr95: float
     subtrain_auroc: float | None
     """id/val as ID against id/subtrain as if it were OOD; None where it is not finished."""
-    val_soft: float | None = None
-    """Correlation of the score with the soft target; None where it is not searched for."""
+    val_correlation: float | None = None
+    """Correlation of the score with the guided target; None where it is not searched for."""
 
     def values(self, objective: Objective) -> list[float]:
         """Return the trial's values, in the order of DIRECTIONS."""
         return {
             "auroc": [self.val_auroc],
             "fpr95": [self.val_fpr95],
-            "both": [self.val_auroc, self.val_fpr95],
-            "soft": [self.val_soft or 0.0],
+            "pareto": [self.val_auroc, self.val_fpr95],
+            "guided": [self.val_correlation or 0.0],
         }[objective]
 
-    def merit(self, objective: Objective) -> tuple[float, ...]:
+    def objective_key(self, objective: Objective) -> tuple[float, ...]:
         """Return what a climb compares; larger is better, and anything is larger than ()."""
         if objective == "auroc":
             return (self.val_auroc,)
-        if objective == "soft":
-            return (self.val_soft or 0.0,)
+        if objective == "guided":
+            return (self.val_correlation or 0.0,)
         return (-self.val_fpr95, self.val_auroc) if objective == "fpr95" else (self.val_auroc - self.val_fpr95 / 4,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Proposal:
+class Candidate:
     """What to try."""
 
     number: int
@@ -75,27 +75,27 @@ class Proposal:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TrialResult:
     """What came of it."""
 
     params: NacParams
-    checks: Checks
+    checks: ValidationMetrics
 
 
 class Evaluator:
     """Proposals → outcomes, from indexed states."""
 
     def __init__(self, scorer: Scorer, ood: str = "ood/val", energy: NDArray[np.float64] | None = None) -> None:
-        """Take id/val as ID and this split as OOD; with the samples' Energy, (samples,), search for the soft target."""
+        """Take id/val as ID and this split as OOD; with the samples' Energy, (samples,), aim at the guided target."""
         self.scorer = scorer
         self._ood = ood
         pair = (scorer.rows["id/val"], scorer.rows[ood])
-        self._target = None if energy is None else soft_target(energy[pair[0]], energy[pair[1]])
+        self._target = None if energy is None else guided_target(energy[pair[0]], energy[pair[1]])
 
-    def evaluate(self, proposal: Proposal) -> Outcome:
+    def evaluate(self, proposal: Candidate) -> TrialResult:
         """Score one combination, with weights in closed form where the proposal leaves them open."""
         params = self.weigh(proposal.params) if proposal.fit else proposal.params
-        return Outcome(params, self.measure(params))
+        return TrialResult(params, self.measure(params))
 
     def weigh(self, params: NacParams) -> NacParams:
         """Return the parameters with weights in closed form from id/val and the OOD split."""
@@ -107,23 +107,23 @@ class Evaluator:
             weights = target_weights(np.concatenate([id_scores, ood_scores], axis=1), self._target)
         return with_weights(params.layers, weights)
 
-    def measure(self, params: NacParams) -> Checks:
+    def measure(self, params: NacParams) -> ValidationMetrics:
         """Score the search's splits under these parameters."""
         used = {name: layer for name, layer in params.layers.items() if layer.weight > 0}
         return self.check(self.scorer.scores(NacParams(layers=used)))
 
-    def check(self, scores: NDArray[np.float64]) -> Checks:
+    def check(self, scores: NDArray[np.float64]) -> ValidationMetrics:
         """Return the checks of any score of the search's samples, (samples,) as `scorer.rows` has them."""
         split = {name: scores[rows] for name, rows in self.scorer.rows.items()}
         subtrain = split.get("id/subtrain")
-        return Checks(
+        return ValidationMetrics(
             val_auroc=auroc(split["id/val"], split[self._ood]),
             val_fpr95=fpr95(split["id/val"], split[self._ood]),
             subtrain_auroc=None if subtrain is None else auroc(split["id/val"], subtrain),
-            val_soft=self._soft(np.concatenate([split["id/val"], split[self._ood]])),
+            val_correlation=self._correlation(np.concatenate([split["id/val"], split[self._ood]])),
         )
 
-    def _soft(self, scores: NDArray[np.float64]) -> float | None:
+    def _correlation(self, scores: NDArray[np.float64]) -> float | None:
         if self._target is None:
             return None
         return float(np.corrcoef(scores, self._target)[0, 1]) if np.ptp(scores) > 0 else 0.0

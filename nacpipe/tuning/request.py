@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from nacpipe.files import beside_cache
 from nacpipe.method.params import NacParams
-from nacpipe.tuning.objective import Checks, Objective
+from nacpipe.tuning.objective import Objective, ValidationMetrics
 
 Sampler = Literal["layers", "tpe", "random", "grid", "nsga2", "cmaes"]
 DEFAULT_TRIALS = 2000
@@ -90,7 +90,7 @@ class SearchResult:
     """What a study has found so far."""
 
     params: NacParams
-    checks: Checks
+    checks: ValidationMetrics
     energy_subtrain: float | None
     """Energy's id/val-against-id/subtrain AUROC: how well the network itself knows its training data."""
     energy_val: float | None
@@ -127,5 +127,5 @@ class SearchResult:
             "seed": self.seed,
             "ended": self.ended,
             **({"front": self.front} if self.front is not None else {}),
-            **({"val_soft": self.checks.val_soft} if self.checks.val_soft is not None else {}),
+            **({"val_correlation": self.checks.val_correlation} if self.checks.val_correlation is not None else {}),
         }

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial
 
 from nacpipe.errors import StudyError
 from nacpipe.tuning.desk import Desk
-from nacpipe.tuning.objective import Outcome, Proposal
+from nacpipe.tuning.objective import Candidate, TrialResult
 from nacpipe.tuning.request import SearchResult
 from nacpipe.tuning.storage import cause, is_server
 from nacpipe.tuning.study import Search, session_seconds
@@ -148,7 +148,7 @@ class _Sweep:
             return "timeout"
         return "patience" if request.patience is not None and self._stale >= request.patience else ""
 
-    def _note(self, proposal: Proposal, outcome: Outcome) -> None:
+    def _note(self, proposal: Candidate, outcome: TrialResult) -> None:
         trial = to_trial(
             proposal,
             outcome,
@@ -171,9 +171,9 @@ class _Sweep:
         for trial in trials:
             number, checks = number_of(trial), trial_checks(trial)
             self._asker.tell(number, trial_params(trial, self._search.space), checks)
-            merit = checks.merit(self._objective)
-            better = merit > self.best
+            objective_key = checks.objective_key(self._objective)
+            better = objective_key > self.best
             if better:
-                self.best, self._value = merit, checks.values(self._objective)[0]
+                self.best, self._value = objective_key, checks.values(self._objective)[0]
             self._stale = 0 if better or number < self._asker.opening else self._stale + 1
             self._learnt += 1

@@ -15,7 +15,7 @@ from optuna.trial import Trial, TrialState
 
 from nacpipe.errors import InputError, MissingExtra
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.tuning.objective import DIRECTIONS, Checks, Objective, Proposal
+from nacpipe.tuning.objective import DIRECTIONS, Candidate, Objective, ValidationMetrics
 from nacpipe.tuning.request import Sampler
 from nacpipe.tuning.space import FIELDS, Choice, Dimension, Interval, LayerSpace, Space, fits_weights
 from nacpipe.tuning.strategy import Strategy
@@ -35,10 +35,10 @@ class Asker(Protocol):
     def opening(self) -> int:
         """Trials that do not count as without improvement."""
 
-    def ask(self, number: int) -> Proposal:
+    def ask(self, number: int) -> Candidate:
         """Return the parameters of trial `number`."""
 
-    def tell(self, number: int, params: NacParams, checks: Checks) -> None:
+    def tell(self, number: int, params: NacParams, checks: ValidationMetrics) -> None:
         """Learn from a completed trial."""
 
 
@@ -98,7 +98,7 @@ class Grid:
         while math.gcd(self._stride, self.size) > 1:
             self._stride += 2
 
-    def ask(self, number: int) -> Proposal:
+    def ask(self, number: int) -> Candidate:
         """Return combination `number`, below `size`."""
         place = (self._start + number * self._stride) % self.size
         found: dict[str, dict[str, Any]] = {name: {} for name in self._space}
@@ -106,9 +106,9 @@ class Grid:
             place, which = divmod(place, len(choice.values))
             found[name][field] = choice.values[which]
         params = NacParams(layers={name: LayerParams(**fields) for name, fields in found.items()})
-        return Proposal(number=number, phase="grid", params=params, fit=fits_weights(self._space))
+        return Candidate(number=number, phase="grid", params=params, fit=fits_weights(self._space))
 
-    def tell(self, number: int, params: NacParams, checks: Checks) -> None:
+    def tell(self, number: int, params: NacParams, checks: ValidationMetrics) -> None:
         """Learn nothing: what is tried next does not depend on it."""
 
 
@@ -129,8 +129,10 @@ class OptunaSampler:
             InputError: it cannot.
             MissingExtra: cmaes is not installed.
         """
-        if sampler == "cmaes" and objective == "both":
-            raise InputError("cmaes has one objective; search for auroc, fpr95 or soft, or take --sampler nsga2 or tpe")
+        if sampler == "cmaes" and objective == "pareto":
+            raise InputError(
+                "cmaes has one objective; search for auroc, fpr95 or guided, or take --sampler nsga2 or tpe"
+            )
         self._name, self._space, self._seed, self._objective = sampler, space, seed, objective
         self._distributions = {
             f"{name}.{field}": as_distribution(*dimensions)
@@ -143,16 +145,18 @@ class OptunaSampler:
         self._study = optuna.create_study(directions=DIRECTIONS[objective])
         self._asked: dict[int, Trial] = {}
 
-    def ask(self, number: int) -> Proposal:
+    def ask(self, number: int) -> Candidate:
         """Return the parameters of trial `number`."""
         if number not in self._asked:
             self._study.sampler = self._make(int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0]))
             self._asked[number] = self._study.ask(self._distributions)
         values = self._asked[number].params
         layers = {name: LayerParams(**_fields(name, layer, values)) for name, layer in self._space.items()}
-        return Proposal(number=number, phase=self._name, params=NacParams(layers=layers), fit=fits_weights(self._space))
+        return Candidate(
+            number=number, phase=self._name, params=NacParams(layers=layers), fit=fits_weights(self._space)
+        )
 
-    def tell(self, number: int, params: NacParams, checks: Checks) -> None:
+    def tell(self, number: int, params: NacParams, checks: ValidationMetrics) -> None:
         """Learn from a completed trial, this one's or another process's."""
         values = checks.values(self._objective)
         given = {name: getattr(params.layers[layer], field) for name, (layer, field) in self._names.items()}

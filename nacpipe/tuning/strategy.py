@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.tuning.objective import Checks, Objective, Proposal
+from nacpipe.tuning.objective import Candidate, Objective, ValidationMetrics
 from nacpipe.tuning.space import Space, fits_weights, with_weights
 
 SPREAD, REFINE, SETTLE, LOCAL = 12, 12, 20, 24
@@ -58,7 +58,7 @@ class Strategy:
     seed: int
     objective: Objective = "auroc"
     published: NacParams | None = None
-    merit: Merit = ()
+    objective_key: Merit = ()
     best: NacParams | None = None
     _part: tuple[int, Merit, LayerParams] | None = None
     """The first trial of the newest part that was told of, and the best in that part."""
@@ -89,28 +89,32 @@ class Strategy:
         name = names[turn % len(names)]
         return _Place(f"round {name}", name if step < SPREAD + SETTLE else "", step)
 
-    def ask(self, number: int) -> Proposal:
+    def ask(self, number: int) -> Candidate:
         """Return the parameters of trial `number`."""
         place, random = self.place(number), np.random.default_rng([self.seed, number])
         params, fit = self._propose(place, number, random)
-        return Proposal(number=number, phase=place.phase, params=params, fit=fit)
+        return Candidate(number=number, phase=place.phase, params=params, fit=fit)
 
-    def tell(self, number: int, params: NacParams, checks: Checks) -> None:
+    def tell(self, number: int, params: NacParams, checks: ValidationMetrics) -> None:
         """Learn from a completed trial."""
-        place, merit = self.place(number), checks.merit(self.objective)
-        improved = merit > self.merit
+        place, objective_key = self.place(number), checks.objective_key(self.objective)
+        improved = objective_key > self.objective_key
         if place.layer:
             start, found = number - place.step, params.layers[place.layer]
-            if self._part is None or start > self._part[0] or (start == self._part[0] and merit > self._part[1]):
-                self._part = (start, merit, found)
-            if place.phase.startswith("layer") and (
-                place.layer not in self._alone or merit > self._alone[place.layer][0]
+            if (
+                self._part is None
+                or start > self._part[0]
+                or (start == self._part[0] and objective_key > self._part[1])
             ):
-                self._alone[place.layer] = (merit, found)
+                self._part = (start, objective_key, found)
+            if place.phase.startswith("layer") and (
+                place.layer not in self._alone or objective_key > self._alone[place.layer][0]
+            ):
+                self._alone[place.layer] = (objective_key, found)
         elif place.phase.startswith("round") and self.best is not None:
             self._learn_step(_moved(params, self.best), improved)
         if improved:
-            self.merit, self.best = merit, params
+            self.objective_key, self.best = objective_key, params
         if place.phase.startswith("layer") and self.best is not None:
             # What weighs nothing changes no value: the best carries every layer's best alone into the rounds.
             layers = {n: p if p.weight else replace(self._held(n), weight=0.0) for n, p in self.best.layers.items()}

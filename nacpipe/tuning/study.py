@@ -27,7 +27,7 @@ from nacpipe.scoring.states import check_layers, has_logits, outputs_of
 from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
 from nacpipe.text import command_line, escape_bytes
 from nacpipe.tuning.desk import completed_trials
-from nacpipe.tuning.objective import DIRECTIONS, Checks, Evaluator
+from nacpipe.tuning.objective import DIRECTIONS, Evaluator, ValidationMetrics
 from nacpipe.tuning.request import DEFAULT_TRIALS, SearchRequest, SearchResult
 from nacpipe.tuning.samplers import LARGE_GRID, Asker, make_asker
 from nacpipe.tuning.space import Space, fits_weights, measure_space, to_json, with_weights
@@ -65,7 +65,7 @@ class Search:
         self.shared = SharedIndexes(make) if create and request.workers > 1 else None
         self.scorer = Scorer(self.shared or functools.cache(make), split_rows(self.cache, scored))
         self.energy = None
-        if request.objective == "soft":
+        if request.objective == "guided":
             if not has_logits(self.cache):
                 raise InputError(
                     f"{self.cache.path} holds {outputs_of(self.cache)}, not logits: without Energy, search for auroc"
@@ -136,7 +136,7 @@ class Search:
         """Return the study's completed trials, in the order of their numbers."""
         return [] if self.study is None else completed_trials(self.study)
 
-    def measure(self, params: NacParams) -> Checks:
+    def measure(self, params: NacParams) -> ValidationMetrics:
         """Score the search's splits under these parameters."""
         return self.evaluator.measure(params)
 
@@ -168,7 +168,7 @@ class Search:
             seconds=session_seconds(trials),
             seed=request.seed,
             ended=ended,
-            front=len(pareto_front(trials)) if request.objective == "both" else None,
+            front=len(pareto_front(trials)) if request.objective == "pareto" else None,
         )
 
     def alone(self, trials: Sequence[FrozenTrial]) -> dict[str, float]:
@@ -210,7 +210,7 @@ class Search:
             given += [f"--{option}", str(value)] if value != usual else []
         return command_line("search", asked.cache, *given)
 
-    def _energy(self) -> Checks | None:
+    def _energy(self) -> ValidationMetrics | None:
         """The same checks of Energy, where the network has logits."""
         if not has_logits(self.cache):
             return None

@@ -2,8 +2,8 @@
 
 params       layer.bins, layer.saturation, layer.alpha, layer.weight; layer.source and layer.edges where searched
 value        the objective; two where both are searched for
-user_attrs   number, phase, val_auroc, val_fpr95, subtrain_auroc, seconds (of all sessions until here); val_soft where
-             that is searched for
+user_attrs   number, phase, val_auroc, val_fpr95, subtrain_auroc, seconds (of all sessions until here); and
+             val_correlation where that is searched for
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial
 
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.tuning.objective import Checks, Objective, Outcome, Proposal
+from nacpipe.tuning.objective import Candidate, Objective, TrialResult, ValidationMetrics
 from nacpipe.tuning.space import FIELDS, Choice, Dimension, Interval, LayerSpace, Space
 
 ALWAYS = ("bins", "alpha", "saturation")
@@ -68,8 +68,8 @@ def flatten(params: NacParams, space: Space) -> dict[str, Any]:
 
 
 def to_trial(
-    proposal: Proposal,
-    outcome: Outcome,
+    proposal: Candidate,
+    outcome: TrialResult,
     begun: datetime.datetime,
     *,
     seconds: float,
@@ -90,7 +90,7 @@ def to_trial(
             "val_fpr95": checks.val_fpr95,
             "subtrain_auroc": checks.subtrain_auroc,
             "seconds": seconds,
-            **({} if checks.val_soft is None else {"val_soft": checks.val_soft}),
+            **({} if checks.val_correlation is None else {"val_correlation": checks.val_correlation}),
         },
     )
     trial.datetime_start, trial.datetime_complete = begun, datetime.datetime.now()
@@ -112,24 +112,24 @@ def trial_params(trial: FrozenTrial, space: Space) -> NacParams:
     return NacParams(layers=layers)
 
 
-def trial_checks(trial: FrozenTrial) -> Checks:
+def trial_checks(trial: FrozenTrial) -> ValidationMetrics:
     """Return what was measured of a trial."""
     measured = trial.user_attrs
-    return Checks(
+    return ValidationMetrics(
         val_auroc=measured["val_auroc"],
         val_fpr95=measured["val_fpr95"],
         subtrain_auroc=measured["subtrain_auroc"],
-        val_soft=measured.get("val_soft"),
+        val_correlation=measured.get("val_correlation"),
     )
 
 
 def best_trial(trials: Sequence[FrozenTrial], objective: Objective) -> FrozenTrial:
     """Return the trial with the largest merit, the first among equals; of a Pareto front the one nearest the ideal."""
-    if objective == "both":
+    if objective == "pareto":
         trials = pareto_front(trials)
         scale = _scale(trials)
         return min(trials, key=lambda trial: (_distance(trial_checks(trial), *scale), number_of(trial)))
-    return max(trials, key=lambda trial: (*trial_checks(trial).merit(objective), -number_of(trial)))
+    return max(trials, key=lambda trial: (*trial_checks(trial).objective_key(objective), -number_of(trial)))
 
 
 def pareto_front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -141,13 +141,13 @@ def pareto_front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return front
 
 
-def _scale(front: Sequence[FrozenTrial]) -> tuple[Checks, float, float]:
+def _scale(front: Sequence[FrozenTrial]) -> tuple[ValidationMetrics, float, float]:
     """The ideal point of a front (its best AUROC, its best FPR@95) and the front's extent in both."""
     first, last = trial_checks(front[0]), trial_checks(front[-1])
-    ideal = Checks(val_auroc=first.val_auroc, val_fpr95=last.val_fpr95, subtrain_auroc=None)
+    ideal = ValidationMetrics(val_auroc=first.val_auroc, val_fpr95=last.val_fpr95, subtrain_auroc=None)
     return ideal, (first.val_auroc - last.val_auroc) or 1.0, (first.val_fpr95 - last.val_fpr95) or 1.0
 
 
-def _distance(checks: Checks, ideal: Checks, auroc_extent: float, fpr95_extent: float) -> float:
+def _distance(checks: ValidationMetrics, ideal: ValidationMetrics, auroc_extent: float, fpr95_extent: float) -> float:
     away = (ideal.val_auroc - checks.val_auroc) / auroc_extent, (checks.val_fpr95 - ideal.val_fpr95) / fpr95_extent
     return away[0] ** 2 + away[1] ** 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-TEACHER = 0.5  # of Energy in the soft target, beside 1 of the labels
+TEACHER = 0.5  # of Energy in the guided target, beside 1 of the labels
 RIDGE = 0.01  # of a layer score's variance
 
 
@@ -24,7 +24,7 @@ def fisher_weights(
     return _solve(spread, gap)
 
 
-def soft_target(
+def guided_target(
     id_energy: NDArray[np.float64],  # (n,)
     ood_energy: NDArray[np.float64],  # (m,)
 ) -> NDArray[np.float64]:

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 
 from nacpipe.errors import InputError, StudyError
 from nacpipe.method.coverage import Source
-from nacpipe.method.sorted_index import Index
+from nacpipe.method.sorted_index import LayerIndex
 from nacpipe.method.threads import set_threads
 from nacpipe.scoring.trial_scorer import REMEMBER_BYTES, IndexOf, Scorer
-from nacpipe.tuning.objective import Evaluator, Outcome, Proposal
+from nacpipe.tuning.objective import Candidate, Evaluator, TrialResult
 
 LIVES = 3  # workers that one trial may cost
 PAGE = 4096
@@ -39,7 +39,7 @@ _COMMAND = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from nacpipe.tuning.workers import serve; serve()"
 )
 
-Answer = tuple[Proposal, Outcome]
+Answer = tuple[Candidate, TrialResult]
 
 
 class Pool(Protocol):
@@ -53,7 +53,7 @@ class Pool(Protocol):
     def busy(self) -> int:
         """How many are being tried."""
 
-    def submit(self, proposal: Proposal) -> None:
+    def submit(self, proposal: Candidate) -> None:
         """Take a proposal."""
 
     def collect(self) -> list[Answer]:
@@ -69,7 +69,7 @@ class Here:
     def __init__(self, evaluator: Evaluator) -> None:
         """Compute with this."""
         self._evaluator = evaluator
-        self._waiting: list[Proposal] = []
+        self._waiting: list[Candidate] = []
 
     @property
     def idle(self) -> int:
@@ -81,7 +81,7 @@ class Here:
         """None or one."""
         return len(self._waiting)
 
-    def submit(self, proposal: Proposal) -> None:
+    def submit(self, proposal: Candidate) -> None:
         """Take a proposal."""
         self._waiting.append(proposal)
 
@@ -113,11 +113,11 @@ class SharedIndexes:
         self._make = make
         self._file = tempfile.TemporaryFile(prefix="nacpipe-index-")  # noqa: SIM115  it lives as long as this
         weakref.finalize(self, self._file.close)
-        self._made: dict[tuple[str, Source], Index] = {}
-        self.places: dict[tuple[str, Source], Index] = {}
+        self._made: dict[tuple[str, Source], LayerIndex] = {}
+        self.places: dict[tuple[str, Source], LayerIndex] = {}
         """The indexes with a place where an array was."""
 
-    def __call__(self, layer: str, source: Source) -> Index:
+    def __call__(self, layer: str, source: Source) -> LayerIndex:
         key = layer, source
         if key not in self._made:
             made = self._make(layer, source)
@@ -144,14 +144,14 @@ class SharedIndexes:
         return _Place(offset, array.shape, array.dtype.str)
 
 
-def map_index(file: int, places: Index) -> Index:
+def map_index(file: int, places: LayerIndex) -> LayerIndex:
     """Return an index that lies in a file, mapped, not read."""
     whole = mmap.mmap(file, 0, access=mmap.ACCESS_COPY)  # nobody writes, so the pages stay shared
 
     def array(place: _Place) -> np.ndarray[Any, Any]:
         return np.ndarray(place.shape, place.dtype, whole, place.offset)
 
-    index: Index = _swap(places, _Place, array)
+    index: LayerIndex = _swap(places, _Place, array)
     return index
 
 
@@ -170,7 +170,7 @@ class _Worker:
 
     process: subprocess.Popen[bytes]
     pipe: Connection
-    proposal: Proposal | None = None
+    proposal: Candidate | None = None
 
 
 class Workers:
@@ -203,7 +203,7 @@ class Workers:
         """Workers at work."""
         return len(self._workers) - self.idle
 
-    def submit(self, proposal: Proposal) -> None:
+    def submit(self, proposal: Candidate) -> None:
         """Give a proposal to a worker at rest."""
         number = next(i for i, worker in enumerate(self._workers) if worker.proposal is None)
         self._give(number, proposal)
@@ -241,7 +241,7 @@ class Workers:
         ours.send(self._setup)
         return _Worker(process, ours)
 
-    def _give(self, number: int, proposal: Proposal) -> None:
+    def _give(self, number: int, proposal: Candidate) -> None:
         worker = self._workers[number]
         worker.proposal = proposal
         try:
@@ -292,7 +292,7 @@ def serve() -> None:
         try:
             proposal = pipe.recv()
             try:
-                answer: Outcome | Exception = evaluator.evaluate(proposal)
+                answer: TrialResult | Exception = evaluator.evaluate(proposal)
             except Exception as error:  # the parent raises it
                 answer = error
             pipe.send(answer)

@@ -89,7 +89,7 @@ def test_the_imagenets_are_openoods(name: str) -> None:
     folders = {split.name: split.folder for split in benchmark.splits}
     assert folders.pop("ood/far/textures") == "images_classic"
     assert set(folders.values()) == {"images_largescale"}
-    assert [split.name for split in benchmark.splits if split.untouched] == ["csid/imagenet_c"]
+    assert [split.name for split in benchmark.splits if split.pre_resized] == ["csid/imagenet_c"]
     assert [s.name for s in benchmark.splits if not s.optional] == ["id/train", "id/val", "id/test", "ood/val"]
     assert benchmark.split("id/train").fallback == f"train_{name}.txt"
     assert (benchmark.classes, benchmark.lists) == (classes, f"benchmark_imglist/{name}")

@@ -39,7 +39,7 @@ folder = "svhn"
 download = true
 [csid.blurred]
 folders = "blurred"
-untouched = true
+pre_resized = true
 [ood.val]
 folders = "."
 [ood.near.foo-1]
@@ -76,7 +76,7 @@ def test_a_file_becomes_a_benchmark(tmp_path: Path) -> None:
                 download=True,
                 arguments={"split": "test"},
             ),
-            Split(name="csid/blurred", source="blurred", kind="folders", optional=True, untouched=True),
+            Split(name="csid/blurred", source="blurred", kind="folders", optional=True, pre_resized=True),
             Split(name="ood/val", source=".", kind="folders"),
             Split(
                 name="ood/near/foo-1",
@@ -176,7 +176,7 @@ WRONG = {  # what stands in the file instead → the complaint
     ("download = true", 'loader = "x"'): "id.test.loader: cannot be given",
     ("download = true", "when = 1979-05-27"): "id.test.when: is datetime.date(1979, 5, 27); it must be a number, text",
     ("download = true", "deep = [[1]]"): "id.test.deep: is [[1]]; it must be a number, text, true or false, or a list",
-    ("untouched = true", 'untouched = "yes"'): "csid.blurred.untouched: is 'yes'; it must be true or false",
+    ("pre_resized = true", 'pre_resized = "yes"'): "csid.blurred.pre_resized: is 'yes'; it must be true or false",
     ("[csid.blurred]", "[csid]\nblurred = 3\n[x]"): "csid.blurred: is 3; it must be a table",
 }
 

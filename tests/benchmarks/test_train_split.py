@@ -54,10 +54,10 @@ def test_the_two_lists_are_the_train_list(lists: Path, tmp_path: Path) -> None:
 def test_lists_that_are_there_are_kept_unless_forced(lists: Path, tmp_path: Path) -> None:
     split = plan_split(CIFAR10, tmp_path, 2, seed=1)
     (lists / "main_train_cifar10.txt").write_text("mine.png 0\n")
-    with pytest.raises(InputError, match=r"^\S*/main_train_cifar10\.txt is there already; --force writes anew"):
+    with pytest.raises(InputError, match=r"^\S*/main_train_cifar10\.txt is there already; --redo writes anew"):
         write_split(split)
     assert not (lists / "sub_train_cifar10.txt").exists()
-    write_split(split, force=True)
+    write_split(split, redo=True)
     assert (lists / "main_train_cifar10.txt").read_text() == MAIN
     with pytest.raises(InputError, match=r"main_train_cifar10\.txt and \S*/sub_train_cifar10\.txt are there already"):
         write_split(split)

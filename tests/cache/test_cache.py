@@ -179,7 +179,7 @@ def test_blocks_of_another_form_are_refused_unmarked(tmp_path: Path, change: Arr
 
 def test_other_numbers_of_rows_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "c.zarr", draw(), seal=False)
-    with pytest.raises(CacheError, match=r"c\.zarr: id/val has 40 rows, not 41; drop it first with --force id/val$"):
+    with pytest.raises(CacheError, match=r"c\.zarr: id/val has 40 rows, not 41; drop it first with --redo id/val$"):
         CacheWriter(tmp_path / "c.zarr", HEADER).prepare("id/val", 41, IMAGES)
 
 

@@ -177,7 +177,7 @@ def test_a_split_that_was_begun_with_other_images_is_not_gone_on_with(tmp_path: 
     path = tmp_path / "c.zarr"
     header = build(path).header
     cut_after_the_seal(path / "id/val")
-    with pytest.raises(CacheError, match=r"id/val has \{.*\} images, not \{.*\}; drop it first with --force id/val"):
+    with pytest.raises(CacheError, match=r"id/val has \{.*\} images, not \{.*\}; drop it first with --redo id/val"):
         CacheWriter(path, header).prepare("id/val", 40, IMAGES)
 
 

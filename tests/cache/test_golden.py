@@ -53,7 +53,7 @@ def test_every_value_is_what_was_written(golden: Cache) -> None:
     form = Path(golden.path).stem
     assert {name: split.rows for name, split in golden.items()} == ROWS
     assert list(golden) == list(ROWS)
-    assert (golden.header.shard_blocks, golden.header.keep_bits) == (2 if form == "sharded" else 1,
+    assert (golden.header.shard_blocks, golden.header.mantissa_bits) == (2 if form == "sharded" else 1,
                                                                      7 if form == "keep_bits" else 23)  # fmt: skip
     assert golden.header.information["command"] == "nacpipe extract digits --cache golden.zarr"
     assert golden.command() == f"nacpipe extract digits --cache {golden.path}"  # where it is now

@@ -107,7 +107,7 @@ def test_neighbouring_bars_are_averaged() -> None:
 
 @pytest.mark.parametrize("name", ["x.svg", "x.png"])
 def test_a_plot(cache: str, place: Path, tmp_path: Path, name: str) -> None:
-    for more in (["--alpha", "2"], ["--against", f"{place}/d.zarr"]):
+    for more in (["--alpha", "2"], ["--compare", f"{place}/d.zarr"]):
         done = nacpipe(cache, "id/val", "avgpool", *more, "--plot", str(tmp_path / name))
         assert done.exit_code == 0, done.stderr
         assert f"wrote {tmp_path / name}\n" in done.stderr
@@ -120,11 +120,11 @@ def test_a_plot(cache: str, place: Path, tmp_path: Path, name: str) -> None:
 
 def test_two_caches(cache: str, place: Path) -> None:
     other = f"{place}/d.zarr"
-    found = json.loads(nacpipe(cache, "id/val", "--against", other, "--json").stdout)
+    found = json.loads(nacpipe(cache, "id/val", "--compare", other, "--json").stdout)
     expected = compare_splits(open_cache(cache), open_cache(other), "id/val")
     assert found == {"agree": expected.attrs["agree"], "layers": plain(expected.to_dict("records"))}
     assert [row["layer"] for row in found["layers"]] == ["avgpool", "layer1"]
-    printed = nacpipe(cache, "id/val", "layer1", "--against", other).stdout
+    printed = nacpipe(cache, "id/val", "layer1", "--compare", other).stdout
     assert re.search(rf"^layer1 .* {found['layers'][1]['alike']:.4g}$", printed, re.MULTILINE)
     assert "avgpool" not in printed
     assert f"same class for {100 * found['agree']:.1f} % of the images" in printed
@@ -190,8 +190,8 @@ def test_a_mosaic(cache: str, place: Path, tmp_path: Path) -> None:
         (["id/val", "avgpool", "--plot", "x.pdf"], 1, "x.pdf: a mosaic is written as .png, a plot as .png or .svg"),
         (["id/val", "--mosaic", "x.svg"], 1, "x.svg: a mosaic is written as .png"),
         (["id/val", "--rows", "3", "--alpha", "1"], 2, "--params, not --alpha"),
-        (["id/val", "--against", "d.zarr", "--rows", "3"], 2, "leave out --rows"),
-        (["id/val", "--against", "nosuch.zarr"], 1, "there is no cache at nosuch.zarr"),
+        (["id/val", "--compare", "d.zarr", "--rows", "3"], 2, "leave out --rows"),
+        (["id/val", "--compare", "nosuch.zarr"], 1, "there is no cache at nosuch.zarr"),
         (["id/val", "layer9", "--rows", "3"], 1, "the parameter file has no parameters for layer 'layer9'"),
     ],
 )
@@ -205,5 +205,5 @@ def test_refusals(cache: str, args: list[str], code: int, said: str) -> None:
 def test_the_networks_output_is_a_layer_too(place: Path) -> None:
     done = nacpipe(f"{place}/c.zarr", "id/val", "logits", "--json")
     assert done.exit_code == 0, done.stderr
-    done = nacpipe(f"{place}/c.zarr", "id/val", "logits", "--against", f"{place}/d.zarr")
+    done = nacpipe(f"{place}/c.zarr", "id/val", "logits", "--compare", f"{place}/d.zarr")
     assert (done.exit_code, "leave out LAYER logits" in done.stderr) == (2, True)

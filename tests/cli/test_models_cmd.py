@@ -1,4 +1,4 @@
-"""`nacpipe models` and `nacpipe layers`, and --pool."""
+"""`nacpipe models` and `nacpipe layers`, and --pooling."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def test_layers_on_another_benchmark(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["mix", "=none", "mix="])
 def test_a_pool_without_a_layer_or_a_kind_is_wrong_usage(value: str) -> None:
-    result = nacpipe("extract", "digits", "--pool", value)
+    result = nacpipe("extract", "digits", "--pooling", value)
     assert result.exit_code == 2
     assert f"'{value}' is not LAYER=KIND, such as layer3=sum-nchw" in result.stderr
 
 
 def test_pools_are_checked_before_anything_is_written(tmp_path: Path) -> None:
-    result = nacpipe("extract", "digits", "--cache", str(tmp_path / "c.zarr"), "--pool", "layer1=mean")
+    result = nacpipe("extract", "digits", "--cache", str(tmp_path / "c.zarr"), "--pooling", "layer1=mean")
     assert result.exit_code == 1
     assert result.stderr.startswith("nacpipe: pool layer1=mean: known poolings are sum-nchw, ")
     assert not (tmp_path / "c.zarr").exists()

@@ -132,9 +132,9 @@ def test_another_root_and_a_missing_set(place: Path) -> None:
     assert {split["split"]: split["rows"] for split in plan["splits"]} == ROWS
 
 
-def test_untouched_images_keep_their_size(place: Path) -> None:
+def test_pre_resized_images_keep_their_size(place: Path) -> None:
     path = place / "shapes.toml"
-    path.write_text(path.read_text().replace('folders = "blurred"', 'folders = "blurred"\nuntouched = true'))
+    path.write_text(path.read_text().replace('folders = "blurred"', 'folders = "blurred"\npre_resized = true'))
     rng = np.random.RandomState(1)
     pixels = rng.randint(0, 256, (8, 40, 48, 3), np.uint8)
     for image, file in zip(pixels, sorted((place / "pictures/blurred").rglob("*.png")), strict=True):
@@ -149,7 +149,7 @@ def test_untouched_images_keep_their_size(place: Path) -> None:
         expected = network(images).numpy()
     split = open_cache("cache/shapes-resnet20.zarr")["csid/blurred"]
     np.testing.assert_allclose(np.asarray(split.logits), expected, rtol=1e-4, atol=1e-5)
-    path.write_text(path.read_text().replace("untouched = true", ""))
+    path.write_text(path.read_text().replace("pre_resized = true", ""))
     refused = CliRunner().invoke(main, [*extract, "--splits", "csid/blurred"])
     assert "csid/blurred was made from other images: untouched: stored true, now nothing" in refused.stderr
 
@@ -161,7 +161,7 @@ def test_your_own_network_on_your_own_benchmark(place: Path) -> None:
         "    start = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]\n"
         "    return nn.Sequential(*start, nn.Linear(6, 3))\n"
     )
-    options = ["--model", "mine.py:network", "--layers", "0,2", "--pool", "2=sum-nchw", "--cache", "mine.zarr"]
+    options = ["--model", "mine.py:network", "--layers", "0,2", "--pooling", "2=sum-nchw", "--cache", "mine.zarr"]
     options += ["--device", "cpu"]
     extracted = nacpipe("extract", "shapes.toml", *options)
     assert "sum-nchw" in extracted.stderr

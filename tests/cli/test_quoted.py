@@ -117,11 +117,11 @@ def test_a_writer_names_what_to_do(cache: str, small_cache: Cache) -> None:
     writer = CacheWriter(cache, small_cache.header)
     with pytest.raises(CacheError) as raised:
         writer.prepare("id/val", 41, {"list": "x"})
-    assert str(raised.value).endswith("drop it first with --force id/val")
+    assert str(raised.value).endswith("drop it first with --redo id/val")
     writer.prepare("ood/near/a b", 20, {"list": "x"})
     with pytest.raises(CacheError) as raised:
         writer.prepare("ood/near/a b", 21, {"list": "x"})
-    assert str(raised.value).endswith("drop it first with --force 'ood/near/a b'")
+    assert str(raised.value).endswith("drop it first with --redo 'ood/near/a b'")
     shutil.rmtree(Path(cache, "id/val/logits/c"))
     with pytest.raises(CacheError) as raised:
         writer.seal("id/val")

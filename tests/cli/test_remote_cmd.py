@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from nacpipe.cache import Cache, open_cache, store
+from nacpipe.cache import Cache, address, open_cache
 from nacpipe.cli import main
 from nacpipe.scoring.params_file import read_params
 from tests.alike import assert_alike
@@ -36,7 +36,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
         Proxy(url, share=0.1) as proxy,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(store, "PAUSE", 0.01)
+        patch.setattr("nacpipe.cache.store.PAUSE", 0.01)
         proxy.slow = 0.05
         for name, value in variables(proxy.url).items():
             patch.setenv(name, value)

@@ -356,7 +356,7 @@ def test_files_take_names_that_are_no_utf8(
         assert shown("utf-8", "evaluate", *caches, "--scores", file).exit_code == 0
     assert set(pd.read_parquet(scores[1])["cache"]) == {f"{escaped}/1.zarr", f"{escaped}/2.zarr"}
     plot = str(tmp_path / "x.svg")
-    done = shown("utf-8", "inspect", caches[0], "id/val", "avgpool", "--against", caches[1], "--plot", plot)
+    done = shown("utf-8", "inspect", caches[0], "id/val", "avgpool", "--compare", caches[1], "--plot", plot)
     assert done.exit_code == 0
     assert shown("utf-8", "rank", *caches).exit_code == 0
 

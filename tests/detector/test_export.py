@@ -50,7 +50,7 @@ def test_what_was_exported_is_read(small_cache: Cache, tmp_path: Path) -> None:
         assert one.counts.dtype == np.int32
         np.testing.assert_array_equal(one.counts, other.counts)
         np.testing.assert_array_equal(one.borders, other.borders)
-    assert (found.classes, found.outputs, found.train_rows, found.keep, found.keep_bits) == (3, 3, 60, 0.9, 23)
+    assert (found.classes, found.outputs, found.train_rows, found.keep, found.mantissa_bits) == (3, 3, 60, 0.9, 23)
     assert found.identity["weights"] == small_cache.header.identity["weights"]
     assert found.identity["splits"] == {name: dict(small_cache[name].images) for name in ("id/train", "id/val")}
     assert found.transform.mean == (0.5,)

@@ -144,7 +144,7 @@ def vit(root: Path, place: Path) -> Case:
         cache=place / "vit.zarr",
         data_root=root,
         layers=layers,
-        pools=(("encoder.ln", "class-token"),),
+        poolings=(("encoder.ln", "class-token"),),
         train_images=40,
         device="cpu",
         splits=SPLITS,
@@ -328,12 +328,12 @@ def test_layers_that_feed_the_classifier_need_no_backward_pass(digits: Case, mon
 
 def test_rounded_caches_are_scored_with_rounded_states(place: Path) -> None:
     request = ExtractRequest(
-        benchmark="digits", model="digits_cnn", cache=place / "k.zarr", device="cpu", splits=SPLITS, keep_bits=6
+        benchmark="digits", model="digits_cnn", cache=place / "k.zarr", device="cpu", splits=SPLITS, mantissa_bits=6
     )
     case = make_case(request, place / "k.safetensors")
     images, expected = case.images("id/val"), case.cached("id/val")
     np.testing.assert_array_equal(run(load_detector(case.file, case.network()), images, 128), expected)
-    unrounded = attach(replace(case.exported, keep_bits=23), case.network())
+    unrounded = attach(replace(case.exported, mantissa_bits=23), case.network())
     assert (run(unrounded, images, 128) != expected).any()
 
 

@@ -99,7 +99,7 @@ def test_energy_is_no_yardstick(caches: Mapping[str, Cache], tmp_path: Path, out
     assert (result["energy_val_auroc"], result["overfits"]) == (None, False)
     assert list(check_overfitting(cache, fit_coverage(cache, PARAMS))["method"]) == ["NAC"]
     with pytest.raises(InputError, match=rf"holds {outputs}, not logits: without Energy, search for auroc$"):
-        Search(SearchRequest(cache=cache.path, objective="soft", storage="x.log", output=tmp_path / "q.json"))
+        Search(SearchRequest(cache=cache.path, objective="guided", storage="x.log", output=tmp_path / "q.json"))
     write_params(tmp_path / "mine.json", PARAMS)
     done = CliRunner().invoke(main, ["evaluate", cache.path, "--params", str(tmp_path / "mine.json")])
     assert done.stderr == f"MaxLogit, Energy are left empty: {why_no_logits(outputs)}\n"

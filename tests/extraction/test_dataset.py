@@ -208,26 +208,26 @@ def test_transform_by_hand() -> None:
     assert torch.equal(transform(Image.fromarray(pixels).convert("RGBA")), found)
 
 
-def test_untouched_images_are_only_normalised(tmp_path: Path) -> None:
+def test_pre_resized_images_are_only_normalised(tmp_path: Path) -> None:
     image = picture(3, (48, 80))
     expected = vision.normalize(vision.to_tensor(image), [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
-    transform = build_transform(CIFAR10.transform, untouched=True)
+    transform = build_transform(CIFAR10.transform, pre_resized=True)
     assert torch.equal(transform(image), expected)
     write_image(tmp_path, "a.png", picture(0, (32, 40)))
     write_image(tmp_path, "b.png", picture(1, (32, 41)))
     write_list(tmp_path, "val_cifar10.txt", "a.png 0\nb.png 0\n")
     batches = load_batches(open_val(tmp_path), [range(1), range(2)], transform, 0)
     assert next(batches).shape == (1, 3, 40, 32)
-    with pytest.raises(ImageError, match=r"^id/val is untouched, but its images differ in size: 32×40, 32×41$"):
+    with pytest.raises(ImageError, match=r"^id/val is pre_resized, but its images differ in size: 32×40, 32×41$"):
         next(batches)
 
 
-def test_being_untouched_is_part_of_the_identity(tmp_path: Path) -> None:
+def test_being_pre_resized_is_part_of_the_identity(tmp_path: Path) -> None:
     write_list(tmp_path, "val_cifar10.txt", "a.png 4\n")
-    split = replace(CIFAR10.split("id/val"), untouched=True)
+    split = replace(CIFAR10.split("id/val"), pre_resized=True)
     images = open_images(CIFAR10, split, tmp_path, train_images=1, train_seed=1)
     assert images is not None
-    assert images.untouched
+    assert images.pre_resized
     assert images.identity() == {**open_val(tmp_path).identity(), "untouched": True}
 
 

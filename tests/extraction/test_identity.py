@@ -217,7 +217,7 @@ def as_made_elsewhere(cache: Cache, path: Path, change: Callable[[dict[str, Any]
         ),
         (
             {"device": "cpu", "tf32": False, "memory_format": "channels_last"},
-            {"keep_bits": 9},
+            {"mantissa_bits": 9},
             r"arithmetic\.memory_format: stored channels_last, now contiguous; keep_bits: stored 23, now 9\. Give"
             r" another --cache, or --channels-last, the same options$",
         ),
@@ -236,7 +236,7 @@ def test_another_arithmetic_is_refused(
     request = replace(request_, **more)
     with pytest.raises(IdentityError, match=rf"c\.zarr was made from something else: {message}"):
         plan_extraction(request)
-    if "keep_bits" not in more:  # a look needs no device
+    if "mantissa_bits" not in more:  # a look needs no device
         assert plan_extraction(request, dry=True).exists
         assert plan_extraction(replace(request, device="cuda:99"), dry=True).exists
 

@@ -189,7 +189,7 @@ def test_extraction_sees_the_scaled_values(
 ) -> None:
     content, expected = KNOWN[kind]
     images = opened(split_of(place, tmp_path, content, monkeypatch), tmp_path)
-    (batch,) = load_batches(images, [range(1)], build_transform(AS_THEY_ARE, untouched=True), 2)
+    (batch,) = load_batches(images, [range(1)], build_transform(AS_THEY_ARE, pre_resized=True), 2)
     assert batch.round().int()[0].flatten(1).tolist() == [expected] * 3
 
 
@@ -207,7 +207,7 @@ def test_extraction_refuses_the_others_by_name(
         "class": "number 0 of torchvision's FakeData",
     }.get(place, file)
     with pytest.raises(ImageError, match=f"^image cannot be read: {where}: its values are {reason}; save it with 8"):
-        next(load_batches(images, [range(1)], build_transform(AS_THEY_ARE, untouched=True), 2))
+        next(load_batches(images, [range(1)], build_transform(AS_THEY_ARE, pre_resized=True), 2))
 
 
 def mean_as_score(images: torch.Tensor) -> SimpleNamespace:

@@ -16,7 +16,7 @@ from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
 from nacpipe.networks.architectures.resnets import CifarResNet
 from nacpipe.networks.batch_runner import BatchRunner
-from nacpipe.networks.taps import Tapped, Taps, find_direct, freeze
+from nacpipe.networks.taps import Tapped, Taps, find_penultimate, freeze
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,13 +34,13 @@ def test_a_layer_that_feeds_the_classifier_needs_no_backward_pass() -> None:
     torch.manual_seed(0)
     network, images = freeze(CifarResNet(3, 10)).double(), torch.randn(5, 3, 32, 32, dtype=torch.float64)
     both = [spec("avgpool"), spec("layer3")]
-    assert find_direct(network, both, "fc", images) == {"avgpool"}
-    assert find_direct(network, both, None, images) == frozenset()
+    assert find_penultimate(network, both, "fc", images) == {"avgpool"}
+    assert find_penultimate(network, both, None, images) == frozenset()
     with Taps(network, both[:1], "fc") as taps:
         backward = taps(images)
     recorded: list[bool] = []
     network.get_submodule("fc").register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0].requires_grad))
-    with Taps(network, both[:1], "fc", direct={"avgpool"}) as taps:
+    with Taps(network, both[:1], "fc", penultimate={"avgpool"}) as taps:
         closed = taps(images)
     assert recorded == [False]
     torch.testing.assert_close(closed.gradient["avgpool"], backward.gradient["avgpool"], rtol=1e-12, atol=1e-15)
@@ -79,7 +79,7 @@ def test_one_image_that_does_not_fit_is_an_error() -> None:
 
 def test_fewer_bits_are_rounded_states_and_exact_logits(request_: ExtractRequest) -> None:
     whole = make(request_)
-    rounded = make(replace(request_, cache=request_.cache.with_name("rounded.zarr"), keep_bits=10))
+    rounded = make(replace(request_, cache=request_.cache.with_name("rounded.zarr"), mantissa_bits=10))
     for path in whole.header.arrays():
         exact, kept = whole["id/val"].read(path), rounded["id/val"].read(path)
         if "/" not in path and path != "features":
@@ -89,7 +89,7 @@ def test_fewer_bits_are_rounded_states_and_exact_logits(request_: ExtractRequest
         np.testing.assert_allclose(kept, exact, rtol=2.0**-11, atol=0)
         assert ((kept == 0) == (exact == 0)).all()
     with pytest.raises(IdentityError, match="keep_bits: stored 23, now 10"):
-        plan_extraction(replace(request_, keep_bits=10))
+        plan_extraction(replace(request_, mantissa_bits=10))
 
 
 @pytest.mark.parametrize("dies", [False, True])
@@ -126,7 +126,7 @@ def test_half_precision_is_near_and_another_identity(request_: ExtractRequest) -
     ("change", "message"),
     [
         ({"autocast": "fp16"}, r"autocast is 'fp16'; known: none, bf16 \(in float16 most gradients would be 0\)"),
-        ({"keep_bits": 0}, "keep-bits is 0; it must lie between 1 and 23"),
+        ({"mantissa_bits": 0}, "mantissa-bits is 0; it must lie between 1 and 23"),
         ({"shard_blocks": 0}, "shard-blocks is 0; it must lie between 1 and"),
     ],
 )

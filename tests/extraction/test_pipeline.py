@@ -83,7 +83,7 @@ def test_another_batch_size_later_never_crosses_a_block(
     finished: Cache, request_: ExtractRequest, batch_size: int
 ) -> None:
     """Blocks stay those of 16 rows that the cache was made with; a batch is at most one of them."""
-    there = replace(request_, cache=Path(finished.path), batch_size=batch_size, block_rows=None, force=("id/val",))
+    there = replace(request_, cache=Path(finished.path), batch_size=batch_size, block_rows=None, redo=("id/val",))
     plan = plan_extraction(there)
     assert (plan.header.block_rows, plan.blocks_are_open) == (16, False)
     val = next(split for split in plan.splits if split.images.name == "id/val")
@@ -113,7 +113,7 @@ def test_plan_of_chosen_and_forced_splits(finished: Cache, request_: ExtractRequ
     there = replace(request_, cache=Path(finished.path))
     assert states(plan_extraction(there)) == dict.fromkeys(ROWS, "done")
     assert plan_extraction(there).todo_rows(Ranks()) == 0
-    plan = plan_extraction(replace(there, splits=("id/val",), force=("ood/val",)))
+    plan = plan_extraction(replace(there, splits=("id/val",), redo=("ood/val",)))
     assert states(plan) == {"id/val": "done", "ood/val": "again"}
     assert plan.todo_rows(Ranks()) == 21
     assert states(plan_extraction(replace(request_, splits=("id/test", "id/val")))) == {
@@ -192,7 +192,7 @@ def test_other_weights_layers_or_samples_are_refused(
         (
             {"train_seed": 2},
             r"id/train was made from other images: seed: stored 1, now 2\. Give the same options, or extract it again"
-            r" with --force id/train$",
+            r" with --redo id/train$",
         ),
     ]:
         with pytest.raises(IdentityError, match=message):
@@ -219,7 +219,7 @@ def test_another_list_is_refused(finished: Cache, request_: ExtractRequest, root
         ({"model": "vgg"}, InputError, r"^model 'vgg' is not known"),
         ({"layers": ("layer7",)}, InputError, r"^layer 'layer7' is not known for resnet20"),
         ({"splits": ("id/tset",)}, InputError, r"^split 'id/tset' is not part of benchmark cifar10"),
-        ({"force": ("ood",)}, InputError, r"^split 'ood' is not part of benchmark cifar10"),
+        ({"redo": ("ood",)}, InputError, r"^split 'ood' is not part of benchmark cifar10"),
         ({"batch_size": 0}, InputError, r"^batch-size is 0; it must lie between 1 and"),
         ({"block_rows": 0}, InputError, r"^block-rows is 0; it must lie between 1 and 1048576$"),
         ({"block_rows": 12}, InputError, r"^block-rows is 12; it must be a multiple of batch-size, 8$"),

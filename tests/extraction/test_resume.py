@@ -96,7 +96,7 @@ def test_force_extracts_anew(finished: Cache, request_: ExtractRequest) -> None:
     assert open_cache(request_.cache)["id/train"].rows == 10
     with pytest.raises(IdentityError, match="images: stored 10, now 45"):
         plan_extraction(request_)
-    extract(plan_extraction(replace(request_, force=("id/train",))))
+    extract(plan_extraction(replace(request_, redo=("id/train",))))
     assert_equal(open_cache(request_.cache), finished)
 
 

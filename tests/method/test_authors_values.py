@@ -43,10 +43,10 @@ def test_scores_are_the_authors(held: Held, which: str, split: str) -> None:
         counted = train(held, layer)
         queries = select_source(held[f"{split}.{layer}.activation"], held[f"{split}.{layer}.gradient"])
         borders = product_borders(bin_edges(p["bins"]), p["alpha"])
-        filled = fill_rows(queries, borders, count_sorted(sort_columns(counted), borders), p["saturation"])
+        entry_sum = fill_rows(queries, borders, count_sorted(sort_columns(counted), borders), p["saturation"])
         (ranked,) = fill_ranked([(index_columns(counted, queries), borders, p["saturation"])])
-        np.testing.assert_array_equal(filled, ranked)
-        layers.append(layer_score(filled, queries.shape[1], p["saturation"]))
+        np.testing.assert_array_equal(entry_sum, ranked)
+        layers.append(layer_score(entry_sum, queries.shape[1], p["saturation"]))
     scores = combine_layers(np.stack(layers), np.ones(4))
     # The authors divide by the number of layers a second time.
     np.testing.assert_allclose(scores / 4, held[f"{split}.scores-{which}"], rtol=0, atol=1e-6)

@@ -64,8 +64,8 @@ def one_thread_unless_told() -> Iterator[None]:
 
 def fill(train: Products, queries: Products, borders: NDArray[np.float32], saturation: int) -> NDArray[np.int64]:
     """What one layer is filled with."""
-    (filled,) = fill_ranked([(index_columns(train, queries), borders, saturation)])
-    return filled
+    (entry_sum,) = fill_ranked([(index_columns(train, queries), borders, saturation)])
+    return entry_sum
 
 
 @given(products(30), products(20), BINS, KINDS, ALPHAS, SATURATIONS)
@@ -82,9 +82,9 @@ def test_bins_counts_and_scores_are_the_oracles(
 
     found = count_sorted(sort_columns(train), borders)
     np.testing.assert_array_equal(found, counts)
-    filled = [sum(min(counts[i, k], saturation) for i, k in enumerate(sample)) for sample in query_bins]
-    np.testing.assert_array_equal(fill_rows(queries, borders, found, saturation), filled)
-    np.testing.assert_array_equal(fill(train, queries, borders, saturation), filled)
+    entry_sum = [sum(min(counts[i, k], saturation) for i, k in enumerate(sample)) for sample in query_bins]
+    np.testing.assert_array_equal(fill_rows(queries, borders, found, saturation), entry_sum)
+    np.testing.assert_array_equal(fill(train, queries, borders, saturation), entry_sum)
     score = layer_score(fill(train, queries, borders, saturation), 3, saturation)
     np.testing.assert_allclose(score, oracle.layer_score(oracle.table(counts, saturation), query_bins), rtol=1e-13)
 
@@ -221,7 +221,7 @@ def test_an_index_holds_its_training_samples(n_train: int, n_query: int) -> None
     rng = np.random.RandomState(n_train + n_query)
     train, queries = (np.round(3 * rng.randn(n, 5)).astype(np.float32) for n in (n_train, n_query))
     made = index_columns(train, queries)
-    assert made.marks.dtype == (np.uint32 if n_train < 65_536 else np.uint64)
+    assert made.train_bits.dtype == (np.uint32 if n_train < 65_536 else np.uint64)
     assert (made.neurons, made.queries, made.train_samples) == (5, n_query, n_train)
     np.testing.assert_array_equal(made.train, np.sort(train, axis=0).T)
     np.testing.assert_array_equal(made.columns.ascending, np.sort(np.concatenate([train, queries]), axis=0).T)
@@ -278,12 +278,12 @@ def test_callers_from_several_threads_do_not_mix() -> None:
     indexed = [random.standard_normal((200, 40)).astype(np.float32) for _ in range(8)]
     borders = np.array([-np.inf, -1, 0, 1, np.inf], np.float32)
 
-    def filled(values: NDArray[np.float32]) -> list[int]:
+    def entry_sum(values: NDArray[np.float32]) -> list[int]:
         return [int(x) for x in fill(values, values, borders, 30)]
 
-    alone = [filled(values) for values in indexed]
+    alone = [entry_sum(values) for values in indexed]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(filled, indexed * 5)) == alone * 5
+        assert list(pool.map(entry_sum, indexed * 5)) == alone * 5
 
 
 def test_layers_are_filled_together_as_alone() -> None:

@@ -110,10 +110,11 @@ def test_a_network_of_ones_own_is_extracted(request_: ExtractRequest, file: Path
     request = replace(request_, model=f"{file}:build", checkpoint=None, layers=layers, splits=("ood/val",))
     plan = plan_extraction(request)
     assert [n for n in plan.notes if n.startswith("layer")] == [
-        "layer stem: its output (6, 8, 8) is pooled by sum-nchw, which is a guess; another with --pool stem=KIND",
-        "layer tokens: its output (64, 5) is pooled by sum-tokens, which is a guess; another with --pool tokens=KIND",
-        "layer mix: its output (64, 7) is pooled by sum-tokens, which is a guess; another with --pool mix=KIND",
-        "layer head: its output (10) is pooled by none, which is a guess; another with --pool head=KIND",
+        "layer stem: its output (6, 8, 8) is pooled by sum-nchw, which is a guess; another with --pooling stem=KIND",
+        "layer tokens: its output (64, 5) is pooled by sum-tokens, which is a guess; another with"
+        " --pooling tokens=KIND",
+        "layer mix: its output (64, 7) is pooled by sum-tokens, which is a guess; another with --pooling mix=KIND",
+        "layer head: its output (10) is pooled by none, which is a guess; another with --pooling head=KIND",
     ]
     extract(plan)
     cache = open_cache(request.cache)
@@ -132,7 +133,7 @@ def test_a_network_of_ones_own_is_extracted(request_: ExtractRequest, file: Path
     softmax = torch.tensor(split.logits[:]).softmax(dim=1).numpy()
     np.testing.assert_allclose(split["head"].gradient[:], softmax - 0.1, atol=1e-6)
     assert plan_extraction(request).splits[0].state == "done"
-    other = replace(request, pools=(("tokens", "class-token"),))
+    other = replace(request, poolings=(("tokens", "class-token"),))
     with pytest.raises(IdentityError, match=r"layers\.tokens"):
         plan_extraction(other)
     extract(plan_extraction(replace(other, cache=request.cache.with_name("d.zarr"))))
@@ -141,7 +142,9 @@ def test_a_network_of_ones_own_is_extracted(request_: ExtractRequest, file: Path
 
 
 def test_a_dry_run_builds_it_too(request_: ExtractRequest, file: Path) -> None:
-    request = replace(request_, model=f"{file}:build", checkpoint=None, layers=("mix",), pools=(("mix", "sum-tokens"),))
+    request = replace(
+        request_, model=f"{file}:build", checkpoint=None, layers=("mix",), poolings=(("mix", "sum-tokens"),)
+    )
     plan = plan_extraction(request, dry=True)
     assert [(s.name, s.neurons) for s in plan.header.layers] == [("mix", 7)]
     assert not [n for n in plan.notes if n.startswith("layer")]  # told, not guessed
@@ -201,13 +204,13 @@ def test_every_listed_layer_can_be_tapped(file: Path) -> None:
 
 def test_pools_that_do_not_fit_are_refused(file: Path) -> None:
     network = load_network(find_model(f"{file}:build"), CIFAR10, None, CPU)
-    for pools, message in [
+    for poolings, message in [
         ((("mix", "mean"),), r"^pool mix=mean: known poolings are sum-nchw, sum-nhwc, sum-tokens, class-token, none$"),
         ((("stem", "none"),), r"^pool stem=none: the layers are mix$"),
         ((("mix", "sum-nchw"),), r"^layer 'mix' gives \(1, 64, 7\), which sum-nchw does not pool$"),
     ]:
         with pytest.raises(InputError, match=message):
-            measure_layers(network, ("mix",), pools)
+            measure_layers(network, ("mix",), poolings)
 
 
 def test_a_tables_layer_can_be_named_by_its_path_and_pooled_otherwise() -> None:

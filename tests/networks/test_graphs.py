@@ -383,7 +383,7 @@ def test_a_layer_of_another_name_is_extracted_and_the_command_repeats_it(request
         model=f"{file}:mobilenet_v2",
         checkpoint=None,
         layers=("maps=features", "features.0"),
-        pools=(("maps", "sum-nchw"),),
+        poolings=(("maps", "sum-nchw"),),
         splits=("ood/far/mnist",),
     )
     extract(plan_extraction(request))

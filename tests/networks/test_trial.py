@@ -97,7 +97,7 @@ def test_a_layer_that_gives_the_logits_is_the_classifier(head: nn.Module) -> Non
 def test_weight_norm_of_the_older_kind_counts_too() -> None:
     network = Net(weight_norm_by_hook())
     assert try_out(network).classifier == "fc"
-    with Taps(network, [spec("pool")], "fc", direct={"pool"}) as taps:
+    with Taps(network, [spec("pool")], "fc", penultimate={"pool"}) as taps:
         closed = taps(torch.ones(2, 3, 8, 8)).gradient["pool"]
     with Taps(network, [spec("pool")], "fc") as taps:
         torch.testing.assert_close(closed, taps(torch.ones(2, 3, 8, 8)).gradient["pool"])

@@ -24,7 +24,7 @@ from nacpipe.evaluation.tables import tabulate
 from nacpipe.method.coverage import bin_edges, coverage_table
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.reporting.figures import draw_coverage, draw_histogram, draw_roc, to_svg
-from nacpipe.reporting.report import check_overfitting, draw_chapter, read_chapter, render_report
+from nacpipe.reporting.report import check_overfitting, draw_cache_report, read_cache_report, render_report
 from nacpipe.scoring.coverage import fit_coverage
 from nacpipe.scoring.params_file import write_params
 from nacpipe.tuning.request import SearchRequest
@@ -184,8 +184,8 @@ def test_foreign_names_are_text(make_cache: Callable[..., Cache], tmp_path: Path
     )
     run = score_cache(cache, PARAMS)
     write_params(tmp_path / "c.params.json", PARAMS)
-    chapter = read_chapter(cache, PARAMS, run)
-    page = Reader(render_report([chapter], tabulate([run]), f"nacpipe {evil}", [draw_chapter(chapter)]))
+    chapter = read_cache_report(cache, PARAMS, run)
+    page = Reader(render_report([chapter], tabulate([run]), f"nacpipe {evil}", [draw_cache_report(chapter)]))
     assert "script" not in page.tags
     assert page.text.count(evil) >= 3  # title, heading, command
 
@@ -217,8 +217,8 @@ def test_a_set_that_is_not_finished_has_no_picture_and_empty_cells(
     cache = open_cache(tmp_path / "c.zarr")
     run = score_cache(cache, PARAMS)
     write_params(tmp_path / "c.params.json", PARAMS)
-    chapter = read_chapter(cache, PARAMS, run)
-    drawn = draw_chapter(chapter)
+    chapter = read_cache_report(cache, PARAMS, run)
+    drawn = draw_cache_report(chapter)
     assert [*drawn["Scores"], *drawn["ROC curves"]] == ["scores-near-letters", "roc-near-letters"]
     page = Reader(render_report([chapter], tabulate([run]), "nacpipe report", [drawn]))
     far = [table for table in page.tables if table[0][0] == "far"]
@@ -253,7 +253,7 @@ def test_no_more_curves_than_can_be_told_apart(place: Path) -> None:
     noise = {split: np.random.RandomState(0).randn(rows) for split, rows in run.rows.items()}
     good = {split: noise[split] - 9.0 * split.startswith("ood/") for split in run.rows}
     more = {f"noise {n}": MethodScores(scores=noise) for n in range(4)} | {"good": MethodScores(scores=good)}
-    drawn = draw_chapter(read_chapter(cache, PARAMS, score_cache(cache, PARAMS, more=more)))
+    drawn = draw_cache_report(read_cache_report(cache, PARAMS, score_cache(cache, PARAMS, more=more)))
     for figure in drawn["ROC curves"].values():
         assert len(figure.axes[0].lines) == 1 + 6  # and the diagonal
         labels = [text.get_text() for text in figure.legends[0].texts]

@@ -272,7 +272,7 @@ def test_values_that_are_no_numbers_are_refused(
     cache = write(activation_id_val={(7, 1): activation}, gradient_id_val={(7, 1): gradient})
     message = (
         rf"^layer 'avgpool', split id/val, row 7, neuron 1: the product is {shown};"
-        " extract the split again with --force id/val$"
+        " extract the split again with --redo id/val$"
     )
     with pytest.raises(ValuesError, match=message):
         scorer_of(cache, ["id/val", "ood/val"]).index("avgpool", "product")

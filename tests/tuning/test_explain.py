@@ -18,7 +18,7 @@ from nacpipe.errors import StudyError
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.tuning import runner as sweep
 from nacpipe.tuning.explain import FEW, HEIGHT, WIDTH, Explanation, explain
-from nacpipe.tuning.objective import Checks, Objective, Outcome, Proposal
+from nacpipe.tuning.objective import Candidate, Objective, TrialResult, ValidationMetrics
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.study import Search
 from nacpipe.tuning.trials import distributions, to_trial
@@ -58,11 +58,11 @@ def add(search: Search, trials: Sequence[tuple[NacParams, float, float]]) -> Non
     """Trials with an AUROC and an FPR@95 that nobody measured."""
     assert search.study is not None
     for number, (params, auroc, fpr95) in enumerate(trials):
-        checks = Checks(val_auroc=auroc, val_fpr95=fpr95, subtrain_auroc=None)
+        checks = ValidationMetrics(val_auroc=auroc, val_fpr95=fpr95, subtrain_auroc=None)
         search.study.add_trial(
             to_trial(
-                Proposal(number=number, phase=f"phase {number}", params=params),
-                Outcome(params, checks),
+                Candidate(number=number, phase=f"phase {number}", params=params),
+                TrialResult(params, checks),
                 datetime.datetime.now(),
                 seconds=number,
                 objective=search.request.objective,
@@ -84,7 +84,7 @@ BY_HAND = [
 # --- frames -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["auroc", "fpr95", "both"])
+@pytest.mark.parametrize("objective", ["auroc", "fpr95", "pareto"])
 def test_frames_by_hand(small_cache: Cache, tmp_path: Path, objective: Any) -> None:
     search = open_search(small_cache, tmp_path, objective=objective)
     add(search, BY_HAND)
@@ -162,7 +162,7 @@ def test_weights_in_closed_form_are_found_anew(small_cache: Cache, tmp_path: Pat
     found = explain(search)
     for _, row in found.layers.iterrows():
         rest = NacParams(layers={n: p for n, p in result.params.layers.items() if n != row["layer"]})
-        proposal = Proposal(number=0, phase="", params=rest, fit=True)
+        proposal = Candidate(number=0, phase="", params=rest, fit=True)
         assert row["without"] == search.evaluator.evaluate(proposal).checks.val_auroc
         assert row["weight"] == result.params.layers[row["layer"]].weight
     assert found.parameters["place"].isna().all()
@@ -191,7 +191,7 @@ def wander(trials: int, value: Any) -> list[tuple[NacParams, float, float]]:
     return found
 
 
-@pytest.mark.parametrize("objective", ["auroc", "fpr95", "both"])
+@pytest.mark.parametrize("objective", ["auroc", "fpr95", "pareto"])
 def test_importances(small_cache: Cache, tmp_path: Path, objective: Any) -> None:
     """Of FPR@95 where that is searched for, of AUROC otherwise; shares of one."""
     search = open_search(small_cache, tmp_path, objective=objective)
@@ -253,7 +253,7 @@ def test_a_picture_by_hand() -> None:
     foot = "        └───\n         0trial 2"
     assert picture(rising) == drawn({0: " ━━", 6: "  ·", 11: "━"}, "11.00", "0.00", foot)
     assert picture(falling, "fpr95") == drawn({0: "━", 6: "  ·", 11: " ━━"}, "11.00", "0.00", foot, "FPR@95")
-    assert picture(rising, "soft") == drawn({0: " ━━", 6: "  ·", 11: "━"}, "11.00", "0.00", foot, "correlation")
+    assert picture(rising, "guided") == drawn({0: " ━━", 6: "  ·", 11: "━"}, "11.00", "0.00", foot, "correlation")
 
 
 def test_a_picture_of_one_value() -> None:

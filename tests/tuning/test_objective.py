@@ -22,8 +22,8 @@ from nacpipe.method.plain_scores import energy
 from nacpipe.scoring.coverage import fit_coverage, score_splits
 from nacpipe.scoring.states import check_layers, held_layers, read_source
 from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
-from nacpipe.tuning.objective import DIRECTIONS, Checks, Evaluator, Objective, Proposal
-from nacpipe.tuning.weights import fisher_weights, soft_target, target_weights
+from nacpipe.tuning.objective import DIRECTIONS, Candidate, Evaluator, Objective, ValidationMetrics
+from nacpipe.tuning.weights import fisher_weights, guided_target, target_weights
 
 SPLITS = ["id/subtrain", "id/val", "ood/val"]
 PARAMS = NacParams(
@@ -41,22 +41,22 @@ def evaluator(cache: Cache, ood: str = "ood/val", splits: list[str] = SPLITS) ->
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
-CHECKS = Checks(val_auroc=0.75, val_fpr95=0.5, subtrain_auroc=None, val_soft=0.25)
+CHECKS = ValidationMetrics(val_auroc=0.75, val_fpr95=0.5, subtrain_auroc=None, val_correlation=0.25)
 
 
 @pytest.mark.parametrize(
-    ("objective", "values", "merit"),
+    ("objective", "values", "objective_key"),
     [
         ("auroc", [0.75], (0.75,)),
         ("fpr95", [0.5], (-0.5, 0.75)),
-        ("both", [0.75, 0.5], (0.625,)),
-        ("soft", [0.25], (0.25,)),
+        ("pareto", [0.75, 0.5], (0.625,)),
+        ("guided", [0.25], (0.25,)),
     ],
 )
-def test_values_and_merit(objective: Objective, values: list[float], merit: tuple[float, ...]) -> None:
+def test_values_and_objective_key(objective: Objective, values: list[float], objective_key: tuple[float, ...]) -> None:
     assert CHECKS.values(objective) == values
-    assert CHECKS.merit(objective) == merit
-    assert CHECKS.merit(objective) > ()
+    assert CHECKS.objective_key(objective) == objective_key
+    assert CHECKS.objective_key(objective) > ()
     assert len(DIRECTIONS[objective]) == len(values)
 
 
@@ -65,16 +65,16 @@ def test_merit_orders_as_the_directions_do(four: tuple[float, float, float, floa
     """What is better in one value and no worse in the other has more merit, whatever is searched for."""
     low, high = sorted(four[:2])
     small, large = sorted(four[2:])
-    better = Checks(val_auroc=high, val_fpr95=small, subtrain_auroc=None)
-    worse = Checks(val_auroc=low, val_fpr95=large, subtrain_auroc=None)
+    better = ValidationMetrics(val_auroc=high, val_fpr95=small, subtrain_auroc=None)
+    worse = ValidationMetrics(val_auroc=low, val_fpr95=large, subtrain_auroc=None)
     for objective in DIRECTIONS:
-        assert better.merit(objective) >= worse.merit(objective)
-    assert replace(better, subtrain_auroc=0.1).merit("both") == better.merit("both")
+        assert better.objective_key(objective) >= worse.objective_key(objective)
+    assert replace(better, subtrain_auroc=0.1).objective_key("pareto") == better.objective_key("pareto")
 
 
 def test_of_equal_fpr95_the_higher_auroc() -> None:
-    assert replace(CHECKS, val_auroc=0.8).merit("fpr95") > CHECKS.merit("fpr95")
-    assert replace(CHECKS, val_auroc=0.99, val_fpr95=0.51).merit("fpr95") < CHECKS.merit("fpr95")
+    assert replace(CHECKS, val_auroc=0.8).objective_key("fpr95") > CHECKS.objective_key("fpr95")
+    assert replace(CHECKS, val_auroc=0.99, val_fpr95=0.51).objective_key("fpr95") < CHECKS.objective_key("fpr95")
 
 
 # --- what a proposal comes to -----------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_checks_are_the_metrics_of_the_other_path(small_cache: Cache, ood: str) 
     splits = ["id/subtrain", "id/val", ood]
     found = evaluator(small_cache, ood, splits).measure(PARAMS)
     scores = score_splits(small_cache, PARAMS, splits)
-    assert found == Checks(
+    assert found == ValidationMetrics(
         val_auroc=auroc(scores["id/val"], scores[ood]),
         val_fpr95=fpr95(scores["id/val"], scores[ood]),
         subtrain_auroc=auroc(scores["id/val"], scores["id/subtrain"]),
@@ -104,7 +104,7 @@ def test_checks_of_any_score(small_cache: Cache) -> None:
     scores[33 + 40 :] = -1.0
     scores[33] = -2.0
     found = evaluator(small_cache).check(scores)
-    assert found == Checks(val_auroc=39 / 40, val_fpr95=1 / 40, subtrain_auroc=39 / 80)
+    assert found == ValidationMetrics(val_auroc=39 / 40, val_fpr95=1 / 40, subtrain_auroc=39 / 80)
 
 
 def test_without_subtrain(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
@@ -131,10 +131,10 @@ def test_weights_come_from_the_layer_scores(small_cache: Cache) -> None:
     assert [w.weight for w in weighed.values()] == pytest.approx(shares.tolist(), rel=1e-12)
     assert sum(w.weight for w in weighed.values()) == pytest.approx(1)
 
-    fitted = ours.evaluate(Proposal(number=3, phase="x", params=PARAMS, fit=True))
+    fitted = ours.evaluate(Candidate(number=3, phase="x", params=PARAMS, fit=True))
     assert fitted.params.layers == weighed
     assert fitted.checks == ours.measure(fitted.params)
-    kept = ours.evaluate(Proposal(number=3, phase="x", params=PARAMS))
+    kept = ours.evaluate(Candidate(number=3, phase="x", params=PARAMS))
     assert (kept.params, kept.checks) == (PARAMS, ours.measure(PARAMS))
     assert fitted.checks.val_auroc > kept.checks.val_auroc
 
@@ -218,7 +218,7 @@ def test_features_are_no_logits(make_cache: Callable[..., Cache], tmp_path: Path
         fit_coverage(cache, PARAMS)
 
 
-# --- the soft target, and a layer once per source ---------------------------------------------------------------------
+# --- the guided target, and a layer once per source -------------------------------------------------------------------
 
 TERMS = NacParams(
     layers={
@@ -242,15 +242,15 @@ def test_a_layers_terms_add_up(small_cache: Cache) -> None:
         score_splits(small_cache, NacParams(layers={"conv9:product": TERMS.layers["avgpool:product"]}), ["ood/val"])
 
 
-def test_the_soft_objective_is_the_correlation_with_its_target(small_cache: Cache) -> None:
+def test_the_guided_objective_is_the_correlation_with_its_target(small_cache: Cache) -> None:
     own = np.concatenate([energy(small_cache[name].read("logits")) for name in SPLITS])
     scorer = Scorer(index_from(small_cache, SPLITS), split_rows(small_cache, SPLITS))
     rows = scorer.rows
-    target = soft_target(own[rows["id/val"]], own[rows["ood/val"]])
+    target = guided_target(own[rows["id/val"]], own[rows["ood/val"]])
     pair = np.r_[rows["id/val"], rows["ood/val"]]
-    outcome = Evaluator(scorer, "ood/val", own).evaluate(Proposal(number=0, phase="", params=TERMS, fit=True))
+    outcome = Evaluator(scorer, "ood/val", own).evaluate(Candidate(number=0, phase="", params=TERMS, fit=True))
     layers = np.stack(scorer.layer_scores(TERMS.layers))[:, pair]
     weights = target_weights(layers, target)
     np.testing.assert_allclose([term.weight for term in outcome.params.layers.values()], weights, atol=1e-12)
-    assert outcome.checks.val_soft == pytest.approx(np.corrcoef(weights @ layers, target)[0, 1])
-    assert evaluator(small_cache).measure(TERMS).val_soft is None
+    assert outcome.checks.val_correlation == pytest.approx(np.corrcoef(weights @ layers, target)[0, 1])
+    assert evaluator(small_cache).measure(TERMS).val_correlation is None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.tuning.request import Checks, SearchRequest, SearchResult
+from nacpipe.tuning.request import SearchRequest, SearchResult, ValidationMetrics
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from nacpipe.tuning.request import Checks, SearchRequest, SearchResult
 def test_the_overfitting_warning(subtrain: float | None, energys: float | None, expected: bool) -> None:
     result = SearchResult(
         params=NacParams(layers={"avgpool": LayerParams(bins=4, saturation=1, alpha=1.0)}),
-        checks=Checks(val_auroc=0.9, val_fpr95=0.1, subtrain_auroc=subtrain),
+        checks=ValidationMetrics(val_auroc=0.9, val_fpr95=0.1, subtrain_auroc=subtrain),
         energy_subtrain=energys,
         energy_val=0.8,
         alone={},
@@ -64,7 +64,7 @@ def test_a_study_per_way_to_search() -> None:
             {"space": "published"},
             {"space": "my/wide.toml"},
             {"sampler": "tpe"},
-            {"objective": "both"},
+            {"objective": "pareto"},
             {"val": "ood/near/letters"},
             {
                 "study": "mine",
@@ -77,6 +77,6 @@ def test_a_study_per_way_to_search() -> None:
         )
     }
     assert names == {
-        *("nac-seed1", "nac-seed2", "nac-published-seed1", "nac-wide-seed1", "nac-tpe-seed1", "nac-both-seed1"),
+        *("nac-seed1", "nac-seed2", "nac-published-seed1", "nac-wide-seed1", "nac-tpe-seed1", "nac-pareto-seed1"),
         *("nac-ood-near-letters-seed1", "mine-wide-tpe-fpr95-csid-x-seed3"),
     }

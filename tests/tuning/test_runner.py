@@ -13,7 +13,7 @@ import pytest
 from nacpipe.cache import Cache
 from nacpipe.errors import InputError, StudyError
 from nacpipe.tuning import workers as workers_room
-from nacpipe.tuning.objective import Checks, Evaluator
+from nacpipe.tuning.objective import Evaluator, ValidationMetrics
 from nacpipe.tuning.request import SearchRequest, SearchResult
 from nacpipe.tuning.runner import run
 from nacpipe.tuning.study import Search
@@ -30,7 +30,7 @@ def made_up(values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Evaluator,
         "measure",
-        lambda _evaluator, _params: Checks(val_auroc=next(left), val_fpr95=0.5, subtrain_auroc=None),
+        lambda _evaluator, _params: ValidationMetrics(val_auroc=next(left), val_fpr95=0.5, subtrain_auroc=None),
     )
 
 
@@ -100,7 +100,7 @@ def test_fpr95_is_searched_for(small_cache: Cache, tmp_path: Path) -> None:
 
 
 def test_both_are_searched_for(small_cache: Cache, tmp_path: Path) -> None:
-    search = Search(request_(small_cache, tmp_path, objective="both", trials=150))
+    search = Search(request_(small_cache, tmp_path, objective="pareto", trials=150))
     result = run(search)
     assert search.study is not None
     on_the_front = {number_of(trial) for trial in search.study.best_trials}
@@ -189,13 +189,13 @@ def test_progress_counts_completed_trials(make_cache: Callable[..., Cache], tmp_
     assert [best for _, best in seen] == sorted(best for _, best in seen)
 
 
-# --- the soft objective -----------------------------------------------------------------------------------------------
+# --- the guided objective ---------------------------------------------------------------------------------------------
 
 
-def test_the_soft_objective_finds_the_same_in_workers(small_cache: Cache, tmp_path: Path) -> None:
+def test_the_guided_objective_finds_the_same_in_workers(small_cache: Cache, tmp_path: Path) -> None:
     """A grid of terms: workers know Energy too, and the best trial is the one that correlates most."""
     (tmp_path / "space.toml").write_text("[default]\nbins = [10, 20]\nalpha = [0.5, 2]\nsaturation = 5\n")
-    asked = {"space": str(tmp_path / "space.toml"), "sampler": "grid", "objective": "soft"}
+    asked = {"space": str(tmp_path / "space.toml"), "sampler": "grid", "objective": "guided"}
     results = []
     for workers in (1, 2):
         (tmp_path / str(workers)).mkdir()
@@ -203,11 +203,11 @@ def test_the_soft_objective_finds_the_same_in_workers(small_cache: Cache, tmp_pa
         results.append(run(search))
         values = [trial.values[0] for trial in search.completed()]
         assert len(values) == 16
-        assert results[-1].checks.val_soft == max(values) > min(values)
+        assert results[-1].checks.val_correlation == max(values) > min(values)
     assert results[0].params == results[1].params
 
 
 def test_features_have_no_energy_to_learn_from(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "f.zarr", identity={"outputs": "features"})
     with pytest.raises(InputError, match=r"f\.zarr holds features, not logits: without Energy, search for auroc$"):
-        Search(request_(cache, tmp_path, objective="soft"))
+        Search(request_(cache, tmp_path, objective="guided"))

@@ -16,7 +16,7 @@ from nacpipe.errors import InputError, MissingExtra
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.tuning import runner as sweep
 from nacpipe.tuning import samplers
-from nacpipe.tuning.objective import DIRECTIONS, Checks, Objective
+from nacpipe.tuning.objective import DIRECTIONS, Objective, ValidationMetrics
 from nacpipe.tuning.request import Sampler, SearchRequest
 from nacpipe.tuning.samplers import Grid, OptunaSampler, make_asker
 from nacpipe.tuning.space import Choice, Interval, LayerSpace, Space
@@ -86,7 +86,7 @@ def test_the_order_depends_on_the_seed_alone() -> None:
     orders = {repr(asked(Grid(space, seed), range(288))) for seed in range(8)}
     assert len(orders) == 8
     told = Grid(space, 1)
-    told.tell(0, told.ask(0).params, Checks(val_auroc=0.5, val_fpr95=0.5, subtrain_auroc=None))
+    told.tell(0, told.ask(0).params, ValidationMetrics(val_auroc=0.5, val_fpr95=0.5, subtrain_auroc=None))
     assert asked(told, range(288)) == asked(Grid(space, 1), range(288))
 
 
@@ -200,8 +200,8 @@ def inside(params: NacParams, space: Space) -> bool:
 @pytest.mark.parametrize(
     ("sampler", "objective", "space"),
     [
-        *(("tpe", "auroc", "sources"), ("tpe", "both", "weights"), ("random", "fpr95", "auto")),
-        *(("nsga2", "auroc", "sources"), ("nsga2", "both", "weights")),
+        *(("tpe", "auroc", "sources"), ("tpe", "pareto", "weights"), ("random", "fpr95", "auto")),
+        *(("nsga2", "auroc", "sources"), ("nsga2", "pareto", "weights")),
         *(("cmaes", "auroc", "auto"), ("cmaes", "fpr95", "sources"), ("cmaes", "auroc", "weights")),
     ],
 )
@@ -235,9 +235,9 @@ def test_interrupted_or_not_the_trials_are_the_same(
 @pytest.mark.usefixtures("short_generations")
 @pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2"])
 def test_two_objectives(small_cache: Cache, tmp_path: Path, sampler: Sampler) -> None:
-    search = run(request(small_cache, tmp_path, sampler, objective="both", trials=15))
+    search = run(request(small_cache, tmp_path, sampler, objective="pareto", trials=15))
     assert search.study is not None
-    assert [d.name.lower() for d in search.study.directions] == DIRECTIONS["both"] == ["maximize", "minimize"]
+    assert [d.name.lower() for d in search.study.directions] == DIRECTIONS["pareto"] == ["maximize", "minimize"]
     for trial in search.completed():
         assert trial.values == [trial.user_attrs["val_auroc"], trial.user_attrs["val_fpr95"]]
         checks = search.measure(trial_params(trial, search.space))
@@ -245,9 +245,9 @@ def test_two_objectives(small_cache: Cache, tmp_path: Path, sampler: Sampler) ->
 
 
 def test_cmaes_has_one_objective(small_cache: Cache, tmp_path: Path) -> None:
-    message = r"^cmaes has one objective; search for auroc, fpr95 or soft, or take --sampler nsga2 or tpe$"
+    message = r"^cmaes has one objective; search for auroc, fpr95 or guided, or take --sampler nsga2 or tpe$"
     with pytest.raises(InputError, match=message):
-        Search(request(small_cache, tmp_path, "cmaes", objective="both"))
+        Search(request(small_cache, tmp_path, "cmaes", objective="pareto"))
     assert not (tmp_path / "s.log").exists()
 
 
@@ -267,7 +267,7 @@ def test_every_trial_counts_for_its_sampler(sampler: Sampler) -> None:
     for number in range(20):
         params = asker.ask(number).params
         assert inside(params, {"layer1": layer})
-        asker.tell(number, params, Checks(val_auroc=number / 20, val_fpr95=0.5, subtrain_auroc=None))
+        asker.tell(number, params, ValidationMetrics(val_auroc=number / 20, val_fpr95=0.5, subtrain_auroc=None))
     assert [trial.value for trial in asker._study.trials] == [number / 20 for number in range(20)]
 
 
@@ -275,7 +275,7 @@ def test_what_another_process_tried_is_learnt_too() -> None:
     asker = OptunaSampler("tpe", grid_space(3, 3, 3), 1, "auroc")
     mine, theirs = asker.ask(0).params, asker.ask(1).params
     assert mine != theirs
-    checks = Checks(val_auroc=0.75, val_fpr95=0.5, subtrain_auroc=None)
+    checks = ValidationMetrics(val_auroc=0.75, val_fpr95=0.5, subtrain_auroc=None)
     asker.tell(0, theirs, checks)  # not what was asked for here
     asker.tell(9, mine, checks)  # nor was this
     done = [t.params for t in asker._study.trials if t.value == 0.75]

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.tuning.objective import Checks, Proposal
+from nacpipe.tuning.objective import Candidate, ValidationMetrics
 from nacpipe.tuning.space import Choice, Interval, LayerSpace, with_weights
 from nacpipe.tuning.strategy import LOCAL, REFINE, SETTLE, SPREAD, Strategy
 
@@ -41,13 +41,13 @@ def weigh(params: NacParams) -> NDArray[np.float64]:
     return np.array([1.0 + layer.bins % 5 for layer in params.layers.values()])
 
 
-def final(proposal: Proposal) -> NacParams:
+def final(proposal: Candidate) -> NacParams:
     """What an evaluator makes of a proposal."""
     return with_weights(proposal.params.layers, weigh(proposal.params)) if proposal.fit else proposal.params
 
 
-def checks(value: float) -> Checks:
-    return Checks(val_auroc=value, val_fpr95=-value, subtrain_auroc=None)
+def checks(value: float) -> ValidationMetrics:
+    return ValidationMetrics(val_auroc=value, val_fpr95=-value, subtrain_auroc=None)
 
 
 def value_of(params: NacParams) -> float:
@@ -61,7 +61,7 @@ def value_of(params: NacParams) -> float:
 
 def run(
     strategy: Strategy, trials: int, objective: Callable[[NacParams], float] = value_of
-) -> list[tuple[Proposal, NacParams, float]]:
+) -> list[tuple[Candidate, NacParams, float]]:
     """Proposals, what was tried, and its value."""
     found = []
     for number in range(trials):
@@ -73,7 +73,7 @@ def run(
     return found
 
 
-Whole = list[tuple[Proposal, NacParams, float]]
+Whole = list[tuple[Candidate, NacParams, float]]
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_parameters_stay_inside_their_ranges(whole: Whole) -> None:
 def test_the_best_is_remembered(whole: Whole) -> None:
     strategy = Strategy(SPACE, 7, published=PUBLISHED)
     found = run(strategy, TRIALS)
-    assert strategy.merit == (max(value for _, _, value in found),)
+    assert strategy.objective_key == (max(value for _, _, value in found),)
     assert found == whole
 
 
@@ -226,7 +226,7 @@ def test_a_single_layer_is_searched_too() -> None:
 def test_equal_values_keep_the_first() -> None:
     strategy = Strategy(SPACE, 1)
     _, first, _ = run(strategy, 30, lambda _params: 0.5)[0]
-    assert strategy.merit == (0.5,)
+    assert strategy.objective_key == (0.5,)
     assert strategy.best is not None
     assert strategy.best.layers["avgpool"] == first.layers["avgpool"]
 
@@ -235,8 +235,8 @@ def test_fpr95_is_climbed_downwards_and_among_equals_auroc() -> None:
     strategy = Strategy(SPACE, 1, "fpr95")
     params = final(strategy.ask(0))
     for number, (fpr, auroc) in enumerate([(0.5, 0.8), (0.4, 0.7), (0.4, 0.75), (0.45, 0.99)]):
-        strategy.tell(number, params, Checks(val_auroc=auroc, val_fpr95=fpr, subtrain_auroc=None))
-    assert strategy.merit == (-0.4, 0.75)
+        strategy.tell(number, params, ValidationMetrics(val_auroc=auroc, val_fpr95=fpr, subtrain_auroc=None))
+    assert strategy.objective_key == (-0.4, 0.75)
 
 
 @pytest.mark.parametrize("late", [1, 2, 5, 17])

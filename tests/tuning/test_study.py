@@ -22,7 +22,7 @@ from nacpipe.method.plain_scores import energy
 from nacpipe.scoring.coverage import score_splits
 from nacpipe.scoring.params_file import read_params, write_params
 from nacpipe.tuning import runner as sweep
-from nacpipe.tuning.objective import Checks, Evaluator
+from nacpipe.tuning.objective import Evaluator, ValidationMetrics
 from nacpipe.tuning.request import SearchRequest, SearchResult
 from nacpipe.tuning.study import Search
 from nacpipe.tuning.trials import trial_params
@@ -98,7 +98,7 @@ def test_the_result_is_the_best_trial(whole: tuple[Search, SearchResult]) -> Non
 def test_of_equal_trials_the_first_is_the_best(
     small_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    equal = Checks(val_auroc=0.75, val_fpr95=0.5, subtrain_auroc=None)
+    equal = ValidationMetrics(val_auroc=0.75, val_fpr95=0.5, subtrain_auroc=None)
     monkeypatch.setattr(Evaluator, "measure", lambda _evaluator, _params: equal)
     search, result = run(request_(small_cache, tmp_path, trials=5))
     assert result.params == trial_params(search.completed()[0], search.space)
@@ -268,7 +268,7 @@ def test_interrupted_within_a_trial(
 ) -> None:
     measure, calls = Evaluator.measure, iter(range(10**6))
 
-    def interrupt(evaluator: Evaluator, params: NacParams) -> Checks:
+    def interrupt(evaluator: Evaluator, params: NacParams) -> ValidationMetrics:
         if next(calls) == 3:
             raise KeyboardInterrupt
         return measure(evaluator, params)
@@ -285,7 +285,7 @@ def test_interrupted_within_a_trial(
 def test_interrupted_before_any_trial(small_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is nothing to report, so the interrupt goes on to whoever can say so."""
 
-    def interrupt(_search: Search, _params: NacParams) -> Checks:
+    def interrupt(_search: Search, _params: NacParams) -> ValidationMetrics:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Evaluator, "measure", interrupt)

@@ -15,7 +15,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial, TrialState
 
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.tuning.objective import DIRECTIONS, Checks, Objective, Outcome, Proposal
+from nacpipe.tuning.objective import DIRECTIONS, Candidate, Objective, TrialResult, ValidationMetrics
 from nacpipe.tuning.space import Choice, Interval, LayerSpace, Space
 from nacpipe.tuning.trials import (
     as_distribution,
@@ -49,14 +49,16 @@ SPACE: Space = {
     ),
 }
 FIXED = LayerParams(bins=20, saturation=5, alpha=0.5, source="activation", edges="linear")
-CHECKS = Checks(val_auroc=0.75, val_fpr95=0.5, subtrain_auroc=0.25)
+CHECKS = ValidationMetrics(val_auroc=0.75, val_fpr95=0.5, subtrain_auroc=0.25)
 BEGUN = datetime.datetime(2024, 2, 29, 12, 0)
 
 
-def make(params: NacParams, checks: Checks = CHECKS, objective: Objective = "auroc", number: int = 7) -> FrozenTrial:
+def make(
+    params: NacParams, checks: ValidationMetrics = CHECKS, objective: Objective = "auroc", number: int = 7
+) -> FrozenTrial:
     return to_trial(
-        Proposal(number=number, phase="somewhere", params=params),
-        Outcome(params, checks),
+        Candidate(number=number, phase="somewhere", params=params),
+        TrialResult(params, checks),
         BEGUN,
         seconds=1.5,
         objective=objective,
@@ -112,16 +114,16 @@ def test_what_is_recorded() -> None:
     edges=st.sampled_from(["log", "linear"]),
     weight=st.floats(0.0, 3.0),
     subtrain=st.none() | st.floats(0, 1),
-    objective=st.sampled_from(["auroc", "fpr95", "both"]),
+    objective=st.sampled_from(["auroc", "fpr95", "pareto"]),
 )
 def test_there_and_back(subtrain: float | None, objective: Objective, **fields: Any) -> None:
     params = NacParams(layers={"avgpool": LayerParams(**fields), "layer1": FIXED})
-    checks = Checks(val_auroc=0.875, val_fpr95=0.125, subtrain_auroc=subtrain)
+    checks = ValidationMetrics(val_auroc=0.875, val_fpr95=0.125, subtrain_auroc=subtrain)
     trial = make(params, checks, objective, number=3)
     assert trial_params(trial, SPACE) == params
     assert trial_checks(trial) == checks
     assert number_of(trial) == 3
-    assert trial.values == {"auroc": [0.875], "fpr95": [0.125], "both": [0.875, 0.125]}[objective]
+    assert trial.values == {"auroc": [0.875], "fpr95": [0.125], "pareto": [0.875, 0.125]}[objective]
 
 
 def test_distributions() -> None:
@@ -178,7 +180,7 @@ def numbered(*points: tuple[float, float]) -> list[FrozenTrial]:
 
 
 @pytest.mark.parametrize(
-    ("points", "auroc", "fpr95", "both"),
+    ("points", "auroc", "fpr95", "pareto"),
     [
         ([(0.5, 0.9)], 0, 0, 0),
         ([(0.5, 0.9), (0.6, 0.9), (0.6, 0.8), (0.4, 0.1)], 1, 3, 2),  # of equal AUROC the first
@@ -191,9 +193,9 @@ def numbered(*points: tuple[float, float]) -> list[FrozenTrial]:
         ([(0.9, 0.5), (0.7, 0.1), (0.71, 0.45)], 0, 1, 0),  # on the front, but farther than its ends
     ],
 )
-def test_the_best_by_hand(points: list[tuple[float, float]], auroc: int, fpr95: int, both: int) -> None:
+def test_the_best_by_hand(points: list[tuple[float, float]], auroc: int, fpr95: int, pareto: int) -> None:
     trials = numbered(*points)
-    objectives: list[tuple[Objective, int]] = [("auroc", auroc), ("fpr95", fpr95), ("both", both)]
+    objectives: list[tuple[Objective, int]] = [("auroc", auroc), ("fpr95", fpr95), ("pareto", pareto)]
     for objective, number in objectives:
         assert number_of(best_trial(trials, objective)) == number
         assert number_of(best_trial(trials[::-1], objective)) == number  # whatever order they were completed in
@@ -217,10 +219,10 @@ def test_the_front_against_every_pair(points: list[tuple[int, int]]) -> None:
     assert [t.values[1] for t in front] == sorted(t.values[1] for t in front)[::-1]
     assert pareto_front(front) == front
 
-    study = optuna.create_study(directions=DIRECTIONS["both"])
+    study = optuna.create_study(directions=DIRECTIONS["pareto"])
     study.add_trials(trials)
     assert {tuple(t.values) for t in study.best_trials} == {tuple(t.values) for t in front}
-    assert number_of(best_trial(trials, "both")) in {number_of(t) for t in front}
+    assert number_of(best_trial(trials, "pareto")) in {number_of(t) for t in front}
 
 
 @given(points=POINTS)
@@ -238,4 +240,4 @@ def test_the_best_does_not_depend_on_the_units() -> None:
     points = [(0.9, 0.5), (0.7, 0.1), (0.85, 0.2), (0.75, 0.12)]
     for scale, shift in itertools.product((1.0, 0.01), (0.0, 0.05)):
         trials = numbered(*[(a * scale + shift, f) for a, f in points])
-        assert number_of(best_trial(trials, "both")) == 2
+        assert number_of(best_trial(trials, "pareto")) == 2

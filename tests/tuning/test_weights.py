@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from nacpipe.tuning.weights import RIDGE, TEACHER, fisher_weights, soft_target, target_weights
+from nacpipe.tuning.weights import RIDGE, TEACHER, fisher_weights, guided_target, target_weights
 
 Scores = NDArray[np.float64]  # (layers, samples)
 
@@ -113,12 +113,12 @@ def test_no_other_direction_separates_better(seed: int) -> None:
     assert best >= max(ratio(np.array([share, 1 - share])) for share in np.linspace(0, 1, 1001)) * (1 - 1e-5)
 
 
-def test_the_soft_target_by_hand() -> None:
+def test_the_guided_target_by_hand() -> None:
     """ID or OOD is ±1 already; the energies 3, 1, 1, −1 have mean 1 and spread √2."""
     hard, soft = np.array([1, 1, -1, -1]), np.array([2, 0, 0, -2]) / np.sqrt(2)
-    found = soft_target(np.array([3.0, 1.0]), np.array([1.0, -1.0]))
+    found = guided_target(np.array([3.0, 1.0]), np.array([1.0, -1.0]))
     np.testing.assert_allclose(found, hard + TEACHER * soft)
-    np.testing.assert_allclose(soft_target(np.full(2, 4.0), np.full(2, 4.0)), hard)  # Energy tells nothing
+    np.testing.assert_allclose(guided_target(np.full(2, 4.0), np.full(2, 4.0)), hard)  # Energy tells nothing
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.scoring import coverage as scoring
 from nacpipe.scoring.trial_scorer import IndexOf, Scorer, index_from, split_rows
 from nacpipe.tuning import workers
-from nacpipe.tuning.objective import Evaluator, Outcome, Proposal
+from nacpipe.tuning.objective import Candidate, Evaluator, TrialResult
 from nacpipe.tuning.workers import LIVES, Here, Pool, SharedIndexes, Workers
 
 SPLITS = ["id/subtrain", "id/val", "ood/val"]
@@ -33,7 +33,7 @@ LAYERS = ("avgpool", "layer1")
 SOURCES: tuple[Source, ...] = ("product", "activation")
 
 
-def propose(number: int) -> Proposal:
+def propose(number: int) -> Candidate:
     """Another combination for every number; every third with weights of its own."""
     layers = {
         name: LayerParams(
@@ -45,12 +45,12 @@ def propose(number: int) -> Proposal:
         )
         for place, name in enumerate(LAYERS)
     }
-    return Proposal(number=number, phase="p", params=NacParams(layers=layers), fit=number % 3 > 0)
+    return Candidate(number=number, phase="p", params=NacParams(layers=layers), fit=number % 3 > 0)
 
 
-def run(pool: Pool, proposals: list[Proposal]) -> dict[int, Outcome]:
+def run(pool: Pool, proposals: list[Candidate]) -> dict[int, TrialResult]:
     """Everything that comes of proposals, by number; each is answered once, with itself."""
-    found: dict[int, Outcome] = {}
+    found: dict[int, TrialResult] = {}
     waiting = list(proposals)
     while waiting or pool.busy:
         while waiting and pool.idle:
@@ -196,7 +196,7 @@ def test_an_error_is_raised_here_and_closed_all_are_gone(start: Callable[[int], 
     pool = start(2)
     pids = [worker.process.pid for worker in pool._workers]
     nowhere = NacParams(layers={"nowhere": LayerParams(bins=4, saturation=1, alpha=1)})
-    pool.submit(Proposal(number=0, phase="p", params=nowhere))
+    pool.submit(Candidate(number=0, phase="p", params=nowhere))
     with pytest.raises(KeyError, match="nowhere"):
         pool.collect()
     assert all(map(alive, pids))
@@ -289,7 +289,7 @@ def test_all_share_one_index(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         params = NacParams(layers={"avgpool": LayerParams(bins=1000, saturation=5, alpha=1.0)})
         for number in range(2):  # both at work at once: each has a look at the whole index
-            pool.submit(Proposal(number=number, phase="p", params=params))
+            pool.submit(Candidate(number=number, phase="p", params=params))
         while pool.busy:
             pool.collect()
         inode = os.fstat(shared.file).st_ino

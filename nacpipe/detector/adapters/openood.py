@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nacpipe.detector.fit import Recipe, Source
+from nacpipe.detector.fit import DetectorSource, Source
 from nacpipe.detector.module import Detected, Detector
 from nacpipe.errors import InputError
 from nacpipe.networks.wrappers import find_place, unwrap
@@ -35,7 +35,7 @@ class NACPostprocessor:
         self,
         source: Source,
         *,
-        pools: Mapping[str, str] | None = None,
+        poolings: Mapping[str, str] | None = None,
         train_images: int | None = None,
         layers: Mapping[str, str] | None = None,
     ) -> None:
@@ -47,7 +47,9 @@ class NACPostprocessor:
             train_images: how many of the training loader's images are counted; None means all.
             layers: layer → module path, where the parameters call it otherwise.
         """
-        self._recipe = Recipe(source=source, pools=pools or {}, train_images=train_images, layers=layers or {})
+        self._recipe = DetectorSource(
+            source=source, poolings=poolings or {}, train_images=train_images, layers=layers or {}
+        )
         self._detector: Detector | None = None
 
     def setup(self, net: nn.Module, id_loader_dict: Mapping[str, Any], ood_loader_dict: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nacpipe.detector.fit import Recipe, Source
+from nacpipe.detector.fit import DetectorSource, Source
 from nacpipe.detector.module import Detector
 from nacpipe.errors import MissingExtra
 
@@ -32,7 +32,7 @@ class NAC(GradientDetector):  # type: ignore[misc]
         model: nn.Module,
         source: Source,
         *,
-        pools: Mapping[str, str] | None = None,
+        poolings: Mapping[str, str] | None = None,
         train_images: int | None = None,
         layers: Mapping[str, str] | None = None,
     ) -> None:
@@ -50,7 +50,9 @@ class NAC(GradientDetector):  # type: ignore[misc]
         """
         super().__init__()
         self.model = model
-        self._recipe = Recipe(source=source, pools=pools or {}, train_images=train_images, layers=layers or {})
+        self._recipe = DetectorSource(
+            source=source, poolings=poolings or {}, train_images=train_images, layers=layers or {}
+        )
         self.requires_fit = not self._recipe.counted
         self._detector: Detector | None = None if self.requires_fit else self._recipe.detector(model)
 

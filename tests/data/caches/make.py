@@ -22,7 +22,7 @@ ROWS = {"id/train": 20, "id/val": 9, "csid/blur": 3, "ood/val": 10, "ood/near/le
 FORMS: dict[str, dict[str, int]] = {
     "plain": {},
     "sharded": {"shard_blocks": 2},
-    "keep_bits": {"keep_bits": 7},
+    "keep_bits": {"mantissa_bits": 7},
     "ranks": {},
 }
 
