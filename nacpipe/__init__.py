@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from nacpipe.method.params import LayerParams, NacParams
     from nacpipe.scoring.coverage import score_splits
     from nacpipe.scoring.params_file import read_params, write_params
+    from nacpipe.tuning.objective import Objective
+    from nacpipe.tuning.samplers import GridSampler, LayerwiseSampler
 
 __version__ = "0.1.0"
 
@@ -44,13 +46,19 @@ _HOMES = {
     "save_scores": "nacpipe.evaluation.score_files",
     "NacError": "nacpipe.errors",
     "load_detector": "nacpipe.detector.module",
+    "Objective": "nacpipe.tuning.objective",
+    "LayerwiseSampler": "nacpipe.tuning.samplers",
+    "GridSampler": "nacpipe.tuning.samplers",
 }
 
 __all__ = [
     "Cache",
+    "GridSampler",
     "LayerParams",
+    "LayerwiseSampler",
     "NacError",
     "NacParams",
+    "Objective",
     "__version__",
     "add_confidence",
     "compare_methods",

@@ -34,7 +34,6 @@ SAMPLERS = ("layers", "tpe", "random", "grid", "nsga2", "cmaes")
 )
 @click.option("--val", default="ood/val", show_default=True, metavar="SPLIT", help="The split that plays OOD.")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Another seed is another study.")
-@click.option("--workers", type=int, default=1, show_default=True, help="Processes, sharing one index in memory.")
 @click.option("--threads", type=click.IntRange(1), help="Cores to use; default: all.")
 @click.option("--layers", callback=split_layers, metavar="A,B", help="Layers to use, logits too; default: the cache's.")
 @click.option("--storage", metavar="URL", help="Journal file or database URL; default: X.study.log beside X.zarr.")
@@ -48,13 +47,13 @@ def search(status: bool, explain: bool, dry_run: bool, as_json: bool, **asked: A
     """Find the parameters under which NAC best tells id/val from ood/val in CACHE.
 
     CPU only; the network is not needed. The same command continues the same study until it has the trials asked for;
-    with a database's URL, also on other machines. No test split is ever read unless --val names one.
+    with a database's URL, many machines share one study. No test split is ever read unless --val names one.
 
     \b
     nacpipe search cache/digits-digits_cnn.zarr
     nacpipe search cache/digits-digits_cnn.zarr --trials 5000 --timeout 600
     nacpipe search cache/digits-digits_cnn.zarr --explain
-    nacpipe search cache/digits-digits_cnn.zarr --storage postgresql://nac@db/studies --workers 8
+    nacpipe search cache/digits-digits_cnn.zarr --storage postgresql://nac@db/studies
     """
     from nacpipe.files import check_writable
     from nacpipe.tuning.request import SearchRequest
@@ -104,8 +103,8 @@ def run_search(request: SearchRequest, as_json: bool = False) -> SearchResult:
 
 
 def _run(search: Search) -> SearchResult:
-    from nacpipe.tuning.objective import SHOWN
     from nacpipe.tuning.runner import run
+    from nacpipe.tuning.validation import SHOWN
 
     request = search.request
     done = len(search.completed())
@@ -232,7 +231,7 @@ def _gauge(place: float) -> str:
 def _chosen(search: Search, field: str) -> bool:
     """True where a field is not the default everywhere."""
     usual = {"source": "product", "edges": "log"}[field]
-    return any(getattr(layer, field).values != (usual,) for layer in search.space.values())
+    return any(getattr(layer, field).values != (usual,) for layer in search.objective.space.values())
 
 
 def _choices(search: Search, name: str, params: Any) -> list[str]:
@@ -243,7 +242,7 @@ def _print_plan(search: Search, as_json: bool) -> None:
     from nacpipe.tuning.space import to_json
 
     done = len(search.completed())
-    space = to_json(search.space)
+    space = to_json(search.objective.space)
     if as_json:
         print_json({"study": search.request.shown, "done": done, "trials": search.trials, "space": space})
         return
@@ -257,8 +256,8 @@ def _print_plan(search: Search, as_json: bool) -> None:
         ],
         left=1,
     )
-    splits = ", ".join(f"{name} ({rows.stop - rows.start})" for name, rows in search.scorer.rows.items())
-    click.echo(f"\nid/train ({search.train_rows}) is counted; scored: {splits}")
+    splits = ", ".join(f"{name} ({rows.stop - rows.start})" for name, rows in search.objective.scorer.rows.items())
+    click.echo(f"\nid/train ({search.objective.train_rows}) is counted; scored: {splits}")
     click.echo(
         f"study {search.request.study_name} in {search.request.shown}: {done} of {search.trials} trials done,"
         f" sampler {search.request.how}"

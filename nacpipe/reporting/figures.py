@@ -22,7 +22,7 @@ from nacpipe.method.metrics import roc_curve
 from nacpipe.scoring.coverage import FittedLayer
 from nacpipe.text import escape_bytes
 from nacpipe.tuning.explain import Explanation
-from nacpipe.tuning.objective import SHOWN
+from nacpipe.tuning.validation import SHOWN
 
 SIZE = (3.6, 2.7)  # inches: a phone's width at CSS's 96 dots an inch
 HISTOGRAM_BINS = 40

@@ -13,10 +13,10 @@ from optuna.trial import FrozenTrial
 
 from nacpipe.errors import StudyError
 from nacpipe.method.params import NacParams
-from nacpipe.tuning.objective import SHOWN, Objective
 from nacpipe.tuning.space import Choice, Interval, LayerSpace
 from nacpipe.tuning.study import Search
-from nacpipe.tuning.trials import best_trial, number_of, trial_params
+from nacpipe.tuning.trials import best_trial
+from nacpipe.tuning.validation import SHOWN, ObjectiveName
 
 EDGE = 0.02  # of a range: a best value this near its end asks for a wider range
 FEW = 20  # trials from which importances are worth a look
@@ -35,7 +35,7 @@ class Explanation:
     """layer, weight, alone (best validation AUROC with all the weight), without (AUROC when it is left out)."""
     history: pd.DataFrame
     """number, phase, value, best (so far)."""
-    objective: Objective
+    objective: ObjectiveName
 
     @property
     def maximize(self) -> bool:
@@ -91,13 +91,13 @@ def explain(search: Search) -> Explanation:
     best = best_trial(trials, objective)
     history = pd.DataFrame(
         {
-            "number": [number_of(trial) for trial in trials],
-            "phase": [str(trial.user_attrs["phase"]) for trial in trials],
+            "number": [trial.number for trial in trials],
+            "phase": [str(trial.user_attrs.get("phase", "")) for trial in trials],
             "value": [_value(trial) for trial in trials],
         }
     )
     history["best"] = history["value"].cummin() if objective == "fpr95" else history["value"].cummax()
-    params = trial_params(best, search.space)
+    params = search.objective.params(best)
     return Explanation(
         parameters=_parameters(search, trials, params),
         layers=_layers(search, trials, params),
@@ -115,8 +115,8 @@ def _parameters(search: Search, trials: Sequence[FrozenTrial], params: NacParams
     importances = _importances(search, trials)
     rows = []
     for name, layer in params.layers.items():
-        for field in _searched(search.space[name]):
-            value, dimension = getattr(layer, field), search.space[name].dimension(field, layer.source)
+        for field in _searched(search.objective.space[name]):
+            value, dimension = getattr(layer, field), search.objective.space[name].dimension(field, layer.source)
             choices = ", ".join(map(str, dimension.values)) if isinstance(dimension, Choice) else ""
             low = high = place = np.nan
             at_edge = False
@@ -141,18 +141,16 @@ def _importances(search: Search, trials: Sequence[FrozenTrial]) -> dict[str, flo
     if len(trials) < FEW:
         return {}
     sign = -1.0 if search.request.objective == "fpr95" else 1.0
-    merits = {number_of(t): sign * _value(t) for t in trials}
-    if len(set(merits.values())) == 1:
+    keys = {t.number: sign * _value(t) for t in trials}
+    if len(set(keys.values())) == 1:
         return {}
     ours = optuna.create_study(direction="maximize")  # without others' trials, with one value each
     for trial in trials:
         ours.add_trial(
-            optuna.trial.create_trial(
-                value=merits[number_of(trial)], params=trial.params, distributions=trial.distributions
-            )
+            optuna.trial.create_trial(value=keys[trial.number], params=trial.params, distributions=trial.distributions)
         )
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    names = [f"{name}.{field}" for name, layer in search.space.items() for field in _searched(layer)]
+    names = [f"{name}.{field}" for name, layer in search.objective.space.items() for field in _searched(layer)]
     return dict(optuna.importance.get_param_importances(ours, evaluator=evaluator, params=names)) if names else {}
 
 
@@ -163,7 +161,8 @@ def _layers(search: Search, trials: Sequence[FrozenTrial], params: NacParams) ->
         others = {other: p for other, p in params.layers.items() if other != name}
         without = np.nan
         if any(p.weight > 0 for p in others.values()):
-            rest = NacParams(layers=others)
-            without = search.measure(search.evaluator.weigh(rest) if search.fits else rest).val_auroc
+            without_it = NacParams(layers=others)
+            weighed = search.objective.weigh(without_it) if search.objective.fits else without_it
+            without = search.objective.measure(weighed).val_auroc
         rows.append({"layer": name, "weight": layer.weight, "alone": alone.get(name, np.nan), "without": without})
     return pd.DataFrame(rows, columns=["layer", "weight", "alone", "without"])

@@ -1,129 +1,162 @@
-"""What a trial is: a proposal goes in, its final parameters and checks come out.
+"""The objective of an Optuna study: a trial's parameters go in, its value comes out, its metrics become attributes.
 
-The objective says which of the checks is searched for:
+    objective = nacpipe.Objective("cache/digits-digits_cnn.zarr")
+    study = optuna.create_study(direction="maximize", sampler=nacpipe.LayerwiseSampler(objective, seed=1))
+    study.optimize(objective, n_trials=500)
+    params = objective.params(study.best_trial)
 
-    auroc   AUROC of id/val against the OOD validation split; the default
-    fpr95   its FPR@95; among equals (it moves in steps of 1/n) the higher AUROC
-    pareto  the two as a Pareto front; the default search climbs AUROC − FPR@95 / 4, in which both weigh about as much
-    guided  the score's correlation with "ID or OOD" plus half of Energy (weights.py): smooth, so it overfits less
+Any sampler of Optuna works in its place, and any callbacks. User attributes that a trial gets: `weights` (layer →
+share; in closed form unless the space or the sampler says otherwise), `val_auroc`, `val_fpr95`, `subtrain_auroc`, and
+`val_correlation` where that is searched for.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, Trial
 
-from nacpipe.method.metrics import auroc, fpr95
+from nacpipe.cache import Cache, open_cache
+from nacpipe.cache.identity import VAL, bound_splits
+from nacpipe.errors import InputError, ParamsError
 from nacpipe.method.params import NacParams
-from nacpipe.scoring.trial_scorer import Scorer
-from nacpipe.tuning.space import with_weights
-from nacpipe.tuning.weights import fisher_weights, guided_target, target_weights
+from nacpipe.method.plain_scores import energy
+from nacpipe.method.published import published_params
+from nacpipe.scoring.states import check_layers, has_logits, outputs_of
+from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
+from nacpipe.tuning.space import Space, fits_weights, measure_space, widen, with_weights
+from nacpipe.tuning.space_file import read_spec
+from nacpipe.tuning.trials import attributes_of, distributions, layers_from, suggest, trial_params
+from nacpipe.tuning.validation import DIRECTIONS, Evaluator, ObjectiveName, ValidationMetrics
 
-Objective = Literal["auroc", "fpr95", "pareto", "guided"]
-DIRECTIONS: dict[Objective, list[Literal["minimize", "maximize"]]] = {
-    "auroc": ["maximize"],
-    "fpr95": ["minimize"],
-    "pareto": ["maximize", "minimize"],
-    "guided": ["maximize"],
-}
-SHOWN: dict[Objective, str] = {"auroc": "AUROC", "fpr95": "FPR@95", "pareto": "AUROC", "guided": "correlation"}
-"""What the first of a trial's values is called where people look."""
+SUBTRAIN = "id/subtrain"  # on which overfitting shows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValidationMetrics:
-    """What is measured of every trial, fractions."""
+class Objective:
+    """A callable for `optuna.Study.optimize` that scores NAC's parameters on a cache's validation pair."""
 
-    val_auroc: float
-    val_fpr95: float
-    subtrain_auroc: float | None
-    """id/val as ID against id/subtrain as if it were OOD; None where it is not finished."""
-    val_correlation: float | None = None
-    """Correlation of the score with the guided target; None where it is not searched for."""
+    def __init__(
+        self,
+        cache: Cache | str | Path,
+        *,
+        objective: ObjectiveName = "auroc",
+        space: str | Path = "auto",
+        layers: Sequence[str] = (),
+        val: str = "ood/val",
+        published: bool | None = None,
+    ) -> None:
+        """Open the cache and measure the space; columns are sorted when a trial first needs them.
 
-    def values(self, objective: Objective) -> list[float]:
-        """Return the trial's values, in the order of DIRECTIONS."""
-        return {
-            "auroc": [self.val_auroc],
-            "fpr95": [self.val_fpr95],
-            "pareto": [self.val_auroc, self.val_fpr95],
-            "guided": [self.val_correlation or 0.0],
-        }[objective]
+        Args:
+            cache: a finished extraction, or its address.
+            objective: what a trial's value is: `auroc`, `fpr95`, `guided`, or `pareto` for AUROC and FPR@95 both.
+            space: `auto`, `wide`, `terms`, `published`, or a TOML file.
+            layers: names; none means all that the cache holds.
+            val: the split that plays OOD.
+            published: include the paper's parameters in the space, where it has some for these layers; None: in the
+                space `auto` alone.
 
-    def objective_key(self, objective: Objective) -> tuple[float, ...]:
-        """Return what a climb compares; larger is better, and anything is larger than ()."""
-        if objective == "auroc":
-            return (self.val_auroc,)
+        Raises:
+            CacheError: the cache is not there or not finished.
+            InputError: the arguments make no sense for it.
+            ValuesError: a layer's states are 0 everywhere.
+        """
+        self.cache = cache if isinstance(cache, Cache) else open_cache(cache)
+        self.objective: ObjectiveName = objective
+        spec = read_spec(str(space), self.cache, layers)
+        check_layers(self.cache, list(spec))
+        self.layers = tuple(spec)
+        self.val = _check_val(self.cache, val)
+        self.splits = bound_splits(self.val)
+        with_subtrain = SUBTRAIN in self.cache and self.cache.peek(SUBTRAIN).sealed  # nothing is chosen by it
+        scored = [*[SUBTRAIN] * with_subtrain, *self.splits[1:]]
+        self.scorer = Scorer(functools.cache(index_from(self.cache, scored)), split_rows(self.cache, scored))
+        guide = None
         if objective == "guided":
-            return (self.val_correlation or 0.0,)
-        return (-self.val_fpr95, self.val_auroc) if objective == "fpr95" else (self.val_auroc - self.val_fpr95 / 4,)
+            if not has_logits(self.cache):
+                raise InputError(
+                    f"{self.cache.path} holds {outputs_of(self.cache)}, not logits: without Energy, search for auroc"
+                )
+            guide = self._energy()
+        self.evaluator = Evaluator(self.scorer, self.val, guide)
+        self.train_rows = self.cache["id/train"].rows
+        self.space: Space = {
+            name: measure_space(name, self.scorer.index, self.train_rows, given) for name, given in spec.items()
+        }
+        self.fits = fits_weights(self.space)
+        if not self.fits and all(layer.weights()[0] == 0 for layer in self.space.values()):
+            raise InputError("every layer's weight may be 0 at once, which is no score; keep one layer's above 0")
+        self.published = None
+        if space == "auto" if published is None else published:
+            self.published = _published(self.cache, self.space)
+        self.recorded: Space = widen(self.space, self.published)
+        """The space of the study's parameters: `space`, widened to hold the published parameters too."""
 
+    @property
+    def directions(self) -> list[str]:
+        """Return what `optuna.create_study` is given: maximize or minimize, of each value."""
+        return list(DIRECTIONS[self.objective])
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """What to try."""
+    @functools.cached_property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Return what a trial suggests, by parameter."""
+        return distributions(self.recorded)
 
-    number: int
-    """Its place in the study, from 0; what a strategy proposes depends on it."""
-    phase: str
-    params: NacParams
-    fit: bool = False
-    """True: the weights are not these but come in closed form from the layer scores."""
+    def __call__(self, trial: Trial) -> float | tuple[float, ...]:
+        """Score one trial's parameters; see the module for the attributes that it gets."""
+        layers = layers_from(suggest(trial, self.distributions), self.recorded)
+        weights = attributes_of(trial).get("weights")  # of a sampler that tries these, or of a trial that is repeated
+        if weights is not None and set(weights) == set(layers) and any(share > 0 for share in weights.values()):
+            params = NacParams(layers={name: replace(layer, weight=weights[name]) for name, layer in layers.items()})
+        else:
+            params = self.weigh(NacParams(layers=layers)) if self.fits else NacParams(layers=layers)
+        metrics = self.measure(params)
+        trial.set_user_attr("weights", {name: layer.weight for name, layer in params.layers.items()})
+        for name, value in metrics.to_attributes().items():
+            trial.set_user_attr(name, value)
+        values = metrics.values(self.objective)
+        return values[0] if len(values) == 1 else tuple(values)
 
-
-@dataclass(frozen=True, slots=True)
-class TrialResult:
-    """What came of it."""
-
-    params: NacParams
-    checks: ValidationMetrics
-
-
-class Evaluator:
-    """Proposals → outcomes, from indexed states."""
-
-    def __init__(self, scorer: Scorer, ood: str = "ood/val", energy: NDArray[np.float64] | None = None) -> None:
-        """Take id/val as ID and this split as OOD; with the samples' Energy, (samples,), aim at the guided target."""
-        self.scorer = scorer
-        self._ood = ood
-        pair = (scorer.rows["id/val"], scorer.rows[ood])
-        self._target = None if energy is None else guided_target(energy[pair[0]], energy[pair[1]])
-
-    def evaluate(self, proposal: Candidate) -> TrialResult:
-        """Score one combination, with weights in closed form where the proposal leaves them open."""
-        params = self.weigh(proposal.params) if proposal.fit else proposal.params
-        return TrialResult(params, self.measure(params))
+    def params(self, trial: FrozenTrial) -> NacParams:
+        """Return a completed trial's parameters."""
+        return trial_params(trial, self.recorded)
 
     def weigh(self, params: NacParams) -> NacParams:
-        """Return the parameters with weights in closed form from id/val and the OOD split."""
-        scores = np.stack(self.scorer.layer_scores(params.layers))
-        id_scores, ood_scores = scores[:, self.scorer.rows["id/val"]], scores[:, self.scorer.rows[self._ood]]
-        if self._target is None:
-            weights = fisher_weights(id_scores, ood_scores)
-        else:
-            weights = target_weights(np.concatenate([id_scores, ood_scores], axis=1), self._target)
-        return with_weights(params.layers, weights)
+        """Return the parameters with weights in closed form from id/val and the split that plays OOD."""
+        return self.evaluator.weigh(params)
 
     def measure(self, params: NacParams) -> ValidationMetrics:
-        """Score the search's splits under these parameters."""
-        used = {name: layer for name, layer in params.layers.items() if layer.weight > 0}
-        return self.check(self.scorer.scores(NacParams(layers=used)))
+        """Return the validation metrics of parameters."""
+        return self.evaluator.measure(params)
 
-    def check(self, scores: NDArray[np.float64]) -> ValidationMetrics:
-        """Return the checks of any score of the search's samples, (samples,) as `scorer.rows` has them."""
-        split = {name: scores[rows] for name, rows in self.scorer.rows.items()}
-        subtrain = split.get("id/subtrain")
-        return ValidationMetrics(
-            val_auroc=auroc(split["id/val"], split[self._ood]),
-            val_fpr95=fpr95(split["id/val"], split[self._ood]),
-            subtrain_auroc=None if subtrain is None else auroc(split["id/val"], subtrain),
-            val_correlation=self._correlation(np.concatenate([split["id/val"], split[self._ood]])),
-        )
+    def measure_energy(self) -> ValidationMetrics | None:
+        """Return the same metrics of Energy; None where the network gives no logits."""
+        return self.evaluator.check(self._energy()) if has_logits(self.cache) else None
 
-    def _correlation(self, scores: NDArray[np.float64]) -> float | None:
-        if self._target is None:
-            return None
-        return float(np.corrcoef(scores, self._target)[0, 1]) if np.ptp(scores) > 0 else 0.0
+    def _energy(self) -> NDArray[np.float64]:
+        return np.concatenate([energy(self.cache[name].read("logits")) for name in self.scorer.rows])
+
+
+def _check_val(cache: Cache, val: str) -> str:
+    if val in ("id/train", SUBTRAIN, "id/val"):
+        raise InputError(f"val is {val}; name a split that plays OOD, such as ood/val")
+    if val not in cache and val != VAL:
+        cache.peek(val)  # says what the cache holds
+    return val
+
+
+def _published(cache: Cache, space: Space) -> NacParams | None:
+    """The paper's parameters for the layers that it has, the others without weight."""
+    identity = cache.header.identity
+    try:
+        known = published_params(str(identity.get("benchmark")), str(identity.get("family")), tuple(space)).layers
+    except ParamsError:
+        return None
+    layers = {name: known.get(name) or s.params(np.full(len(s.free), 0.5)) for name, s in space.items()}
+    return with_weights(layers, np.array([float(name in known) for name in space]))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from nacpipe.errors import ParamsError
 from nacpipe.files import beside_cache
 from nacpipe.method.params import NacParams
-from nacpipe.tuning.objective import Objective, ValidationMetrics
+from nacpipe.tuning.validation import ObjectiveName, ValidationMetrics
 
-Sampler = Literal["layers", "tpe", "random", "grid", "nsga2", "cmaes"]
+SamplerName = Literal["layers", "tpe", "random", "grid", "nsga2", "cmaes"]
 DEFAULT_TRIALS = 2000
 
 OVERFIT_POINTS = 0.03  # below Energy's id/val-against-id/subtrain AUROC: NAC knows its training data too well
@@ -34,16 +35,14 @@ class SearchRequest:
     timeout: float | None = None
     """Seconds for this command."""
     patience: int | None = None
-    """Stop after this many trials without improvement, those of a strategy's opening not counted."""
+    """Stop after this many trials without improvement, not counted before the default sampler's first round."""
     space: str = "auto"
     """`auto`, `wide`, `terms`, `published`, or a TOML file (space_file.py)."""
-    sampler: Sampler | None = None
+    sampler: SamplerName | None = None
     """None: layer by layer; for the published space its grid."""
-    objective: Objective = "auroc"
+    objective: ObjectiveName = "auroc"
     val: str = "ood/val"
     """The split that plays OOD."""
-    workers: int = 1
-    """Processes on this machine."""
     seed: int = 1
     layers: tuple[str, ...] = ()
     """Names; none means all that the cache holds."""
@@ -56,7 +55,7 @@ class SearchRequest:
     """Where the result goes; None means X.params.json beside the cache."""
 
     @property
-    def how(self) -> Sampler:
+    def how(self) -> SamplerName:
         """The sampler that is meant."""
         return self.sampler or ("grid" if self.space == "published" else "layers")
 
@@ -68,6 +67,34 @@ class SearchRequest:
         parts += [self.objective] if self.objective != "auroc" else []
         parts += [self.val.replace("/", "-")] if self.val != "ood/val" else []
         return "-".join([self.study, *parts, f"seed{self.seed}"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what defines the study, for its attributes and for `made_by`: `from_json` reads it again."""
+        return {
+            "space": self.space,
+            "sampler": self.sampler,
+            "objective": self.objective,
+            "val": self.val,
+            "seed": self.seed,
+            "layers": list(self.layers),
+            "storage": None if self.storage is None else self.shown,
+            "study": self.study,
+        }
+
+    @classmethod
+    def from_json(cls, options: Mapping[str, Any], cache: str | Path) -> SearchRequest:
+        """Return the request of a study on a cache, which may have moved.
+
+        Raises:
+            ParamsError: the record is not one of `to_json`.
+        """
+        try:
+            request = cls(cache=cache, **{**options, "layers": tuple(options["layers"])})
+        except (KeyError, TypeError) as error:
+            raise ParamsError(f"the record of the search's options is damaged ({error})") from None
+        if request.storage is not None and "://" not in request.storage and not Path(request.storage).exists():
+            return replace(request, storage=None)  # it has moved with its cache
+        return request
 
     @property
     def target(self) -> Path:

@@ -1,12 +1,12 @@
-"""Running a study: proposals go out, outcomes come in, until there are enough.
+"""Running a search by `study.optimize`, until there are enough trials.
 
-while numbers are free and someone is idle:  desk.claim → asker.ask → pool.submit
-whoever is done:                             pool.collect → desk.record → asker.tell
+in a file       the study runs in memory; a callback appends every finished trial, whole, to the study in the file
+on a server     the study is the server's, which all machines share: Optuna's heartbeat finds the trials of a machine
+                that is gone, and another repeats them (storage.py)
 """
 
 from __future__ import annotations
 
-import datetime
 import signal
 import threading
 import time
@@ -14,19 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+import optuna
 from optuna.exceptions import StorageInternalError
-from optuna.trial import FrozenTrial
+from optuna.study import MaxTrialsCallback
+from optuna.trial import FrozenTrial, TrialState
 
 from nacpipe.errors import StudyError
-from nacpipe.tuning.desk import Desk
-from nacpipe.tuning.objective import Candidate, TrialResult
 from nacpipe.tuning.request import SearchResult
+from nacpipe.tuning.samplers import GridSampler
 from nacpipe.tuning.storage import cause, is_server
 from nacpipe.tuning.study import Search, session_seconds
-from nacpipe.tuning.trials import distributions, number_of, to_trial, trial_checks, trial_params
-from nacpipe.tuning.workers import Here, Pool, Workers
-
-POLL = 0.2  # seconds between looks at what other machines still try
+from nacpipe.tuning.trials import completed_trials, trial_metrics
 
 Progress = Callable[[int, float], None]
 """Completed trials, the best value."""
@@ -36,28 +34,21 @@ def run(search: Search, progress: Progress = lambda done, best: None) -> SearchR
     """Go on until the study has the trials asked for, or time or patience is up; Ctrl-C ends it too.
 
     Raises:
-        StudyError: the storage went away, or a trial kills its workers.
+        StudyError: the storage went away.
     """
-    with _stopping() as stopped:
-        sweep = _Sweep(search, progress, stopped)
-        ended = _run(sweep, search)
+    with _stopping() as signals:
+        session = _Session(search, progress, signals)
+        try:
+            ended = session.run()
+        except KeyboardInterrupt:
+            ended = "interrupted"
+        except StorageInternalError as error:
+            raise StudyError(
+                f"the study's storage went away: {cause(error)}; go on with: {search.command()}"
+            ) from error
+    if ended == "interrupted" and not session.best:
+        raise KeyboardInterrupt  # there is nothing to report
     return search.result(ended)
-
-
-def _run(sweep: _Sweep, search: Search) -> str:
-    try:
-        ended = sweep.run()
-    except KeyboardInterrupt:
-        ended = "interrupted"
-    except StorageInternalError as error:
-        raise StudyError(f"the study's storage went away: {cause(error)}; go on with: {search.command()}") from error
-    finally:
-        sweep.close()
-    if ended == "interrupted":
-        if not sweep.best:
-            raise KeyboardInterrupt  # there is nothing to report
-        search.reopen()
-    return ended
 
 
 @contextmanager
@@ -66,114 +57,108 @@ def _stopping() -> Iterator[list[int]]:
 
     An exception out of nowhere would be lost where Python happens to run a destructor.
     """
-    stopped: list[int] = []
+    signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield stopped
+        yield signals
         return
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        stopped.append(number)
-        if len(stopped) > 1:
+        signals.append(number)
+        if len(signals) > 1:
             raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stopped
+        yield signals
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by no Python code
 
 
-class _Sweep:
-    """What a run holds while it runs."""
+class _Session:
+    """One command's part in a study."""
 
-    def __init__(self, search: Search, progress: Progress, stopped: Sequence[int]) -> None:
+    def __init__(self, search: Search, progress: Progress, signals: Sequence[int]) -> None:
         assert search.study is not None
-        request = search.request
-        self._search, self._progress, self._objective = search, progress, request.objective
-        self._stopped = stopped
-        self._record = distributions(search.space, search.published)
-        self._asker = search.make_asker()
+        self._search, self._progress, self._signals = search, progress, signals
+        self._stored = search.study
+        trials = search.study.get_trials(deepcopy=False)
+        finished = sum(trial.state.is_finished() for trial in trials)
+        self._sampler = search.make_sampler(finished)
+        self._started, self._before = time.monotonic(), session_seconds(search.completed())
+        self._seen: set[int] = set()
+        self._position = 0
         self.best: tuple[float, ...] = ()
-        self._value, self._stale, self._learnt = 0.0, 0, 0
-        self._started = time.monotonic()
-        trials = search.completed()
-        self._before = session_seconds(trials)
-        self._learn(trials)
-        done = [number_of(trial) for trial in trials]
-        self._desk: Desk = Desk(search.study, search.trials, done)
-        if is_server(request.where):
-            from nacpipe.tuning.shared import SharedDesk  # brings SQLAlchemy
-
-            self._desk = SharedDesk(search.study, search.trials, done, request.where)
-        self._pool: Pool = Here(search.evaluator)
-        if search.shared is not None and not self._desk.finished:
-            for name, layer in search.space.items():
-                for source in layer.source.values:
-                    search.shared(name, source)
-            rows = search.scorer.rows
-            self._pool = Workers(request.workers, search.shared, rows, request.val, request.threads, search.energy)
-        self._begun: dict[int, datetime.datetime] = {}
+        self._value, self._stale = 0.0, 0
+        if is_server(search.request.where):
+            self._study = search.study
+            self._study.sampler = self._sampler
+        else:
+            self._study = optuna.create_study(
+                study_name=search.study.study_name,
+                directions=search.study.directions,
+                sampler=self._sampler,
+            )
+            self._study.add_trials([trial for trial in trials if trial.state.is_finished()])
+        self._learn()
 
     def run(self) -> str:
         """Return why it ended."""
-        while True:
-            ended = self._up()
-            while not ended and self._pool.idle:
-                number, news = self._desk.claim()
-                self._hear(news)
-                if number is None:
-                    break
-                self._begun[number] = datetime.datetime.now()
-                self._pool.submit(self._asker.ask(number))
-            if self._pool.busy:
-                for proposal, outcome in self._pool.collect():
-                    self._note(proposal, outcome)
-            elif ended or self._desk.finished:
-                return ended or "trials"
-            else:
-                time.sleep(POLL)  # the last trials are being tried elsewhere
+        if ended := self._why():
+            return ended
+        timeout = self._search.request.timeout
+        if timeout is not None:
+            timeout = max(timeout - (time.monotonic() - self._started), 0.0)
+        callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = [self._finish]
+        if self._study is self._stored and not isinstance(self._sampler, GridSampler):
+            callbacks.append(MaxTrialsCallback(self._search.trials, states=(TrialState.COMPLETE,)))
+        self._study.optimize(self._try, timeout=timeout, callbacks=callbacks)
+        return self._why() or "timeout"
 
-    def close(self) -> None:
-        """Give back what is being tried."""
-        self._pool.close()
-        self._desk.close()
+    def _try(self, trial: optuna.Trial) -> float | tuple[float, ...]:
+        value = self._search.objective(trial)
+        trial.set_user_attr("seconds", self._before + time.monotonic() - self._started)
+        return value
 
-    def _up(self) -> str:
-        """Why it should end now; empty where it should not."""
+    def _finish(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Keep a finished trial, and stop where it was the last."""
+        if self._study is not self._stored:
+            self._stored.add_trial(trial)
+        self._learn()
+        if self._why():
+            study.stop()
+
+    def _learn(self) -> None:
+        """See how many trials are complete, the best, and since when there is none better."""
+        objective, opening = self._search.request.objective, getattr(self._sampler, "opening", 0)
+        for trial in completed_trials(self._study):
+            if trial.number in self._seen:
+                continue
+            self._seen.add(trial.number)
+            metrics = trial_metrics(trial)
+            key = metrics.objective_key(objective)
+            better = key > self.best
+            if better:
+                self.best, self._value = key, metrics.values(objective)[0]
+            early = trial.user_attrs.get("position", trial.number) < opening
+            self._stale = 0 if better or early else self._stale + 1
+            self._progress(len(self._seen), self._value)
+
+    def _why(self) -> str:
+        """Return why it should end now; empty where it should not."""
         request = self._search.request
-        if self._stopped:
+        if self._signals:
             return "interrupted"
+        if self._is_complete():
+            return "trials"
         if request.timeout is not None and time.monotonic() - self._started >= request.timeout:
             return "timeout"
         return "patience" if request.patience is not None and self._stale >= request.patience else ""
 
-    def _note(self, proposal: Candidate, outcome: TrialResult) -> None:
-        trial = to_trial(
-            proposal,
-            outcome,
-            self._begun.pop(proposal.number),
-            seconds=self._before + time.monotonic() - self._started,
-            objective=self._objective,
-            space=self._search.space,
-            record=self._record,
-        )
-        if self._desk.record(proposal.number, trial):
-            self._hear([trial])
-
-    def _hear(self, trials: list[FrozenTrial]) -> None:
-        for trial in trials:
-            self._learn([trial])
-            self._progress(self._learnt, self._value)
-
-    def _learn(self, trials: list[FrozenTrial]) -> None:
-        """Tell the asker, and see whether it got better."""
-        for trial in trials:
-            number, checks = number_of(trial), trial_checks(trial)
-            self._asker.tell(number, trial_params(trial, self._search.space), checks)
-            objective_key = checks.objective_key(self._objective)
-            better = objective_key > self.best
-            if better:
-                self.best, self._value = objective_key, checks.values(self._objective)[0]
-            self._stale = 0 if better or number < self._asker.opening else self._stale + 1
-            self._learnt += 1
+    def _is_complete(self) -> bool:
+        """Return whether the study has the trials asked for; of a grid, so many combinations."""
+        if len(self._seen) < self._search.trials:
+            return False
+        if isinstance(self._sampler, GridSampler):  # on a server two machines may have tried the same
+            return len(self._sampler.complete(self._study)) >= self._search.trials
+        return True

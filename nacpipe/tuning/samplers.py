@@ -1,179 +1,237 @@
-"""Other ways to choose what is tried: every combination of a grid, or one of Optuna's samplers.
-
-Each is a strategy as strategy.py's: `ask` for the parameters of a number, `tell` the completed trials.
-"""
+"""Samplers for Optuna studies of `Objective`: layer by layer (the default), a grid, and Optuna's own by name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, get_args
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, get_args
 
 import numpy as np
 import optuna
-from optuna.trial import Trial, TrialState
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 
 from nacpipe.errors import InputError, MissingExtra
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.tuning.objective import DIRECTIONS, Candidate, Objective, ValidationMetrics
-from nacpipe.tuning.request import Sampler
-from nacpipe.tuning.space import FIELDS, Choice, Dimension, Interval, LayerSpace, Space, fits_weights
-from nacpipe.tuning.strategy import Strategy
-from nacpipe.tuning.trials import as_distribution
+from nacpipe.tuning.layerwise import Candidate, LayerwiseRule
+from nacpipe.tuning.objective import Objective
+from nacpipe.tuning.request import SamplerName
+from nacpipe.tuning.space import Choice
+from nacpipe.tuning.trials import completed_trials, flatten, recorded_fields, trial_metrics
 
 LARGE_GRID = 100_000  # combinations that are tried without being asked for by number
 
 
-class Asker(Protocol):
-    """What every way to choose can do."""
+class _PositionSampler(BaseSampler):
+    """Samples all parameters of a trial at once, by the trial's position.
 
-    @property
-    def size(self) -> int | None:
-        """How many trials there are in all; None where it never ends."""
-
-    @property
-    def opening(self) -> int:
-        """Trials that do not count as without improvement."""
-
-    def ask(self, number: int) -> Candidate:
-        """Return the parameters of trial `number`."""
-
-    def tell(self, number: int, params: NacParams, checks: ValidationMetrics) -> None:
-        """Learn from a completed trial."""
-
-
-def make_asker(
-    sampler: Sampler, space: Space, seed: int, objective: Objective, published: NacParams | None = None
-) -> Asker:
-    """Return the way to choose that has this name.
-
-    Raises:
-        InputError: it cannot search this space.
-        MissingExtra: cmaes is not installed.
+    A trial's position is its number; a trial that is repeated (`RetryHeartbeatStaleTrialCallback`) has another number
+    and keeps the position. Position and phase are user attributes of the trial, and so are the weights where the
+    sampler chooses them; the objective computes them otherwise. Parameters that are none of the objective's are drawn
+    at random.
     """
-    asker: Asker
-    if sampler == "grid":
-        asker = Grid(space, seed)
-    elif sampler == "layers":
-        for name, layer in space.items():
+
+    def __init__(self, objective: Objective | None, seed: int | None) -> None:
+        self._objective = objective
+        self._random = RandomSampler(seed)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return the distributions of all parameters of the objective."""
+        if self._objective is None or "fixed_params" in trial.system_attrs:  # enqueued by a person
+            return {}
+        return self._objective.distributions
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Return every parameter of the trial.
+
+        Raises:
+            ValueError: the study has several objectives, and the sampler's objective has one.
+        """
+        self._check(study)
+        if self._objective is None or not search_space:
+            return {}
+        candidate = self._propose(study, trial)
+        attributes: dict[str, Any] = {"position": candidate.position, "phase": candidate.phase}
+        if not candidate.fit:
+            attributes["weights"] = {name: layer.weight for name, layer in candidate.params.layers.items()}
+        for key, value in attributes.items():
+            study._storage.set_trial_user_attr(trial._trial_id, key, value)
+        return flatten(candidate.params, self._objective.recorded)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Draw a parameter that is none of the objective's.
+
+        Raises:
+            ValueError: the study has several objectives, and the sampler's objective has one.
+        """
+        self._check(study)
+        return self._random.sample_independent(study, trial, param_name, param_distribution)
+
+    def reseed_rng(self) -> None:
+        """Seed what draws at random anew."""
+        self._random.reseed_rng()
+
+    def _propose(self, study: Study, trial: FrozenTrial) -> Candidate:
+        raise NotImplementedError
+
+    def _check(self, study: Study) -> None:
+        if self._objective is None or self._objective.objective != "pareto":
+            self._raise_error_if_multi_objective(study)
+
+
+class LayerwiseSampler(_PositionSampler):
+    """Layers one by one, then each anew among the others (layerwise.py): `nacpipe search`'s default sampler.
+
+    It learns from the study's completed trials, whoever ran them, so a study that is continued in another process goes
+    on as if it had not been interrupted, trial for trial.
+    """
+
+    def __init__(self, objective: Objective | None = None, *, seed: int | None = None) -> None:
+        """Sample the objective's space.
+
+        Args:
+            objective: what the study optimizes; without one every parameter is drawn at random.
+            seed: None draws one.
+
+        Raises:
+            InputError: the space searches for weights, which this sampler leaves to their closed form.
+        """
+        super().__init__(objective, seed)
+        self._learnt: set[int] = set()
+        if objective is None:
+            return
+        for name, layer in objective.space.items():
             if layer.weight is not None and layer.weight.free:
                 raise InputError(
                     f"layer {name!r}: a weight to be searched needs another sampler, such as --sampler tpe; by default"
                     ' weights come in closed form (weight = "fit") or are fixed'
                 )
-        asker = Strategy(space, seed, objective, published)
-    else:
-        asker = OptunaSampler(sampler, space, seed, objective)
-    if not fits_weights(space) and all(layer.weights()[0] == 0 for layer in space.values()):
-        raise InputError("every layer's weight may be 0 at once, which is no score; keep one layer's above 0")
-    return asker
+        chosen = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        self._rule = LayerwiseRule(objective.space, chosen, objective.published)
+
+    @property
+    def opening(self) -> int:
+        """Positions before the first round; they do not count as trials without improvement."""
+        return 0 if self._objective is None else self._rule.opening
+
+    def _propose(self, study: Study, trial: FrozenTrial) -> Candidate:
+        objective = self._objective
+        assert objective is not None
+        for other in completed_trials(study):
+            if other.number not in self._learnt:
+                self._learnt.add(other.number)
+                key = trial_metrics(other).objective_key(objective.objective)
+                self._rule.learn(other.user_attrs.get("position"), objective.params(other), key)
+        return self._rule.propose(trial.user_attrs.get("position", trial.number))
 
 
-class Grid:
-    """Every combination once, in an order that depends on the seed alone."""
+class GridSampler(_PositionSampler):
+    """Every combination of the objective's space once, in an order that depends on the seed alone.
 
-    opening = 0
+    The combination is the trial's number's; numbers beyond the grid, which a study has where trials failed, take the
+    combinations that are not complete. `study.optimize` ends when all are.
+    """
 
-    def __init__(self, space: Space, seed: int) -> None:
-        """Refuse a space with ranges.
+    def __init__(self, objective: Objective, *, seed: int = 1) -> None:
+        """Sample the objective's space.
 
         Raises:
-            InputError: naming the field that is a range.
+            InputError: a field is a range.
         """
-        self._space = space
+        super().__init__(objective, seed)
         self._axes: list[tuple[str, str, Choice]] = []
-        for name, layer in space.items():
-            for field, (dimension, *_) in _axes(layer):
-                if not isinstance(dimension, Choice):
+        for name, layer in objective.space.items():
+            for field, dimensions in recorded_fields(layer).items():
+                if not all(isinstance(dimension, Choice) for dimension in dimensions):
                     raise InputError(
                         f"a grid needs values, and {name}.{field} is a range; list its values in a --space FILE, or"
                         " take another --sampler"
                     )
-                self._axes.append((name, field, dimension))
+                assert isinstance(dimensions[0], Choice)
+                self._axes.append((name, field, dimensions[0]))
         self.size = math.prod(len(choice.values) for _, _, choice in self._axes)
-        # number → combination: a stride without a common factor visits each once, and the first ones lie far apart.
+        # position → combination: a stride without a common factor visits each once, the first ones far apart.
         random, length = np.random.default_rng(seed), self.size.bit_length() // 8 + 9
         self._start, stride = (int.from_bytes(random.bytes(length), "little") % self.size for _ in range(2))
         self._stride = stride | 1
         while math.gcd(self._stride, self.size) > 1:
             self._stride += 2
 
-    def ask(self, number: int) -> Candidate:
-        """Return combination `number`, below `size`."""
-        place = (self._start + number * self._stride) % self.size
-        found: dict[str, dict[str, Any]] = {name: {} for name in self._space}
+    def params(self, position: int) -> NacParams:
+        """Return the combination at a position, from 0 to `size` − 1."""
+        assert self._objective is not None
+        place = (self._start + position * self._stride) % self.size
+        fields: dict[str, dict[str, Any]] = {
+            name: {field: layer.dimensions(field)[0].at(0.0) for field in ("source", "edges")}
+            | ({} if layer.weight is None else {"weight": layer.weight.at(0.0)})
+            for name, layer in self._objective.space.items()
+        }
         for name, field, choice in reversed(self._axes):
             place, which = divmod(place, len(choice.values))
-            found[name][field] = choice.values[which]
-        params = NacParams(layers={name: LayerParams(**fields) for name, fields in found.items()})
-        return Candidate(number=number, phase="grid", params=params, fit=fits_weights(self._space))
+            fields[name][field] = choice.values[which]
+        return NacParams(layers={name: LayerParams(**values) for name, values in fields.items()})
 
-    def tell(self, number: int, params: NacParams, checks: ValidationMetrics) -> None:
-        """Learn nothing: what is tried next does not depend on it."""
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        """End `study.optimize` where this trial completes the grid."""
+        if state == TrialState.COMPLETE and trial.number + 1 >= self.size:
+            complete = self.complete(study) | {trial.user_attrs.get("position", trial.number)}
+            if len(complete) >= self.size:
+                with suppress(RuntimeError):  # in a loop of the caller's own
+                    study.stop()
+
+    def complete(self, study: Study) -> set[int]:
+        """Return the positions that are complete."""
+        return _positions(study, TrialState.COMPLETE)
+
+    def _propose(self, study: Study, trial: FrozenTrial) -> Candidate:
+        assert self._objective is not None
+        position = trial.user_attrs.get("position", trial.number)
+        if position >= self.size:
+            done = self.complete(study)
+            open_positions = [number for number in range(self.size) if number not in done]
+            running = _positions(study, TrialState.RUNNING, TrialState.WAITING)
+            idle = [number for number in open_positions if number not in running]
+            position = (idle or open_positions or [position % self.size])[0]
+        params = self.params(position)
+        return Candidate(position=position, phase="grid", params=params, fit=True)  # weights are fields, or closed form
 
 
-class OptunaSampler:
-    """One of Optuna's samplers, in a study of its own in memory.
+def _positions(study: Study, *states: TrialState) -> set[int]:
+    trials = study.get_trials(deepcopy=False, states=states)
+    return {trial.user_attrs["position"] for trial in trials if "position" in trial.user_attrs}
 
-    Its random numbers are a function of the seed and the trial's number. What it remembers of earlier trials it gets
-    back, when a study goes on, by being asked for them again.
+
+def make_sampler(name: SamplerName, objective: Objective, seed: int, finished: int) -> BaseSampler:
+    """Return the sampler of this name.
+
+    Args:
+        name: `layers`, `grid`, or one of Optuna's.
+        objective: what the study optimizes.
+        seed: of the search.
+        finished: trials that the study has; Optuna's samplers are seeded from the seed and this number, so that a
+            study that goes on does not draw the same again.
+
+    Raises:
+        InputError: it cannot search this space.
+        MissingExtra: cmaes is not installed.
     """
-
-    opening = 0
-    size = None
-
-    def __init__(self, sampler: Sampler, space: Space, seed: int, objective: Objective) -> None:
-        """Check that this sampler can search this space.
-
-        Raises:
-            InputError: it cannot.
-            MissingExtra: cmaes is not installed.
-        """
-        if sampler == "cmaes" and objective == "pareto":
-            raise InputError(
-                "cmaes has one objective; search for auroc, fpr95 or guided, or take --sampler nsga2 or tpe"
-            )
-        self._name, self._space, self._seed, self._objective = sampler, space, seed, objective
-        self._distributions = {
-            f"{name}.{field}": as_distribution(*dimensions)
-            for name, layer in space.items()
-            for field, dimensions in _axes(layer)
-        }
-        self._names = {f"{name}.{field}": (name, field) for name, layer in space.items() for field, _ in _axes(layer)}
-        self._make = _SAMPLERS[sampler]
-        self._make(0)
-        self._study = optuna.create_study(directions=DIRECTIONS[objective])
-        self._asked: dict[int, Trial] = {}
-
-    def ask(self, number: int) -> Candidate:
-        """Return the parameters of trial `number`."""
-        if number not in self._asked:
-            self._study.sampler = self._make(int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0]))
-            self._asked[number] = self._study.ask(self._distributions)
-        values = self._asked[number].params
-        layers = {name: LayerParams(**_fields(name, layer, values)) for name, layer in self._space.items()}
-        return Candidate(
-            number=number, phase=self._name, params=NacParams(layers=layers), fit=fits_weights(self._space)
-        )
-
-    def tell(self, number: int, params: NacParams, checks: ValidationMetrics) -> None:
-        """Learn from a completed trial, this one's or another process's."""
-        values = checks.values(self._objective)
-        given = {name: getattr(params.layers[layer], field) for name, (layer, field) in self._names.items()}
-        held = self._asked[number].params if number in self._asked else {}
-        if self._name in ("nsga2", "cmaes"):  # what they know lies in the trials that they asked for
-            asked_for = self.ask(number).params  # again where a study goes on; alpha as it was tried
-            held = {name: getattr(asked_for.layers[layer], field) for name, (layer, field) in self._names.items()}
-        asked = self._asked.pop(number, None)
-        if asked is not None and held == given:
-            self._study.tell(asked, values)
-            return
-        if asked is not None:
-            self._study.tell(asked, state=TrialState.FAIL)
-        self._study.add_trial(optuna.trial.create_trial(values=values, params=given, distributions=self._distributions))
+    if name == "layers":
+        return LayerwiseSampler(objective, seed=seed)
+    if name == "grid":
+        return GridSampler(objective, seed=seed)
+    if name == "cmaes" and objective.objective == "pareto":
+        raise InputError("cmaes has one objective; search for auroc, fpr95 or guided, or take --sampler nsga2 or tpe")
+    return _OPTUNA[name](int(np.random.SeedSequence([seed, finished]).generate_state(1)[0]))
 
 
-def _cmaes(seed: int) -> optuna.samplers.BaseSampler:
+def _cmaes(seed: int) -> BaseSampler:
     try:
         import cmaes  # noqa: F401
     except ModuleNotFoundError:
@@ -181,26 +239,10 @@ def _cmaes(seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
 
 
-_SAMPLERS: Mapping[str, Callable[[int], optuna.samplers.BaseSampler]] = {
+_OPTUNA: Mapping[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
     "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
     "cmaes": _cmaes,
 }
-assert {"layers", "grid", *_SAMPLERS} == set(get_args(Sampler))
-
-
-def _axes(layer: LayerSpace) -> list[tuple[str, tuple[Dimension, ...]]]:
-    """A layer's fields and their dimensions; weights that come in closed form are none."""
-    fields = [(field, layer.dimensions(field)) for field in FIELDS]
-    return fields if layer.weight is None else [*fields, ("weight", (layer.weight,))]
-
-
-def _fields(name: str, layer: LayerSpace, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer's parameters from a trial's: what is not there is fixed; alpha is kept inside its source's range."""
-    found = {field: values.get(f"{name}.{field}", layer.dimensions(field)[0].at(0.0)) for field in FIELDS}
-    if isinstance(alpha := layer.alpha[found["source"]], Interval):
-        found["alpha"] = min(max(found["alpha"], alpha.low), alpha.high)
-    if layer.weight is not None:
-        found["weight"] = values.get(f"{name}.weight", layer.weight.at(0.0))
-    return found
+assert {"layers", "grid", *_OPTUNA} == set(get_args(SamplerName))

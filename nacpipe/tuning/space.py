@@ -195,6 +195,11 @@ def measure_space(
     return LayerSpace(source=source, alpha=alphas, **rest)
 
 
+def widen(space: Space, params: NacParams | None) -> Space:
+    """Return the space, widened where these parameters lie outside; without parameters as it is."""
+    return space if params is None else {name: s.including(params.layers[name]) for name, s in space.items()}
+
+
 def fits_weights(space: Space) -> bool:
     """Return True where weights come in closed form rather than from the space."""
     return all(layer.weight is None for layer in space.values())

@@ -11,13 +11,16 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from nacpipe.errors import MissingExtra, NacError, StudyError
@@ -26,6 +29,10 @@ from nacpipe.tuning.request import without_password
 
 if sys.platform != "win32":
     import fcntl
+
+HEARTBEAT = 15  # seconds between a server study's signs of life; a trial without one for twice as long is repeated
+RETRIES = 3  # times that a trial is repeated
+ATTEMPTS = 5  # to make a new database's tables, where others do it in the same moment
 
 JOURNAL = b'{"op_code":'  # how Optuna's first line begins
 
@@ -219,7 +226,7 @@ def open_storage(where: str, *, write: bool = True) -> BaseStorage:
         if backend(where):
             if write:
                 _make_sqlite(where)
-            return RDBStorage(with_driver(where), skip_table_creation=not write)
+            return _open_database(where, write)
         if not Path(where).parent.is_dir():
             raise StudyError(f"the folder of the study {where} is not there")
         if sys.platform == "win32":
@@ -233,6 +240,31 @@ def open_storage(where: str, *, write: bool = True) -> BaseStorage:
         raise
     except Exception as error:  # every database driver has errors of its own
         raise cannot_open(where, error) from error
+
+
+def _open_database(where: str, write: bool) -> RDBStorage:
+    """Open a database; on a server, trials of a process that is gone are repeated by another (Optuna's heartbeat)."""
+    heartbeat: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        if is_server(where):
+            repeat = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
+            heartbeat = {"heartbeat_interval": HEARTBEAT, "heartbeat_stale_trial_callback": repeat}
+        for attempt in range(ATTEMPTS):
+            try:
+                return RDBStorage(with_driver(where), skip_table_creation=not write, **heartbeat)
+            except StorageInternalError as error:
+                if attempt + 1 == ATTEMPTS or not _made_by_another(error):
+                    raise
+            time.sleep(0.2 * 2**attempt)
+    raise AssertionError("the loop returns or raises")
+
+
+def _made_by_another(error: StorageInternalError) -> bool:
+    """Return whether another process made the same tables in the same moment."""
+    import sqlalchemy
+
+    return isinstance(error.__cause__, sqlalchemy.exc.IntegrityError | sqlalchemy.exc.ProgrammingError)
 
 
 def _make_sqlite(where: str) -> None:
@@ -265,16 +297,6 @@ def cause(error: BaseException) -> str:
 
 @contextmanager
 def opening(where: str, *, create: bool) -> Iterator[None]:
-    """Let one command at a time open studies: making tables or a study is not safe when two do it."""
-    if not is_server(where):
-        with _file_lock(where, ".opening", wait=True) if create else nullcontext():
-            yield
-        return
-    from nacpipe.tuning.locks import ServerLocks  # brings SQLAlchemy
-
-    locks = ServerLocks(where, "")
-    try:
-        with locks.book():
-            yield
-    finally:
-        locks.close()
+    """Let one command at a time make a study in a file; a database server sees to it itself."""
+    with _file_lock(where, ".opening", wait=True) if create and not is_server(where) else nullcontext():
+        yield

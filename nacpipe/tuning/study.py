@@ -1,46 +1,35 @@
-"""The search as an Optuna study: open, go on, record, report.
+"""The search as an Optuna study: open, go on, report.
 
-Every evaluated combination is a trial with its parameters, value, duration and checks. A trial is recorded whole, in
-one append, after it was evaluated; killed at any moment a search loses the trial it was computing and nothing else.
+Every evaluated combination is a trial with its parameters, value, duration and metrics. A search that is killed at any
+moment loses the trial that it was computing and nothing else (runner.py).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import optuna
+from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 import nacpipe
-from nacpipe.cache import Cache, open_cache
-from nacpipe.cache.identity import VAL, bound_splits, diff, fingerprint
-from nacpipe.errors import InputError, ParamsError, StudyError
+from nacpipe.cache.identity import diff, fingerprint
+from nacpipe.errors import InputError, StudyError
 from nacpipe.method.coverage import layer_of
-from nacpipe.method.params import NacParams
-from nacpipe.method.plain_scores import energy
-from nacpipe.method.published import published_params
 from nacpipe.method.threads import set_threads
-from nacpipe.scoring.states import check_layers, has_logits, outputs_of
-from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
 from nacpipe.text import command_line, escape_bytes
-from nacpipe.tuning.desk import completed_trials
-from nacpipe.tuning.objective import DIRECTIONS, Evaluator, ValidationMetrics
+from nacpipe.tuning.objective import SUBTRAIN, Objective
 from nacpipe.tuning.request import DEFAULT_TRIALS, SearchRequest, SearchResult
-from nacpipe.tuning.samplers import LARGE_GRID, Asker, make_asker
-from nacpipe.tuning.space import Space, fits_weights, measure_space, to_json, with_weights
-from nacpipe.tuning.space_file import read_spec
+from nacpipe.tuning.samplers import LARGE_GRID, GridSampler, make_sampler
+from nacpipe.tuning.space import to_json
 from nacpipe.tuning.storage import backend, is_there, open_storage, opening
-from nacpipe.tuning.trials import best_trial, pareto_front, trial_params
-from nacpipe.tuning.workers import SharedIndexes
-
-SUBTRAIN = "id/subtrain"  # on which overfitting shows
+from nacpipe.tuning.trials import best_trial, completed_trials, pareto_front
+from nacpipe.tuning.validation import DIRECTIONS
 
 
 class Search:
-    """A study opened on its cache, ready to run (sweep.py) or to be looked at."""
+    """A study opened on its cache, ready to run (runner.py) or to be looked at."""
 
     def __init__(self, request: SearchRequest, *, create: bool = True) -> None:
         """Open cache and study; with `create=False` a study that is not there stays so.
@@ -54,49 +43,36 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         set_threads(request.threads)
         self.request = request
-        self.cache = open_cache(request.cache)
-        spec = read_spec(request.space, self.cache, request.layers)
-        check_layers(self.cache, list(spec))
-        self.layers = tuple(spec)
-        self.splits = bound_splits(_check_val(self.cache, request.val))
-        checked = SUBTRAIN in self.cache and self.cache.peek(SUBTRAIN).sealed  # nothing is chosen by it
-        scored = [*[SUBTRAIN] * checked, *self.splits[1:]]
-        make = index_from(self.cache, scored)
-        self.shared = SharedIndexes(make) if create and request.workers > 1 else None
-        self.scorer = Scorer(self.shared or functools.cache(make), split_rows(self.cache, scored))
-        self.energy = None
-        if request.objective == "guided":
-            if not has_logits(self.cache):
-                raise InputError(
-                    f"{self.cache.path} holds {outputs_of(self.cache)}, not logits: without Energy, search for auroc"
-                )
-            self.energy = np.concatenate([energy(self.cache[name].read("logits")) for name in scored])
-        self.evaluator = Evaluator(self.scorer, request.val, self.energy)
-        self.train_rows = self.cache["id/train"].rows
-        self.space: Space = {  # before the study is made: a layer that tells nothing is refused here
-            name: measure_space(name, self.scorer.index, self.train_rows, given) for name, given in spec.items()
-        }
-        self.fits = fits_weights(self.space)
-        self.published = (
-            _published(self.cache, self.space) if (request.space, request.how) == ("auto", "layers") else None
+        self.objective = Objective(  # before the study is made: a layer that tells nothing is refused here
+            request.cache,
+            objective=request.objective,
+            space=request.space,
+            layers=request.layers,
+            val=request.val,
+            published=(request.space, request.how) == ("auto", "layers"),
         )
-        self.trials = _trials(request, self.make_asker())
+        self.cache = self.objective.cache
+        self.trials = _trials(request, self.make_sampler(0))
         self.study = self._open(create)
 
-    def make_asker(self) -> Asker:
-        """Return what proposes trials, untold."""
-        request = self.request
-        return make_asker(request.how, self.space, request.seed, request.objective, self.published)
+    def make_sampler(self, finished: int) -> BaseSampler:
+        """Return the sampler of a study that has so many finished trials."""
+        return make_sampler(self.request.how, self.objective, self.request.seed, finished)
+
+    def _identity(self) -> dict[str, Any]:
+        layers = tuple(map(layer_of, self.objective.layers))
+        return self.cache.search_identity(self.objective.splits, layers)
 
     def _open(self, create: bool) -> optuna.Study | None:
         request = self.request
         if not create and not is_there(request.where):
             return None
-        identity = self.cache.search_identity(self.splits, tuple(map(layer_of, self.layers)))
+        identity = self._identity()
         bound = {
             "identity": identity,
             "objective": request.objective,
-            "space": to_json(self.space),
+            "space": to_json(self.objective.space),
+            "options": request.to_json(),
             "fingerprint": fingerprint(identity),
         }
         with opening(request.where, create=create):
@@ -126,19 +102,9 @@ class Search:
                 study.set_user_attr(key, value)
         return study
 
-    def reopen(self) -> None:
-        """Read the study anew: an interrupt may have come in the middle of Optuna's reading."""
-        if self.study is not None:
-            storage = open_storage(self.request.where)
-            self.study = optuna.load_study(study_name=self.request.study_name, storage=storage)
-
     def completed(self) -> list[FrozenTrial]:
         """Return the study's completed trials, in the order of their numbers."""
         return [] if self.study is None else completed_trials(self.study)
-
-    def measure(self, params: NacParams) -> ValidationMetrics:
-        """Score the search's splits under these parameters."""
-        return self.evaluator.measure(params)
 
     def result(self, ended: str) -> SearchResult:
         """Return what the study has found so far.
@@ -156,11 +122,11 @@ class Search:
                 f"there is no completed trial of {request.study_name} in {request.shown};"
                 f" start or go on with: {self.command()}"
             )
-        params = trial_params(best_trial(trials, request.objective), self.space)
-        own = self._energy()
+        params = self.objective.params(best_trial(trials, request.objective))
+        own = self.objective.measure_energy()
         return SearchResult(
             params=params,
-            checks=self.measure(params),
+            checks=self.objective.measure(params),
             energy_subtrain=own.subtrain_auroc if own else None,
             energy_val=own.val_auroc if own else None,
             alone=self.alone(trials),
@@ -173,12 +139,12 @@ class Search:
 
     def alone(self, trials: Sequence[FrozenTrial]) -> dict[str, float]:
         """Return layer → the best validation AUROC that it reached alone, where it was tried."""
-        found: dict[str, float] = {}
+        alone: dict[str, float] = {}
         for trial in trials:
-            weighty = [name for name in self.layers if trial.params[f"{name}.weight"] > 0]
-            if len(weighty) == 1:
-                found[weighty[0]] = max(found.get(weighty[0], 0.0), trial.user_attrs["val_auroc"])
-        return found
+            counted = [name for name, weight in trial.user_attrs["weights"].items() if weight > 0]
+            if len(counted) == 1:
+                alone[counted[0]] = max(alone.get(counted[0], 0.0), trial.user_attrs["val_auroc"])
+        return alone
 
     def made_by(self) -> dict[str, Any]:
         """Return what params.json says of its making."""
@@ -187,13 +153,14 @@ class Search:
         return {
             "nacpipe": nacpipe.__version__,
             "cache": self.cache.path,
-            "fingerprint": fingerprint(self.cache.search_identity(self.splits, tuple(map(layer_of, self.layers)))),
+            "fingerprint": fingerprint(self._identity()),
             "study": request.shown,
             "study_name": request.study_name,
             "sampler": request.how,
             "objective": request.objective,
             "val": request.val,
-            "space": to_json(self.space),
+            "options": request.to_json(),
+            "space": to_json(self.objective.space),
         }
 
     def command(self, patience: int | None = None) -> str:
@@ -203,29 +170,21 @@ class Search:
         for option, value, usual in (
             ("trials", asked.trials, None), ("space", asked.space, "auto"), ("sampler", asked.sampler, None),
             ("objective", asked.objective, "auroc"), ("val", asked.val, "ood/val"), ("seed", asked.seed, 1),
-            ("patience", patience or asked.patience, None), ("workers", asked.workers, 1),
+            ("patience", patience or asked.patience, None),
             ("threads", asked.threads, None), ("storage", storage, None),
             ("study", asked.study, "nac"), ("layers", ",".join(asked.layers), ""), ("output", asked.output, None),
         ):  # fmt: skip
             given += [f"--{option}", str(value)] if value != usual else []
         return command_line("search", asked.cache, *given)
 
-    def _energy(self) -> ValidationMetrics | None:
-        """The same checks of Energy, where the network has logits."""
-        if not has_logits(self.cache):
-            return None
-        return self.evaluator.check(
-            np.concatenate([energy(self.cache[name].read("logits")) for name in self.scorer.rows])
-        )
-
 
 def session_seconds(trials: Sequence[FrozenTrial]) -> float:
     """Return the wall time of all sessions: every trial carries the sum so far, so a killed session's is not lost."""
-    return max((float(trial.user_attrs["seconds"]) for trial in trials), default=0.0)
+    return max((float(trial.user_attrs.get("seconds", 0.0)) for trial in trials), default=0.0)
 
 
 def _check(request: SearchRequest) -> None:
-    for name, value in (("trials", request.trials), ("workers", request.workers), ("patience", request.patience)):
+    for name, value in (("trials", request.trials), ("patience", request.patience)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
     assert request.where and request.target  # or refused: of a cache at a URL both must be given
@@ -237,32 +196,14 @@ def _check(request: SearchRequest) -> None:
         raise InputError(f"the published space is a grid; leave out --sampler {request.sampler}")
 
 
-def _check_val(cache: Cache, val: str) -> str:
-    if val in ("id/train", SUBTRAIN, "id/val"):
-        raise InputError(f"val is {val}; name a split that plays OOD, such as ood/val")
-    if val not in cache and val != VAL:
-        cache.peek(val)  # says what the cache holds
-    return val
-
-
-def _trials(request: SearchRequest, asker: Asker) -> int:
+def _trials(request: SearchRequest, sampler: BaseSampler) -> int:
     """How many completed trials the study shall have."""
+    size = sampler.size if isinstance(sampler, GridSampler) else None
     if request.trials is not None:
-        return min(request.trials, asker.size or request.trials)
-    if asker.size is not None and asker.size > LARGE_GRID:
-        raise InputError(f"the grid has {asker.size} combinations; say how many to try with --trials N")
-    return asker.size or DEFAULT_TRIALS
-
-
-def _published(cache: Cache, space: Space) -> NacParams | None:
-    """The paper's parameters for the layers that it has, the others without weight."""
-    identity = cache.header.identity
-    try:
-        found = published_params(str(identity.get("benchmark")), str(identity.get("family")), tuple(space)).layers
-    except ParamsError:
-        return None
-    layers = {name: found.get(name) or s.params(np.full(len(s.free), 0.5)) for name, s in space.items()}
-    return with_weights(layers, np.array([float(name in found) for name in space]))
+        return min(request.trials, size or request.trials)
+    if size is not None and size > LARGE_GRID:
+        raise InputError(f"the grid has {size} combinations; say how many to try with --trials N")
+    return size or DEFAULT_TRIALS
 
 
 def _what(identity: Mapping[str, Any]) -> str:
@@ -303,7 +244,7 @@ def _check_bound(request: SearchRequest, name: str, stored: Mapping[str, Any], b
             f"study {name} in {request.shown} searches for {stored['objective']}, not {request.objective}. Give another"
             " --study NAME"
         )
-    if "space" not in stored:
+    if "options" not in stored:
         raise StudyError(
             f"study {name} in {request.shown} was made by an earlier nacpipe; give another --study NAME, or remove it"
         )

@@ -1,53 +1,45 @@
-"""Optuna's trials and ours: what is recorded of a combination, and what is read back.
+"""A study's trials and our parameters: what a trial suggests, what it records, what is read back.
 
-params       layer.bins, layer.saturation, layer.alpha, layer.weight; layer.source and layer.edges where searched
-value        the objective; two where both are searched for
-user_attrs   number, phase, val_auroc, val_fpr95, subtrain_auroc, seconds (of all sessions until here); and
-             val_correlation where that is searched for
+params       layer.bins, layer.saturation, layer.alpha; layer.source, layer.edges and layer.weight where searched
+value        the objective; two where AUROC and FPR@95 are searched for
+user_attrs   weights, val_auroc, val_fpr95, subtrain_auroc (and val_correlation) of the objective; phase and position of
+             a sampler of ours; seconds (wall time of all sessions until here) of a search
 """
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
-from optuna.trial import FrozenTrial
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.tuning.objective import Candidate, Objective, TrialResult, ValidationMetrics
 from nacpipe.tuning.space import FIELDS, Choice, Dimension, Interval, LayerSpace, Space
+from nacpipe.tuning.validation import ObjectiveName, ValidationMetrics
 
 ALWAYS = ("bins", "alpha", "saturation")
 
 
-def recorded_fields(layer: LayerSpace) -> list[str]:
-    """Return the fields of a layer that its trials hold."""
-    return [field for field in FIELDS if field in ALWAYS or field in layer.free] + ["weight"]
+def recorded_fields(layer: LayerSpace) -> dict[str, tuple[Dimension, ...]]:
+    """Return the fields of a layer that its trials suggest, with their dimensions; of alpha one per source."""
+    fields = {name: layer.dimensions(name) for name in FIELDS if name in ALWAYS or name in layer.free}
+    return fields if layer.weight is None or not layer.weight.free else {**fields, "weight": (layer.weight,)}
 
 
-def distributions(space: Space, published: NacParams | None = None) -> dict[str, BaseDistribution]:
-    """Return what Optuna records: the space, widened to hold the published parameters too."""
-    found: dict[str, BaseDistribution] = {}
-    for name, layer in space.items():
-        layer = layer.including(published.layers[name]) if published else layer
-        for field in recorded_fields(layer):
-            if field == "weight":  # whatever the space says: a layer that is looked at alone has all of it
-                found[f"{name}.weight"] = FloatDistribution(0.0, max(1.0, layer.weights()[1]))
-            else:
-                found[f"{name}.{field}"] = as_distribution(*layer.dimensions(field))
-    return found
+def distributions(space: Space) -> dict[str, BaseDistribution]:
+    """Return what Optuna records of a space, by parameter."""
+    return {
+        f"{name}.{field}": as_distribution(*dimensions)
+        for name, layer in space.items()
+        for field, dimensions in recorded_fields(layer).items()
+    }
 
 
 def as_distribution(*dimensions: Dimension) -> BaseDistribution:
-    """Return the distribution that holds all of these; alpha has one dimension per state source."""
+    """Return the distribution that holds all of these; alpha has one dimension per source."""
     choice = tuple(value for d in dimensions if isinstance(d, Choice) for value in d.values)
     if choice:
         return CategoricalDistribution(tuple(dict.fromkeys(choice)))
@@ -56,6 +48,25 @@ def as_distribution(*dimensions: Dimension) -> BaseDistribution:
     if ranges[0].whole:
         return IntDistribution(int(low), int(high), log=ranges[0].log)
     return FloatDistribution(low, high, log=ranges[0].log)
+
+
+def suggest(trial: Trial, parameters: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+    """Return a trial's value of every parameter, suggested by the study's sampler."""
+    values: dict[str, Any] = {}
+    for name, distribution in parameters.items():
+        if isinstance(distribution, IntDistribution):
+            values[name] = trial.suggest_int(name, distribution.low, distribution.high, log=distribution.log)
+        elif isinstance(distribution, FloatDistribution):
+            values[name] = trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
+        else:
+            assert isinstance(distribution, CategoricalDistribution)
+            values[name] = trial.suggest_categorical(name, distribution.choices)
+    return values
+
+
+def attributes_of(trial: Trial) -> dict[str, Any]:
+    """Return a running trial's user attributes, those of its sampler too, which the trial itself does not see."""
+    return trial.storage.get_trial_user_attrs(trial._trial_id)
 
 
 def flatten(params: NacParams, space: Space) -> dict[str, Any]:
@@ -67,53 +78,28 @@ def flatten(params: NacParams, space: Space) -> dict[str, Any]:
     }
 
 
-def to_trial(
-    proposal: Candidate,
-    outcome: TrialResult,
-    begun: datetime.datetime,
-    *,
-    seconds: float,
-    objective: Objective,
-    space: Space,
-    record: dict[str, BaseDistribution],
-) -> FrozenTrial:
-    """Return a complete trial, to be added in one append."""
-    checks = outcome.checks
-    trial = optuna.trial.create_trial(
-        values=checks.values(objective),
-        params=flatten(outcome.params, space),
-        distributions=record,
-        user_attrs={
-            "number": proposal.number,
-            "phase": proposal.phase,
-            "val_auroc": checks.val_auroc,
-            "val_fpr95": checks.val_fpr95,
-            "subtrain_auroc": checks.subtrain_auroc,
-            "seconds": seconds,
-            **({} if checks.val_correlation is None else {"val_correlation": checks.val_correlation}),
-        },
-    )
-    trial.datetime_start, trial.datetime_complete = begun, datetime.datetime.now()
-    return trial
-
-
-def number_of(trial: FrozenTrial) -> int:
-    """Return a trial's place in our order; workers complete them in another than Optuna's."""
-    return int(trial.user_attrs["number"])
+def layers_from(values: Mapping[str, Any], space: Space) -> dict[str, LayerParams]:
+    """Return layer → parameters of a trial's values: the rest is fixed, alpha in its source's range."""
+    layers = {}
+    for name, layer in space.items():
+        fields = {field: values.get(f"{name}.{field}", layer.dimensions(field)[0].at(0.0)) for field in FIELDS}
+        if isinstance(alpha := layer.alpha[fields["source"]], Interval):
+            fields["alpha"] = min(max(fields["alpha"], alpha.low), alpha.high)
+        if layer.weight is not None:
+            fields["weight"] = values.get(f"{name}.weight", layer.weight.at(0.0))
+        layers[name] = LayerParams(**fields)
+    return layers
 
 
 def trial_params(trial: FrozenTrial, space: Space) -> NacParams:
-    """Return a trial's parameters as a record; what it does not hold, the space fixes."""
-    layers = {}
-    for name, layer in space.items():
-        fixed = {"source": layer.source.values[0], "edges": layer.edges.values[0]}
-        held = {field: trial.params[f"{name}.{field}"] for field in recorded_fields(layer)}
-        layers[name] = LayerParams(**{**fixed, **held})
-    return NacParams(layers=layers)
+    """Return a completed trial's parameters, with the weights that it was scored with."""
+    layers = layers_from(trial.params, space)
+    weights = trial.user_attrs["weights"]
+    return NacParams(layers={name: replace(layer, weight=weights[name]) for name, layer in layers.items()})
 
 
-def trial_checks(trial: FrozenTrial) -> ValidationMetrics:
-    """Return what was measured of a trial."""
+def trial_metrics(trial: FrozenTrial) -> ValidationMetrics:
+    """Return what was measured of a completed trial."""
     measured = trial.user_attrs
     return ValidationMetrics(
         val_auroc=measured["val_auroc"],
@@ -123,19 +109,25 @@ def trial_checks(trial: FrozenTrial) -> ValidationMetrics:
     )
 
 
-def best_trial(trials: Sequence[FrozenTrial], objective: Objective) -> FrozenTrial:
-    """Return the trial with the largest merit, the first among equals; of a Pareto front the one nearest the ideal."""
+def completed_trials(study: Study) -> list[FrozenTrial]:
+    """Return the trials of our objective that are complete, in the order of their numbers."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [trial for trial in trials if "val_auroc" in trial.user_attrs]
+
+
+def best_trial(trials: Sequence[FrozenTrial], objective: ObjectiveName) -> FrozenTrial:
+    """Return the trial with the largest key, the first among equals; of a Pareto front the one nearest the ideal."""
     if objective == "pareto":
         trials = pareto_front(trials)
         scale = _scale(trials)
-        return min(trials, key=lambda trial: (_distance(trial_checks(trial), *scale), number_of(trial)))
-    return max(trials, key=lambda trial: (*trial_checks(trial).objective_key(objective), -number_of(trial)))
+        return min(trials, key=lambda trial: (_distance(trial_metrics(trial), *scale), trial.number))
+    return max(trials, key=lambda trial: (*trial_metrics(trial).objective_key(objective), -trial.number))
 
 
 def pareto_front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Return the trials that none beats in AUROC and FPR@95 both, by falling AUROC; of equals the first."""
     front: list[FrozenTrial] = []
-    for trial in sorted(trials, key=lambda t: (-t.user_attrs["val_auroc"], t.user_attrs["val_fpr95"], number_of(t))):
+    for trial in sorted(trials, key=lambda t: (-t.user_attrs["val_auroc"], t.user_attrs["val_fpr95"], t.number)):
         if not front or trial.user_attrs["val_fpr95"] < front[-1].user_attrs["val_fpr95"]:
             front.append(trial)
     return front
@@ -143,11 +135,11 @@ def pareto_front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 def _scale(front: Sequence[FrozenTrial]) -> tuple[ValidationMetrics, float, float]:
     """The ideal point of a front (its best AUROC, its best FPR@95) and the front's extent in both."""
-    first, last = trial_checks(front[0]), trial_checks(front[-1])
+    first, last = trial_metrics(front[0]), trial_metrics(front[-1])
     ideal = ValidationMetrics(val_auroc=first.val_auroc, val_fpr95=last.val_fpr95, subtrain_auroc=None)
     return ideal, (first.val_auroc - last.val_auroc) or 1.0, (first.val_fpr95 - last.val_fpr95) or 1.0
 
 
-def _distance(checks: ValidationMetrics, ideal: ValidationMetrics, auroc_extent: float, fpr95_extent: float) -> float:
-    away = (ideal.val_auroc - checks.val_auroc) / auroc_extent, (checks.val_fpr95 - ideal.val_fpr95) / fpr95_extent
+def _distance(metrics: ValidationMetrics, ideal: ValidationMetrics, auroc_extent: float, fpr95_extent: float) -> float:
+    away = (ideal.val_auroc - metrics.val_auroc) / auroc_extent, (metrics.val_fpr95 - ideal.val_fpr95) / fpr95_extent
     return away[0] ** 2 + away[1] ** 2

@@ -12,9 +12,10 @@ looked for again among the others, far from where it stands, and given time to s
 A new set of layers gets its weights in closed form (weights.py), so the search moves in layer parameters alone and
 only polishes weights.
 
-A strategy is a function of the seed and of the completed trials: `tell` them and `ask` for the parameters of a number.
-So a study that was stopped goes on exactly as if it had not been. Where several workers try at once, a trial is asked
-for before its predecessors are told; it then starts from the best so far.
+The rule is a function of the seed and of the completed trials: it learns from them and proposes the parameters of a
+position. So a study that was stopped goes on exactly as if it had not been. Where several processes try at once, a
+trial is proposed before its predecessors are learnt from; it then starts from the best so far. A position is a trial's
+place in this order: its number, but for a trial that is repeated, which keeps the position of the first.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.tuning.objective import Candidate, Objective, ValidationMetrics
 from nacpipe.tuning.space import Space, fits_weights, with_weights
 
 SPREAD, REFINE, SETTLE, LOCAL = 12, 12, 20, 24
@@ -36,12 +36,13 @@ GROW, SHRINK = 1.5, 0.95
 WEIGHT_STEPS = 0.2  # share of the local steps that move weights alone
 
 Layers = Mapping[str, LayerParams]
-Merit = tuple[float, ...]
+Key = tuple[float, ...]
+"""What is climbed; larger is better, and anything is larger than ()."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a trial stands."""
+    """What a position is for."""
 
     phase: str
     layer: str
@@ -50,93 +51,98 @@ class _Place:
     """Within this layer's part: below SPREAD a point anywhere, then a step around the part's best."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """What to try."""
+
+    position: int
+    phase: str
+    params: NacParams
+    fit: bool = False
+    """True: the weights are not these but come in closed form from the layer scores."""
+
+
 @dataclass
-class Strategy:
-    """`ask` for a trial's parameters, `tell` every completed trial."""
+class LayerwiseRule:
+    """What `LayerwiseSampler` (samplers.py) samples by: it learns from completed trials and proposes the next."""
 
     space: Space
     seed: int
-    objective: Objective = "auroc"
     published: NacParams | None = None
-    objective_key: Merit = ()
+    best_key: Key = ()
     best: NacParams | None = None
-    _part: tuple[int, Merit, LayerParams] | None = None
-    """The first trial of the newest part that was told of, and the best in that part."""
-    _alone: dict[str, tuple[Merit, LayerParams]] = field(default_factory=dict)
+    _part: tuple[int, Key, LayerParams] | None = None
+    """The first trial of the newest part that was learnt from, and the best in that part."""
+    _alone: dict[str, tuple[Key, LayerParams]] = field(default_factory=dict)
     _steps: dict[str, float] = field(default_factory=dict)
     """Layer → size of its next local step; the empty name stands for the weights."""
-
-    size = None  # it never ends
 
     def __post_init__(self) -> None:
         self._fits = fits_weights(self.space)
 
     @property
     def opening(self) -> int:
-        """Trials before the first round."""
+        """Trials before the first round; they do not count as trials without improvement."""
         return (self.published is not None) + len(self.space) * (SPREAD + REFINE)
 
-    def place(self, number: int) -> _Place:
-        """Return where trial `number` stands."""
+    def place(self, position: int) -> _Place:
+        """Return the phase, the layer and the step of a position."""
         names = list(self.space)
-        number -= self.published is not None
-        if number < 0:
+        position -= self.published is not None
+        if position < 0:
             return _Place("published", "", 0)
-        layer, step = divmod(number, SPREAD + REFINE)
+        layer, step = divmod(position, SPREAD + REFINE)
         if layer < len(names):
             return _Place(f"layer {names[layer]}", names[layer], step)
-        turn, step = divmod(number - len(names) * (SPREAD + REFINE), SPREAD + SETTLE + LOCAL)
+        turn, step = divmod(position - len(names) * (SPREAD + REFINE), SPREAD + SETTLE + LOCAL)
         name = names[turn % len(names)]
         return _Place(f"round {name}", name if step < SPREAD + SETTLE else "", step)
 
-    def ask(self, number: int) -> Candidate:
-        """Return the parameters of trial `number`."""
-        place, random = self.place(number), np.random.default_rng([self.seed, number])
-        params, fit = self._propose(place, number, random)
-        return Candidate(number=number, phase=place.phase, params=params, fit=fit)
+    def propose(self, position: int) -> Candidate:
+        """Return what to try at a position."""
+        place, random = self.place(position), np.random.default_rng([self.seed, position])
+        params, fit = self._propose(place, position, random)
+        return Candidate(position=position, phase=place.phase, params=params, fit=fit)
 
-    def tell(self, number: int, params: NacParams, checks: ValidationMetrics) -> None:
-        """Learn from a completed trial."""
-        place, objective_key = self.place(number), checks.objective_key(self.objective)
-        improved = objective_key > self.objective_key
+    def learn(self, position: int | None, params: NacParams, key: Key) -> None:
+        """Learn from a completed trial; without a position (another sampler's) only whether it is the best."""
+        place = _Place("", "", 0) if position is None else self.place(position)
+        improved = key > self.best_key
         if place.layer:
-            start, found = number - place.step, params.layers[place.layer]
-            if (
-                self._part is None
-                or start > self._part[0]
-                or (start == self._part[0] and objective_key > self._part[1])
-            ):
-                self._part = (start, objective_key, found)
+            assert position is not None
+            start, layer = position - place.step, params.layers[place.layer]
+            if self._part is None or start > self._part[0] or (start == self._part[0] and key > self._part[1]):
+                self._part = (start, key, layer)
             if place.phase.startswith("layer") and (
-                place.layer not in self._alone or objective_key > self._alone[place.layer][0]
+                place.layer not in self._alone or key > self._alone[place.layer][0]
             ):
-                self._alone[place.layer] = (objective_key, found)
+                self._alone[place.layer] = (key, layer)
         elif place.phase.startswith("round") and self.best is not None:
             self._learn_step(_moved(params, self.best), improved)
         if improved:
-            self.objective_key, self.best = objective_key, params
+            self.best_key, self.best = key, params
         if place.phase.startswith("layer") and self.best is not None:
             # What weighs nothing changes no value: the best carries every layer's best alone into the rounds.
             layers = {n: p if p.weight else replace(self._held(n), weight=0.0) for n, p in self.best.layers.items()}
             self.best = NacParams(layers=layers)
 
-    def _propose(self, place: _Place, number: int, random: np.random.Generator) -> tuple[NacParams, bool]:
+    def _propose(self, place: _Place, position: int, random: np.random.Generator) -> tuple[NacParams, bool]:
         """Parameters, and whether their weights are left open."""
         if place.phase == "published":
             assert self.published is not None
             weights = np.array([layer.weight for layer in self.published.layers.values()])
             return with_weights(self.published.layers, weights), False
         if not place.layer:
-            return self._step(number, random)
-        found = self._look_for(place, number, random)
+            return self._step(position, random)
+        layer = self._look_for(place, position, random)
         if place.phase.startswith("layer"):
-            alone = {n: found if n == place.layer else self._held(n) for n in self.space}
+            alone = {n: layer if n == place.layer else self._held(n) for n in self.space}
             return with_weights(alone, np.array([float(n == place.layer) for n in self.space])), False
-        return self._open({**self._layers(number), place.layer: found})
+        return self._open({**self._layers(position), place.layer: layer})
 
-    def _look_for(self, place: _Place, number: int, random: np.random.Generator) -> LayerParams:
+    def _look_for(self, place: _Place, position: int, random: np.random.Generator) -> LayerParams:
         """One layer, anywhere in its ranges or near the best of this part."""
-        space, start = self.space[place.layer], number - place.step
+        space, start = self.space[place.layer], position - place.step
         free = len(space.free)
         if place.step < SPREAD or self._part is None or self._part[0] != start:
             # A Latin hypercube per part: every twelfth of every range is visited once.
@@ -145,9 +151,9 @@ class Strategy:
             return space.params((strata + random.random(free)) / SPREAD)
         return space.params(_move(space.unit(self._part[2]), 0.3 * 0.9 ** (place.step - SPREAD), random))
 
-    def _step(self, number: int, random: np.random.Generator) -> tuple[NacParams, bool]:
+    def _step(self, position: int, random: np.random.Generator) -> tuple[NacParams, bool]:
         """A small step from the best: one layer, or the weights."""
-        layers = dict(self._layers(number))
+        layers = dict(self._layers(position))
         if self._fits and len(layers) > 1 and random.random() < WEIGHT_STEPS:
             held = self.best.layers if self.best is not None else layers
             weights = np.array([max(held[n].weight, 1e-4) for n in layers])
@@ -162,9 +168,9 @@ class Strategy:
         first, low, high = (FIRST_STEP, MIN_STEP, MAX_STEP) if moved else (FIRST_TURN, MIN_TURN, MAX_TURN)
         self._steps[moved] = min(max(self._steps.get(moved, first) * (GROW if improved else SHRINK), low), high)
 
-    def _layers(self, number: int) -> Layers:
+    def _layers(self, position: int) -> Layers:
         """The best's layers; before all layers were looked at, their best alone."""
-        if self.best is not None and number > self.opening:
+        if self.best is not None and position > self.opening:
             return self.best.layers
         return {name: self._held(name) for name in self.space}
 
