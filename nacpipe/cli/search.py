@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nacpipe.tuning.request import SearchRequest, SearchResult
     from nacpipe.tuning.study import Search
 
-SAMPLERS = ("layers", "tpe", "random", "grid", "nsga2", "cmaes")
+SAMPLERS = ("terms", "layers", "tpe", "random", "grid", "nsga2", "cmaes")
 
 
 @click.command()

@@ -13,7 +13,7 @@ share; in closed form unless the space or the sampler says otherwise), `val_auro
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,10 +108,18 @@ class Objective:
         """Return what a trial suggests, by parameter."""
         return distributions(self.recorded)
 
+    def parameters(self, terms: Collection[str]) -> dict[str, BaseDistribution]:
+        """Return what a trial of these terms alone suggests, by parameter."""
+        if len(terms) == len(self.recorded):
+            return self.distributions
+        return distributions({name: self.recorded[name] for name in terms})
+
     def __call__(self, trial: Trial) -> float | tuple[float, ...]:
         """Score one trial's parameters; see the module for the attributes that it gets."""
-        layers = layers_from(suggest(trial, self.distributions), self.recorded)
-        weights = attributes_of(trial).get("weights")  # of a sampler that tries these, or of a trial that is repeated
+        asked = attributes_of(trial)  # by a sampler of ours, or by a trial that is repeated
+        terms = [name for name in asked.get("terms", self.recorded) if name in self.recorded]
+        layers = layers_from(suggest(trial, self.parameters(terms)), {name: self.recorded[name] for name in terms})
+        weights = asked.get("weights")
         if weights is not None and set(weights) == set(layers) and any(share > 0 for share in weights.values()):
             params = NacParams(layers={name: replace(layer, weight=weights[name]) for name, layer in layers.items()})
         else:

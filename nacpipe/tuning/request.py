@@ -13,7 +13,7 @@ from nacpipe.files import beside_cache
 from nacpipe.method.params import NacParams
 from nacpipe.tuning.validation import ObjectiveName, ValidationMetrics
 
-SamplerName = Literal["layers", "tpe", "random", "grid", "nsga2", "cmaes"]
+SamplerName = Literal["terms", "layers", "tpe", "random", "grid", "nsga2", "cmaes"]
 DEFAULT_TRIALS = 2000
 
 OVERFIT_POINTS = 0.03  # below Energy's id/val-against-id/subtrain AUROC: NAC knows its training data too well

@@ -20,6 +20,7 @@ from nacpipe.tuning.layerwise import Candidate, LayerwiseRule
 from nacpipe.tuning.objective import Objective
 from nacpipe.tuning.request import SamplerName
 from nacpipe.tuning.space import Choice
+from nacpipe.tuning.termwise import TermwiseRule
 from nacpipe.tuning.trials import completed_trials, flatten, recorded_fields, trial_metrics
 
 LARGE_GRID = 100_000  # combinations that are tried without being asked for by number
@@ -37,12 +38,30 @@ class _PositionSampler(BaseSampler):
     def __init__(self, objective: Objective | None, seed: int | None) -> None:
         self._objective = objective
         self._random = RandomSampler(seed)
+        self._learnt: set[int] = set()
+        self._candidates: dict[int, Candidate] = {}
+        """Trial's id → what it tries, from its beginning until its first parameter is suggested."""
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Choose what the trial tries, and say so in its user attributes, where the objective reads it."""
+        if self._objective is None or "fixed_params" in trial.system_attrs:  # enqueued by a person
+            return
+        self._check(study)
+        candidate = self._propose(study, trial)
+        self._candidates[trial._trial_id] = candidate
+        attributes: dict[str, Any] = {"position": candidate.position, "phase": candidate.phase}
+        if not candidate.fit:
+            attributes["weights"] = {name: layer.weight for name, layer in candidate.params.layers.items()}
+        if len(candidate.params.layers) < len(self._objective.space):
+            attributes["terms"] = list(candidate.params.layers)
+        for key, value in attributes.items():
+            study._storage.set_trial_user_attr(trial._trial_id, key, value)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Return the distributions of all parameters of the objective."""
-        if self._objective is None or "fixed_params" in trial.system_attrs:  # enqueued by a person
+        """Return the distributions of the parameters that this trial tries."""
+        if self._objective is None or trial._trial_id not in self._candidates:
             return {}
-        return self._objective.distributions
+        return self._objective.parameters(self._candidates[trial._trial_id].params.layers)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -53,15 +72,10 @@ class _PositionSampler(BaseSampler):
             ValueError: the study has several objectives, and the sampler's objective has one.
         """
         self._check(study)
-        if self._objective is None or not search_space:
-            return {}
-        candidate = self._propose(study, trial)
-        attributes: dict[str, Any] = {"position": candidate.position, "phase": candidate.phase}
-        if not candidate.fit:
-            attributes["weights"] = {name: layer.weight for name, layer in candidate.params.layers.items()}
-        for key, value in attributes.items():
-            study._storage.set_trial_user_attr(trial._trial_id, key, value)
-        return flatten(candidate.params, self._objective.recorded)
+        candidate = self._candidates.pop(trial._trial_id, None)
+        return (
+            {} if candidate is None or self._objective is None else flatten(candidate.params, self._objective.recorded)
+        )
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -80,6 +94,16 @@ class _PositionSampler(BaseSampler):
 
     def _propose(self, study: Study, trial: FrozenTrial) -> Candidate:
         raise NotImplementedError
+
+    def _learn(self, study: Study, rule: LayerwiseRule | TermwiseRule) -> None:
+        """Let a rule learn from the completed trials that it does not know."""
+        objective = self._objective
+        assert objective is not None
+        for trial in completed_trials(study):
+            if trial.number not in self._learnt:
+                self._learnt.add(trial.number)
+                key = trial_metrics(trial).objective_key(objective.objective)
+                rule.learn(trial.user_attrs.get("position"), objective.params(trial), key)
 
     def _check(self, study: Study) -> None:
         if self._objective is None or self._objective.objective != "pareto":
@@ -104,7 +128,6 @@ class LayerwiseSampler(_PositionSampler):
             InputError: the space searches for weights, which this sampler leaves to their closed form.
         """
         super().__init__(objective, seed)
-        self._learnt: set[int] = set()
         if objective is None:
             return
         for name, layer in objective.space.items():
@@ -122,14 +145,46 @@ class LayerwiseSampler(_PositionSampler):
         return 0 if self._objective is None else self._rule.opening
 
     def _propose(self, study: Study, trial: FrozenTrial) -> Candidate:
-        objective = self._objective
-        assert objective is not None
-        for other in completed_trials(study):
-            if other.number not in self._learnt:
-                self._learnt.add(other.number)
-                key = trial_metrics(other).objective_key(objective.objective)
-                self._rule.learn(other.user_attrs.get("position"), objective.params(other), key)
+        self._learn(study, self._rule)
         return self._rule.propose(trial.user_attrs.get("position", trial.number))
+
+
+class TermwiseSampler(_PositionSampler):
+    """Terms one by one, then all together (termwise.py): the default sampler of the space `auto`.
+
+    It learns from the study's completed trials, as `LayerwiseSampler` does.
+    """
+
+    def __init__(self, objective: Objective, *, seed: int | None = None) -> None:
+        """Sample the objective's space.
+
+        Args:
+            objective: what the study optimizes.
+            seed: None draws one.
+
+        Raises:
+            InputError: the space has weights of its own; here they come in closed form.
+        """
+        super().__init__(objective, seed)
+        if not objective.fits:
+            raise InputError('terms are weighed in closed form: leave out weight, or say weight = "fit"')
+        chosen = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        self.rule = TermwiseRule(objective.space, chosen)
+
+    @property
+    def opening(self) -> int:
+        """Positions of the first pass; they do not count as trials without improvement."""
+        return self.rule.first_pass
+
+    def together(self, study: Study) -> NacParams:
+        """Return the best of every term, weighed in closed form."""
+        assert self._objective is not None
+        self._learn(study, self.rule)
+        return self._objective.weigh(self.rule.together())
+
+    def _propose(self, study: Study, trial: FrozenTrial) -> Candidate:
+        self._learn(study, self.rule)
+        return self.rule.propose(trial.user_attrs.get("position", trial.number))
 
 
 class GridSampler(_PositionSampler):
@@ -224,6 +279,8 @@ def make_sampler(name: SamplerName, objective: Objective, seed: int, finished: i
     """
     if name == "layers":
         return LayerwiseSampler(objective, seed=seed)
+    if name == "terms":
+        return TermwiseSampler(objective, seed=seed)
     if name == "grid":
         return GridSampler(objective, seed=seed)
     if name == "cmaes" and objective.objective == "pareto":
@@ -245,4 +302,4 @@ _OPTUNA: Mapping[str, Callable[[int], BaseSampler]] = {
     "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
     "cmaes": _cmaes,
 }
-assert {"layers", "grid", *_OPTUNA} == set(get_args(SamplerName))
+assert {"layers", "terms", "grid", *_OPTUNA} == set(get_args(SamplerName))

@@ -93,8 +93,8 @@ def layers_from(values: Mapping[str, Any], space: Space) -> dict[str, LayerParam
 
 def trial_params(trial: FrozenTrial, space: Space) -> NacParams:
     """Return a completed trial's parameters, with the weights that it was scored with."""
-    layers = layers_from(trial.params, space)
     weights = trial.user_attrs["weights"]
+    layers = layers_from(trial.params, {name: space[name] for name in weights})
     return NacParams(layers={name: replace(layer, weight=weights[name]) for name, layer in layers.items()})
 
 
