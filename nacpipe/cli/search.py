@@ -20,17 +20,20 @@ SAMPLERS = ("terms", "layers", "tpe", "random", "grid", "nsga2", "cmaes")
 
 @click.command()
 @click.argument("cache", type=Address())
-@click.option("--trials", type=int, help="Completed trials to reach; default: 2000, or all of a grid.")
+@click.option("--trials", type=int, help="Completed trials to reach; default: what the space needs, or 2000.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this time.")
 @click.option("--patience", type=int, metavar="N", help="Stop after N trials without improvement.")
-@click.option("--space", default="auto", show_default=True, help="auto, wide, terms, published, or a TOML file.")
-@click.option("--sampler", type=click.Choice(SAMPLERS), help="Default: layers; for the published space its grid.")
+@click.option(
+    "--space",
+    default="auto",
+    show_default=True,
+    help="auto (all terms), paper, wide, terms, published, or a TOML file.",
+)
+@click.option("--sampler", type=click.Choice(SAMPLERS), help="Default: terms; in other spaces layers or grid.")
 @click.option(
     "--objective",
     type=click.Choice(("auroc", "fpr95", "pareto", "guided")),
-    default="auroc",
-    show_default=True,
-    help="Of --val.",
+    help="Of --val; default: guided, in other spaces auroc.",
 )
 @click.option("--val", default="ood/val", show_default=True, metavar="SPLIT", help="The split that plays OOD.")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Another seed is another study.")
@@ -90,6 +93,11 @@ def run_search(request: SearchRequest, as_json: bool = False) -> SearchResult:
     write_params(target, result.params, result=result.to_json(), made_by=search.made_by())
     print_result(result, search, as_json)
     note(f"wrote {target}")
+    if result.loses:
+        note(
+            f"{result.guide} is at least as good in cross-validation: try more layers, more --train-images, or use"
+            f" {result.guide}"
+        )
     if result.ended == "interrupted":
         raise KeyboardInterrupt
     if result.ended == "timeout":
@@ -112,8 +120,8 @@ def _run(search: Search) -> SearchResult:
         note(f"the study has {done} completed trials already; more with --trials N")
     if request.val.startswith(("id/test", "csid/", "ood/near/", "ood/far/")):
         note(f"{request.val} is a test set: what is found on it says nothing about how well NAC does there")
-    shown = SHOWN[request.objective]
-    best = {"auroc": "best", "pareto": shown}.get(request.objective, f"best {shown}")
+    shown = SHOWN[request.aim]
+    best = {"auroc": "best", "pareto": shown}.get(request.aim, f"best {shown}")
     progress = Progress("search", {"": search.trials}, {"": done})
 
     def show(told: int, value: float) -> None:
@@ -162,33 +170,40 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
         extra = [field for field in ("source", "edges") if _chosen(search, field)]
         print_table(("layer", "bins", "saturation", "alpha", "weight", "alone, AUROC %", *extra), rows)
         checks = result.checks
-        energy = "" if result.energy_val is None else f" (Energy {percent(result.energy_val)} %)"
+        guide = "" if result.guide is None else f" ({result.guide} {percent(result.guide_val)} %)"
         click.echo(
-            f"\nid/val against {search.request.val}: AUROC {percent(checks.val_auroc)} %{energy},"
+            f"\nid/val against {search.request.val}: AUROC {percent(checks.val_auroc)} %{guide},"
             f" FPR@95 {percent(checks.val_fpr95)} %"
         )
+        if (crossed := result.cross_validated) is not None:
+            own = "" if crossed.guide is None else f" ({result.guide} {percent(crossed.guide)} %)"
+            click.echo(
+                f"cross-validated: AUROC {percent(crossed.images)} % over images{own}, {percent(crossed.clusters)} % over the"
+                f" classes that {search.request.val} is taken for"
+            )
         if result.front is not None:
             click.echo(
                 f"{result.front} trials are on the front of AUROC and FPR@95; this one is nearest the best of both,"
                 " each measured by its extent on the front"
             )
-        if checks.val_correlation is not None:
-            click.echo(
-                f"correlation with ID or OOD and half of Energy, which was searched for: {checks.val_correlation:.4f}"
-            )
         if checks.subtrain_auroc is None:
             click.echo("overfitting check: the cache has no finished id/subtrain")
         else:
-            own = "" if result.energy_subtrain is None else f"; Energy's {percent(result.energy_subtrain)} %"
+            own = "" if result.guide is None else f"; {result.guide}'s {percent(result.guide_subtrain)} %"
             click.echo(
                 f"overfitting check, id/val against id/subtrain: AUROC {percent(checks.subtrain_auroc)} %"
-                f" (50 is ideal{own})"
+                f" (50: training images score like others; above 50: training images score lower{own})"
+            )
+        if result.parts:
+            note(
+                "warning: the fitted AUROC is more than 1.5 points above the cross-validated one; more validation images"
+                " help"
             )
         click.echo(f"{result.trials} trials in {result.seconds:.1f} s, seed {result.seed}, {search.request.shown}")
     if result.overfits:
         note(
-            "warning: NAC tells training images from others more than 3 points better than Energy does; the coverage"
-            " may be overfitted: more --train-images, fewer bins or a higher saturation help"
+            f"warning: NAC tells training images from others more than 3 points better than {result.guide} does; the"
+            " coverage may be overfitted: more --train-images, fewer bins or a higher saturation help"
         )
 
 

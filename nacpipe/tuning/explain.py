@@ -85,7 +85,7 @@ def explain(search: Search) -> Explanation:
         StudyError: no trial is complete.
     """
     trials = search.completed()
-    objective = search.request.objective
+    objective = search.request.aim
     if search.study is None or not trials:
         raise StudyError(f"there is no completed trial to explain; start with: {search.command()}")
     best = best_trial(trials, objective)
@@ -140,7 +140,7 @@ def _importances(search: Search, trials: Sequence[FrozenTrial]) -> dict[str, flo
     """Parameter → its share; empty where there are too few trials, or all are equally good."""
     if len(trials) < FEW:
         return {}
-    sign = -1.0 if search.request.objective == "fpr95" else 1.0
+    sign = -1.0 if search.request.aim == "fpr95" else 1.0
     keys = {t.number: sign * _value(t) for t in trials}
     if len(set(keys.values())) == 1:
         return {}

@@ -25,15 +25,17 @@ from optuna.trial import FrozenTrial, Trial
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.identity import VAL, bound_splits
 from nacpipe.errors import InputError, ParamsError
-from nacpipe.method.params import NacParams
-from nacpipe.method.plain_scores import energy
+from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.published import published_params
-from nacpipe.scoring.states import check_layers, has_logits, outputs_of
+from nacpipe.scoring.guide import choose_guide
+from nacpipe.scoring.states import check_layers
 from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
+from nacpipe.tuning.cross_validation import CrossValidation, cross_validate
 from nacpipe.tuning.space import Space, fits_weights, measure_space, widen, with_weights
 from nacpipe.tuning.space_file import read_spec
 from nacpipe.tuning.trials import attributes_of, distributions, layers_from, suggest, trial_params
 from nacpipe.tuning.validation import DIRECTIONS, Evaluator, ObjectiveName, ValidationMetrics
+from nacpipe.tuning.weights import guided_target
 
 SUBTRAIN = "id/subtrain"  # on which overfitting shows
 
@@ -45,7 +47,7 @@ class Objective:
         self,
         cache: Cache | str | Path,
         *,
-        objective: ObjectiveName = "auroc",
+        objective: ObjectiveName | None = None,
         space: str | Path = "auto",
         layers: Sequence[str] = (),
         val: str = "ood/val",
@@ -55,12 +57,13 @@ class Objective:
 
         Args:
             cache: a finished extraction, or its address.
-            objective: what a trial's value is: `auroc`, `fpr95`, `guided`, or `pareto` for AUROC and FPR@95 both.
-            space: `auto`, `wide`, `terms`, `published`, or a TOML file.
+            objective: what a trial's value is: `auroc`, `fpr95`, `guided`, or `pareto` for AUROC and FPR@95 both; None:
+                `guided` in the space `auto`, else `auroc`.
+            space: `auto`, `paper`, `wide`, `terms`, `published`, or a TOML file.
             layers: names; none means all that the cache holds.
             val: the split that plays OOD.
             published: include the paper's parameters in the space, where it has some for these layers; None: in the
-                space `auto` alone.
+                space `paper` alone.
 
         Raises:
             CacheError: the cache is not there or not finished.
@@ -68,7 +71,7 @@ class Objective:
             ValuesError: a layer's states are 0 everywhere.
         """
         self.cache = cache if isinstance(cache, Cache) else open_cache(cache)
-        self.objective: ObjectiveName = objective
+        self.objective: ObjectiveName = objective or ("guided" if space == "auto" else "auroc")
         spec = read_spec(str(space), self.cache, layers)
         check_layers(self.cache, list(spec))
         self.layers = tuple(spec)
@@ -77,14 +80,13 @@ class Objective:
         with_subtrain = SUBTRAIN in self.cache and self.cache.peek(SUBTRAIN).sealed  # nothing is chosen by it
         scored = [*[SUBTRAIN] * with_subtrain, *self.splits[1:]]
         self.scorer = Scorer(functools.cache(index_from(self.cache, scored)), split_rows(self.cache, scored))
-        guide = None
-        if objective == "guided":
-            if not has_logits(self.cache):
-                raise InputError(
-                    f"{self.cache.path} holds {outputs_of(self.cache)}, not logits: without Energy, search for auroc"
-                )
-            guide = self._energy()
-        self.evaluator = Evaluator(self.scorer, self.val, guide)
+        self.guide = choose_guide(self.cache, tuple(scored), self.val)
+        """The best plain score on the validation pair; None where the network gives no logits."""
+        target = None
+        if self.objective == "guided":
+            id_rows, ood_rows = (self.cache[name].rows for name in ("id/val", self.val))
+            target = guided_target(id_rows, ood_rows, self._pair_of_guide())
+        self.evaluator = Evaluator(self.scorer, self.val, target)
         self.train_rows = self.cache["id/train"].rows
         self.space: Space = {
             name: measure_space(name, self.scorer.index, self.train_rows, given) for name, given in spec.items()
@@ -93,7 +95,7 @@ class Objective:
         if not self.fits and all(layer.weights()[0] == 0 for layer in self.space.values()):
             raise InputError("every layer's weight may be 0 at once, which is no score; keep one layer's above 0")
         self.published = None
-        if space == "auto" if published is None else published:
+        if space == "paper" if published is None else published:
             self.published = _published(self.cache, self.space)
         self.recorded: Space = widen(self.space, self.published)
         """The space of the study's parameters: `space`, widened to hold the published parameters too."""
@@ -143,12 +145,40 @@ class Objective:
         """Return the validation metrics of parameters."""
         return self.evaluator.measure(params)
 
-    def measure_energy(self) -> ValidationMetrics | None:
-        """Return the same metrics of Energy; None where the network gives no logits."""
-        return self.evaluator.check(self._energy()) if has_logits(self.cache) else None
+    def measure_guide(self) -> ValidationMetrics | None:
+        """Return the same metrics of the best plain score; None where the network gives no logits."""
+        if self.guide is None:
+            return None
+        return self.evaluator.check(np.concatenate([self.guide.scores[name] for name in self.scorer.rows]))
 
-    def _energy(self) -> NDArray[np.float64]:
-        return np.concatenate([energy(self.cache[name].read("logits")) for name in self.scorer.rows])
+    def cross_validate(self, trials: Sequence[FrozenTrial]) -> CrossValidation | None:
+        """Return how the choice among these trials of single terms does on samples that it was not made by.
+
+        None where a term was not tried alone.
+        """
+        terms: dict[str, list[LayerParams]] = {name: [] for name in self.space}
+        for trial in trials:
+            used = {name: layer for name, layer in self.params(trial).layers.items() if layer.weight > 0}
+            if len(used) == 1:
+                ((name, layer),) = used.items()
+                terms[name].append(layer)
+        if not all(terms.values()):
+            return None
+        pair = [self.scorer.rows[name] for name in ("id/val", self.val)]
+        scores = []
+        for name, tried in terms.items():
+            of_trials = [self.scorer.layer_scores({name: layer})[0] for layer in dict.fromkeys(tried)]
+            scores.append(
+                np.stack([np.concatenate([one[rows] for rows in pair]).astype(np.float32) for one in of_trials])
+            )
+        outputs = self.cache[self.val].read("logits")
+        rows = pair[0].stop - pair[0].start
+        return cross_validate(scores, rows, outputs.argmax(axis=1), self._pair_of_guide())
+
+    def _pair_of_guide(self) -> NDArray[np.float64] | None:
+        if self.guide is None:
+            return None
+        return np.concatenate([self.guide.scores[name] for name in ("id/val", self.val)])
 
 
 def _check_val(cache: Cache, val: str) -> str:

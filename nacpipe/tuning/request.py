@@ -11,12 +11,15 @@ from typing import Any, Literal
 from nacpipe.errors import ParamsError
 from nacpipe.files import beside_cache
 from nacpipe.method.params import NacParams
+from nacpipe.tuning.cross_validation import GAP, CrossValidation
 from nacpipe.tuning.validation import ObjectiveName, ValidationMetrics
 
 SamplerName = Literal["terms", "layers", "tpe", "random", "grid", "nsga2", "cmaes"]
 DEFAULT_TRIALS = 2000
 
-OVERFIT_POINTS = 0.03  # below Energy's id/val-against-id/subtrain AUROC: NAC knows its training data too well
+OVERFIT_POINTS = (
+    0.03  # below the best plain score's id/val-against-id/subtrain AUROC: NAC knows its training data too well
+)
 
 
 def without_password(where: str) -> str:
@@ -37,10 +40,11 @@ class SearchRequest:
     patience: int | None = None
     """Stop after this many trials without improvement, not counted before the default sampler's first round."""
     space: str = "auto"
-    """`auto`, `wide`, `terms`, `published`, or a TOML file (space_file.py)."""
+    """`auto`, `paper`, `wide`, `terms`, `published`, or a TOML file (space_file.py)."""
     sampler: SamplerName | None = None
-    """None: layer by layer; for the published space its grid."""
-    objective: ObjectiveName = "auroc"
+    """None: term by term in the space `auto`, the grid in the published one, else layer by layer."""
+    objective: ObjectiveName | None = None
+    """None: `guided` in the space `auto`, else `auroc`."""
     val: str = "ood/val"
     """The split that plays OOD."""
     seed: int = 1
@@ -57,14 +61,20 @@ class SearchRequest:
     @property
     def how(self) -> SamplerName:
         """The sampler that is meant."""
-        return self.sampler or ("grid" if self.space == "published" else "layers")
+        usual: dict[str, SamplerName] = {"auto": "terms", "published": "grid"}
+        return self.sampler or usual.get(self.space, "layers")
+
+    @property
+    def aim(self) -> ObjectiveName:
+        """The objective that is meant."""
+        return self.objective or ("guided" if self.space == "auto" else "auroc")
 
     @property
     def study_name(self) -> str:
         """A study per way to search and seed, so that several live in the same storage."""
         parts = [Path(self.space).stem] if self.space != "auto" else []
         parts += [self.sampler] if self.sampler else []
-        parts += [self.objective] if self.objective != "auroc" else []
+        parts += [self.objective] if self.objective is not None else []
         parts += [self.val.replace("/", "-")] if self.val != "ood/val" else []
         return "-".join([self.study, *parts, f"seed{self.seed}"])
 
@@ -118,10 +128,12 @@ class SearchResult:
 
     params: NacParams
     checks: ValidationMetrics
-    energy_subtrain: float | None
-    """Energy's id/val-against-id/subtrain AUROC: how well the network itself knows its training data."""
-    energy_val: float | None
-    """Energy's AUROC of id/val against the split that plays OOD."""
+    guide: str | None
+    """The plain score with the highest AUROC on the validation pair; None where the network gives no logits."""
+    guide_val: float | None
+    """Its AUROC of id/val against the split that plays OOD."""
+    guide_subtrain: float | None
+    """Its id/val-against-id/subtrain AUROC: how well the network itself knows its training data."""
     alone: Mapping[str, float]
     """Layer → the best validation AUROC that it reached alone, where it was tried."""
     trials: int
@@ -130,13 +142,27 @@ class SearchResult:
     seed: int
     ended: str
     """trials, timeout, patience or interrupted."""
+    cross_validated: CrossValidation | None = None
+    """On samples that it was not chosen by; None where it was not measured."""
     front: int | None = None
     """Trials on the Pareto front, where two objectives were searched for."""
 
     @property
+    def parts(self) -> bool:
+        """True where the fitted AUROC is more than the cross-validated one by more than chance explains."""
+        crossed = self.cross_validated
+        return crossed is not None and self.checks.val_auroc - min(crossed.images, crossed.clusters) > GAP
+
+    @property
+    def loses(self) -> bool:
+        """True where the best plain score is better than NAC in cross-validation."""
+        crossed = self.cross_validated
+        return crossed is not None and crossed.guide is not None and crossed.images <= crossed.guide
+
+    @property
     def overfits(self) -> bool:
-        """True where NAC tells training images from others markedly better than the network's own Energy does."""
-        subtrain, own = self.checks.subtrain_auroc, self.energy_subtrain
+        """True where NAC tells training images from others markedly better than the best plain score does."""
+        subtrain, own = self.checks.subtrain_auroc, self.guide_subtrain
         return subtrain is not None and own is not None and subtrain < own - OVERFIT_POINTS
 
     def to_json(self) -> dict[str, Any]:
@@ -145,14 +171,16 @@ class SearchResult:
             "val_auroc": self.checks.val_auroc,
             "val_fpr95": self.checks.val_fpr95,
             "subtrain_auroc": self.checks.subtrain_auroc,
-            "energy_val_auroc": self.energy_val,
-            "energy_subtrain_auroc": self.energy_subtrain,
+            "guide": self.guide,
+            "guide_val_auroc": self.guide_val,
+            "guide_subtrain_auroc": self.guide_subtrain,
             "overfits": self.overfits,
             "alone": dict(self.alone),
             "trials": self.trials,
             "seconds": round(self.seconds, 3),
             "seed": self.seed,
             "ended": self.ended,
+            **({"cross_validated": self.cross_validated.to_json()} if self.cross_validated is not None else {}),
             **({"front": self.front} if self.front is not None else {}),
             **({"val_correlation": self.checks.val_correlation} if self.checks.val_correlation is not None else {}),
         }

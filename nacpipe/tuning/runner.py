@@ -48,6 +48,8 @@ def run(search: Search, progress: Progress = lambda done, best: None) -> SearchR
             ) from error
     if ended == "interrupted" and not session.best:
         raise KeyboardInterrupt  # there is nothing to report
+    if ended != "interrupted":
+        search.cross_validate()
     return search.result(ended)
 
 
@@ -130,7 +132,7 @@ class _Session:
 
     def _learn(self) -> None:
         """See how many trials are complete, the best, and since when there is none better."""
-        objective, opening = self._search.request.objective, getattr(self._sampler, "opening", 0)
+        objective, opening = self._search.request.aim, getattr(self._sampler, "opening", 0)
         for trial in completed_trials(self._study):
             if trial.number in self._seen:
                 continue

@@ -1,4 +1,4 @@
-"""What is searched, as someone writes it: `auto`, `wide`, `published`, or a TOML file.
+"""What is searched, as someone writes it: `auto`, `paper`, `wide`, `terms`, `published`, or a TOML file.
 
 [default]                                   # for every layer below; what is not named is as in auto
 bins = [50, 500]                            # a list: these values
@@ -25,7 +25,7 @@ from nacpipe.method.published import published_grid
 from nacpipe.scoring.states import held_layers
 from nacpipe.tuning.space import FIELDS, Choice, Dimension, Given, Interval
 
-NAMED = ("auto", "wide", "terms")  # these take any layers
+NAMED = ("auto", "paper", "wide", "terms")  # these take any layers
 KNOWN = (*FIELDS, "weight")
 WORDS = {"source": get_args(Source), "edges": get_args(Edges)}
 MAX_BYTES = 2**20
@@ -35,7 +35,7 @@ def read_spec(space: str, cache: Cache, layers: Sequence[str]) -> dict[str, Give
     """Return layer → what is asked of it, in the cache's order.
 
     Args:
-        space: `auto`, `wide`, `terms`, `published` or a file.
+        space: `auto`, `paper`, `wide`, `terms`, `published` or a file.
         cache: the layers that there are.
         layers: the layers to use; none means the space's, or all of the cache.
 
@@ -44,15 +44,13 @@ def read_spec(space: str, cache: Cache, layers: Sequence[str]) -> dict[str, Give
         ParamsError: the paper has no grid for this network, or a layer is not in the cache.
     """
     if space == "auto":
-        asked: Mapping[str, Given] = {name: {} for name in layers or _default_layers(cache)}
+        asked: Mapping[str, Given] = _terms(cache, layers)
+    elif space == "paper":
+        asked = {name: {} for name in layers or _default_layers(cache)}
     elif space == "wide":
         asked = {name: {"source": Choice(_sources(name))} for name in layers or held_layers(cache)}
     elif space == "terms":
-        asked = {
-            f"{layer_of(name)}:{source}": {"source": Choice((source,))}
-            for name in layers or held_layers(cache)
-            for source in _sources(name)
-        }
+        asked = _terms(cache, layers)
     elif space == "published":
         asked = _published(cache)
     else:
@@ -78,6 +76,15 @@ def _default_layers(cache: Cache) -> list[str]:
     return [spec.name for spec in cache.header.layers]
 
 
+def _terms(cache: Cache, layers: Sequence[str]) -> dict[str, Given]:
+    """Every term that the cache has images enough for."""
+    return {
+        f"{layer_of(name)}:{source}": {"source": Choice((source,))}
+        for name in layers or held_layers(cache)
+        for source in _sources(name)
+    }
+
+
 def _published(cache: Cache) -> dict[str, Given]:
     identity = cache.header.identity
     grid = published_grid(str(identity.get("benchmark")), str(identity.get("family")), held_layers(cache))
@@ -101,7 +108,7 @@ def _read_file(path: Path, layers: Sequence[str]) -> dict[str, Given]:
         data = tomllib.loads(text.decode("utf-8-sig"))
     except FileNotFoundError:
         raise InputError(
-            f"there is no space file {path}; name a file, or --space auto, wide, terms or published"
+            f"there is no space file {path}; name a file, or --space auto, paper, wide, terms or published"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the space file {path} cannot be read: {error}") from None

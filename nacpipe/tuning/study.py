@@ -17,11 +17,13 @@ import nacpipe
 from nacpipe.cache.identity import diff, fingerprint
 from nacpipe.errors import InputError, StudyError
 from nacpipe.method.coverage import layer_of
+from nacpipe.method.params import NacParams
 from nacpipe.method.threads import set_threads
 from nacpipe.text import command_line, escape_bytes
+from nacpipe.tuning.cross_validation import CrossValidation
 from nacpipe.tuning.objective import SUBTRAIN, Objective
 from nacpipe.tuning.request import DEFAULT_TRIALS, SearchRequest, SearchResult
-from nacpipe.tuning.samplers import LARGE_GRID, GridSampler, make_sampler
+from nacpipe.tuning.samplers import LARGE_GRID, GridSampler, TermwiseSampler, make_sampler
 from nacpipe.tuning.space import to_json
 from nacpipe.tuning.storage import backend, is_there, open_storage, opening
 from nacpipe.tuning.trials import best_trial, completed_trials, pareto_front
@@ -45,11 +47,11 @@ class Search:
         self.request = request
         self.objective = Objective(  # before the study is made: a layer that tells nothing is refused here
             request.cache,
-            objective=request.objective,
+            objective=request.aim,
             space=request.space,
             layers=request.layers,
             val=request.val,
-            published=(request.space, request.how) == ("auto", "layers"),
+            published=(request.space, request.how) == ("paper", "layers"),
         )
         self.cache = self.objective.cache
         self.trials = _trials(request, self.make_sampler(0))
@@ -70,7 +72,7 @@ class Search:
         identity = self._identity()
         bound = {
             "identity": identity,
-            "objective": request.objective,
+            "objective": request.aim,
             "space": to_json(self.objective.space),
             "options": request.to_json(),
             "fingerprint": fingerprint(identity),
@@ -92,7 +94,7 @@ class Search:
             study = optuna.create_study(
                 study_name=request.study_name,
                 storage=storage,
-                directions=DIRECTIONS[request.objective],
+                directions=DIRECTIONS[request.aim],
                 load_if_exists=True,
             )
         else:
@@ -122,20 +124,43 @@ class Search:
                 f"there is no completed trial of {request.study_name} in {request.shown};"
                 f" start or go on with: {self.command()}"
             )
-        params = self.objective.params(best_trial(trials, request.objective))
-        own = self.objective.measure_energy()
+        guide, measured = self.objective.guide, self.objective.measure_guide()
+        params = self._choose(trials)
         return SearchResult(
             params=params,
             checks=self.objective.measure(params),
-            energy_subtrain=own.subtrain_auroc if own else None,
-            energy_val=own.val_auroc if own else None,
+            guide=guide.name if guide else None,
+            guide_val=measured.val_auroc if measured else None,
+            guide_subtrain=measured.subtrain_auroc if measured else None,
+            cross_validated=self._cross_validated(trials),
             alone=self.alone(trials),
             trials=len(trials),
             seconds=session_seconds(trials),
             seed=request.seed,
             ended=ended,
-            front=len(pareto_front(trials)) if request.objective == "pareto" else None,
+            front=len(pareto_front(trials)) if request.aim == "pareto" else None,
         )
+
+    def cross_validate(self) -> None:
+        """Measure how the result does on samples that it was not chosen by, and keep it with the study."""
+        trials = self.completed()
+        if self.study is None or self.request.how != "terms" or self._cross_validated(trials) is not None:
+            return
+        if (measured := self.objective.cross_validate(trials)) is not None:
+            self.study.set_user_attr("cross_validated", {"trials": len(trials), **measured.to_json()})
+
+    def _cross_validated(self, trials: Sequence[FrozenTrial]) -> CrossValidation | None:
+        """What was measured with so many trials."""
+        assert self.study is not None
+        kept = dict(self.study.user_attrs.get("cross_validated", {}))
+        return CrossValidation(**kept) if kept.pop("trials", None) == len(trials) else None
+
+    def _choose(self, trials: Sequence[FrozenTrial]) -> NacParams:
+        """The best trial's parameters; of terms that were tried alone, the best of each together."""
+        sampler = self.make_sampler(0)
+        if isinstance(sampler, TermwiseSampler) and self.study is not None:
+            return sampler.together(self.study)
+        return self.objective.params(best_trial(trials, self.request.aim))
 
     def alone(self, trials: Sequence[FrozenTrial]) -> dict[str, float]:
         """Return layer → the best validation AUROC that it reached alone, where it was tried."""
@@ -157,7 +182,7 @@ class Search:
             "study": request.shown,
             "study_name": request.study_name,
             "sampler": request.how,
-            "objective": request.objective,
+            "objective": request.aim,
             "val": request.val,
             "options": request.to_json(),
             "space": to_json(self.objective.space),
@@ -169,7 +194,7 @@ class Search:
         storage = asked.shown if asked.storage else None
         for option, value, usual in (
             ("trials", asked.trials, None), ("space", asked.space, "auto"), ("sampler", asked.sampler, None),
-            ("objective", asked.objective, "auroc"), ("val", asked.val, "ood/val"), ("seed", asked.seed, 1),
+            ("objective", asked.objective, None), ("val", asked.val, "ood/val"), ("seed", asked.seed, 1),
             ("patience", patience or asked.patience, None),
             ("threads", asked.threads, None), ("storage", storage, None),
             ("study", asked.study, "nac"), ("layers", ",".join(asked.layers), ""), ("output", asked.output, None),
@@ -203,7 +228,7 @@ def _trials(request: SearchRequest, sampler: BaseSampler) -> int:
         return min(request.trials, size or request.trials)
     if size is not None and size > LARGE_GRID:
         raise InputError(f"the grid has {size} combinations; say how many to try with --trials N")
-    return size or DEFAULT_TRIALS
+    return sampler.rule.first_pass if isinstance(sampler, TermwiseSampler) else size or DEFAULT_TRIALS
 
 
 def _what(identity: Mapping[str, Any]) -> str:
@@ -239,9 +264,9 @@ def _check_bound(request: SearchRequest, name: str, stored: Mapping[str, Any], b
             f"study {name} in {request.shown} searches {_what(theirs)} of this cache, not {_what(ours)}."
             " Give another --study NAME"
         )
-    if stored.get("objective", request.objective) != request.objective:
+    if stored.get("objective", request.aim) != request.aim:
         raise StudyError(
-            f"study {name} in {request.shown} searches for {stored['objective']}, not {request.objective}. Give another"
+            f"study {name} in {request.shown} searches for {stored['objective']}, not {request.aim}. Give another"
             " --study NAME"
         )
     if "options" not in stored:

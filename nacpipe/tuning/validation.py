@@ -5,7 +5,7 @@ The objective names the metric that is searched for:
     auroc   AUROC of id/val against the OOD validation split; the default
     fpr95   its FPR@95; among equals (it moves in steps of 1/n) the higher AUROC
     pareto  the two as a Pareto front; the default search climbs AUROC − FPR@95 / 4, in which both weigh about as much
-    guided  the score's correlation with "ID or OOD" plus half of Energy (weights.py): smooth, so it overfits less
+    guided  the score's correlation with "ID or OOD" plus half of the best plain score (weights.py): it overfits less
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nacpipe.method.metrics import auroc, fpr95
 from nacpipe.method.params import NacParams
 from nacpipe.scoring.trial_scorer import Scorer
 from nacpipe.tuning.space import with_weights
-from nacpipe.tuning.weights import fisher_weights, guided_target, target_weights
+from nacpipe.tuning.weights import fisher_weights, target_weights
 
 ObjectiveName = Literal["auroc", "fpr95", "pareto", "guided"]
 DIRECTIONS: dict[ObjectiveName, list[Literal["minimize", "maximize"]]] = {
@@ -70,12 +70,11 @@ class ValidationMetrics:
 class Evaluator:
     """Parameters → validation metrics, from indexed states."""
 
-    def __init__(self, scorer: Scorer, ood: str = "ood/val", energy: NDArray[np.float64] | None = None) -> None:
-        """Take id/val as ID and this split as OOD; with the samples' Energy, (samples,), aim at the guided target."""
+    def __init__(self, scorer: Scorer, ood: str = "ood/val", target: NDArray[np.float64] | None = None) -> None:
+        """Take id/val as ID and this split as OOD, and fit weights to a target of both, (samples,), if there is one."""
         self.scorer = scorer
         self._ood = ood
-        pair = (scorer.rows["id/val"], scorer.rows[ood])
-        self._target = None if energy is None else guided_target(energy[pair[0]], energy[pair[1]])
+        self._target = target
 
     def weigh(self, params: NacParams) -> NacParams:
         """Return the parameters with weights in closed form from id/val and the OOD split."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-TEACHER = 0.5  # of Energy in the guided target, beside 1 of the labels
-RIDGE = 0.01  # of a layer score's variance
+TEACHER = 0.5  # of the guide in the guided target, beside 1 of the labels
+RIDGE = 0.1  # of a layer score's variance
 
 
 def fisher_weights(
@@ -25,17 +25,21 @@ def fisher_weights(
 
 
 def guided_target(
-    id_energy: NDArray[np.float64],  # (n,)
-    ood_energy: NDArray[np.float64],  # (m,)
+    id_rows: int,
+    ood_rows: int,
+    guide: NDArray[np.float64] | None = None,  # (id_rows + ood_rows,): a plain score
 ) -> NDArray[np.float64]:
-    """Return ID or OOD, plus half of Energy, both of spread 1, (n + m,): a target that knows how sure it is.
+    """Return ID or OOD, plus half of the guide, both of spread 1, (id_rows + ood_rows,).
 
     Two thousand labels of a few OOD classes are little to choose dozens of numbers by; how sure the network was says
-    more per sample, and holds for other classes too (bench/README.md, "Detection").
+    more per sample, and holds for other classes too (bench/README.md, "Detection"). Without a guide: ID or OOD alone.
     """
-    hard = np.repeat([1.0, -1.0], [id_energy.size, ood_energy.size])
-    parts = [(part - part.mean()) / (part.std() + 1e-300) for part in (hard, np.concatenate([id_energy, ood_energy]))]
-    return np.asarray(parts[0] + TEACHER * parts[1])
+    target = _standardise(np.repeat([1.0, -1.0], [id_rows, ood_rows]))
+    return target if guide is None else target + TEACHER * _standardise(guide)
+
+
+def _standardise(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray((values - values.mean()) / (values.std() + 1e-300))
 
 
 def target_weights(
