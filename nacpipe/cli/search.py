@@ -178,8 +178,8 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
         if (crossed := result.cross_validated) is not None:
             own = "" if crossed.guide is None else f" ({result.guide} {percent(crossed.guide)} %)"
             click.echo(
-                f"cross-validated: AUROC {percent(crossed.images)} % over images{own}, {percent(crossed.clusters)} % over the"
-                f" classes that {search.request.val} is taken for"
+                f"cross-validated: AUROC {percent(crossed.images)} % over images{own},"
+                f" {percent(crossed.clusters)} % over the classes that {search.request.val} is taken for"
             )
         if result.front is not None:
             click.echo(
@@ -196,8 +196,8 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
             )
         if result.parts:
             note(
-                "warning: the fitted AUROC is more than 1.5 points above the cross-validated one; more validation images"
-                " help"
+                "warning: the fitted AUROC is more than 1.5 points above the cross-validated one; more validation"
+                " images help"
             )
         click.echo(f"{result.trials} trials in {result.seconds:.1f} s, seed {result.seed}, {search.request.shown}")
     if result.overfits:

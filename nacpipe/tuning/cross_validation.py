@@ -65,9 +65,12 @@ def cross_validate(
             found[kind].append(auroc(scores[is_id], scores[~is_id]))
             if guide is not None and kind == "images":
                 found["guide"].append(auroc(guide[fold][is_id], guide[fold][~is_id]))
-    means = {kind: float(np.mean(values)) if values else None for kind, values in found.items()}
-    assert means["images"] is not None and means["clusters"] is not None
-    return CrossValidation(images=means["images"], clusters=means["clusters"], guide=means["guide"])
+    images = float(np.mean(found["images"]))
+    return CrossValidation(
+        images=images,
+        clusters=float(np.mean(found["clusters"])) if found["clusters"] else images,  # all are taken for one class
+        guide=float(np.mean(found["guide"])) if found["guide"] else None,
+    )
 
 
 def _folds(id_rows: int, ood_rows: int, predicted: NDArray[np.intp] | None, seed: int) -> Iterator[NDArray[np.bool_]]:
