@@ -25,8 +25,8 @@ def open_cache(path: str | Path) -> Cache:
     """Open a cache for reading.
 
     Raises:
-        CacheError: nothing is there.
-        FormatError: it is not a cache, or one of another format version.
+        CacheError: the cache does not exist.
+        FormatError: it is not a cache, or has another format version.
     """
     root, header = open_root(str(path), mode="r")
     return Cache(str(path), root, header)
@@ -42,7 +42,7 @@ def open_root(path: str, *, mode: Literal["r", "r+"]) -> tuple[zarr.Group, Heade
         ) from None
     except (NacError, MemoryError):
         raise
-    except Exception as error:  # zarr answers broken metadata with errors of every kind
+    except Exception as error:  # Zarr raises errors of any kind for broken metadata
         what = f"{type(error).__name__}: {str(error)[:200]}"
         raise FormatError(f"{path} cannot be read as a Zarr group ({what})") from error
     try:
@@ -52,7 +52,7 @@ def open_root(path: str, *, mode: Literal["r", "r+"]) -> tuple[zarr.Group, Heade
 
 
 class Cache(Mapping[str, SplitView]):
-    """A cache opened for reading: splits by name. Only sealed splits are handed out; `peek` shows the others."""
+    """A cache opened for reading: splits by name. Indexing returns sealed splits alone; `peek` returns any."""
 
     def __init__(self, path: str, root: zarr.Group, header: Header) -> None:
         self.path = path
@@ -108,11 +108,11 @@ class Cache(Mapping[str, SplitView]):
         return SplitView(self, name, group)
 
     def command(self) -> str:
-        """Return the command that made this cache, which also finishes it, where it is now."""
+        """Return the command that made this cache, with its present path; the same command finishes it."""
         words = ["nacpipe", "extract", "BENCHMARK"]
         with contextlib.suppress(ValueError):  # an open quote
             recorded = shlex.split(str(self.header.information.get("command")))
-            words = recorded if recorded[:2] == words[:2] else words  # anything may stand in somebody's cache
+            words = recorded if recorded[:2] == words[:2] else words  # the attribute may hold any text
         if "--cache" in words[:-1]:
             words[words.index("--cache") + 1] = self.path
         else:
@@ -120,7 +120,7 @@ class Cache(Mapping[str, SplitView]):
         return shlex.join(words)
 
     def classifier(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-        """Return the last linear layer's weight (classes, features) and bias (classes,), where there is one."""
+        """Return the last linear layer's weight (classes, features) and bias (classes,), or None."""
         try:
             problems = list(classifier_problems(self.root, self.header))
         except FormatError as error:
@@ -144,7 +144,7 @@ class Cache(Mapping[str, SplitView]):
         return weight, bias
 
     def search_identity(self, splits: tuple[str, ...], layers: tuple[str, ...]) -> dict[str, Any]:
-        """Return the identity of these splits and layers, which a study is bound to."""
+        """Return the identity of these splits and layers, to which a study is bound."""
         whole = self.header.whole_identity()
         return {
             **whole,

@@ -17,7 +17,7 @@ from nacpipe.benchmarks import download as downloading
 from nacpipe.benchmarks.archives import find_archives
 from nacpipe.benchmarks.download import choose_archives, download, download_archives, plan_download, read_lists
 from nacpipe.benchmarks.standard import BENCHMARKS, find_benchmark
-from nacpipe.benchmarks.status import survey
+from nacpipe.benchmarks.status import read_status
 from nacpipe.benchmarks.unpack import unpack
 from nacpipe.errors import DownloadError, InputError, MissingExtra
 
@@ -53,7 +53,7 @@ def files(root: Path) -> set[str]:
 def test_everything_is_fetched_unpacked_and_complete(tmp_path: Path, mirror: Any) -> None:
     assert set(states(tmp_path).values()) == {"to fetch"}
     assert get(tmp_path, mirror, checkpoints=True) == []
-    assert {s.state for s in survey(CIFAR10, tmp_path) if s.split != "id/subtrain"} == {"complete"}
+    assert {s.state for s in read_status(CIFAR10, tmp_path) if s.split != "id/subtrain"} == {"complete"}
     assert (tmp_path / "images_classic/cifar10/test/cat/2.png").read_bytes() == b"cifar10 test/cat/2.png" * 50
     assert (tmp_path / "images_classic/tin/val/2.JPEG").is_file()  # the folder that the archive holds once more is gone
     run = tmp_path / "results/cifar10_resnet18_32x32_base_e100_lr0.1_default"
@@ -73,7 +73,7 @@ def test_everything_is_fetched_unpacked_and_complete(tmp_path: Path, mirror: Any
 def test_only_some_archives(tmp_path: Path, mirror: Any) -> None:
     assert get(tmp_path, mirror, "benchmark_imglist", "mnist") == []
     assert [name for name, _ in mirror.asked] == ["benchmark_imglist.zip", "mnist.zip"]
-    state = {s.split: s.state for s in survey(CIFAR10, tmp_path)}
+    state = {s.split: s.state for s in read_status(CIFAR10, tmp_path)}
     assert (state["ood/far/mnist"], state["ood/far/svhn"], state["id/subtrain"]) == ("complete", "missing", "no list")
     message = (
         r"^archive 'minst' is not part of cifar10; it has benchmark_imglist, benchmark_imglist_authors, cifar10, .*,"
@@ -179,7 +179,7 @@ def test_killed_while_unpacking_nothing_looks_whole(
         download(plan, lists, progress=stop)
     assert not (tmp_path / "images_classic/cifar10").exists()
     assert states(tmp_path)["cifar10"] == "to unpack"
-    assert {s.state for s in survey(CIFAR10, tmp_path) if s.split.startswith("id/")} == {"missing", "no list"}
+    assert {s.state for s in read_status(CIFAR10, tmp_path) if s.split.startswith("id/")} == {"missing", "no list"}
     asked = len(mirror.asked)
     assert get(tmp_path, mirror, "cifar10") == []
     assert len(mirror.asked) == asked  # the archive was there
@@ -202,7 +202,7 @@ def test_killed_while_unpacking_nothing_looks_whole(
         patch.setattr(downloading.os, "rename", rename_one)
         with pytest.raises(KeyboardInterrupt):
             get(tmp_path, mirror, "cifar10")
-    assert {s.state for s in survey(CIFAR10, tmp_path) if s.split.startswith("id/")} != {"complete"}
+    assert {s.state for s in read_status(CIFAR10, tmp_path) if s.split.startswith("id/")} != {"complete"}
     assert states(tmp_path)["cifar10"] == "to unpack"
     assert get(tmp_path, mirror, "cifar10") == []
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cache.repair import repair_cache
-from nacpipe.cache.verify import Damage, check_form, verify_cache
+from nacpipe.cache.verify import Damage, check_metadata, verify_cache
 from nacpipe.cli import main
 from nacpipe.errors import CacheError, FormatError
 
@@ -296,7 +296,7 @@ def test_every_field_of_the_format_is_checked(
 ) -> None:
     file = path / where / "zarr.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    found = [d for d in check_form(open_cache(path)) if d.split == "id/val"]
+    found = [d for d in check_metadata(open_cache(path)) if d.split == "id/val"]
     assert (array, what) in [(d.array, d.what) for d in found] if what else found
     with pytest.raises(CacheError):
         open_cache(path)["id/val"]
@@ -309,7 +309,7 @@ def test_images_that_are_no_object_are_damage_in_words(path: Path, images: objec
         CacheError, match=r"id/val/zarr\.json is damaged \(images is .*, not an object\); mend it with: nac"
     ):
         open_cache(path).peek("id/val").images  # noqa: B018
-    assert ("", "images names no list") in [(d.array, d.what) for d in check_form(open_cache(path))]
+    assert ("", "images names no list") in [(d.array, d.what) for d in check_metadata(open_cache(path))]
     done = CliRunner().invoke(main, ["inspect", str(path)])
     assert (done.exit_code, "id/val/zarr.json is damaged" in done.stderr) == (1, True)
 
@@ -349,7 +349,7 @@ def test_what_only_a_writer_needs_is_told_by_the_validator(path: Path) -> None:
     unfit = {"weights": "abc", "source": "net.py", "transform": {"crop": 3}, "outputs": "pixels"}
     content["attributes"]["identity"] = unfit
     file.write_text(json.dumps(content))
-    assert [d.what for d in check_form(open_cache(path))] == [
+    assert [d.what for d in check_metadata(open_cache(path))] == [
         *(f"identity lacks {key}" for key in ("benchmark", "architecture", "family", "dtype")),
         "identity.weights is no sha256",
         "identity.source is no sha256",

@@ -33,7 +33,7 @@ from nacpipe.networks.architectures.digits_cnn import DigitsCNN
 from nacpipe.networks.build import blank_network, load_network
 from nacpipe.networks.layers import list_layers
 from nacpipe.networks.models import find_model
-from nacpipe.networks.wrappers import find_place, named_state, unwrap
+from nacpipe.networks.wrappers import find_device_and_dtype, named_state, unwrap
 from nacpipe.scoring.coverage import score_splits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,8 +184,8 @@ def test_names_and_places_of_wrapped_networks() -> None:
     assert list(named_state(nn.DataParallel(inside))) == keys
     assert unwrap(nn.DataParallel(network)) is network
     assert unwrap(network) is network
-    assert find_place(nn.DataParallel(network.double())) == (CPU, torch.float64)
-    assert find_place(nn.ReLU()) == (CPU, torch.float32)
+    assert find_device_and_dtype(nn.DataParallel(network.double())) == (CPU, torch.float64)
+    assert find_device_and_dtype(nn.ReLU()) == (CPU, torch.float32)
 
 
 FILE = """
