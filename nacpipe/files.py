@@ -77,7 +77,7 @@ def beside_cache(cache: str, suffix: str, options: str = "--output FILE") -> Pat
         InputError: the cache is at a URL, beside which no files are written; the message names the options to use.
     """
     if is_url(cache):
-        raise InputError(f"{cache} is not on this machine, so that nothing is kept beside it; give {options}")
+        raise InputError(f"{cache} is not on this machine, so that no files are written beside it; give {options}")
     path = Path(cache)
     path = path if path.name else path.resolve()
     return path.with_name(path.name.removesuffix(".zarr") + suffix)

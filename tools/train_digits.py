@@ -3,8 +3,8 @@
     python tools/train_digits.py --output nacpipe/networks/architectures/digits_cnn.safetensors
 
 The training images are main_train and sub_train (3,500 images). The number of epochs is fixed and the last epoch is
-kept. No choice uses val or test; test is read once, at the end. The same seed gives the same weights on one machine with
-one number of threads.
+kept. No choice uses val or test; test is read once, at the end. The same seed gives the same weights on one machine
+with one number of threads.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def find_archives(benchmark: str) -> tuple[Archive, ...]:
     """
     if benchmark not in _ARCHIVES_OF:
         raise InputError(
-            f"there is nothing to download for benchmark {benchmark}; there is for {', '.join(_ARCHIVES_OF)}"
+            f"OpenOOD has no archives for benchmark {benchmark}; it has them for {', '.join(_ARCHIVES_OF)}"
         )
     trained = _CHECKPOINTS_OF[benchmark]
     return (

@@ -207,7 +207,7 @@ def fetch_with_gdown(url: str, file: Path) -> None:
     except Exception as error:  # gdown raises its own, requests' and the system's errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DownloadError(
-            f"{url} cannot be downloaded: {reason}; what came is kept in {file.parent}, the same command goes on"
+            f"{url} cannot be downloaded: {reason}; the partial file is kept in {file.parent}, the same command goes on"
         ) from error
     if not file.is_file():
         raise DownloadError(f"{url} cannot be downloaded: gdown left no {file}")

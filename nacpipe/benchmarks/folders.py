@@ -61,7 +61,7 @@ def walk_images(folder: Path) -> FolderImages:
         if real in reached:
             if real in _ancestors(parent, entered_from):
                 raise ImageError(
-                    f"a link leads back to a folder that it lies in: {path} is {reached[real]} again; remove the link"
+                    f"a link leads to a folder that contains it: {path} is {reached[real]} again; remove the link"
                 )
             continue
         reached[real], entered_from[real] = str(path), parent
@@ -86,7 +86,7 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
     for entry in visible:
         leads_nowhere = entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110 (Path's may raise)
         if leads_nowhere and not _is_image(entry.name):
-            raise ImageError(f"link {entry.path} leads nowhere; correct it or remove it")
+            raise ImageError(f"link {entry.path} is broken; correct it or remove it")
     return visible
 
 

@@ -195,9 +195,9 @@ def _split_dictionary(line: str) -> tuple[str, int]:
         if isinstance(entries, dict):
             value = entries.get("label", OOD)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError("the 'label' of its dictionary is no integer")
+                raise ValueError("the 'label' of its dictionary is not an integer")
             return line[: blanks.start()], value
-    raise ValueError("no label: what ends in } is no dictionary")
+    raise ValueError("no label: the text that ends in } is not a dictionary")
 
 
 def _read_integer(text: str) -> int:
@@ -209,7 +209,7 @@ def _read_integer(text: str) -> int:
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         value = None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"label {text[:40]!r} is no integer")
+        raise ValueError(f"label {text[:40]!r} is not an integer")
     return value
 
 

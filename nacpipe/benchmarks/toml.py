@@ -56,7 +56,7 @@ def read_benchmark(path: Path) -> Benchmark:
     try:
         content = tomllib.loads(path.read_text("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"benchmark file {path} is no TOML: {str(error).splitlines()[0][:200]}") from None
+        raise InputError(f"benchmark file {path} is not TOML: {str(error).splitlines()[0][:200]}") from None
     return _benchmark(_Table(path, "", content))
 
 
@@ -112,7 +112,7 @@ class _Table:
         """Yield every named table in this table."""
         for name in list(self.values):
             if not _NAME.fullmatch(name):
-                self.fail(name, f"is no name for a set: {_NAME.pattern}")
+                self.fail(name, f"is not a name for a set: {_NAME.pattern}")
             if reason := why_reserved(name):
                 self.fail(name, f"is reserved, {reason}; give the set another name")
             yield name, self.table(name)

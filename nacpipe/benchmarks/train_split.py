@@ -36,7 +36,7 @@ def plan_split(benchmark: Benchmark, root: Path, count: int, seed: int) -> Train
     train = benchmark.split("id/train")
     if not train.fallback:
         raise InputError(
-            f"benchmark {benchmark.name} has no train list to cut: its id/train is {train.source} as it stands"
+            f"benchmark {benchmark.name} has no train list to split: its id/train is {train.source} as it stands"
         )
     main = list_path(benchmark, train, root)
     sub = list_path(benchmark, benchmark.split("id/subtrain"), root)
@@ -76,7 +76,7 @@ def write_split(split: TrainSplit, redo: bool = False) -> None:
     if existing and not redo:
         raise InputError(
             f"{' and '.join(existing)} {'is' if len(existing) == 1 else 'are'} there already; --redo writes"
-            " anew (a cache made from the old lists does not go on)"
+            " anew (a cache made from the old lists cannot be continued)"
         )
     for path, lines in ((split.sub, split.sub_lines), (split.main, split.main_lines)):
         draft = path.with_name(f"{path.name}.new")

@@ -44,7 +44,7 @@ def unpack(archive: Path, folder: Path, progress: Callable[[int, int], None] = l
                         done += len(piece)
                         progress(done, total)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise BrokenArchive(f"{archive} is no whole zip archive: {str(error) or type(error).__name__}") from error
+        raise BrokenArchive(f"{archive} is not a complete zip archive: {str(error) or type(error).__name__}") from error
 
 
 def _check_name(archive: Path, entry: zipfile.ZipInfo) -> None:

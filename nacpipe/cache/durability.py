@@ -52,8 +52,8 @@ def writing(path: str) -> Iterator[None]:
         reason = error.strerror or str(error)
         if error.errno in DISK_FULL:
             raise CacheError(
-                f"{path}: there is no room left to write it ({reason}); what was written is safe: make room, and the"
-                " same command goes on"
+                f"{path}: there is no space left to write it ({reason}); what was written is safe: free some space,"
+                " and the same command goes on"
             ) from error
         raise CacheError(
             f"{path} cannot be written ({reason}: {error.filename}); what was written is safe, and the same command"

@@ -152,7 +152,7 @@ class Header:
         if version != FORMAT_VERSION:
             raise FormatError(
                 f"this cache has format version {version}, this nacpipe reads version {FORMAT_VERSION};"
-                " use the nacpipe that wrote it, or extract anew into another --cache"
+                " use the nacpipe that wrote it, or extract again into another --cache"
             )
         digest = attributes.get("digest")  # caches of the first versions have none
         if digest is not None and digest != fingerprint({k: v for k, v in attributes.items() if k != "digest"}):

@@ -58,7 +58,7 @@ class CacheLock:
             fcntl.flock(self._handle, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CacheError(
-                f"{self.path} is being written by another extract; wait until it ends (a dead one holds nothing)"
+                f"{self.path} is being written by another extract; wait until it ends (a killed one holds no lock)"
             ) from None
         except OSError:  # a file system without such locks
             pass

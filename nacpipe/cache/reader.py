@@ -98,10 +98,10 @@ class Cache(Mapping[str, SplitView]):
         try:
             group = open_member(self.root, name)
         except KeyError:
-            raise CacheError(f"{self.path}: {name} is gone; is it being extracted anew?") from None
+            raise CacheError(f"{self.path}: {name} was removed; is it being extracted again?") from None
         except FormatError as error:
             raise FormatError(
-                f"{self.path}: {error}; {command_line('repair', self.path)} mends what can be mended"
+                f"{self.path}: {error}; {command_line('repair', self.path)} repairs what can be repaired"
             ) from error
         if not isinstance(group, zarr.Group):
             raise FormatError(f"{self.path}: {name} is an array, not a split")
@@ -127,7 +127,7 @@ class Cache(Mapping[str, SplitView]):
             problems = [("zarr.json", str(error))]
         for array, what in problems:
             raise CacheError(
-                f"{self.path}: classifier/{array} {what}; mend it with: {command_line('repair', self.path)}"
+                f"{self.path}: classifier/{array} {what}; repair it with: {command_line('repair', self.path)}"
             )
         if not is_there(self.root, "classifier/zarr.json") or not self.root["classifier"].attrs.get("written"):
             return None
@@ -135,11 +135,11 @@ class Cache(Mapping[str, SplitView]):
             weight, bias = (np.asarray(self.root[f"classifier/{name}"][:]) for name in ("weight", "bias"))  # type: ignore[index]
         except (ValueError, RuntimeError) as error:
             raise CacheError(
-                f"{self.path}: classifier is damaged ({error}); mend it with: {command_line('repair', self.path)}"
+                f"{self.path}: classifier is damaged ({error}); repair it with: {command_line('repair', self.path)}"
             ) from error
         if np.isnan(weight).any() or np.isnan(bias).any():
             raise CacheError(
-                f"{self.path}: classifier holds no value; mend it with: {command_line('repair', self.path)}"
+                f"{self.path}: classifier holds no value; repair it with: {command_line('repair', self.path)}"
             )
         return weight, bias
 

@@ -78,9 +78,9 @@ def _repair_root(path: str | Path, objects: Objects) -> list[str]:
         if content is None or whole(_read_attributes(content)):  # of another version: not damaged
             raise
         if not _repair_bit(objects, "zarr.json", whole):
-            raise FormatError(f"{error}; no single bit would mend it") from error
+            raise FormatError(f"{error}; no single bit corrects it") from error
         open_cache(path)  # raises if the repaired version is another
-        return ["the root's attributes: one bit mended"]
+        return ["the root's attributes: one bit repaired"]
 
 
 def _repair_round(cache: Cache, objects: Objects, damage: Sequence[Damage]) -> Iterator[str]:
@@ -90,19 +90,19 @@ def _repair_round(cache: Cache, objects: Objects, damage: Sequence[Damage]) -> I
         if split == "":
             for path in (d.array for d in split_damages if d.array):
                 objects.replace(f"{path}/zarr.json", _metadata(cache.header, 1)["zarr.json"])
-                yield f"{path}: metadata written anew"
+                yield f"{path}: metadata rewritten"
         elif split == "classifier":
             remove_own(objects.store, cache.header, "classifier")
             yield "classifier: is to be written again"
         elif any(d.array == "" for d in split_damages):
             yield from _repair_attributes(cache, objects, split)
         elif _repair_rows(cache, objects, split, split_damages):
-            yield f"{split}: one bit of its attributes mended"
+            yield f"{split}: one bit of its attributes repaired"
         elif arrays := [d.array for d in split_damages if d.block is None]:
             metadata = _metadata(cache.header, cache.peek(split).rows)
             for array in dict.fromkeys(arrays):
                 objects.replace(f"{split}/{array}/zarr.json", metadata[f"{array}/zarr.json"])
-                yield f"{split}/{array}: metadata written anew"
+                yield f"{split}/{array}: metadata rewritten"
         else:
             yield from _repair_blocks(cache, objects, split, split_damages)
 
@@ -114,7 +114,7 @@ def _repair_blocks(cache: Cache, objects: Objects, name: str, split_damages: Seq
     for d in split_damages:
         if d.array == "blocks" and d.block not in spans:
             objects.replace(f"{name}/blocks/c/{d.block}", _metadata(cache.header, 1)["blocks/c/0"])
-            yield f"{name}: the mark of block {d.block} written anew"
+            yield f"{name}: the mark of block {d.block} rewritten"
     if spans:
         _remove_marks(objects, name, [block for block in spans if block is not None])
     for d in split_damages:
@@ -170,13 +170,13 @@ def _repair_attributes(cache: Cache, objects: Objects, name: str) -> Iterator[st
             for key in wanted:
                 if hashes.get(key) != wanted[key]:
                     objects.replace(f"{name}/{key}", expected[key])
-                    yield f"{name}/{key} written anew"
+                    yield f"{name}/{key} rewritten"
             for key in set(hashes) - set(kept) - set(wanted):
                 objects.remove(f"{name}/{key}")
                 yield f"{name}/{key}, which does not belong there, is removed"
             return
     if _repair_bit(objects, f"{name}/zarr.json", partial(_fits, hash_sets=hash_sets)):
-        yield f"{name}: one bit of its attributes mended"
+        yield f"{name}: one bit of its attributes repaired"
     elif usable:
         _remove_marks(objects, name, range(count_blocks(attributes["rows"], cache.header.block_rows)))
         yield f"{name}: no telling which rows are not those that were sealed; all of it is to be computed again"

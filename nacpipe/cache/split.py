@@ -150,7 +150,7 @@ class SplitView(Mapping[str, LayerView]):
 
     def _damaged(self, path: str, what: object) -> CacheError:
         return CacheError(
-            f"{self._cache.path}: {self.name}/{path} is damaged ({what}); mend it with:"
+            f"{self._cache.path}: {self.name}/{path} is damaged ({what}); repair it with:"
             f" {command_line('repair', self._cache.path)}"
         )
 

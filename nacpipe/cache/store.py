@@ -149,7 +149,7 @@ NO_BUCKET = "there is no such bucket at that server (AWS_ENDPOINT_URL)"
 
 
 def _retry_advice(verb: str) -> str:
-    advice = f"asked {ATTEMPTS} times: is the server there, and is it meant?"
+    advice = f"asked {ATTEMPTS} times: is the server running, and is the address right?"
     return advice if verb == "read" else f"{advice} What was written is safe, and the same command goes on"
 
 
@@ -164,7 +164,7 @@ def _permanent_error_advice(error: Exception, url: str) -> str | None:
         return "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
         if url.startswith("http"):
-            return "the server shows that to nobody, or not to all: files and pages of folders must be readable"
+            return "the server refuses access: files and pages of folders must be readable"
         return "the server does not let these credentials (AWS_ACCESS_KEY_ID, …) do that"
     return None
 

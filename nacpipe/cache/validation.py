@@ -54,7 +54,7 @@ def root_problems(header: Header) -> Iterator[str]:
             yield f"identity lacks {key}"
     for key in ("weights", "source"):
         if key in header.identity and not _is_sha256(header.identity[key]):
-            yield f"identity.{key} is no sha256"
+            yield f"identity.{key} is not a sha256"
     transform = header.identity.get("transform")
     if transform is not None:
         for key in TRANSFORM:
@@ -108,7 +108,7 @@ def classifier_problems(root: zarr.Group, header: Header) -> Iterator[tuple[str,
         return
     group = open_member(root, "classifier")
     if not isinstance(group, zarr.Group):
-        yield "", "is no group"
+        yield "", "is not a group"
         return
     if not group.attrs.get("written"):
         if group.attrs:
@@ -141,7 +141,7 @@ def image_problems(attributes: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(images, Mapping) or not isinstance(images.get("list"), str):
         yield "images names no list"
     elif not _is_sha256(images.get("sha256")):
-        yield "images.sha256 is no sha256"
+        yield "images.sha256 is not a sha256"
 
 
 def _array_problems(group: zarr.Group, path: str, shape: tuple[int, ...], dtype: str, header: Header) -> Iterator[str]:
@@ -184,7 +184,7 @@ def _mark_problems(group: zarr.Group, blocks: int) -> Iterator[str]:
     if (grid := getattr(metadata.chunk_grid, "chunk_shape", None)) != (1,):
         yield f"is chunked {grid}, not one mark a chunk"
     if int(metadata.fill_value) != 0:
-        yield f"has fill value {metadata.fill_value}: a mark that is not there would count"
+        yield f"has fill value {metadata.fill_value}: a missing mark would count"
     yield from _codec_problems(metadata.codecs)
 
 

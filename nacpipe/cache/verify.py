@@ -28,7 +28,7 @@ from nacpipe.cache.validation import (
 from nacpipe.errors import CacheError, FormatError, NacError
 
 NO_METADATA = "has no zarr.json"
-DIGEST_DIFFERS = "is not what was sealed, though every chunk is whole: files or attributes were changed or exchanged"
+DIGEST_DIFFERS = "is not what was sealed, though every chunk is valid: files or attributes were changed or exchanged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ def check_metadata(cache: Cache) -> list[Damage]:
             damages += _check_split_metadata(cache, name)
         elif any(is_there(cache.root, f"{name}/{path}/zarr.json") for path in cache.header.arrays()):
             damages.append(
-                Damage(split=name, array="", what="has no zarr.json: it was lost, or a removal was cut short")
+                Damage(split=name, array="", what="has no zarr.json: it was lost, or a removal was interrupted")
             )
     return damages
 

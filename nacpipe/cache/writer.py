@@ -148,7 +148,7 @@ class CacheWriter:
                 create_marks(group, count_blocks(rows, self.header.block_rows))
             for array, what in split_problems(group, self.header):
                 raise FormatError(
-                    f"{self.path}: {name}/{array} {what}; mend it with: {command_line('repair', self.path)}"
+                    f"{self.path}: {name}/{array} {what}; repair it with: {command_line('repair', self.path)}"
                 )
             if missing:
                 self._sync_below(name)
@@ -188,7 +188,9 @@ class CacheWriter:
 
     def _check_there(self) -> None:
         if self._disk and not (self._disk / "zarr.json").exists():  # only on a disk does Zarr create folders
-            raise CacheError(f"{self.path} is gone: it was moved, removed or unmounted while it was written")
+            raise CacheError(
+                f"{self.path} does not exist any more: it was moved, removed or unmounted while it was written"
+            )
 
     def seal(self, name: str) -> None:
         """Seal a split whose blocks are all marked.
@@ -211,7 +213,7 @@ class CacheWriter:
             if array.nchunks_initialized < array.nchunks:
                 raise CacheError(
                     f"{self.path}: {name}/{path} lacks {array.nchunks - array.nchunks_initialized} of its chunks;"
-                    f" mend it with: {command_line('repair', self.path)}"
+                    f" repair it with: {command_line('repair', self.path)}"
                 )
         self._sync_below(name)
         attributes = dict(group.attrs)
@@ -254,7 +256,7 @@ class CacheWriter:
         try:
             return open_member(self.root, path)
         except FormatError as error:
-            raise FormatError(f"{self.path}: {error}; mend it with: {command_line('repair', self.path)}") from error
+            raise FormatError(f"{self.path}: {error}; repair it with: {command_line('repair', self.path)}") from error
 
     def _open(self, path: str) -> zarr.Array[Any]:
         if path not in self._arrays:

@@ -55,7 +55,7 @@ def verify(cache: str | Path, form_only: bool, as_json: bool) -> None:
     if unfinished:
         note(f"not finished: {', '.join(unfinished)}; finish with: {opened.command()}")
     if damage:
-        raise CacheError(f"{opened.path}: {len(damage)} damaged; mend it with: {command_line('repair', opened.path)}")
+        raise CacheError(f"{opened.path}: {len(damage)} damaged; repair it with: {command_line('repair', opened.path)}")
 
 
 @click.command()

@@ -154,7 +154,10 @@ def _accuracy(cache: str | Path, classes: int) -> str:
     share = correct / split.rows
     text = f"id/train: accuracy {100 * share:.2f} % of {split.rows} images"
     if share < max(0.5, 1.5 / classes):
-        text += "; a trained network gets most right: look at the weights, the normalisation, the order of the classes"
+        text += (
+            "; a trained network classifies most images correctly: check the weights, the normalisation, the order of the"
+            " classes"
+        )
     return text
 
 

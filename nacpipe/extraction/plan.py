@@ -176,7 +176,9 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
             header = replace(header, block_rows=max_rows)
     if is_url(request.cache):
         open_store(request.cache, write=True)  # refuses addresses that cannot be written
-        notes.append(f"{request.cache}: two extractions into it at once are not kept apart, as in a folder; run one")
+        notes.append(
+            f"{request.cache}: two extractions into it at once are not refused, as they are in a folder; run one"
+        )
     done: dict[str, tuple[bool, NDArray[np.bool_]]] = {}
     redone: list[str] = []
     if exists:

@@ -193,7 +193,7 @@ def _recognise(model: Model, file: Path) -> _ChosenWeights:
     named = published_sha256(file.name)
     claimed = [name for name, weights in model.weights.items() if named and weights.sha256 == named]
     notes = [
-        f"{file} is called like {name}'s file, but its content is another; if it holds those weights, give"
+        f"{file} has the name of {name}'s file, but other content; if it holds those weights, give"
         f" --weights-transform {shlex.quote(name)}"
         for name in claimed
     ]

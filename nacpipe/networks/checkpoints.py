@@ -65,8 +65,8 @@ def read_checkpoint(path: Path) -> dict[str, StateDict]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"checkpoint {path} is no checkpoint, or holds more than tensors and is not loaded, since that could run"
-            f" code: save its state_dict alone"
+            f"checkpoint {path} is not a checkpoint, or contains more than tensors and is not loaded, since that could"
+            " run code: save its state_dict alone"
         ) from error
     except Exception as error:  # torch raises errors of any kind for a damaged file
         raise CheckpointError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
@@ -183,7 +183,8 @@ def hash_network(network: nn.Module) -> str:
     """
     if any(is_scripted(module) and is_frozen(module) for module in network.modules()):
         raise InputError(
-            "the network has a module of torch.jit.freeze, whose weights cannot be told apart; give it as it was before"
+            "the network has a module of torch.jit.freeze, whose weights cannot be hashed; give the network before"
+            " freezing"
         )
     return hash_weights(named_state(network))
 

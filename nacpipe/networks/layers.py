@@ -213,9 +213,9 @@ def _choose_layers(network: Network, layers: Layers, poolings: Poolings) -> tupl
 def _check_pools(names: Sequence[str], poolings: Poolings) -> dict[str, str]:
     for name, pooling in poolings:
         if name not in names:
-            raise InputError(f"pool {name}={pooling}: the layers are {', '.join(names)}")
+            raise InputError(f"pooling {name}={pooling}: the layers are {', '.join(names)}")
         if pooling not in POOLINGS:
-            raise InputError(f"pool {name}={pooling}: known poolings are {', '.join(POOLINGS)}")
+            raise InputError(f"pooling {name}={pooling}: known poolings are {', '.join(POOLINGS)}")
     return dict(poolings)
 
 
@@ -243,7 +243,7 @@ def _why_untappable(seen: _ModuleOutput) -> str | None:
     if why := why_no_gradient(output):
         return f"it gives {why}"
     if seen.identity:
-        return "it returns its input as it is; tap the module before it"
+        return "it returns its input unchanged; tap the module before it"
     return None
 
 

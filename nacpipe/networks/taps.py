@@ -226,7 +226,7 @@ NO_GRADIENT = (
 def why_no_gradient(output: Tensor) -> str | None:
     """Return why a module's output has no usable gradient, or None."""
     if not output.is_floating_point():
-        return f"{output.dtype}, of which there is no gradient; tap a layer that gives floating-point numbers"
+        return f"{output.dtype}, which has no gradient; tap a layer that gives floating-point numbers"
     if output.dtype is torch.float16:
         return "float16, in which most gradients would be 0; run the network in float32 or bfloat16"
     return None

@@ -71,7 +71,7 @@ def run_trial_batch(
             for _ in range(3):  # a random network may have shown it only in this run
                 _check_repeatable(name, network, first, _run(name, network, images[:IMAGES], classes))
             raise InputError(
-                f"model {name!r} gives an image other logits beside other images: they differ by"
+                f"model {name!r} gives an image other logits in another batch: they differ by"
                 f" {_distance(first[:half], mixed[:half]):.2g}; look in its forward for batch norms in training"
                 f" mode{_name_training(network)}, F.batch_norm with training=True, or statistics of the batch"
             )
@@ -153,7 +153,7 @@ def _run_once(name: str, network: nn.Module, images: Tensor, classes: int | None
     if isinstance(output, Tensor):
         description = f"{tuple(output.shape)}" + ("" if output.is_floating_point() else f" of {output.dtype}")
     wanted = f"({len(images)}, {'classes' if classes is None else classes})"
-    raise InputError(f"model {name!r} gives {description} for {len(images)} images; wanted are logits, {wanted}")
+    raise InputError(f"model {name!r} gives {description} for {len(images)} images; expected are logits, {wanted}")
 
 
 def _check_repeatable(name: str, network: nn.Module, first: Tensor, again: Tensor) -> None:

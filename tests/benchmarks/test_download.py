@@ -151,9 +151,7 @@ def test_the_lists_of_two_archives_are_never_mixed(tmp_path: Path, mirror: Any) 
 def test_a_broken_connection_goes_on_where_it_stopped(tmp_path: Path, mirror: Any) -> None:
     mirror.files["mnist.zip"] = pack({"test/1.png": bytes(range(256)) * 8192})  # 2 MiB
     mirror.cut["mnist.zip"] = 1_500_000
-    message = (
-        r"^http://\S+/mnist\.zip cannot be downloaded: .*; what came is kept in .*/\.download, the same command goes"
-    )
+    message = r"^http://\S+/mnist\.zip cannot be downloaded: .*; the partial file is kept in .*/\.download, the same"
     with pytest.raises(DownloadError, match=message):
         get(tmp_path, mirror, "benchmark_imglist", "mnist")
     assert not (tmp_path / "images_classic").exists()
@@ -272,10 +270,10 @@ PICTURES = {"test/1.png": b"picture 1", "test/2.png": b"picture 2"}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"<html>Quota exceeded</html>", r"mnist\.zip is no whole zip archive: File is not a zip file"),
-        (b"", r"mnist\.zip is no whole zip archive: File is not a zip file"),
-        (pack(PICTURES)[:-40], r"mnist\.zip is no whole zip archive: "),
-        (corrupt(pack(PICTURES)), r"mnist\.zip is no whole zip archive: Bad CRC-32 for file 'test/1\.png'"),
+        (b"<html>Quota exceeded</html>", r"mnist\.zip is not a complete zip archive: File is not a zip file"),
+        (b"", r"mnist\.zip is not a complete zip archive: File is not a zip file"),
+        (pack(PICTURES)[:-40], r"mnist\.zip is not a complete zip archive: "),
+        (corrupt(pack(PICTURES)), r"mnist\.zip is not a complete zip archive: Bad CRC-32 for file 'test/1\.png'"),
         (
             pack({"test/1.png": b"", "../../evil.png": b""}),
             r"is not safe to unpack: '\.\./\.\./evil\.png' leaves its f",
@@ -384,7 +382,7 @@ def test_archives_are_openoods() -> None:
         "imagenet200_res18_v1.5": "1ddVmwc8zmzSjdLUO84EuV4Gz1c7vhIAs",
         "imagenet_res50_v1.5": "15PdDMNRfnJ7f2oxW6lI-Ge4QJJH3Z0Fy",
     }
-    with pytest.raises(InputError, match=r"^there is nothing to download for benchmark digits; there is for cifar10, "):
+    with pytest.raises(InputError, match=r"^OpenOOD has no archives for benchmark digits; it has them for cifar10, "):
         find_archives("digits")
 
 

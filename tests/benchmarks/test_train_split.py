@@ -80,7 +80,9 @@ def test_what_cannot_be_cut(tmp_path: Path) -> None:
     message = r"^there is no image list .*/train_cifar10\.txt; say where the data is with --data-root DIR$"
     with pytest.raises(ImageError, match=message):
         plan_split(CIFAR10, tmp_path, 10, seed=1)
-    with pytest.raises(InputError, match=r"^benchmark digits has no train list to cut: its id/train is main_train as"):
+    with pytest.raises(
+        InputError, match=r"^benchmark digits has no train list to split: its id/train is main_train as"
+    ):
         plan_split(find_benchmark("digits"), tmp_path, 10, seed=1)
 
 

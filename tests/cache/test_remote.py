@@ -186,11 +186,11 @@ def test_a_damaged_cache_is_repaired_and_its_rows_alone_written_again(proxy: Pro
     with pytest.raises(FormatError, match=f"^{url}"):
         open_cache(url)
     assert sorted(repair_cache(url)) == [
-        "id/val/label: metadata written anew",
+        "id/val/label: metadata rewritten",
         "id/val: block 1, rows 16 to 31, is to be computed again",
         "ood/near/letters/label/c/9, which does not belong there, is removed",
-        "ood/near/letters: the mark of block 0 written anew",
-        "the root's attributes: one bit mended",
+        "ood/near/letters: the mark of block 0 rewritten",
+        "the root's attributes: one bit repaired",
     ]
     split = here["id/val"]
     assert open_cache(url).peek("id/val").marks().tolist() == [True, False, True]

@@ -211,8 +211,8 @@ def test_accuracy_is_said_once_id_train_is_done(finished: Cache, request_: Extra
     train = finished["id/train"]
     share = float((train.logits[:].argmax(axis=1) == train.label).mean())
     assert said == [
-        f"id/train: accuracy {100 * share:.2f} % of 40 images; a trained network gets most right: look at the weights,"
-        " the normalisation, the order of the classes"
+        f"id/train: accuracy {100 * share:.2f} % of 40 images; a trained network classifies most images correctly:"
+        " check the weights, the normalisation, the order of the classes"
     ]
     extract(plan_extraction(request_), note=said.append)
     assert len(said) == 1  # it was done before

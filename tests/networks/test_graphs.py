@@ -170,7 +170,7 @@ def test_what_has_no_derivative_is_said(last: bool) -> None:
     ("kind", "message"),
     [
         (torch.float16, "float16, in which most gradients would be 0; run the network in float32 or bfloat16"),
-        (torch.int64, r"torch\.int64, of which there is no gradient; tap a layer that gives floating-point numbers"),
+        (torch.int64, r"torch\.int64, which has no gradient; tap a layer that gives floating-point numbers"),
     ],
 )
 def test_types_without_a_gradient_are_named(kind: torch.dtype, message: str) -> None:

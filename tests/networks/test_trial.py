@@ -419,7 +419,7 @@ def test_a_random_network_is_refused(network: nn.Module, after: str) -> None:
     ids=["train in forward", "functional", "mean of the batch"],
 )
 def test_a_network_whose_logits_are_of_the_batch_is_refused(network: nn.Module) -> None:
-    message = r"^model 'net' gives an image other logits beside other images: they differ by [\d.e-]+; look in its"
+    message = r"^model 'net' gives an image other logits in another batch: they differ by [\d.e-]+; look in its"
     with pytest.raises(InputError, match=message):
         try_out(network)
 

@@ -276,7 +276,9 @@ def test_a_network_that_is_scripted_as_a_whole_gives_logits_alone(tmp_path: Path
 
 def test_a_frozen_script_has_no_weights_to_be_known_by(detector_file: Path) -> None:
     network = script(digits(), freeze=True)
-    message = r"^the network has a module of torch\.jit\.freeze, whose weights cannot be told apart; give it as it was"
+    message = (
+        r"^the network has a module of torch\.jit\.freeze, whose weights cannot be hashed; give the network before"
+    )
     with pytest.raises(InputError, match=message):
         nacpipe.load_detector(detector_file, network)
     with pytest.raises(InputError, match=message):
