@@ -155,8 +155,8 @@ def _accuracy(cache: str | Path, classes: int) -> str:
     text = f"id/train: accuracy {100 * share:.2f} % of {split.rows} images"
     if share < max(0.5, 1.5 / classes):
         text += (
-            "; a trained network classifies most images correctly: check the weights, the normalisation, the order of the"
-            " classes"
+            "; a trained network classifies most images correctly: check the weights, the normalisation, the order of"
+            " the classes"
         )
     return text
 

@@ -151,7 +151,10 @@ def test_the_lists_of_two_archives_are_never_mixed(tmp_path: Path, mirror: Any) 
 def test_a_broken_connection_goes_on_where_it_stopped(tmp_path: Path, mirror: Any) -> None:
     mirror.files["mnist.zip"] = pack({"test/1.png": bytes(range(256)) * 8192})  # 2 MiB
     mirror.cut["mnist.zip"] = 1_500_000
-    message = r"^http://\S+/mnist\.zip cannot be downloaded: .*; the partial file is kept in .*/\.download, the same"
+    message = (
+        r"^http://\S+/mnist\.zip cannot be downloaded: .*; the partial file is kept in .*/\.download, the same command"
+        " goes on$"
+    )
     with pytest.raises(DownloadError, match=message):
         get(tmp_path, mirror, "benchmark_imglist", "mnist")
     assert not (tmp_path / "images_classic").exists()

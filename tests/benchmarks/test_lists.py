@@ -47,7 +47,8 @@ def test_line_ends_and_empty_lines_at_the_end_do_not_matter() -> None:
         (b"a.png True\n", r"^line 1 of list\.txt is not 'path label' \(label 'True' is not an integer\)"),
         (
             b"a.png {'label': '3'}\n",
-            r"^line 1 of list\.txt is not 'path label' \(the 'label' of its dictionary is not an integer\): \"a",
+            r"^line 1 of list\.txt is not 'path label' \(the 'label' of its dictionary is not an integer\):"
+            r" \"a\.png {'lab",
         ),
         (
             b"a.png {'label': True}\n",
@@ -59,7 +60,8 @@ def test_line_ends_and_empty_lines_at_the_end_do_not_matter() -> None:
         ),
         (
             b"a{b}\n",
-            r"^line 1 of list\.txt is not 'path label' \(no label: the text that ends in } is not a dictionary\): 'a{",
+            r"^line 1 of list\.txt is not 'path label' \(no label: the text that ends in } is not a dictionary\):"
+            r" 'a{b}'$",
         ),
         (b"a.png 1\nb.png 2\n\nc.png 3\n", r"^line 3 of list\.txt is not 'path label' \(it is empty\): ''$"),
         (b"a.png 1\n\t \r\nc.png 3\n", r"^line 2 of list\.txt is not 'path label' \(it is empty\): ''$"),
