@@ -75,8 +75,8 @@ def write_split(split: TrainSplit, redo: bool = False) -> None:
     existing = [str(path) for path in (split.main, split.sub) if path.exists()]
     if existing and not redo:
         raise InputError(
-            f"{' and '.join(existing)} {'is' if len(existing) == 1 else 'are'} there already; --redo writes"
-            " anew (a cache made from the old lists cannot be continued)"
+            f"{' and '.join(existing)} {'exists' if len(existing) == 1 else 'exist'}; --redo replaces both"
+            " lists (a cache made from the old lists cannot be continued)"
         )
     for path, lines in ((split.sub, split.sub_lines), (split.main, split.main_lines)):
         draft = path.with_name(f"{path.name}.new")

@@ -2,7 +2,7 @@
 
     zarr.json                               the root, and every group: id, ood/near, classifier, a split, a layer
     classifier/weight/c/0/0                 one chunk each
-    id/val/layer3/gradient/c/7/0            chunks of a split's arrays, whatever their number
+    id/val/layer3/gradient/c/7/0            chunks of a split's arrays, of any number
     id/val/blocks/c/7                       marks
     id/val/logits/c/7/0.3fa9….partial       a draft: the partial file of a killed writer
 

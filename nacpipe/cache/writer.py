@@ -2,7 +2,7 @@
 
     arrays of block k ──▶ blocks[k] = 1 ──▶ … all blocks … ──▶ sealed + digest
           │                     │                                   │
-    killed here: k is     killed here: k is done,          killed here: seals anew
+    killed here: k is     killed here: k is done,          killed here: seals again
     written again         the next block is next
 
 A writer never reads rows and never writes another block's chunks. Before a mark or a seal is written, its

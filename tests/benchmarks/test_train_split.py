@@ -54,7 +54,7 @@ def test_the_two_lists_are_the_train_list(lists: Path, tmp_path: Path) -> None:
 def test_lists_that_are_there_are_kept_unless_forced(lists: Path, tmp_path: Path) -> None:
     split = plan_split(CIFAR10, tmp_path, 2, seed=1)
     (lists / "main_train_cifar10.txt").write_text("mine.png 0\n")
-    with pytest.raises(InputError, match=r"^\S*/main_train_cifar10\.txt is there already; --redo writes anew"):
+    with pytest.raises(InputError, match=r"^\S*/main_train_cifar10\.txt exists; --redo replaces both lists \("):
         write_split(split)
     assert not (lists / "sub_train_cifar10.txt").exists()
     write_split(split, redo=True)
