@@ -59,7 +59,7 @@ def test_lists_that_are_there_are_kept_unless_forced(lists: Path, tmp_path: Path
     assert not (lists / "sub_train_cifar10.txt").exists()
     write_split(split, redo=True)
     assert (lists / "main_train_cifar10.txt").read_text() == MAIN
-    with pytest.raises(InputError, match=r"main_train_cifar10\.txt and \S*/sub_train_cifar10\.txt are there already"):
+    with pytest.raises(InputError, match=r"main_train_cifar10\.txt and \S*/sub_train_cifar10\.txt exist; --redo"):
         write_split(split)
 
 

@@ -154,7 +154,7 @@ def test_a_full_disk_is_said_and_the_same_calls_go_on(tmp_path: Path, whole: Cac
             CacheError, match=r"c\.zarr: there is no space left to write it \(File too large\); what was"
         ):
             writer.write_block("id/val", 1, rows)
-        with pytest.raises(CacheError, match="there is no room left"):
+        with pytest.raises(CacheError, match="there is no space left"):
             CacheWriter(tmp_path / "new.zarr", whole.header)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -247,7 +247,7 @@ def test_less_than_half_right_is_doubted_and_of_two_classes_more(
     monkeypatch.setattr(extraction, "ACCURACY_ROWS", 3)
     text = extraction._accuracy("c.zarr", classes)
     assert text.startswith(f"id/train: accuracy {10 * right:.2f} % of 10 images")
-    assert ("look at the weights, the normalisation, the order of the classes" in text) is doubted
+    assert ("check the weights, the normalisation, the order of the classes" in text) is doubted
 
 
 def test_logits_without_a_number_are_told(make_cache: Callable[..., Cache], tmp_path: Path) -> None:

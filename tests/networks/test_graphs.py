@@ -459,7 +459,7 @@ def test_modules_called_with_keywords_are_tapped() -> None:
     network = network_of(Keywords())
     names = [layer.name for layer in list_layers(network)]
     assert names == ["backbone.0", "backbone.1", "hidden", "fc"]  # flat returns its input as it is
-    with pytest.raises(InputError, match="layer 'flat' cannot be tapped: it returns its input as it is"):
+    with pytest.raises(InputError, match="layer 'flat' cannot be tapped: it returns its input unchanged"):
         measure_layers(network, ("flat",))
     layers = [spec("backbone.0"), spec("hidden", "none")]
     expected = by_definition(Probe(), layers, images)
