@@ -97,7 +97,7 @@ def build_layers(sizes: Sizes, random: np.random.Generator) -> tuple[list[Layer]
 
 
 def score(layers: list[Layer]) -> NDArray[np.float64]:  # (samples,)
-    """What nacpipe does in a trial: search/scoring.py's path."""
+    """What nacpipe does in a trial, as scoring/trial_scorer.py does."""
     asked = []
     for layer in layers:
         borders = product_borders(bin_edges(layer.params.bins, layer.params.edges), layer.params.alpha)

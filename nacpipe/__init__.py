@@ -1,6 +1,6 @@
-"""Neuron activation coverage: which images should a trained classifier not be trusted on?
+"""Neuron activation coverage: finds the images on which a trained classifier should not be trusted.
 
-The search side needs no torch and nothing heavy is imported before it is used:
+Searching and evaluating need no torch. Large libraries are imported at first use:
 
     cache = nacpipe.open_cache("cache/digits-digits_cnn.zarr")
     cache["id/val"]["avgpool"].activation[:]                    # (samples, neurons) float32

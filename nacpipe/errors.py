@@ -1,31 +1,31 @@
-"""Everything that nacpipe raises on purpose.
+"""The errors that nacpipe raises.
 
-    NacError                 one line for people; the command line exits with 1
+    NacError                 one line; the command line exits with 1
     ├── InputError           a name, value or file that the user gave does not fit
     │   ├── ParamsError      a parameter file or record is malformed or does not fit the cache
     │   ├── ImageError       a listed image is missing or cannot be read
     │   ├── CheckpointError  weights do not fit the network
     │   └── DetectorError    an exported detector is malformed or does not fit the network
-    ├── CacheError           the store is not there, damaged or not finished
+    ├── CacheError           the store does not exist, is damaged or not finished
     │   ├── FormatError      written by a version of the format that this nacpipe cannot read
     │   ├── IdentityError    the cache was made from something else (weights, layers, lists, …)
     │   └── ValuesError      NaN or infinity among the cached values
     ├── DownloadError        an archive cannot be fetched or unpacked, or lacks files
-    ├── StudyError           a search cannot start or go on
+    ├── StudyError           a search cannot start or continue
     └── MissingExtra         an optional package is needed; the message says how to install it
 
-Messages name the thing, the value and the next command. Deep code states the fact; rooms above add the address with
-``add_note``; the command line prints both on one line.
+Messages name the thing, the value and the next command. Inner functions state the fact; their callers add the address
+with ``add_note``; the command line prints both on one line.
 """
 
 from __future__ import annotations
 
 
 class NacError(Exception):
-    """The base of all errors that are meant for a person."""
+    """The base class of nacpipe's errors."""
 
     def one_line(self) -> str:
-        """The message and the notes that rooms above added, on one line."""
+        """Return the message and the notes that callers added, on one line."""
         return "; ".join([str(self), *getattr(self, "__notes__", [])]).replace("\n", " ")
 
 
@@ -50,7 +50,7 @@ class DetectorError(InputError):
 
 
 class CacheError(NacError):
-    """The store is not there, damaged or not finished."""
+    """The store does not exist, is damaged or not finished."""
 
 
 class FormatError(CacheError):
@@ -70,7 +70,7 @@ class DownloadError(NacError):
 
 
 class StudyError(NacError):
-    """A search cannot start or go on."""
+    """A search cannot start or continue."""
 
 
 class MissingExtra(NacError):

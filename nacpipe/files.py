@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and where files beside a cache go."""
+"""Atomic writes of files, and the paths of files beside a cache."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def is_url(address: object) -> bool:
-    """Return whether an address is a URL, so that nothing stands beside it."""
+    """Return whether an address is a URL, beside which no files are written."""
     return _URL.match(str(address)) is not None
 
 
-NEW_FILE = 0o666  # from which the kernel takes what the umask says; tempfile's files would be the owner's alone
+NEW_FILE = 0o666  # the kernel applies the umask; files of tempfile would be readable by the owner alone
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file atomically: whole or not at all.
 
     Raises:
         InputError: the file cannot be written.
@@ -35,7 +35,7 @@ def write_whole(path: str | Path, content: bytes) -> None:
 
 @contextmanager
 def writing_whole(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file to be written whole or not at all: it appears when the `with` block ends well, with the umask's mode.
+    """Open a file for an atomic write: it appears at the end of the `with` block, unless the block raises.
 
     Raises:
         InputError: the file cannot be written.
@@ -58,10 +58,10 @@ def writing_whole(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Refuse an output file that could not be written, before any work is done for it.
+    """Refuse an output file that cannot be written, before the work for it.
 
     Raises:
-        InputError: its folder is not there or not writable.
+        InputError: its folder does not exist or is not writable.
     """
     folder = Path(path).parent
     if Path(path).is_dir():
@@ -74,10 +74,10 @@ def beside_cache(cache: str, suffix: str, options: str = "--output FILE") -> Pat
     """Return the file beside a cache: `X.zarr` → `X` + suffix.
 
     Raises:
-        InputError: the cache is at a URL, where no files are put; the message names the options to give instead.
+        InputError: the cache is at a URL, beside which no files are written; the message names the options to use.
     """
     if is_url(cache):
-        raise InputError(f"{cache} is not on this machine, so that nothing is kept beside it; give {options}")
+        raise InputError(f"{cache} is not on this machine, so that no files are written beside it; give {options}")
     path = Path(cache)
     path = path if path.name else path.resolve()
     return path.with_name(path.name.removesuffix(".zarr") + suffix)

@@ -1,4 +1,4 @@
-"""Text for people and files: commands that can be pasted, and names that are no text."""
+"""Text for output: commands to paste, escapes for bytes that are not UTF-8, reserved names of sets."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ def command_line(*words: object) -> str:
 
 
 def escape(character: str) -> str:
-    """Return an escape for a character; for a byte of a file name that is no UTF-8, that byte: `\\xe9`."""
+    """Return an escape for a character; for a byte of a file name that is not UTF-8, that byte: `\\xe9`."""
     code = ord(character)
     return f"\\x{code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code:02x}"
 
 
 def escape_bytes(text: str) -> str:
-    """Return text whose bytes that are no UTF-8 are escapes: a file name may hold some, and no file format can."""
+    """Return text with escapes for bytes that are not UTF-8: file names may contain them, file formats cannot."""
     return "".join(escape(c) if "\ud800" <= c <= "\udfff" else c for c in text)
 
 
@@ -30,7 +30,7 @@ MISSING_NAMES = frozenset(  # pandas reads these as missing values in a table
 
 
 def why_reserved(name: str) -> str | None:
-    """Return why no set of images may have this name; None where it may."""
+    """Return why no set of images may have this name, or None if one may."""
     if name == "mean":
         return "tables name the mean over a group's sets so"
     return "pandas reads it as a missing value in a table" if name in MISSING_NAMES else None

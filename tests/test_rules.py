@@ -1,10 +1,11 @@
-"""Rules of the code base: imports, what the pure package never does, docstrings, and what stays unimported."""
+"""Rules of the code base: imports, the pure package, docstrings, paths in pages, and what stays unimported."""
 
 from __future__ import annotations
 
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -172,6 +173,48 @@ def test_everything_public_has_a_docstring() -> None:
             found.append(name)
         found += undocumented(tree, f"{name}: ")
     assert not found
+
+
+# --- paths that pages and docstrings name -----------------------------------------------------------------------------
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "cache/README.md", ROOT / "bench/README.md"]
+SOURCES = [
+    *FILES, *STAGES, ROOT / "Makefile", ROOT / "pyproject.toml",
+    *(path for folder in ("tests", "bench", "tools", "docs") for path in (ROOT / folder).rglob("*.py")),
+]  # fmt: skip
+PACKAGES = "|".join(
+    sorted({path.relative_to(ROOT / "nacpipe").parts[0] for path in FILES if path.parent != ROOT / "nacpipe"})
+)
+
+# A path of the repository; a file of a package by the package's name; a test below tests/.
+_REPOSITORY_PATH = re.compile(r"(?<![\w./-])(?:nacpipe|tests|bench|stages|tools|docs)/[\w./-]*?\.(?:py|md)\b")
+_PACKAGE_PATH = re.compile(rf"(?<![\w./-])(?:{PACKAGES})/[\w/]+\.py\b")
+_TEST_PATH = re.compile(r"(?<![\w./-])(?:\w+/)*test_\w+\.py\b")
+_LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def test_relative_links_in_pages_lead_to_files() -> None:
+    links = [(page, link) for page in PAGES for link in _LINK.findall(page.read_text("utf-8")) if "://" not in link]
+    assert len(links) > 20
+    missing = [f"{page.relative_to(ROOT)}: {link}" for page, link in links if not (page.parent / link).exists()]
+    assert missing == []
+
+
+def test_files_that_pages_and_code_name_exist() -> None:
+    missing, names = [], 0
+    for path in sorted({*PAGES, *SOURCES}):
+        text = path.read_text("utf-8")
+        for pattern, folders in (
+            (_REPOSITORY_PATH, [ROOT]),
+            (_PACKAGE_PATH, [ROOT / "nacpipe", ROOT / "tests", ROOT]),
+            (_TEST_PATH, [ROOT / "tests", ROOT, path.parent]),
+        ):
+            for name in pattern.findall(text):
+                names += 1
+                if not any((folder / name).exists() for folder in folders):
+                    missing.append(f"{path.relative_to(ROOT)}: {name}")
+    assert names > 100
+    assert missing == []
 
 
 # --- what stays unimported --------------------------------------------------------------------------------------------

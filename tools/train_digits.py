@@ -1,10 +1,10 @@
-"""Train the network of the packaged benchmark `digits`; the weights in the package came from here.
+"""Train the network of the packaged benchmark `digits`; this script made the packaged weights.
 
     python tools/train_digits.py --output nacpipe/networks/architectures/digits_cnn.safetensors
 
-It learns from main_train and sub_train together (3,500 images) for a fixed number of epochs and keeps the last; val and
-test choose nothing, and test is looked at once, at the end. The same seed gives the same weights on one machine with
-one number of threads.
+The training images are main_train and sub_train (3,500 images). The number of epochs is fixed and the last epoch is
+kept. No choice uses val or test; test is read once, at the end. The same seed gives the same weights on one machine
+with one number of threads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nacpipe.networks.architectures.digits_cnn import MEAN, STD, DigitsCNN
 BATCH = 64  # images
 PEAK_RATE = 1e-2  # AdamW's learning rate at the top of the one cycle
 WEIGHT_DECAY = 1e-2
-# How far an augmented image strays from its original, to either side.
+# Largest change of an augmented image, to either side.
 TURN = math.radians(15)
 SLANT = 0.2  # pixels sideways per pixel of height
 ZOOM = 0.15  # share of the size
@@ -33,7 +33,7 @@ SHIFT = 2 / 14  # 2 pixels, in affine_grid's units of half an image
 
 
 def new_network(seed: int) -> DigitsCNN:
-    """Make an untrained network; torch's global random state stays as it was."""
+    """Return an untrained network; torch's global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return DigitsCNN()
@@ -47,12 +47,12 @@ def train(
     seed: int,
     epochs: int,
 ) -> Iterator[float]:
-    """Train a network, one epoch for every item taken; it is left in evaluation mode.
+    """Train a network, one epoch per item of the iterator; afterwards it is in evaluation mode.
 
     Yields:
-        The epoch's mean cross-entropy per image, in nats, on the augmented images as they came.
+        The epoch's mean cross-entropy per image, in nats, on the augmented images during training.
     """
-    chance = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     inputs, targets = to_inputs(images), torch.tensor(labels)
     steps = math.ceil(len(images) / BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
@@ -60,8 +60,8 @@ def train(
     for _ in range(epochs):
         network.train()
         total = 0.0
-        for rows in torch.split(torch.randperm(len(images), generator=chance), BATCH):
-            loss = functional.cross_entropy(network(augment(inputs[rows], chance)), targets[rows])
+        for rows in torch.split(torch.randperm(len(images), generator=generator), BATCH):
+            loss = functional.cross_entropy(network(augment(inputs[rows], generator)), targets[rows])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
@@ -73,10 +73,10 @@ def train(
 
 def augment(
     inputs: torch.Tensor,  # (n, 1, 28, 28), normalised
-    chance: torch.Generator,
+    generator: torch.Generator,
 ) -> torch.Tensor:  # (n, 1, 28, 28)
-    """Turn, slant, zoom and shift every image by its own random amounts; the background comes in at the borders."""
-    turn, slant, zoom, right, down = 2 * torch.rand(5, len(inputs), generator=chance) - 1  # each (n,), -1..1
+    """Rotate, slant, zoom and shift every image by its own random amounts; the borders are background."""
+    turn, slant, zoom, right, down = 2 * torch.rand(5, len(inputs), generator=generator) - 1  # each (n,), -1..1
     turn, scale = turn * TURN, 1 + zoom * ZOOM
     cos, sin, slant = torch.cos(turn) * scale, torch.sin(turn) * scale, slant * SLANT
     # scale · rotation(turn) · [[1, slant], [0, 1]], and the shift as third column.
@@ -84,7 +84,7 @@ def augment(
     second = torch.stack([sin, sin * slant + cos, down * SHIFT], dim=1)
     theta = torch.stack([first, second], dim=1)  # (n, 2, 3)
     grid = functional.affine_grid(theta, list(inputs.shape), align_corners=False)
-    # grid_sample fills with zeros, so the background is made zero meanwhile.
+    # grid_sample fills with zeros, so the background is shifted to zero before and back after.
     background = -MEAN[0] / STD[0]
     return functional.grid_sample(inputs - background, grid, align_corners=False) + background
 
@@ -96,9 +96,9 @@ def to_inputs(images: Images) -> torch.Tensor:
 
 @torch.no_grad()
 def accuracy(network: DigitsCNN, images: Images, labels: Labels) -> float:
-    """Give the share, 0 to 1, of images (n, 28, 28) whose largest logit is their label's."""
-    guesses = [network(part).argmax(dim=1) for part in torch.split(to_inputs(images), 500)]
-    return float(np.mean(torch.cat(guesses).numpy() == labels))
+    """Return the share, 0 to 1, of images (n, 28, 28) whose largest logit is their label's."""
+    predictions = [network(part).argmax(dim=1) for part in torch.split(to_inputs(images), 500)]
+    return float(np.mean(torch.cat(predictions).numpy() == labels))
 
 
 @click.command()

@@ -2,10 +2,10 @@
 
     python docs/examples/evaluate.py cache/digits-digits_cnn.zarr
 
-The cells are for reading from top to bottom, in a notebook or as a script.
+Read the cells from top to bottom, in a notebook or as a script.
 """
 
-# %% A cache, and the parameters that `nacpipe search` left beside it
+# %% A cache, and the parameters that `nacpipe search` wrote beside it
 import sys
 from pathlib import Path
 
@@ -22,14 +22,14 @@ table = nacpipe.evaluate(cache, params)
 means = table[(table["task"] == "ood") & (table["dataset"] == "mean")]
 print(means.pivot(index="method", columns="group", values="auroc"))
 
-# %% The same in two steps: images are scored once, whatever is asked of the scores afterwards
+# %% The same in two steps: images are scored once, then any tables are made from the scores
 scored = nacpipe.score_cache(cache, params)
 assert nacpipe.tabulate([scored]).equals(table)
 scored.methods["NAC"].scores["id/test"]  # (images,) float64, larger = more like the training data
 
 # %% Intervals: nacpipe evaluate CACHE --confidence 0.95
-wide = nacpipe.add_confidence(table, [scored], level=0.95, resamples=200)
-print(wide.loc[wide["method"] == "NAC", ["task", "dataset", "auroc", "auroc_low", "auroc_high"]])
+with_intervals = nacpipe.add_confidence(table, [scored], level=0.95, resamples=200)
+print(with_intervals.loc[with_intervals["method"] == "NAC", ["task", "dataset", "auroc", "auroc_low", "auroc_high"]])
 
 # %% Is NAC better than Energy, by more than chance? nacpipe evaluate CACHE --against Energy
 compared = nacpipe.compare_methods([scored], "NAC", "Energy", resamples=200)
@@ -43,8 +43,12 @@ print(nacpipe.compare_methods([both], "all layers", "one layer", resamples=200)[
 # %% Baselines that learn from the cache: nacpipe evaluate CACHE --baselines ViM,KNN
 from nacpipe.evaluation.baselines import score_baselines  # noqa: E402
 
-more = score_baselines(cache, ["ViM", "KNN"], list(scored.rows))
-print(nacpipe.evaluate(cache, params, more=more)[["dataset", "method", "auroc", "fitted_on", "n_fitted", "reason"]])
+baseline_scores = score_baselines(cache, ["ViM", "KNN"], list(scored.rows))
+print(
+    nacpipe.evaluate(cache, params, more=baseline_scores)[
+        ["dataset", "method", "auroc", "fitted_on", "n_fitted", "reason"]
+    ]
+)
 
 # %% Every image's scores in a file: nacpipe evaluate CACHE --scores FILE
 target = path.with_suffix(".scores.npz")
@@ -53,7 +57,7 @@ saved = np.load(target)
 strangest = saved["id/test/index"][saved["id/test/NAC"].argsort()[:5]]
 print("the five strangest test images, lines of their list from 0:", strangest)
 
-# %% A part of a split, as one of several machines would score it: tables are the same wherever they are counted
+# %% A part of a split, as one of several machines would score it: the scores are the same
 from nacpipe.method.coverage import combine_layers  # noqa: E402
 from nacpipe.scoring.coverage import fit_coverage  # noqa: E402
 from nacpipe.scoring.states import read_source  # noqa: E402

@@ -1,1 +1,1 @@
-"""Which images a benchmark is made of, and where they are: no torch, nothing is decoded."""
+"""The images of a benchmark and where they are. This package needs no torch and decodes no image."""

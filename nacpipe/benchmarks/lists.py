@@ -1,4 +1,4 @@
-"""The images of a split by name: OpenOOD's image lists, and class folders as if they were lists.
+"""The images of a split by name: OpenOOD's image lists, and class folders in the same form.
 
 A list's lines are `path label`, split at the last blank (space or tab): the path below the split's image folder, the
 label an integer (−1 for OOD) or a Python dictionary with a `label`. Order is the list's order; nothing is shuffled,
@@ -24,8 +24,10 @@ from nacpipe.benchmarks.standard import Benchmark, Split
 from nacpipe.errors import ImageError, InputError
 from nacpipe.method.metrics import find_wrong_labels
 
-BLANKS = " \t\r"  # around a line and between path and label; other white space may be part of a path
-_USUAL = re.compile(r"([^ \t\r\0]+) (-1|0|[1-9][0-9]{0,8})")  # read at once: lists have a million lines
+BLANKS = " \t\r"  # around a line, and between path and label; a path may contain other white space
+_USUAL = re.compile(
+    r"([^ \t\r\0]+) (-1|0|[1-9][0-9]{0,8})"
+)  # the usual form, matched at once: lists have up to a million lines
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)")
 _BEFORE_DICTIONARY = re.compile(r"[ \t]+(?=\{)")
 OOD = -1
@@ -33,49 +35,49 @@ OOD = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageList:
-    """Which files a split's images are in, and their labels."""
+    """The files of a split's images, and the labels."""
 
     source: str
     """The list's file name, or the folder of class folders as the benchmark names it."""
     path: Path
-    """Of the list or the folder."""
+    """Path of the list or the folder."""
     folder: Path
-    """Where the names start from."""
+    """The folder that `names` are relative to."""
     names: list[str]
     labels: NDArray[np.int64]
     """(rows,)"""
     sha256: str
-    """Of the list's bytes; of a folder, of the list that it would make."""
+    """Digest of the list's bytes; for a folder, of the equivalent list."""
 
     def file(self, row: int) -> Path:
         """Return the image file at a position of the list."""
         return self.folder / self.names[row]
 
     def where(self, row: int) -> str:
-        """Return a position's file and line, for people."""
+        """Return a position's file and line, for messages."""
         if self.path.is_dir():
             return str(self.file(row))
         return f"{self.file(row)} (line {row + 1} of {self.path})"
 
     def missing(self, rows: Iterable[int]) -> list[int]:
-        """Return those of the positions whose file is not there."""
+        """Return the positions whose file does not exist."""
         folder = str(self.folder)
         return [row for row in rows if not os.path.isfile(f"{folder}/{self.names[row]}")]
 
 
 def list_path(benchmark: Benchmark, split: Split, root: Path) -> Path:
-    """Return where a split's list, or its folder of class folders, ought to be."""
+    """Return the path of a split's list, or of its folder of class folders."""
     return root / (benchmark.lists if split.kind == "list" else split.folder) / split.source
 
 
 def read_list(benchmark: Benchmark, split: Split, root: Path) -> ImageList | None:
-    """Return a split's images by name, or None where its list or folder is not there.
+    """Return a split's images by name, or None if its list or folder does not exist.
 
-    Where the list is not there, the split's fallback is taken; `source` tells.
+    If the list does not exist, the split's fallback is read; `source` names the file that was read.
 
     Raises:
         ImageError: the list is malformed, naming file and line; the folder holds no images.
-        InputError: a class folder is no class of the benchmark.
+        InputError: a class folder is not a class of the benchmark.
     """
     path = list_path(benchmark, split, root)
     if split.kind == "folders":
@@ -138,13 +140,13 @@ def read_lines(content: bytes, source: str) -> list[str]:
 
 
 def check_labels(split: str, labels: NDArray[np.int64], classes: int, where: Callable[[int], str]) -> None:
-    """Refuse labels (rows,) of an ID or csid split that are no classes; those of OOD splits are not looked at.
+    """Refuse labels (rows,) of an ID or csid split that are not classes; labels of OOD splits are not checked.
 
     Args:
         split: the split's name.
         labels: one for each image.
-        classes: of the benchmark.
-        where: row → how to name the image.
+        classes: number of classes of the benchmark.
+        where: row → a description of the image, for the message.
 
     Raises:
         InputError: counts the labels outside 0 … classes − 1 and names the first.
@@ -163,7 +165,7 @@ def _parse_line(line: str) -> tuple[str, int]:
     """Return path and label of a line.
 
     Raises:
-        ValueError: why it has none.
+        ValueError: the line is malformed; the message is the reason.
     """
     if usual := _USUAL.fullmatch(line):
         return usual[1], int(usual[2])
@@ -187,19 +189,19 @@ def _parse_line(line: str) -> tuple[str, int]:
 def _split_dictionary(line: str) -> tuple[str, int]:
     for blanks in _BEFORE_DICTIONARY.finditer(line):
         try:
-            found = ast.literal_eval(line[blanks.end() :])
+            entries = ast.literal_eval(line[blanks.end() :])
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
-        if isinstance(found, dict):
-            value = found.get("label", OOD)
+        if isinstance(entries, dict):
+            value = entries.get("label", OOD)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError("the 'label' of its dictionary is no integer")
+                raise ValueError("the 'label' of its dictionary is not an integer")
             return line[: blanks.start()], value
-    raise ValueError("no label: what ends in } is no dictionary")
+    raise ValueError("no label: the text that ends in } is not a dictionary")
 
 
 def _read_integer(text: str) -> int:
-    """Return the integer that a text is in Python."""
+    """Return the integer that a text denotes in Python."""
     if _INTEGER.fullmatch(text) and len(text) < 19:
         return int(text)
     try:
@@ -207,12 +209,12 @@ def _read_integer(text: str) -> int:
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         value = None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"label {text[:40]!r} is no integer")
+        raise ValueError(f"label {text[:40]!r} is not an integer")
     return value
 
 
 def _read_folders(benchmark: Benchmark, split: Split, root: Path) -> ImageList:
-    """Class folders in alphabetical order, their images sorted by path; OOD sets need no class folders."""
+    """Read class folders in alphabetical order, their images sorted by path; OOD sets need no class folders."""
     folder = list_path(benchmark, split, root)
     names: list[str] = []
     labels: list[int] = []
@@ -224,17 +226,17 @@ def _read_folders(benchmark: Benchmark, split: Split, root: Path) -> ImageList:
         reached: dict[str, str] = {}  # real path → path, of all classes
         for name in list_folders(folder):
             if name not in classes:
-                raise InputError(f"{folder} has a class folder {name!r}, which is none of {_some(classes)}")
-            found = walk_images(folder / name)
-            for real, path in found.folders.items():
+                raise InputError(f"{folder} has a class folder {name!r}, which is none of {_shorten(classes)}")
+            images = walk_images(folder / name)
+            for real, path in images.folders.items():
                 if real in reached:
                     raise InputError(f"{path} and {reached[real]} are one folder, in two classes; remove a link")
                 reached[real] = path
-            names += [f"{name}/{image}" for image in found.names]
-            labels += [classes.index(name)] * len(found.names)
+            names += [f"{name}/{image}" for image in images.names]
+            labels += [classes.index(name)] * len(images.names)
         if len(classes) != benchmark.classes:
             raise InputError(
-                f"{folder} has {len(classes)} class folders ({_some(classes)}), benchmark {benchmark.name} has"
+                f"{folder} has {len(classes)} class folders ({_shorten(classes)}), benchmark {benchmark.name} has"
                 f" {benchmark.classes} classes; class_names = [...] in its file says which label each has"
             )
     if not names:
@@ -251,7 +253,7 @@ def _read_folders(benchmark: Benchmark, split: Split, root: Path) -> ImageList:
 
 
 def _class_names(benchmark: Benchmark, root: Path) -> tuple[str, ...]:
-    """Return the names that labels count, so that a set which lacks a class does not shift the others."""
+    """Return the class names in the order of their labels, so that a set without one class keeps the others' labels."""
     train = benchmark.split("id/train")
     folder = list_path(benchmark, train, root)
     if benchmark.class_names or train.kind != "folders" or not folder.is_dir():
@@ -259,6 +261,6 @@ def _class_names(benchmark: Benchmark, root: Path) -> tuple[str, ...]:
     return tuple(list_folders(folder))
 
 
-def _some(names: Iterable[str]) -> str:
+def _shorten(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""Which sets of images a benchmark is made of, and how its images are prepared. Plain records; nothing is opened."""
+"""The splits of the standard benchmarks and how their images are prepared. Records alone; no file is opened."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transform:
-    """RGB (or grey, for one channel), resize the short side, centre crop, to tensor, normalise."""
+    """The preparation of images: RGB (or grey, for one channel), resize the short side, centre crop, normalise."""
 
     resize: int
     """Pixels of the short side."""
@@ -28,12 +28,12 @@ class Transform:
     """One of `INTERPOLATIONS`; OpenOOD's is bilinear."""
 
     def describe(self) -> str:
-        """Return it in words."""
+        """Return the transform in words."""
         mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         return f"resize {self.resize} ({self.interpolation}), crop {self.crop}, mean {mean}, std {std}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as a cache's identity has it: the interpolation only where it is not bilinear."""
+        """Return the record in a cache's identity: the interpolation only if it is not bilinear."""
         return {
             "resize": self.resize,
             "crop": self.crop,
@@ -45,31 +45,31 @@ class Transform:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """One set of samples and where its images are."""
+    """One set of samples and the place of its images."""
 
     name: str
     """`id/train`, `id/subtrain`, `id/val`, `id/test`, `csid/NAME`, `ood/val`, `ood/near/NAME` or `ood/far/NAME`."""
     source: str
     """The image list's file name, the folder of class folders, torchvision's class, or the packaged set's name."""
     kind: Literal["list", "folders", "torchvision"] = "list"
-    """What `source` is, where the benchmark is not packaged."""
+    """The kind of `source`; not used in a packaged benchmark."""
     folder: str = ""
-    """The folder below the data root that the list's paths start from, or that torchvision's data set is in."""
+    """The folder below the data root that the list's paths are relative to, or that contains torchvision's data set."""
     fallback: str = ""
-    """The list to use where `source` is not there, which is said aloud."""
+    """The list to use if `source` does not exist; a note names it."""
     optional: bool = False
-    """Left out without an error, and said so, when its list is not there and nobody asked for it by name."""
+    """Whether the split is left out, with a note, if its list does not exist and it was not requested by name."""
     pre_resized: bool = False
-    """The images have their size already: neither resized nor cropped, only normalised (ImageNet-C)."""
+    """Whether the images already have their size: neither resized nor cropped, only normalised (ImageNet-C)."""
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Of torchvision's class, beside its root."""
+    """Arguments of torchvision's class, besides its root."""
     download: bool = False
-    """Whether torchvision may fetch a data set that is not there."""
+    """Whether torchvision may download a data set that does not exist."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """An in-distribution data set with the sets it is to be told from."""
+    """An in-distribution data set and the sets to distinguish it from."""
 
     name: str
     classes: int
@@ -78,17 +78,17 @@ class Benchmark:
     packaged: bool = False
     """True where the images come with Python packages and no data root is needed."""
     root: str = "data"
-    """The data root, when nobody gives another."""
+    """The default data root."""
     lists: str = ""
     """The folder below the data root that holds the image lists."""
     class_names: tuple[str, ...] = ()
-    """Class folder → label, its place here; where there are none, those of id/train in alphabetical order."""
+    """Class folders in the order of their labels; if empty, those of id/train in alphabetical order."""
 
     def split(self, name: str) -> Split:
         """Return the split of that name.
 
         Raises:
-            InputError: there is none.
+            InputError: the benchmark has no such split.
         """
         for split in self.splits:
             if split.name == name:
@@ -109,9 +109,9 @@ def _openood(
     far: tuple[str, ...],
     csid: Mapping[str, str],
 ) -> Benchmark:
-    """OpenOOD's layout: lists under benchmark_imglist/NAME, images in one folder, `textures` always in the classic."""
+    """Return a benchmark in OpenOOD's layout: lists below benchmark_imglist/NAME, `textures` in images_classic."""
 
-    def one(split: str, source: str, **more: Any) -> Split:
+    def make_split(split: str, source: str, **more: Any) -> Split:
         folder = "images_classic" if split.endswith("/textures") else images
         return Split(name=split, source=source, folder=folder, **more)
 
@@ -121,14 +121,14 @@ def _openood(
         transform=transform,
         lists=f"benchmark_imglist/{name}",
         splits=(
-            one("id/train", f"main_train_{name}.txt", fallback=f"train_{name}.txt"),
-            one("id/subtrain", f"sub_train_{name}.txt", optional=True),
-            one("id/val", f"val_{name}.txt"),
-            one("id/test", f"test_{name}.txt"),
-            *(one(f"csid/{k}", v, optional=True, pre_resized=k == "imagenet_c") for k, v in csid.items()),
-            one("ood/val", f"val_{val}.txt"),
-            *(one(f"ood/near/{key}", f"test_{key}.txt", optional=True) for key in near),
-            *(one(f"ood/far/{key}", f"test_{key}.txt", optional=True) for key in far),
+            make_split("id/train", f"main_train_{name}.txt", fallback=f"train_{name}.txt"),
+            make_split("id/subtrain", f"sub_train_{name}.txt", optional=True),
+            make_split("id/val", f"val_{name}.txt"),
+            make_split("id/test", f"test_{name}.txt"),
+            *(make_split(f"csid/{k}", v, optional=True, pre_resized=k == "imagenet_c") for k, v in csid.items()),
+            make_split("ood/val", f"val_{val}.txt"),
+            *(make_split(f"ood/near/{key}", f"test_{key}.txt", optional=True) for key in near),
+            *(make_split(f"ood/far/{key}", f"test_{key}.txt", optional=True) for key in far),
         ),
     )
 
@@ -181,7 +181,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             10,
             Transform(resize=32, crop=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
             other="cifar100",
-            csid={"cifar10c": "test_cifar10c.txt"},  # cinic10 is listed too, but is no part of FS-OOD: left out
+            csid={"cifar10c": "test_cifar10c.txt"},  # without cinic10: OpenOOD lists it, but FS-OOD does not contain it
         ),
         _cifar(
             "cifar100",
@@ -191,7 +191,9 @@ BENCHMARKS: dict[str, Benchmark] = {
             csid={},
         ),
         _imagenet("imagenet200", 200, csid=("v2", "c", "r")),
-        _imagenet("imagenet", 1000, csid=("v2", "c", "r", "es")),  # OpenOOD's since 2024-07; the authors' has no `es`
+        _imagenet(
+            "imagenet", 1000, csid=("v2", "c", "r", "es")
+        ),  # OpenOOD's lists since 2024-07; the authors' lists have no `es`
     )
 }
 

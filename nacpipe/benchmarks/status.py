@@ -1,4 +1,4 @@
-"""What of a benchmark is on disk, set by set."""
+"""Which files of a benchmark exist on disk, by split."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from nacpipe.method.metrics import find_wrong_labels
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetStatus:
-    """What is there of one split."""
+    """The files of one split on disk."""
 
     split: str
     source: str
-    """The list that is there, or the one that is not."""
+    """The list that exists, or the one that is missing."""
     images: int
-    """Listed; 0 where there is no list."""
+    """Number of listed images; 0 without a list."""
     missing: int
-    """Listed images whose file is not there."""
+    """Number of listed images whose file does not exist."""
     first: str = ""
-    """The first missing file, or the list that is not there."""
+    """The first missing file, or the missing list."""
     wrong_labels: int = 0
-    """Images of an ID or csid split whose label is no class."""
+    """Number of images of an ID or csid split whose label is not a class."""
     first_wrong: str = ""
     """The first of those labels, and its image."""
     elsewhere: str = ""
-    """Where images come from that are not looked for here: Python packages, or torchvision."""
+    """The origin of images that are not checked here: Python packages, or torchvision."""
 
     @property
     def complete(self) -> bool:
-        """True where every listed image is there."""
+        """Whether every listed image exists."""
         return self.images > 0 and not self.missing
 
     @property
     def state(self) -> str:
-        """In a few words, for people."""
+        """The status in a few words."""
         if self.elsewhere:
             return self.elsewhere
         if not self.images:
@@ -47,16 +47,16 @@ class SetStatus:
         return "complete" if self.complete else "missing" if self.missing == self.images else "incomplete"
 
 
-def survey(benchmark: Benchmark, root: Path) -> list[SetStatus]:
-    """Return one row per split: looks for every listed file, opens none.
+def read_status(benchmark: Benchmark, root: Path) -> list[SetStatus]:
+    """Return one row per split; checks that every listed file exists and opens no image.
 
     Raises:
         ImageError: a list is malformed, naming file and line.
     """
-    return [_look(benchmark, split, root) for split in benchmark.splits]
+    return [_check_split(benchmark, split, root) for split in benchmark.splits]
 
 
-def _look(benchmark: Benchmark, split: Split, root: Path) -> SetStatus:
+def _check_split(benchmark: Benchmark, split: Split, root: Path) -> SetStatus:
     if benchmark.packaged or split.kind == "torchvision":
         elsewhere = "in Python packages" if benchmark.packaged else "torchvision's, looked for when extracted"
         return SetStatus(split=split.name, source=split.source, images=0, missing=0, elsewhere=elsewhere)

@@ -1,4 +1,4 @@
-"""Which training images the coverage is built from: a class-balanced, seeded choice (design §5)."""
+"""The class-balanced, seeded choice of the training images that the coverage is built from."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def choose_balanced(
 ) -> NDArray[np.int64]:
     """Return the chosen row numbers, (chosen,): the same number of every class, classes in order of first appearance.
 
-    Per class the row numbers are shuffled by a RandomState seeded anew, and the first count // classes kept (at most
-    the smallest class), as the authors' `TrainSubset` does. A count below the number of classes cannot be balanced: the
-    whole list is shuffled and its first `count` rows are taken.
+    Per class a newly seeded RandomState shuffles the row numbers, and the first count // classes are kept (at most the
+    size of the smallest class), as in the authors' `TrainSubset`. A count below the number of classes cannot be
+    balanced: the whole list is shuffled and its first `count` rows are taken.
 
     Raises:
         InputError: the count is not positive, there are no labels, or one lies outside 0 … classes − 1.
@@ -32,13 +32,13 @@ def choose_balanced(
         raise InputError(f"training labels must lie in 0 … {classes - 1}; found {few}")
     if count < classes:
         return _shuffled(np.arange(labels.size), seed)[:count]
-    found, first = np.unique(labels, return_index=True)
-    per_class = [np.flatnonzero(labels == label) for label in found[np.argsort(first)]]
+    class_labels, first = np.unique(labels, return_index=True)
+    per_class = [np.flatnonzero(labels == label) for label in class_labels[np.argsort(first)]]
     keep = min(count // classes, min(rows.size for rows in per_class))
     return np.concatenate([_shuffled(rows, seed)[:keep] for rows in per_class])
 
 
 def _shuffled(rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    shuffled = rows.tolist()  # RandomState shuffles a list and an array alike; a list is what the authors shuffle
+    shuffled = rows.tolist()  # the authors shuffle a list; RandomState shuffles an array in the same way
     np.random.RandomState(seed).shuffle(shuffled)
     return np.asarray(shuffled, dtype=np.int64)

@@ -1,6 +1,6 @@
-"""Someone's own benchmark, from a TOML file (docs/own-benchmark.md): plain values in, a checked record out.
+"""A user's benchmark from a TOML file (docs/own-benchmark.md): values are read and checked into a record.
 
-Nothing in the file is ever run; what is not known, or is of another type, is refused by file and key.
+Nothing in the file is executed. Unknown keys and values of a wrong type are refused, naming file and key.
 """
 
 from __future__ import annotations
@@ -19,20 +19,27 @@ from nacpipe.text import why_reserved
 MAX_BYTES, MAX_CLASSES, MAX_SIDE = 1 << 20, 1_000_000, 4096
 REQUIRED = ("id/train", "id/val", "id/test", "ood/val")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_CODE = ("root", "transform", "transforms", "target_transform", "loader", "is_valid_file")  # set by us, or callables
+_CODE = (
+    "root",
+    "transform",
+    "transforms",
+    "target_transform",
+    "loader",
+    "is_valid_file",
+)  # set by nacpipe, or callables
 
 
 def open_benchmark(name: str) -> Benchmark:
     """Return the benchmark of that name, or the one that a file ending in .toml describes.
 
     Raises:
-        InputError: it is not known, or the file does not describe one.
+        InputError: the name is not known, or the file does not describe a benchmark.
     """
     return read_benchmark(Path(name)) if name.endswith(".toml") else find_benchmark(name)
 
 
 def choose_root(benchmark: Benchmark, data_root: Path | None) -> Path:
-    """Return the data root: what was given, or the benchmark's own."""
+    """Return `data_root`, or the benchmark's data root if it is None."""
     return Path(benchmark.root) if data_root is None else data_root
 
 
@@ -40,7 +47,7 @@ def read_benchmark(path: Path) -> Benchmark:
     """Read a benchmark file.
 
     Raises:
-        InputError: the file is not there, is no TOML, or a value does not fit, naming file and key.
+        InputError: the file does not exist, is not TOML, or a value is wrong, naming file and key.
     """
     if not path.is_file():
         raise InputError(f"benchmark file {path} is not there")
@@ -49,12 +56,12 @@ def read_benchmark(path: Path) -> Benchmark:
     try:
         content = tomllib.loads(path.read_text("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"benchmark file {path} is no TOML: {str(error).splitlines()[0][:200]}") from None
+        raise InputError(f"benchmark file {path} is not TOML: {str(error).splitlines()[0][:200]}") from None
     return _benchmark(_Table(path, "", content))
 
 
 class _Table:
-    """One table of the file, each key taken once; what is left over is not known."""
+    """One table of the file. Each key is taken once; `done` refuses the remaining keys as unknown."""
 
     def __init__(self, path: Path, key: str, values: Mapping[str, Any]) -> None:
         self.path, self.key, self.values = path, key, dict(values)
@@ -66,7 +73,7 @@ class _Table:
         return ".".join(part for part in (self.key, key) if part)
 
     def take(self, key: str, kind: type | tuple[type, ...], what: str, default: Any = None) -> Any:
-        """Take a value of one of these types; true and false are no numbers."""
+        """Take a value of one of these types; true and false do not count as numbers."""
         value = self.values.pop(key, None)
         if value is None:
             if default is None:
@@ -102,10 +109,10 @@ class _Table:
         return _Table(self.path, self.dotted(key), values)
 
     def tables(self) -> Iterator[tuple[str, _Table]]:
-        """Yield every named table in here."""
+        """Yield every named table in this table."""
         for name in list(self.values):
             if not _NAME.fullmatch(name):
-                self.fail(name, f"is no name for a set: {_NAME.pattern}")
+                self.fail(name, f"is not a name for a set: {_NAME.pattern}")
             if reason := why_reserved(name):
                 self.fail(name, f"is reserved, {reason}; give the set another name")
             yield name, self.table(name)
@@ -171,17 +178,17 @@ def _transform(table: _Table) -> Transform:
 
 
 def _split(name: str, table: _Table) -> Split:
-    given = [kind for kind in ("list", "folders", "torchvision") if kind in table.values]
-    if len(given) != 1:
-        table.fail("", f"has {' and '.join(given) or 'no source'}; it needs one of list, folders, torchvision")
+    kinds = [kind for kind in ("list", "folders", "torchvision") if kind in table.values]
+    if len(kinds) != 1:
+        table.fail("", f"has {' and '.join(kinds) or 'no source'}; it needs one of list, folders, torchvision")
     common = {
         "name": name,
         "optional": name not in REQUIRED,
         "pre_resized": table.take("pre_resized", bool, "true or false", False),
     }
-    if given == ["list"]:
+    if kinds == ["list"]:
         split = Split(kind="list", source=table.below("list"), folder=table.below("folder", ""), **common)
-    elif given == ["folders"]:
+    elif kinds == ["folders"]:
         split = Split(kind="folders", source=table.below("folders"), **common)
     else:
         source = table.take("torchvision", str, "the name of a class in torchvision.datasets")
@@ -197,16 +204,16 @@ def _split(name: str, table: _Table) -> Split:
 
 
 def _arguments(table: _Table) -> dict[str, Any]:
-    """Take what is left, for torchvision's class: numbers, texts, true and false, and lists of them."""
-    found = {}
+    """Take the remaining keys as arguments of torchvision's class: numbers, texts, true, false, and lists of them."""
+    arguments = {}
     for key in list(table.values):
         value = table.values.pop(key)
         if key in _CODE:
             table.fail(key, "cannot be given")
         if not all(isinstance(v, str | int | float | bool) for v in (value if isinstance(value, list) else [value])):
             table.fail(key, f"is {_show(value)}; it must be a number, text, true or false, or a list of them")
-        found[key] = value
-    return found
+        arguments[key] = value
+    return arguments
 
 
 def _show(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Cut a train list in two: main_train, which coverage is built from, and sub_train, which overfitting shows on."""
+"""Split a train list in two: main_train, for the coverage, and sub_train, for the overfitting check."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nacpipe.errors import ImageError, InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSplit:
-    """The two lists that a train list is cut into."""
+    """The two lists that a train list is split into."""
 
     main: Path
     sub: Path
@@ -24,19 +24,19 @@ class TrainSplit:
 
 
 def plan_split(benchmark: Benchmark, root: Path, count: int, seed: int) -> TrainSplit:
-    """Cut the benchmark's train list as the authors do; writes nothing.
+    """Split the benchmark's train list as the authors do; writes nothing.
 
-    Per class, in order of first appearance, the lines are shuffled by a RandomState seeded anew; the first
-    count // classes go to sub_train, the others to main_train, classes one after another.
+    Per class, in order of first appearance, a newly seeded RandomState shuffles the lines; the first count // classes
+    go to sub_train, the others to main_train, class after class.
 
     Raises:
-        InputError: the benchmark has no train list to cut, a label is no class, or the count does not fit.
-        ImageError: the list is not there or malformed.
+        InputError: the benchmark has no train list to split, a label is not a class, or the count does not fit.
+        ImageError: the list does not exist or is malformed.
     """
     train = benchmark.split("id/train")
     if not train.fallback:
         raise InputError(
-            f"benchmark {benchmark.name} has no train list to cut: its id/train is {train.source} as it stands"
+            f"benchmark {benchmark.name} has no train list to split: its id/train is {train.source} as it stands"
         )
     main = list_path(benchmark, train, root)
     sub = list_path(benchmark, benchmark.split("id/subtrain"), root)
@@ -55,14 +55,14 @@ def plan_split(benchmark: Benchmark, root: Path, count: int, seed: int) -> Train
         raise InputError(f"count is {count}; it must be at least 1 for each of {path.name}'s {len(by_class)} classes")
     main_lines: list[str] = []
     sub_lines: list[str] = []
-    for label, its in by_class.items():
-        if len(its) <= each:
+    for label, class_lines in by_class.items():
+        if len(class_lines) <= each:
             raise InputError(
-                f"count is {count}, {each} of each class, but class {label} has only {len(its)} lines in {path}"
+                f"count is {count}, {each} of each class, but class {label} has only {len(class_lines)} lines in {path}"
             )
-        np.random.RandomState(seed).shuffle(its)
-        sub_lines += its[:each]
-        main_lines += its[each:]
+        np.random.RandomState(seed).shuffle(class_lines)
+        sub_lines += class_lines[:each]
+        main_lines += class_lines[each:]
     return TrainSplit(main=main, sub=sub, main_lines=tuple(main_lines), sub_lines=tuple(sub_lines))
 
 
@@ -70,13 +70,13 @@ def write_split(split: TrainSplit, redo: bool = False) -> None:
     """Write both lists, each whole or not at all.
 
     Raises:
-        InputError: one is there already and `force` is not given.
+        InputError: one of them exists and `redo` is false.
     """
-    there = [str(path) for path in (split.main, split.sub) if path.exists()]
-    if there and not redo:
+    existing = [str(path) for path in (split.main, split.sub) if path.exists()]
+    if existing and not redo:
         raise InputError(
-            f"{' and '.join(there)} {'is' if len(there) == 1 else 'are'} there already; --redo writes"
-            " anew (a cache made from the old lists does not go on)"
+            f"{' and '.join(existing)} {'exists' if len(existing) == 1 else 'exist'}; --redo replaces both"
+            " lists (a cache made from the old lists cannot be continued)"
         )
     for path, lines in ((split.sub, split.sub_lines), (split.main, split.main_lines)):
         draft = path.with_name(f"{path.name}.new")

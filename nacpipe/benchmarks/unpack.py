@@ -15,15 +15,15 @@ _PIECE = 1 << 20  # bytes
 
 
 class BrokenArchive(DownloadError):
-    """It is no whole zip archive, or not safe to unpack: fetching it again may help."""
+    """The file is not a complete zip archive, or not safe to unpack; another download may be."""
 
 
 def unpack(archive: Path, folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-    """Unpack a zip archive into a new folder; nothing is written outside of it, and links are refused.
+    """Unpack a zip archive into a new folder. Nothing is written outside of it, and links are refused.
 
     Raises:
-        BrokenArchive: it is no zip archive, is damaged, or has a path that leaves the folder.
-        DownloadError: it does not fit on the disk.
+        BrokenArchive: the file is not a zip archive, is damaged, or has a path that leaves the folder.
+        DownloadError: the disk has too little space.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -44,7 +44,7 @@ def unpack(archive: Path, folder: Path, progress: Callable[[int, int], None] = l
                         done += len(piece)
                         progress(done, total)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise BrokenArchive(f"{archive} is no whole zip archive: {str(error) or type(error).__name__}") from error
+        raise BrokenArchive(f"{archive} is not a complete zip archive: {str(error) or type(error).__name__}") from error
 
 
 def _check_name(archive: Path, entry: zipfile.ZipInfo) -> None:

@@ -1,4 +1,4 @@
-"""Where a cache is: an address in, a Zarr store out."""
+"""From a cache's address, a path or URL, to its Zarr store."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ else:
 
 
 def open_store(address: str | Path, *, write: bool = False) -> Store | Path:
-    """Return the store of a cache; a folder as it is, which Zarr opens itself.
+    """Return the store of a cache; a folder is returned as its path, which Zarr opens.
 
     Raises:
-        InputError: a URL of an unknown kind, one that names no cache, or one to write that can only be read.
-        MissingExtra: obstore is needed.
+        InputError: the URL has an unknown scheme, names no cache, or is to be written and can only be read.
+        MissingExtra: obstore is not installed.
     """
     if not is_url(address):
         return Path(address)
     url = str(address).rstrip("/")
-    scheme, _, rest = url.partition("://")
+    scheme, _, location = url.partition("://")
     if scheme not in OBJECTS + PAGES:
         known = ", ".join(OBJECTS + PAGES)
         raise InputError(f"{url}: caches are not kept at {scheme}://; known: {known}, and folders")
     if write and scheme in PAGES:
         raise InputError(f"{url} can only be read; write to a folder or to s3://BUCKET/x.zarr")
-    if scheme in OBJECTS and not rest.partition("/")[2]:
+    if scheme in OBJECTS and not location.partition("/")[2]:
         raise InputError(f"{url} names a bucket, not a cache in it, such as {url}/x.zarr")
     try:
         from obstore.exceptions import BaseError
@@ -48,7 +48,7 @@ def open_store(address: str | Path, *, write: bool = False) -> Store | Path:
     except ImportError:
         raise MissingExtra(f"{url} needs obstore: pip install 'nacpipe[remote]'") from None
     options: Any = {"allow_http": True, "connect_timeout": CONNECT, "timeout": TIMEOUT}
-    retries: Any = {"max_retries": 0}  # ours repeat more: torn listings, and writes without an answer
+    retries: Any = {"max_retries": 0}  # RemoteStore repeats requests, also interrupted listings and unconfirmed writes
     try:
         if scheme in PAGES:
             return PageStore(HTTPStore.from_url(url, client_options=options, retry_config=retries), url, read_only=True)
@@ -58,43 +58,43 @@ def open_store(address: str | Path, *, write: bool = False) -> Store | Path:
 
 
 def holds_cache(address: str | Path) -> bool:
-    """Return whether a root group is there.
+    """Return whether a root group exists.
 
     Raises:
-        CacheError: a server does not say.
+        CacheError: the server does not answer.
     """
     store = open_store(address)
     return (store / "zarr.json").exists() if isinstance(store, Path) else sync(store.exists("zarr.json"))
 
 
 def is_empty(url: str) -> bool:
-    """Return whether nothing is below a URL."""
+    """Return whether no object exists below a URL."""
     store = open_store(url)
     assert isinstance(store, Store)
     return sync(store.is_empty(""))
 
 
 class Objects:
-    """A cache's objects as bytes, for who mends them: read, replaced and removed whole."""
+    """A cache's objects as bytes, for repair: read, replaced and removed whole."""
 
     def __init__(self, address: str | Path) -> None:
-        found = open_store(address, write=True)
-        self._disk = found if isinstance(found, Path) else None
-        self.store: Store = LocalStore(found) if isinstance(found, Path) else found
-        """Where they are."""
+        store = open_store(address, write=True)
+        self._disk = store if isinstance(store, Path) else None
+        self.store: Store = LocalStore(store) if isinstance(store, Path) else store
+        """The store of the objects."""
 
     def read(self, key: str) -> bytes | None:
-        """Return an object; None where it is not there."""
+        """Return an object; None if it does not exist."""
         buffer = sync(self.store.get(key, default_buffer_prototype()))
         return None if buffer is None else buffer.to_bytes()
 
     def replace(self, key: str, content: bytes) -> None:
-        """Write an object whole or not at all; it is on the disk when this returns."""
+        """Write an object atomically; it is on the disk when this returns."""
         if self._disk:
             replace_file(self._disk / key, content)
         else:
             sync(self.store.set(key, cpu.Buffer.from_bytes(content)))
 
     def remove(self, key: str) -> None:
-        """Remove an object, if it is there."""
+        """Remove an object if it exists."""
         sync(self.store.delete(key))

@@ -1,4 +1,4 @@
-"""An array of a split, to be sliced as a numpy array: its rows come through the checks of `SplitView.read`."""
+"""An array of a split that is sliced like a numpy array. Its rows are checked by `SplitView.read`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 class ArrayView:
-    """A read-only array, read from the store where it is sliced; nothing is kept in memory.
+    """A read-only array; slicing reads it from the store, and nothing is kept in memory.
 
-    It takes what numpy takes along its axes: slices with steps, whole numbers, arrays of them, boolean masks, an
-    ellipsis. Only the blocks in which wanted rows lie are read.
+    It accepts numpy's selections: slices with steps, integers, arrays of integers, boolean masks, an ellipsis. Only the
+    blocks of the selected rows are read.
     """
 
     def __init__(self, split: SplitView, path: str, block_rows: int) -> None:
-        """View an array of a split.
+        """Open an array of a split.
 
         Raises:
-            CacheError: it is not there, or its metadata is damaged.
+            CacheError: the array does not exist, or its metadata is damaged.
         """
         array = split.array(path)
         self.shape: tuple[int, ...] = array.shape
@@ -58,11 +58,11 @@ class ArrayView:
         return np.asarray(self[:], dtype)
 
     def __getitem__(self, selection: Any) -> Any:
-        """Return the selected values, a numpy array, or a number where every axis has one.
+        """Return the selected values, a numpy array, or a number if every axis is selected by an integer.
 
         Raises:
-            CacheError: a chunk is damaged or not there, naming the array.
-            ValuesError: no number among logits or features.
+            CacheError: a chunk is damaged or missing, naming the array.
+            ValuesError: logits or features contain NaN or infinity.
             IndexError: the selection does not fit the shape.
         """
         rows, *others = self._per_axis(selection)
@@ -71,13 +71,13 @@ class ArrayView:
             backwards = places.step < 0
             values = self._gather(places[::-1] if backwards else places)
             return values[(slice(None, None, -1 if backwards else None), *others)]
-        places = np.arange(len(self))[rows]  # numpy says what does not fit
+        places = np.arange(len(self))[rows]  # numpy raises IndexError
         needed, where = np.unique(places, return_inverse=True)
         values = self._gather(needed)
         return values[(where.reshape(places.shape) if places.ndim else 0, *others)]
 
     def _per_axis(self, selection: Any) -> list[Any]:
-        """One selection for each axis, that of the rows first."""
+        """Return one selection for each axis, that of the rows first."""
         parts: list[Any] = []
         for part in selection if isinstance(selection, tuple) else (selection,):
             array = None if part is None or isinstance(part, slice | EllipsisType) else np.asarray(part)
@@ -97,13 +97,13 @@ class ArrayView:
         return parts[:place] + [slice(None)] * lacking + parts[place + len(gaps) :]
 
     def _mask(self, mask: NDArray[np.bool_], axis: int) -> tuple[NDArray[np.intp], ...]:
-        """A mask over several axes as places on each."""
+        """Return a mask over several axes as positions on each."""
         if mask.shape != self.shape[axis : axis + mask.ndim]:
             raise IndexError(f"{self!r} does not take a mask of {mask.shape}")
         return mask.nonzero()
 
     def _gather(self, places: Any) -> NDArray[Any]:
-        """The rows at these places, which ascend and differ; block by block where they do not follow each other."""
+        """Return the rows at ascending, distinct positions; block by block if they are not contiguous."""
         count = len(places)
         if count == 0 or places[-1] - places[0] + 1 == count:
             start = int(places[0]) if count else 0

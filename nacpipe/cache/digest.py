@@ -1,9 +1,9 @@
-"""The seal of a split: one digest over its metadata and its chunks' checksums.
+"""The digest that seals a split, over its metadata and its chunks' checksums.
 
-Every chunk ends in the CRC32C of its bytes, so the digest reads four bytes a chunk (all of a shard, which ends in the
-checksum of its index alone), and all of every zarr.json but the split's own, which holds the digest; of that, the
-attributes without it. A chunk that was deleted, added or exchanged changes the digest; one whose bytes changed is
-refused by its own checksum when it is read. What does not belong to a split (keys.py) plays no part.
+Every chunk ends in the CRC32C of its bytes, so the digest needs four bytes per chunk. A shard ends in the checksum of
+its index alone, so it is read whole. Every zarr.json is read whole; of the split's own, which stores the digest, the
+other attributes are used. A deleted, added or exchanged chunk changes the digest. A chunk with changed bytes fails its
+own checksum when it is read. Objects that do not belong to the split (keys.py) are not included.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from zarr.storage import LocalStore
 
 from nacpipe.cache.keys import list_split
 from nacpipe.cache.layout import Header
-from nacpipe.cache.store import AT_ONCE
+from nacpipe.cache.store import MAX_REQUESTS
 
 PIECE = 2 << 20  # bytes of a shard that are read at once
-PIECES = 4  # in flight, of shards at a server
+PIECES = 4  # concurrent reads of shards at a server
 
 
 def split_digest(root: zarr.Group, split: str, attributes: Mapping[str, Any], header: Header) -> str:
@@ -36,7 +36,7 @@ def split_digest(root: zarr.Group, split: str, attributes: Mapping[str, Any], he
 
 
 def digest_lines(attributes: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
-    """Return the digest of attributes and of what `hash_keys` found."""
+    """Return the digest of attributes and of the hashes from `hash_keys`."""
     sealed = {key: value for key, value in attributes.items() if key not in ("sealed", "digest")}
     head = json.dumps(sealed, sort_keys=True, separators=(",", ":"))
     lines = "".join(f"{key} {hashes[key]}\n" for key in sorted(hashes))
@@ -44,11 +44,11 @@ def digest_lines(attributes: Mapping[str, Any], hashes: Mapping[str, str]) -> st
 
 
 def hash_keys(root: zarr.Group, split: str, keys: Sequence[str], *, sharded: bool = False) -> dict[str, str]:
-    """Return keys below a split → the sha256 (hex) that the seal takes of the object."""
+    """Return keys below a split → the sha256 (hex) of the object in the seal."""
     return sync(_hash_keys(root.store, split, keys, sharded))
 
 
-def is_as_sealed(
+def matches_seal(
     root: zarr.Group,
     split: str,
     attributes: Mapping[str, Any],
@@ -56,41 +56,41 @@ def is_as_sealed(
     *,
     sharded: bool = False,
 ) -> bool:
-    """Return whether a split's digest is that of its attributes and objects, given `keys.list_split`.
+    """Return whether a split's digest matches its attributes and objects, given `keys.list_split`.
 
-    An earlier nacpipe sealed foreign files with a split where it found some: such a digest fits while they are there.
+    An earlier nacpipe included foreign files in the digest; such a digest matches while these files exist.
     """
     own, foreign = keys
     hashes = hash_keys(root, split, own, sharded=sharded)
     if digest_lines(attributes, hashes) == attributes["digest"]:
         return True
-    hashes |= hash_keys(root, split, sealed_before(foreign), sharded=sharded)
+    hashes |= hash_keys(root, split, foreign_in_old_seals(foreign), sharded=sharded)
     return bool(foreign) and digest_lines(attributes, hashes) == attributes["digest"]
 
 
-def sealed_before(foreign: Sequence[str]) -> list[str]:
-    """Return the foreign files that an earlier nacpipe sealed with a split: all but hidden ones and `*.partial`."""
+def foreign_in_old_seals(foreign: Sequence[str]) -> list[str]:
+    """Return the foreign files that an earlier nacpipe included in digests: all but hidden ones and `*.partial`."""
     hidden = (any(part.startswith(".") for part in key.split("/")) for key in foreign)
     return [key for key, hides in zip(foreign, hidden, strict=True) if not (hides or key.endswith(".partial"))]
 
 
 def hash_content(content: bytes, key: str, *, sharded: bool = False) -> str:
-    """Return the sha256 (hex) that the seal takes of an object: all of it, or of a chunk the last four bytes."""
+    """Return the sha256 (hex) of an object in the seal: of all bytes, or of a chunk's last four."""
     return hashlib.sha256(content if sharded or key.endswith("zarr.json") else content[-4:]).hexdigest()
 
 
 async def _hash_keys(store: Store, split: str, keys: Sequence[str], sharded: bool) -> dict[str, str]:
-    """Only hashes are kept, and of a shard a few MiB are in memory at a time."""
-    gate, pieces = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(PIECES)
+    """Hash objects concurrently; at most a few MiB of a shard are in memory at a time."""
+    requests, pieces = asyncio.Semaphore(MAX_REQUESTS), asyncio.Semaphore(PIECES)
 
     async def hash_object(key: str) -> str:
         path, metadata = f"{split}/{key}", key.endswith("zarr.json")
-        if isinstance(store, LocalStore):  # a fifth of the time that the store takes for four bytes
+        if isinstance(store, LocalStore):  # takes a fifth of the time of the store's own read
             return _hash_file(f"{store.root}/{path}", whole=sharded or metadata)
         if sharded and not metadata:
             async with pieces:
                 return await _hash_pieces(store, path)
-        async with gate:
+        async with requests:
             wanted = None if metadata else SuffixByteRequest(4)
             buffer = await store.get(path, default_buffer_prototype(), wanted)
         return hash_content(b"" if buffer is None else buffer.to_bytes(), key)
@@ -99,28 +99,28 @@ async def _hash_keys(store: Store, split: str, keys: Sequence[str], sharded: boo
 
 
 async def _hash_pieces(store: Store, path: str) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     try:
         size = await store.getsize(path)
     except FileNotFoundError:
-        return found.hexdigest()
+        return digest.hexdigest()
     for start in range(0, size, PIECE):
-        if not getattr(store, "ranges", True):  # a web server that sends whole objects alone
-            found, wanted = hashlib.sha256(), None
+        if not getattr(store, "ranges", True):  # a web server without byte ranges
+            digest, wanted = hashlib.sha256(), None
         else:
             wanted = RangeByteRequest(start, min(start + PIECE, size))
         buffer = await store.get(path, default_buffer_prototype(), wanted)
-        found.update(b"" if buffer is None else buffer.to_bytes())
+        digest.update(b"" if buffer is None else buffer.to_bytes())
         if wanted is None:
             break
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
 def _hash_file(path: str, *, whole: bool) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         if not whole:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 4))
         while piece := file.read(PIECE):
-            found.update(piece)
-    return found.hexdigest()
+            digest.update(piece)
+    return digest.hexdigest()

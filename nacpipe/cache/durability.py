@@ -1,4 +1,4 @@
-"""What must be on the disk before something else is, when the power may go: files, and the folders that name them."""
+"""fsync of files and of their folders, so that a power cut cannot reorder writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nacpipe.errors import CacheError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync_files(files: Iterable[Path], root: Path) -> None:
@@ -29,7 +29,7 @@ def sync_files(files: Iterable[Path], root: Path) -> None:
 
 
 def replace_file(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically, with fsync."""
     draft = file.with_name(f"{file.name}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
     with draft.open("wb") as out:
@@ -41,21 +41,21 @@ def replace_file(file: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[None]:
-    """Dress what the operating system says while a cache is written.
+    """Raise a CacheError for an OSError while a cache is written.
 
     Raises:
-        CacheError: the disk is full, the folder cannot be written, or the store is gone.
+        CacheError: the disk is full, the folder cannot be written, or the store does not exist any more.
     """
     try:
         yield
     except OSError as error:
-        what = error.strerror or str(error)
-        if error.errno in FULL:
+        reason = error.strerror or str(error)
+        if error.errno in DISK_FULL:
             raise CacheError(
-                f"{path}: there is no room left to write it ({what}); what was written is safe: make room, and the"
-                " same command goes on"
+                f"{path}: there is no space left to write it ({reason}); what was written is safe: free some space,"
+                " and the same command goes on"
             ) from error
         raise CacheError(
-            f"{path} cannot be written ({what}: {error.filename}); what was written is safe, and the same command goes"
-            " on"
+            f"{path} cannot be written ({reason}: {error.filename}); what was written is safe, and the same command"
+            " goes on"
         ) from error

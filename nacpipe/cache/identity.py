@@ -1,4 +1,4 @@
-"""What made a cache, as plain JSON values: its identity, which must match, and how two of them differ, in words."""
+"""A cache's identity, as JSON values: what it was made from, and how two identities differ."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 
 Identity = Mapping[str, Any]
 
-VAL = "ood/val"  # the split that plays OOD in a search, when nobody names another
-LATER = ("arithmetic", "source")  # what caches of an earlier nacpipe do not say of themselves
+VAL = "ood/val"  # the OOD split that a search uses by default
+OPTIONAL_FIELDS = ("arithmetic", "source")  # fields that caches of an earlier nacpipe lack
 
 
 def bound_splits(val: str = VAL) -> tuple[str, str, str]:
-    """Return the splits that a search chooses by, given the one that plays OOD.
+    """Return the splits that a search reads to choose parameters, given its OOD split.
 
-    A study and its parameters are bound to these and to the layers used, so that another set, added later, orphans
-    nothing; id/subtrain, on which overfitting shows, is such a set: nothing is chosen by it.
+    A study and its parameters are bound to these splits and to the layers used, so that other sets can be added later.
+    id/subtrain is not among them: it serves the overfitting check alone.
     """
     return ("id/train", "id/val", val)
 
 
-def said_by(other: Identity, identity: Identity) -> dict[str, Any]:
-    """Return an identity without what an older cache, of this other identity, does not say of itself."""
-    return {key: value for key, value in identity.items() if key in other or key not in LATER}
+def comparable_fields(other: Identity, identity: Identity) -> dict[str, Any]:
+    """Return an identity without the optional fields that the other identity lacks."""
+    return {key: value for key, value in identity.items() if key in other or key not in OPTIONAL_FIELDS}
 
 
 def diff(stored: Identity, wanted: Identity) -> list[str]:

@@ -1,13 +1,13 @@
-"""Which objects of a store belong to a cache, by its header alone: what the format may have written there.
+"""The keys of the objects that belong to a cache, which follow from its header:
 
     zarr.json                               the root, and every group: id, ood/near, classifier, a split, a layer
     classifier/weight/c/0/0                 one chunk each
-    id/val/layer3/gradient/c/7/0            chunks of a split's arrays, whatever their number
+    id/val/layer3/gradient/c/7/0            chunks of a split's arrays, of any number
     id/val/blocks/c/7                       marks
-    id/val/logits/c/7/0.3fa9….partial       a draft, of a writer that was killed
+    id/val/logits/c/7/0.3fa9….partial       a draft: the partial file of a killed writer
 
-Everything else is foreign (`desktop.ini`, `notes.txt`, somebody's folder): no digest covers it, nothing removes it, and
-`nacpipe verify` names it.
+All other objects are foreign (`desktop.ini`, `notes.txt`, other folders): digests do not include them, no command
+removes them, and `nacpipe verify` names them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from nacpipe.cache.layout import SPLIT_PARENTS, Header
-from nacpipe.cache.store import AT_ONCE
+from nacpipe.cache.store import MAX_REQUESTS
 
 _NUMBER = "(?:0|[1-9][0-9]*)"
-_DRAFT = re.compile(rf"(?:zarr\.json|zarr\.[0-9a-f]+|{_NUMBER}(?:\.[0-9a-f]+)?)\.partial")  # durable.py's and Zarr's
+_DRAFT = re.compile(
+    rf"(?:zarr\.json|zarr\.[0-9a-f]+|{_NUMBER}(?:\.[0-9a-f]+)?)\.partial"
+)  # those of durability.py and of Zarr
 
 
 def own_keys(header: Header) -> re.Pattern[str]:
-    """Return the pattern of the keys, from the store's root, that belong to a cache; drafts are not among them."""
+    """Return the pattern of the keys, from the store's root, that belong to a cache, without drafts."""
     arrays = {"blocks": 0, **{path: width for path, (width, _) in header.arrays().items()}}
     inside = ["zarr\\.json", *(f"{re.escape(spec.name)}/zarr\\.json" for spec in header.layers)]
     for path, width in arrays.items():
@@ -56,7 +58,7 @@ def list_own(store: Store, header: Header, path: str) -> list[str]:
 
 
 def list_split(store: Store, header: Header, split: str) -> tuple[list[str], list[str]]:
-    """Return the keys, from the split, of its objects (its own zarr.json excepted), and of the foreign files there."""
+    """Return the keys, from the split, of its objects (except its own zarr.json) and of the foreign files in it."""
     pattern, own, foreign = own_keys(header), list[str](), list[str]()
     for key in list_keys(store, split):
         inside = key.removeprefix(f"{split}/")
@@ -68,31 +70,31 @@ def list_split(store: Store, header: Header, split: str) -> tuple[list[str], lis
 
 
 def find_foreign(store: Store, header: Header) -> list[str]:
-    """Return what lies among a cache's objects and does not belong to it: keys, and of a folder its name with a / ."""
+    """Return the foreign objects in a store: keys, and for a foreign folder its name with a / at the end."""
     keys, pattern = list_keys(store), own_keys(header)
     own = [key for key in keys if pattern.fullmatch(key)]
     folders = {folder for key in own for folder in _folders(key)}
-    others = set(keys).difference(own)
-    found = set()
-    for key in others:
-        above = next((folder for folder in _folders(key) if folder not in folders), None)
-        if above is not None:
-            found.add(f"{above}/")
+    not_own = set(keys).difference(own)
+    foreign = set()
+    for key in not_own:
+        foreign_folder = next((folder for folder in _folders(key) if folder not in folders), None)
+        if foreign_folder is not None:
+            foreign.add(f"{foreign_folder}/")
         elif not is_draft(key):
-            found.add(key)
-    return sorted(found)
+            foreign.add(key)
+    return sorted(foreign)
 
 
 def is_draft(key: str) -> bool:
-    """Return whether a key, or a file's name, is what a killed writer leaves."""
+    """Return whether a key or file name is that of a killed writer's partial file."""
     return _DRAFT.fullmatch(key.rpartition("/")[2]) is not None
 
 
 def remove_own(store: Store, header: Header, path: str) -> None:
-    """Remove the cache's objects below a path, drafts too, then folders that are empty.
+    """Remove the cache's objects below a path, with drafts, then empty folders.
 
-    In an order in which a half-removed split is never trusted: the metadata of the marks, the marks, the rest, last the
-    group's own attributes.
+    The order is: metadata of the marks, the marks, the other objects, the group's own attributes. A reader therefore
+    never uses a partly removed split.
     """
     pattern = own_keys(header)
     steps: dict[int, list[str]] = {0: [], 1: [], 2: [], 3: []}
@@ -108,10 +110,10 @@ def remove_own(store: Store, header: Header, path: str) -> None:
 
 
 def remove_empty(folder: Path) -> None:
-    """Remove a folder and those below it, as far as nothing is in them."""
-    for where, _, _ in os.walk(folder, topdown=False):
+    """Remove a folder and the folders below it that are empty."""
+    for subfolder, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(OSError):
-            os.rmdir(where)  # noqa: PTH106 (a string is at hand)
+            os.rmdir(subfolder)  # noqa: PTH106 (os.walk yields strings)
 
 
 async def _list_keys(store: Store, path: str) -> list[str]:
@@ -119,10 +121,10 @@ async def _list_keys(store: Store, path: str) -> list[str]:
 
 
 async def _delete(store: Store, keys: Iterable[str]) -> None:
-    await concurrent_map([(key,) for key in keys], store.delete, AT_ONCE)
+    await concurrent_map([(key,) for key in keys], store.delete, MAX_REQUESTS)
 
 
 def _folders(key: str) -> list[str]:
-    """The folders above a key, the topmost first."""
+    """Return the folders above a key, the topmost first."""
     parts = key.split("/")[:-1]
     return ["/".join(parts[: i + 1]) for i in range(len(parts))]

@@ -1,7 +1,7 @@
-"""What a cache holds: names, shapes, chunks and codecs of format version 1 (cache/README.md).
+"""Names, shapes, chunks and codecs of format version 1 (cache/README.md).
 
 block 0                    block 1                    last block
-├── block_rows rows ──┤    ├── block_rows rows ──┤    ├─ the rest ─┤
+├── block_rows rows ──┤    ├── block_rows rows ──┤    ├─ remainder ┤
 one chunk per array and block; blocks[i] = 1 once every array of block i is written
 """
 
@@ -27,18 +27,18 @@ FORMAT_VERSION = 1
 BLOCK_ROWS = 512
 ALL_BITS = 23  # of a float32's mantissa
 
-# Never a legal value, so that a chunk that is not there cannot be mistaken for data: zarr reads it as the fill value.
+# Never a legal value: Zarr reads a missing chunk as the fill value, which must not be mistaken for data.
 MISSING_INT = np.iinfo(np.int64).min
 
-MAX_CHUNK_BYTES = 2**31 - 1  # Blosc's limit, and so the most that a crafted header can make a reader set aside
-LIMITS = {  # of the root's numbers
+MAX_CHUNK_BYTES = 2**31 - 1  # Blosc's limit; it also bounds the memory that a crafted header can request
+LIMITS = {  # smallest and largest values of the root's integers
     "block_rows": (1, 2**20),
     "classes": (1, 2**24),
     "features": (0, 2**24),
     "mantissa_bits": (1, ALL_BITS),
     "shard_blocks": (1, 2**16),
 }
-STORED_AS = {"mantissa_bits": "keep_bits"}  # the name of a number in format 1, where it is another
+STORED_AS = {"mantissa_bits": "keep_bits"}  # names in format 1 that differ
 POOLINGS = ("sum-nchw", "sum-nhwc", "sum-tokens", "class-token", "none")
 SPLIT_PARENTS = ("id", "csid", "ood/near", "ood/far")
 RESERVED = ("blocks", "features", "logits", "label", "index", "classifier")
@@ -49,7 +49,7 @@ class LayerSpec:
     """One tapped layer."""
 
     name: str
-    """The alias that people use: avgpool, layer3, …"""
+    """The name in the cache: avgpool, layer3, …"""
     path: str
     """The module's path inside the network."""
     pooling: str
@@ -62,7 +62,7 @@ class Header:
     """The root's attributes."""
 
     identity: Mapping[str, Any]
-    """What must match: benchmark, architecture, family, weights' sha256, transform, dtype."""
+    """The fields that must match: benchmark, architecture, family, weights' sha256, transform, dtype, …"""
     information: Mapping[str, Any]
     """Versions, device, batch size, dates: shown, never compared."""
     block_rows: int
@@ -71,14 +71,14 @@ class Header:
     classes: int
     """Width of `logits`."""
     features: int
-    """Width of `features`, the input of the last linear layer; 0 where the network has none."""
+    """Width of `features`, the input of the last linear layer; 0 if the network has none."""
     mantissa_bits: int = ALL_BITS
-    """Bits of the mantissa that activations, gradients and features keep; all 23 unless rounded to save room."""
+    """Bits of mantissa of activations, gradients and features; 23: not rounded."""
     shard_blocks: int = 1
     """Blocks in one stored object; a shard has one writer."""
 
     def whole_identity(self) -> dict[str, Any]:
-        """Identity with the layers and precision in it: everything about the root that must match."""
+        """Return the identity with layers and precision: all root attributes that must match."""
         layers = {spec.name: {"path": spec.path, "pooling": spec.pooling} for spec in self.layers}
         return {**self.identity, "layers": layers, "keep_bits": self.mantissa_bits}
 
@@ -86,7 +86,7 @@ class Header:
         """Return the layer of that name.
 
         Raises:
-            InputError: the cache does not hold it.
+            InputError: the cache does not contain it.
         """
         for spec in self.layers:
             if spec.name == name:
@@ -94,26 +94,28 @@ class Header:
         raise InputError(f"layer {name!r} is not in this cache; it holds {', '.join(s.name for s in self.layers)}")
 
     def arrays(self) -> dict[str, tuple[int, str]]:
-        """Return a split's arrays but `blocks`: path in the split → (width, dtype); width 0 is one-dimensional."""
-        found = {f"{s.name}/{what}": (s.neurons, "float32") for s in self.layers for what in ("activation", "gradient")}
+        """Return a split's arrays except `blocks`: path in the split → (width, dtype); width 0: one-dimensional."""
+        arrays = {
+            f"{s.name}/{what}": (s.neurons, "float32") for s in self.layers for what in ("activation", "gradient")
+        }
         if self.features:
-            found["features"] = (self.features, "float32")
-        return {**found, "logits": (self.classes, "float32"), "label": (0, "int64"), "index": (0, "int64")}
+            arrays["features"] = (self.features, "float32")
+        return {**arrays, "logits": (self.classes, "float32"), "label": (0, "int64"), "index": (0, "int64")}
 
     @property
     def most_block_rows(self) -> int:
-        """The rows that a block can have at most: of the widest array, a chunk has a limit."""
+        """The largest number of rows of a block: a chunk of the widest array has a limit."""
         return min(MAX_CHUNK_BYTES // size for size in self._row_sizes().values())
 
     def block_problem(self) -> str | None:
-        """Return why a block cannot be stored, None where it can."""
+        """Return why a block cannot be stored, or None if it can."""
         for path, size in self._row_sizes().items():
             if self.block_rows * size > MAX_CHUNK_BYTES:
                 return f"a block of {path} has more than {MAX_CHUNK_BYTES} bytes"
         return None
 
     def _row_sizes(self) -> dict[str, int]:
-        """Array → raw bytes of one sample."""
+        """Return array → raw bytes of one sample."""
         return {path: max(width, 1) * np.dtype(dtype).itemsize for path, (width, dtype) in self.arrays().items()}
 
     def row_bytes(self) -> int:
@@ -121,7 +123,7 @@ class Header:
         return sum(self._row_sizes().values())
 
     def to_attributes(self) -> dict[str, Any]:
-        """Return the root's attributes, last their digest: a bit that flips in them is seen when they are read."""
+        """Return the root's attributes and, last, their digest, which shows changes when they are read."""
         attributes = {
             "nacpipe_format": FORMAT_VERSION,
             "identity": dict(self.identity),
@@ -142,7 +144,7 @@ class Header:
         """Read the root's attributes.
 
         Raises:
-            FormatError: they are not those of a cache, or of a version that this nacpipe does not know.
+            FormatError: they are not a cache's, are damaged, or have a version that this nacpipe does not know.
         """
         version = attributes.get("nacpipe_format")
         if version is None:
@@ -150,9 +152,9 @@ class Header:
         if version != FORMAT_VERSION:
             raise FormatError(
                 f"this cache has format version {version}, this nacpipe reads version {FORMAT_VERSION};"
-                " use the nacpipe that wrote it, or extract anew into another --cache"
+                " use the nacpipe that wrote it, or extract again into another --cache"
             )
-        digest = attributes.get("digest")  # the first caches had none
+        digest = attributes.get("digest")  # caches of the first versions have none
         if digest is not None and digest != fingerprint({k: v for k, v in attributes.items() if k != "digest"}):
             raise FormatError("the cache's attributes are damaged (they do not match their digest)")
         try:
@@ -173,7 +175,7 @@ class Header:
 
 
 def _numbers(attributes: Mapping[str, Any]) -> dict[str, int]:
-    """Return the root's numbers by the names that they have here."""
+    """Return the root's integers by their field names."""
     stored = {name: STORED_AS.get(name, name) for name in LIMITS}
     return {name: _whole(key, attributes[key], *LIMITS[name]) for name, key in stored.items()}
 
@@ -202,14 +204,14 @@ def check_layer_names(names: list[str]) -> None:
             raise InputError(
                 f"layer name {name!r} cannot be used in a cache (reserved: {', '.join(RESERVED)}); {other}"
             )
-        if layer_of(name) != name:  # parameters mean one state of a layer by that
+        if layer_of(name) != name:  # in parameters, such a name is a term: one source of a layer
             raise InputError(
                 f"layer name {name!r} cannot be used in a cache: it ends like a state, {source_of(name)}; {other}"
             )
 
 
 def free_name(name: str) -> str:
-    """Return a name that a layer can have instead: features → features_layer."""
+    """Return an allowed name for a layer: features → features_layer."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".") + "_layer"
 
 
@@ -221,7 +223,7 @@ def count_blocks(rows: int, block_rows: int) -> int:
 def create_array(group: zarr.Group, path: str, rows: int, width: int, dtype: str, header: Header) -> zarr.Array[Any]:
     """Create one array of a split: chunks of (block_rows, width), Blosc zstd with bit shuffle, CRC32C on each.
 
-    Nothing of an array may be there: chunks that a removal left behind must not come back to life (`keys.remove_own`).
+    No object of the array may exist, because chunks from an incomplete removal would become valid (`keys.remove_own`).
     """
     kind = np.dtype(dtype)
     chunk = (header.block_rows, width) if width else (header.block_rows,)
@@ -244,7 +246,7 @@ def create_array(group: zarr.Group, path: str, rows: int, width: int, dtype: str
 
 
 def create_marks(group: zarr.Group, blocks: int) -> zarr.Array[Any]:
-    """Create `blocks`, one chunk per mark, so that several writers never touch the same file; as `create_array`."""
+    """Create `blocks`, with one chunk per mark, so that two writers never write the same file; see `create_array`."""
     return group.create_array(
         "blocks",
         shape=(blocks,),
@@ -263,14 +265,14 @@ def chunk_key(array: zarr.Array[Any], block: int, header: Header) -> str:
     return f"{array.path}/{array.metadata.encode_chunk_key(place)}"
 
 
-def split_name(path: str) -> bool:
-    """Return whether a split may be at this path: id/…, csid/NAME, ood/val, ood/near/NAME, ood/far/NAME."""
+def is_split_path(path: str) -> bool:
+    """Return whether a path can be a split's: id/…, csid/NAME, ood/val, ood/near/NAME, ood/far/NAME."""
     parent, _, leaf = path.rpartition("/")
     return bool(leaf) and not leaf.startswith(".") and (path == "ood/val" or parent in SPLIT_PARENTS)
 
 
 def check_split_name(name: str) -> None:
-    """Refuse the name of a split whose set tables could not tell from a mean or a missing value.
+    """Refuse the name of a split that a table could confuse with a mean or a missing value.
 
     Raises:
         InputError: naming the split and the reason.
@@ -280,23 +282,23 @@ def check_split_name(name: str) -> None:
 
 
 def is_there(root: zarr.Group, key: str) -> bool:
-    """Return whether the store holds an object."""
+    """Return whether an object exists in the store."""
     return sync(root.store.exists(key))
 
 
-def list_places(root: zarr.Group) -> list[str]:
-    """Return every path that a split may have and where something is, in the order people read them."""
+def list_split_paths(root: zarr.Group) -> list[str]:
+    """Return every existing path that can be a split's, in the order of tables."""
 
     async def members(parent: str) -> list[str]:
         return [f"{parent}/{leaf}" async for leaf in root.store.list_dir(parent)]
 
-    found = [path for parent in (*SPLIT_PARENTS, "ood") for path in sync(members(parent)) if split_name(path)]
-    return sorted(found, key=split_order)
+    paths = [path for parent in (*SPLIT_PARENTS, "ood") for path in sync(members(parent)) if is_split_path(path)]
+    return sorted(paths, key=split_order)
 
 
 def find_splits(root: zarr.Group) -> list[str]:
-    """Return the names of all splits, damaged ones too, in the order people read them."""
-    return [path for path in list_places(root) if is_there(root, f"{path}/zarr.json")]
+    """Return the names of all splits, also of damaged ones, in the order of tables."""
+    return [path for path in list_split_paths(root) if is_there(root, f"{path}/zarr.json")]
 
 
 def split_order(name: str) -> tuple[int, str]:

@@ -1,11 +1,11 @@
-"""One extraction at a time: a lock on the cache's folder that the kernel drops with the process that holds it.
+"""The lock of a cache's folder, for one extraction at a time. The kernel releases it when its process ends.
 
     one process        exclusive until it ends
     several ranks      the first exclusive while it creates the store, then all of them shared
 
-so another extraction, which wants it exclusive, is refused while any of them lives, and takes over when all are dead.
-Nothing is left in the folder. Readers take no lock. Not guarded: caches at URLs, file systems without flock
-(there it is as if nobody held it), and Windows.
+Another extraction needs the exclusive lock. It is refused while any of these processes runs and succeeds when all have
+ended. No file is left in the folder. Readers take no lock. There is no protection for caches at URLs, on file systems
+without flock, and on Windows; there every process gets the lock.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ if sys.platform != "win32":
 
 
 class CacheLock:
-    """The right to write a cache."""
+    """The lock that a writer of a cache holds."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._guards = sys.platform != "win32" and not is_url(path)
+        self._enabled = sys.platform != "win32" and not is_url(path)
         self._handle: int | None = None
 
     def take(self) -> None:
-        """Take it for this process alone; the cache's folder is made where there is none.
+        """Take the lock exclusively; the cache's folder is created if it does not exist.
 
         Raises:
-            CacheError: another process has it.
+            CacheError: another process holds it.
         """
-        if not self._guards or self.path.is_file():  # what is in the way is the writer's to say
+        if not self._enabled or self.path.is_file():  # the writer refuses a file at this path
             return
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock(fcntl.LOCK_EX)
 
     def share(self) -> None:
-        """Share it with the other ranks, instead of holding it alone where this process did.
+        """Share the lock with the other ranks; an exclusive lock of this process becomes a shared one.
 
         Raises:
-            CacheError: another extraction has it.
+            CacheError: another extraction holds it.
         """
-        if self._guards and self.path.is_dir():
+        if self._enabled and self.path.is_dir():
             self._lock(fcntl.LOCK_SH)
 
     def _lock(self, kind: int) -> None:
@@ -58,7 +58,7 @@ class CacheLock:
             fcntl.flock(self._handle, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CacheError(
-                f"{self.path} is being written by another extract; wait until it ends (a dead one holds nothing)"
+                f"{self.path} is being written by another extract; wait until it ends (a killed one holds no lock)"
             ) from None
         except OSError:  # a file system without such locks
             pass

@@ -1,11 +1,10 @@
-"""A cache behind a web server that shows its folders: read alone.
+"""A read-only store for a cache behind a web server that lists its folders.
 
     https://host/x.zarr/id          a page with a link to each entry, a folder's ending in / (Apache, nginx, python -m
                                     http.server); HTTP itself has no listing
 
-Byte ranges are asked for; a server that knows none sends the whole object, of which the bytes are taken. Six requests
-are under way at once, as in browsers: `python -m http.server` lets no more wait, and who is turned away there comes
-back a second later.
+Byte ranges are requested; a server without them sends the whole object, from which the bytes are taken. At most six
+requests run at once, as in browsers: `python -m http.server` queues five, and a refused one is repeated a second later.
 """
 
 from __future__ import annotations
@@ -24,18 +23,20 @@ from nacpipe.cache.store import RemoteStore
 from nacpipe.errors import CacheError
 
 IN_FLIGHT = 6  # requests
-_GATES: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()  # a fork has its own loop
+_SEMAPHORES: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
+    WeakKeyDictionary()
+)  # by event loop, because a forked process has its own
 _T = TypeVar("_T")
 _LINK = re.compile(r"""<a\s[^>]*?href=["']([^"'?#]+)["']""", re.IGNORECASE)
 
 
 class PageStore(RemoteStore):
-    """Files of a web server; names come from its pages."""
+    """Files of a web server, listed from its pages."""
 
-    ranges = True  # until the server shows that it knows none
+    ranges = True  # False after the server refused a byte range
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Return an object, or the bytes of it that are asked for; None where it is not there."""
+        """Return an object or a range of its bytes; None if it does not exist."""
         from obstore.exceptions import NotSupportedError
 
         if byte_range is not None and self.ranges:
@@ -56,7 +57,7 @@ class PageStore(RemoteStore):
         return prototype.buffer.from_bytes(part)
 
     async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
-        """Yield what is right below a prefix, by its last name."""
+        """Yield the names directly below a prefix."""
         for name in await self._entries(prefix):
             yield name.rstrip("/")
 
@@ -69,9 +70,9 @@ class PageStore(RemoteStore):
         """Return the bytes of everything below a folder."""
         return sum([await self.getsize(key) async for key in self.list_prefix(prefix)])
 
-    async def _repeat(self, verb: str, ask: Callable[[], Awaitable[_T]]) -> _T:
-        async with _GATES.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(IN_FLIGHT)):
-            return await super()._repeat(verb, ask)
+    async def _repeat(self, verb: str, request: Callable[[], Awaitable[_T]]) -> _T:
+        async with _SEMAPHORES.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(IN_FLIGHT)):
+            return await super()._repeat(verb, request)
 
     async def _walk(self, folder: str) -> Sequence[str]:
         paths = [f"{folder}/{name}" if folder else name for name in await self._entries(folder)]
@@ -79,7 +80,7 @@ class PageStore(RemoteStore):
         return [path for path in paths if path[-1] != "/"] + [key for keys in below for key in keys]
 
     async def _entries(self, folder: str) -> Sequence[str]:
-        """The entries of a folder's page, folders with a / at their end; none where there is no such folder."""
+        """Return the entries of a folder's page, folders with a / at their end; empty if there is no such folder."""
         page = await super().get(folder, default_buffer_prototype())
         if page is None:
             if folder == "id":
@@ -88,7 +89,7 @@ class PageStore(RemoteStore):
                     " let it list its folders (autoindex), or copy the cache here"
                 )
             return []
-        here = "/".join([urlsplit(self.url).path, *filter(None, [folder])]) + "/"
+        base_path = "/".join([urlsplit(self.url).path, *filter(None, [folder])]) + "/"
         links = (unquote(link) for link in _LINK.findall(page.to_bytes().decode("utf-8", "replace")))
-        names = (link.removeprefix(here).removeprefix("./") for link in links)
+        names = (link.removeprefix(base_path).removeprefix("./") for link in links)
         return [name for name in dict.fromkeys(names) if re.fullmatch(r"[^/.:][^/:]*/?", name)]

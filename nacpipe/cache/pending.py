@@ -1,8 +1,7 @@
-"""What Zarr's event loop still has to do when the process ends.
+"""Cancelling the tasks in Zarr's event loop when the process ends.
 
-A read that fails leaves its sibling chunks' reads running, and so does Ctrl-C; Zarr stops its loop whatever is still in
-it, and asyncio then writes of every task that was destroyed. They are cancelled before, while the loop still runs:
-nobody waits for them, and the error that mattered was raised long ago.
+After a failed read or Ctrl-C, concurrent reads of other chunks are still running. Zarr stops its loop at exit, and
+asyncio then prints a message for every unfinished task. They are cancelled before that; their results are not needed.
 """
 
 from __future__ import annotations
@@ -11,17 +10,17 @@ import asyncio
 
 from zarr.core.sync import loop, sync
 
-PATIENCE = 1.0  # seconds; cancelled tasks take none
+TIMEOUT = 1.0  # seconds; cancelled tasks end at once
 
 
-def end_pending() -> None:
-    """Cancel what is left, and wait until it has ended."""
+def cancel_pending_tasks() -> None:
+    """Cancel the pending tasks and wait until they have ended."""
     if loop[0] is not None and loop[0].is_running():
-        sync(_end_all())
+        sync(_cancel_all())
 
 
-async def _end_all() -> None:
+async def _cancel_all() -> None:
     if others := asyncio.all_tasks() - {asyncio.current_task()}:
         for task in others:
             task.cancel()
-        await asyncio.wait(others, timeout=PATIENCE)
+        await asyncio.wait(others, timeout=TIMEOUT)

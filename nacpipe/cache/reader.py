@@ -25,8 +25,8 @@ def open_cache(path: str | Path) -> Cache:
     """Open a cache for reading.
 
     Raises:
-        CacheError: nothing is there.
-        FormatError: it is not a cache, or one of another format version.
+        CacheError: the cache does not exist.
+        FormatError: it is not a cache, or has another format version.
     """
     root, header = open_root(str(path), mode="r")
     return Cache(str(path), root, header)
@@ -42,7 +42,7 @@ def open_root(path: str, *, mode: Literal["r", "r+"]) -> tuple[zarr.Group, Heade
         ) from None
     except (NacError, MemoryError):
         raise
-    except Exception as error:  # zarr answers broken metadata with errors of every kind
+    except Exception as error:  # Zarr raises errors of any kind for broken metadata
         what = f"{type(error).__name__}: {str(error)[:200]}"
         raise FormatError(f"{path} cannot be read as a Zarr group ({what})") from error
     try:
@@ -52,7 +52,7 @@ def open_root(path: str, *, mode: Literal["r", "r+"]) -> tuple[zarr.Group, Heade
 
 
 class Cache(Mapping[str, SplitView]):
-    """A cache opened for reading: splits by name. Only sealed splits are handed out; `peek` shows the others."""
+    """A cache opened for reading: splits by name. Indexing returns sealed splits alone; `peek` returns any."""
 
     def __init__(self, path: str, root: zarr.Group, header: Header) -> None:
         self.path = path
@@ -98,21 +98,21 @@ class Cache(Mapping[str, SplitView]):
         try:
             group = open_member(self.root, name)
         except KeyError:
-            raise CacheError(f"{self.path}: {name} is gone; is it being extracted anew?") from None
+            raise CacheError(f"{self.path}: {name} was removed; is it being extracted again?") from None
         except FormatError as error:
             raise FormatError(
-                f"{self.path}: {error}; {command_line('repair', self.path)} mends what can be mended"
+                f"{self.path}: {error}; {command_line('repair', self.path)} repairs what can be repaired"
             ) from error
         if not isinstance(group, zarr.Group):
             raise FormatError(f"{self.path}: {name} is an array, not a split")
         return SplitView(self, name, group)
 
     def command(self) -> str:
-        """Return the command that made this cache, which also finishes it, where it is now."""
+        """Return the command that made this cache, with its present path; the same command finishes it."""
         words = ["nacpipe", "extract", "BENCHMARK"]
         with contextlib.suppress(ValueError):  # an open quote
             recorded = shlex.split(str(self.header.information.get("command")))
-            words = recorded if recorded[:2] == words[:2] else words  # anything may stand in somebody's cache
+            words = recorded if recorded[:2] == words[:2] else words  # the attribute may hold any text
         if "--cache" in words[:-1]:
             words[words.index("--cache") + 1] = self.path
         else:
@@ -120,14 +120,14 @@ class Cache(Mapping[str, SplitView]):
         return shlex.join(words)
 
     def classifier(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-        """Return the last linear layer's weight (classes, features) and bias (classes,), where there is one."""
+        """Return the last linear layer's weight (classes, features) and bias (classes,), or None."""
         try:
             problems = list(classifier_problems(self.root, self.header))
         except FormatError as error:
             problems = [("zarr.json", str(error))]
         for array, what in problems:
             raise CacheError(
-                f"{self.path}: classifier/{array} {what}; mend it with: {command_line('repair', self.path)}"
+                f"{self.path}: classifier/{array} {what}; repair it with: {command_line('repair', self.path)}"
             )
         if not is_there(self.root, "classifier/zarr.json") or not self.root["classifier"].attrs.get("written"):
             return None
@@ -135,16 +135,16 @@ class Cache(Mapping[str, SplitView]):
             weight, bias = (np.asarray(self.root[f"classifier/{name}"][:]) for name in ("weight", "bias"))  # type: ignore[index]
         except (ValueError, RuntimeError) as error:
             raise CacheError(
-                f"{self.path}: classifier is damaged ({error}); mend it with: {command_line('repair', self.path)}"
+                f"{self.path}: classifier is damaged ({error}); repair it with: {command_line('repair', self.path)}"
             ) from error
         if np.isnan(weight).any() or np.isnan(bias).any():
             raise CacheError(
-                f"{self.path}: classifier holds no value; mend it with: {command_line('repair', self.path)}"
+                f"{self.path}: classifier holds no value; repair it with: {command_line('repair', self.path)}"
             )
         return weight, bias
 
     def search_identity(self, splits: tuple[str, ...], layers: tuple[str, ...]) -> dict[str, Any]:
-        """Return the identity of these splits and layers, which a study is bound to."""
+        """Return the identity of these splits and layers, to which a study is bound."""
         whole = self.header.whole_identity()
         return {
             **whole,

@@ -1,4 +1,4 @@
-"""One split of a cache: its layers, its other arrays, and whether it is still what was sealed."""
+"""One split of a cache: its layers, its other arrays, and the comparison with its seal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import zarr
 from numpy.typing import NDArray
 
 from nacpipe.cache.array_view import ArrayView
-from nacpipe.cache.digest import is_as_sealed
+from nacpipe.cache.digest import matches_seal
 from nacpipe.cache.keys import list_split
 from nacpipe.cache.layout import MISSING_INT, LayerSpec, chunk_key, count_blocks, is_there
 from nacpipe.cache.validation import missing_chunks, open_member, split_problems
@@ -33,7 +33,7 @@ class LayerView:
 
 
 class SplitView(Mapping[str, LayerView]):
-    """One set of samples: layers by name, and the arrays that every split has."""
+    """One set of samples: layers by name, and the other arrays of a split."""
 
     def __init__(self, cache: Cache, name: str, group: zarr.Group) -> None:
         self.name = name
@@ -69,10 +69,10 @@ class SplitView(Mapping[str, LayerView]):
         Raises:
             CacheError: the attribute is damaged.
         """
-        found = self.attributes.get("images", {})
-        if not isinstance(found, Mapping):
-            raise self._damaged("zarr.json", f"images is {str(found)[:40]!r}, not an object")
-        return dict(found)
+        images = self.attributes.get("images", {})
+        if not isinstance(images, Mapping):
+            raise self._damaged("zarr.json", f"images is {str(images)[:40]!r}, not an object")
+        return dict(images)
 
     @cached_property
     def logits(self) -> ArrayView:
@@ -95,10 +95,10 @@ class SplitView(Mapping[str, LayerView]):
         return self.read("index")
 
     def array(self, path: str) -> zarr.Array[Any]:
-        """Return an array of this split as Zarr has it: its chunks are read without the checks of `read`.
+        """Return the Zarr array; its chunks are read without the checks of `read`.
 
         Raises:
-            CacheError: it is not there.
+            CacheError: the array does not exist, or its metadata is damaged.
         """
         try:
             array = open_member(self._group, path)
@@ -117,15 +117,15 @@ class SplitView(Mapping[str, LayerView]):
         """Return rows of an array; `rows` may have a step above 0.
 
         Raises:
-            CacheError: a chunk is damaged or not there, naming the array.
-            ValuesError: no number among logits or features. (Scoring refuses such states by layer, split and row.)
+            CacheError: a chunk is damaged or missing, naming the array.
+            ValuesError: logits or features contain NaN or infinity. (Scoring refuses such states by layer, split, row.)
         """
         array = self.array(path)
         try:
             values = np.asarray(array[rows])
         except (NacError, OSError, MemoryError):
             raise
-        except Exception as error:  # crc32c says ValueError, Blosc RuntimeError, a crafted chunk anything
+        except Exception as error:  # crc32c raises ValueError, Blosc RuntimeError, a crafted chunk any error
             raise self._damaged(path, str(error).split(" Stored: b")[0]) from error
         bad = np.flatnonzero(_without_number(path, values))
         if bad.size:
@@ -135,7 +135,7 @@ class SplitView(Mapping[str, LayerView]):
     def _check_values(
         self, path: str, array: zarr.Array[Any], values: NDArray[Any], bad: NDArray[np.intp], rows: range
     ) -> None:
-        """Refuse rows without a value, given their places in `values`: nothing stored, or what no baseline can use."""
+        """Refuse rows at these positions of `values`: missing values, or values that no baseline can use."""
         blocks = np.array([rows[int(place)] for place in bad]) // self._cache.header.block_rows
         for block, first in zip(*np.unique(blocks, return_index=True), strict=True):
             key = chunk_key(array, int(block), self._cache.header)
@@ -143,24 +143,24 @@ class SplitView(Mapping[str, LayerView]):
                 raise self._damaged(path, f"row {rows[int(bad[first])]} holds no value")
         if path in ("logits", "features"):
             value = values[bad[0]]
-            found = value[~np.isfinite(value)][0]
+            infinite = value[~np.isfinite(value)][0]
             raise ValuesError(
-                f"{self._cache.path}: {self.name}/{path}, row {rows[int(bad[0])]}: the network gave {found}"
+                f"{self._cache.path}: {self.name}/{path}, row {rows[int(bad[0])]}: the network gave {infinite}"
             )
 
     def _damaged(self, path: str, what: object) -> CacheError:
         return CacheError(
-            f"{self._cache.path}: {self.name}/{path} is damaged ({what}); mend it with:"
+            f"{self._cache.path}: {self.name}/{path} is damaged ({what}); repair it with:"
             f" {command_line('repair', self._cache.path)}"
         )
 
     def check(self) -> None:
-        """Refuse a split that is not what was sealed: another form, or files changed, exchanged or lost since.
+        """Refuse a split that differs from what was sealed: in metadata, or by changed, exchanged or lost files.
 
-        Of a sharded cache the form alone is looked at: its seal covers whole shards, which would be read twice.
+        In a sharded cache only metadata are checked: the digest includes whole shards, which would be read twice.
 
         Raises:
-            CacheError: naming what is wrong.
+            CacheError: naming the difference.
         """
         root, header = self._cache.root, self._cache.header
         sharded = header.shard_blocks > 1
@@ -169,16 +169,16 @@ class SplitView(Mapping[str, LayerView]):
         keys = list_split(root.store, header, self.name)
         for array, count in missing_chunks(header, self.rows, keys[0]):
             raise self._damaged(array, f"{count} of its chunks are not there")
-        if not (sharded or is_as_sealed(root, self.name, self.attributes, keys)):
+        if not (sharded or matches_seal(root, self.name, self.attributes, keys)):
             raise CacheError(
                 f"{self._cache.path}: {self.name} is not what was sealed: files were changed, exchanged or lost;"
                 f" {command_line('verify', self._cache.path)} says which"
             )
 
     def marks(self) -> NDArray[np.bool_]:
-        """Return which blocks are written, (blocks,) bool; none where the split was only begun.
+        """Return which blocks are written, (blocks,) bool; all False if the split has no marks yet.
 
-        A mark that cannot be read (torn when the power went) does not count: its block is written again.
+        A mark that cannot be read (cut short by a power cut) counts as False: its block is written again.
         """
         count = count_blocks(self.rows, self._cache.header.block_rows)
         if not self._holds("blocks"):
@@ -201,10 +201,10 @@ class SplitView(Mapping[str, LayerView]):
 
 
 def _without_number(path: str, values: NDArray[Any]) -> NDArray[np.bool_]:  # (rows,) or (rows, width) → (rows,)
-    """Which rows hold what stands for no value, or, of logits and features, what no baseline can use."""
+    """Return which rows contain a fill value or, for logits and features, values that no baseline can use."""
     if values.dtype.kind == "i":
         return np.asarray(values == MISSING_INT)
-    if path == "logits":  # one of −∞ is a class that is ruled out
+    if path == "logits":  # −∞ in some classes is allowed
         return np.asarray(~np.isfinite(values.max(axis=1)))
     bad = ~np.isfinite(values) if path == "features" else np.isnan(values)
     return np.asarray(bad.any(axis=1))

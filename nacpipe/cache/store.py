@@ -1,11 +1,11 @@
-"""Where a cache's objects are: an address in, a Zarr store out. All that differs between a disk and a server is here.
+"""The Zarr store of a cache at a server.
 
     cache/x.zarr                    a folder
     s3://bucket/x.zarr              objects, read and written; gs:// and az:// come with the same package
-    https://host/x.zarr             files of a web server, read alone (pages.py)
+    https://host/x.zarr             files of a web server, read-only (pages.py)
 
-A request that fails is sent again, whatever it was: every one of them reads, writes or removes a whole object (or lists
-names), so that once and twice are the same. What still fails is a CacheError that names the URL.
+A failed request is repeated. Every request reads, writes or removes a whole object, or lists names, so repeating it is
+harmless. A request that still fails is a CacheError that names the URL.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ else:
     Base = ObjectStore
 
 OBJECTS, PAGES = ("s3", "gs", "az"), ("http", "https")
-REMOTE_SHARD = 8  # blocks in one object: requests cost more than bytes
-TRIES = 9  # the pauses between them are 0.2 s, 0.4 s, … and 26 s together
-AT_ONCE = 64  # removals in flight
+REMOTE_SHARD = 8  # blocks in one object, because a request costs more than its bytes
+ATTEMPTS = 9  # the pauses between them are 0.2 s, 0.4 s, … and 26 s together
+MAX_REQUESTS = 64  # at once
 PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds
-CONNECT, TIMEOUT = timedelta(seconds=5), timedelta(minutes=2)  # of one request; a shard may have many MB
+CONNECT, TIMEOUT = timedelta(seconds=5), timedelta(minutes=2)  # of one request; a shard can be large
 
-Entries = list[Buffer | None]  # the class below has a method of that name
+Entries = list[Buffer | None]  # the class below has a method `list`
 
 _T = TypeVar("_T")
 
@@ -50,11 +50,11 @@ class RemoteStore(Base):
         self.url = url
 
     def with_read_only(self, read_only: bool = False) -> RemoteStore:
-        """Return the same store, for reading alone or not."""
+        """Return the same store, read-only or not."""
         return type(self)(self.store, self.url, read_only=read_only)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Return an object, or the bytes of it that are asked for; None where it is not there."""
+        """Return an object or a range of its bytes; None if it does not exist."""
         return await self._repeat("read", lambda: super(RemoteStore, self).get(key, prototype, byte_range))
 
     async def get_partial_values(
@@ -64,15 +64,15 @@ class RemoteStore(Base):
         return list(await asyncio.gather(*(self.get(key, prototype, wanted) for key, wanted in key_ranges)))
 
     async def exists(self, key: str) -> bool:
-        """Return whether an object is there."""
+        """Return whether an object exists."""
         return await self._repeat("read", lambda: super(RemoteStore, self).exists(key))
 
     async def getsize(self, key: str) -> int:
-        """Return an object's bytes."""
+        """Return an object's size in bytes."""
         return await self._repeat("read", lambda: super(RemoteStore, self).getsize(key))
 
     async def set(self, key: str, value: Buffer) -> None:
-        """Write an object in one request, so that it is there whole or not at all."""
+        """Write an object in one request, so that it exists whole or not at all."""
         import obstore
 
         self._check_writable()
@@ -80,7 +80,7 @@ class RemoteStore(Base):
         await self._repeat("written", lambda: obstore.put_async(self.store, key, content, use_multipart=False))
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        """Write an object, unless it is there."""
+        """Write an object unless it exists."""
         await self._repeat("written", lambda: super(RemoteStore, self).set_if_not_exists(key, value))
 
     async def delete(self, key: str) -> None:
@@ -88,13 +88,13 @@ class RemoteStore(Base):
         await self._repeat("written", lambda: super(RemoteStore, self).delete(key))
 
     async def delete_dir(self, prefix: str) -> None:
-        """Remove everything below a prefix."""
+        """Remove all objects below a prefix."""
         self._check_writable()
         below = f"{prefix.rstrip('/')}/" if prefix else ""
-        await concurrent_map([(key,) async for key in self.list_prefix(below)], self.delete, AT_ONCE)
+        await concurrent_map([(key,) async for key in self.list_prefix(below)], self.delete, MAX_REQUESTS)
 
     async def getsize_prefix(self, prefix: str) -> int:
-        """Return the bytes of everything below a prefix."""
+        """Return the size in bytes of all objects below a prefix."""
         return sum(size for _, size in await self._objects(prefix))
 
     def list(self) -> AsyncGenerator[str, None]:
@@ -107,40 +107,40 @@ class RemoteStore(Base):
             yield key
 
     async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
-        """Yield what is right below a prefix, by its last name."""
+        """Yield the names directly below a prefix."""
 
-        async def ask() -> Sequence[str]:
+        async def request() -> Sequence[str]:
             return [name async for name in super(RemoteStore, self).list_dir(prefix)]
 
-        for name in await self._repeat("read", ask):
+        for name in await self._repeat("read", request):
             yield name
 
     async def _objects(self, prefix: str) -> Sequence[tuple[str, int]]:
-        """All pages of a listing, or none of them: one that broke off would look like objects that are not there."""
+        """Return all pages of a listing; an interrupted listing is repeated, because objects would seem missing."""
 
-        async def ask() -> Sequence[tuple[str, int]]:
+        async def request() -> Sequence[tuple[str, int]]:
             return [(meta["path"], meta["size"]) async for meta in self._list(prefix)]
 
-        return await self._repeat("read", ask)
+        return await self._repeat("read", request)
 
-    async def _repeat(self, verb: str, ask: Callable[[], Awaitable[_T]]) -> _T:
+    async def _repeat(self, verb: str, request: Callable[[], Awaitable[_T]]) -> _T:
         from obstore.exceptions import BaseError, NotSupportedError
 
-        for attempt in range(TRIES):
+        for attempt in range(ATTEMPTS):
             try:
-                return await ask()
+                return await request()
             except FileNotFoundError:
                 if verb == "read":
                     raise
                 raise CacheError(f"{self.url} cannot be written: {NO_BUCKET}") from None
-            except NotSupportedError:  # what to do instead is known where it was asked for
+            except NotSupportedError:  # the caller handles it
                 raise
             except (BaseError, OSError) as error:
-                if (hint := _hopeless(error, self.url)) is None and attempt < TRIES - 1:
+                if (advice := _permanent_error_advice(error, self.url)) is None and attempt < ATTEMPTS - 1:
                     await asyncio.sleep(min(PAUSE * 2**attempt, LONGEST_PAUSE))
                     continue
                 raise CacheError(
-                    f"{self.url} cannot be {verb} ({first_line(error)}); {hint or _later(verb)}"
+                    f"{self.url} cannot be {verb} ({first_line(error)}); {advice or _retry_advice(verb)}"
                 ) from error
         raise AssertionError
 
@@ -148,28 +148,28 @@ class RemoteStore(Base):
 NO_BUCKET = "there is no such bucket at that server (AWS_ENDPOINT_URL)"
 
 
-def _later(verb: str) -> str:
-    said = f"asked {TRIES} times: is the server there, and is it meant?"
-    return said if verb == "read" else f"{said} What was written is safe, and the same command goes on"
+def _retry_advice(verb: str) -> str:
+    advice = f"asked {ATTEMPTS} times: is the server running, and is the address right?"
+    return advice if verb == "read" else f"{advice} What was written is safe, and the same command goes on"
 
 
-def _hopeless(error: Exception, url: str) -> str | None:
-    """What to do about an error that asking again does not mend; None where it may."""
+def _permanent_error_advice(error: Exception, url: str) -> str | None:
+    """Return advice for an error that repeating the request cannot solve; None if it may."""
     from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
     text = str(error)
     if "NoSuchBucket" in text:
         return NO_BUCKET
-    if "/latest/api/token" in text or "credential" in text.lower():  # a cloud's machines have a server for them
+    if "/latest/api/token" in text or "credential" in text.lower():  # the metadata server of cloud machines
         return "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
         if url.startswith("http"):
-            return "the server shows that to nobody, or not to all: files and pages of folders must be readable"
+            return "the server refuses access: files and pages of folders must be readable"
         return "the server does not let these credentials (AWS_ACCESS_KEY_ID, …) do that"
     return None
 
 
 def first_line(error: Exception) -> str:
-    """Return the gist of what obstore says: its lines go on with a dump of the error's structure."""
+    """Return obstore's message without the dump of the error's structure."""
     text = str(error).split("\n\nDebug source")[0]
     return re.sub(r"\s+", " ", text).strip()[:300] or type(error).__name__

@@ -1,6 +1,7 @@
-"""Whether a store has the form that cache/README.md prescribes. Metadata alone is read, never a chunk.
+"""Checks of a store's metadata against cache/README.md; no chunk is read.
 
-A reader refuses a split of another form; `nacpipe verify --format` says all that is wrong, in anyone's cache.
+A reader refuses a split that differs. `nacpipe verify --format` prints all differences, also for caches of other
+programs.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def open_member(root: zarr.Group, path: str) -> zarr.Group | zarr.Array[Any]:
     """Return a group or an array below the root.
 
     Raises:
-        KeyError: it is not there.
+        KeyError: it does not exist.
         FormatError: its metadata cannot be read.
     """
     try:
@@ -42,18 +43,18 @@ def open_member(root: zarr.Group, path: str) -> zarr.Group | zarr.Array[Any]:
         raise FormatError(f"{path}/zarr.json is damaged (KeyError: {error})") from error
     except (NacError, OSError, MemoryError):
         raise
-    except Exception as error:  # zarr answers broken metadata with errors of every kind
+    except Exception as error:  # Zarr raises errors of any kind for broken metadata
         raise FormatError(f"{path}/zarr.json is damaged ({type(error).__name__}: {str(error)[:200]})") from error
 
 
 def root_problems(header: Header) -> Iterator[str]:
-    """Yield what `Header.from_attributes` lets pass: what only a writer needs."""
+    """Yield errors in the root's attributes that `Header.from_attributes` accepts, because only a writer needs them."""
     for key in IDENTITY:
         if key not in header.identity:
             yield f"identity lacks {key}"
     for key in ("weights", "source"):
         if key in header.identity and not _is_sha256(header.identity[key]):
-            yield f"identity.{key} is no sha256"
+            yield f"identity.{key} is not a sha256"
     transform = header.identity.get("transform")
     if transform is not None:
         for key in TRANSFORM:
@@ -64,14 +65,14 @@ def root_problems(header: Header) -> Iterator[str]:
 
 
 def split_problems(group: zarr.Group, header: Header) -> Iterator[tuple[str, str]]:
-    """Yield (array, what is wrong) of a split; the array is empty where its attributes are meant."""
+    """Yield (array, problem) of a split; the array is empty for problems of its attributes."""
     attributes = dict(group.attrs)
     rows = attributes.get("rows")
     for what in attribute_problems(attributes):
         yield "", what
     if isinstance(rows, bool) or not isinstance(rows, int) or not 0 < rows <= MAX_ROWS:
         return
-    begun = only_begun(group)
+    begun = has_no_marks(group)
     for path, (width, dtype) in header.arrays().items():
         if begun and not is_there(group, f"{group.path}/{path}/zarr.json"):
             continue
@@ -83,13 +84,13 @@ def split_problems(group: zarr.Group, header: Header) -> Iterator[tuple[str, str
         yield "blocks", what
 
 
-def only_begun(group: zarr.Group) -> bool:
-    """Return whether a split has no marks yet, which are created last: what it lacks is no damage."""
+def has_no_marks(group: zarr.Group) -> bool:
+    """Return whether a split has no marks yet. They are created last, so missing arrays are then not damage."""
     return not group.attrs.get("sealed") and not is_there(group, f"{group.path}/blocks/zarr.json")
 
 
 def missing_chunks(header: Header, rows: int, keys: Iterable[str]) -> Iterator[tuple[str, int]]:
-    """Yield (array, how many of its stored objects are not there) of a split, given the keys that it has."""
+    """Yield (array, number of its missing objects) of a split, given the existing keys."""
     expected = -(-count_blocks(rows, header.block_rows) // header.shard_blocks)
     held = Counter(
         array
@@ -102,12 +103,12 @@ def missing_chunks(header: Header, rows: int, keys: Iterable[str]) -> Iterator[t
 
 
 def classifier_problems(root: zarr.Group, header: Header) -> Iterator[tuple[str, str]]:
-    """Yield (array, what is wrong) of the last linear layer, where there is one and it is written."""
+    """Yield (array, problem) of the last linear layer, if it is written."""
     if not is_there(root, "classifier/zarr.json"):
         return
     group = open_member(root, "classifier")
     if not isinstance(group, zarr.Group):
-        yield "", "is no group"
+        yield "", "is not a group"
         return
     if not group.attrs.get("written"):
         if group.attrs:
@@ -118,11 +119,11 @@ def classifier_problems(root: zarr.Group, header: Header) -> Iterator[tuple[str,
         if metadata is None:
             yield name, what
         elif metadata.shape != shape or metadata.data_type.to_native_dtype() != np.dtype("float32"):
-            yield name, f"is {_form(metadata)}, not float32 of {shape}"
+            yield name, f"is {_describe(metadata)}, not float32 of {shape}"
 
 
 def attribute_problems(attributes: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with a split's own attributes."""
+    """Yield the problems of a split's own attributes."""
     rows, sealed, digest = (attributes.get(key) for key in ("rows", "sealed", "digest"))
     if isinstance(rows, bool) or not isinstance(rows, int) or not 0 < rows <= MAX_ROWS:
         yield f"rows is {str(rows)[:40]}, not a whole number from 1"
@@ -135,12 +136,12 @@ def attribute_problems(attributes: Mapping[str, Any]) -> Iterator[str]:
 
 
 def image_problems(attributes: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with what a split's attributes say of its images; a reader does not need it."""
+    """Yield the problems of a split's attribute `images`, which a reader does not need."""
     images = attributes.get("images")
     if not isinstance(images, Mapping) or not isinstance(images.get("list"), str):
         yield "images names no list"
     elif not _is_sha256(images.get("sha256")):
-        yield "images.sha256 is no sha256"
+        yield "images.sha256 is not a sha256"
 
 
 def _array_problems(group: zarr.Group, path: str, shape: tuple[int, ...], dtype: str, header: Header) -> Iterator[str]:
@@ -149,7 +150,7 @@ def _array_problems(group: zarr.Group, path: str, shape: tuple[int, ...], dtype:
         yield what
         return
     if metadata.shape != shape or metadata.data_type.to_native_dtype() != np.dtype(dtype):
-        yield f"is {_form(metadata)}, not {dtype} of {shape}"
+        yield f"is {_describe(metadata)}, not {dtype} of {shape}"
         return
     chunk = (header.block_rows, *shape[1:])
     outer = (header.block_rows * header.shard_blocks, *shape[1:])
@@ -178,12 +179,12 @@ def _mark_problems(group: zarr.Group, blocks: int) -> Iterator[str]:
         yield what
         return
     if metadata.shape != (blocks,) or metadata.data_type.to_native_dtype() != np.dtype("uint8"):
-        yield f"is {_form(metadata)}, not uint8 of {(blocks,)}"
+        yield f"is {_describe(metadata)}, not uint8 of {(blocks,)}"
         return
     if (grid := getattr(metadata.chunk_grid, "chunk_shape", None)) != (1,):
         yield f"is chunked {grid}, not one mark a chunk"
     if int(metadata.fill_value) != 0:
-        yield f"has fill value {metadata.fill_value}: a mark that is not there would count"
+        yield f"has fill value {metadata.fill_value}: a missing mark would count"
     yield from _codec_problems(metadata.codecs)
 
 
@@ -211,7 +212,7 @@ def _open_array(group: zarr.Group, path: str) -> tuple[ArrayV3Metadata | None, s
     return metadata, ""
 
 
-def _form(metadata: ArrayV3Metadata) -> str:
+def _describe(metadata: ArrayV3Metadata) -> str:
     return f"{metadata.data_type.to_native_dtype()} of {metadata.shape}"
 
 

@@ -1,7 +1,7 @@
-"""Reading everything in a cache, to say what of it is damaged: which split, which array, which rows.
+"""Reading a whole cache to find damage, by split, array and rows.
 
-form ──▶ every chunk's checksum ──▶ the seal
-(metadata)                          (chunks that are whole, but exchanged, added or of another time)
+metadata ──▶ every chunk's checksum ──▶ the digest
+                                        (valid chunks that were exchanged, added or are old)
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import zarr
 
-from nacpipe.cache.digest import is_as_sealed
+from nacpipe.cache.digest import matches_seal
 from nacpipe.cache.keys import find_foreign, list_split
-from nacpipe.cache.layout import MISSING_INT, chunk_key, count_blocks, is_there, list_places
+from nacpipe.cache.layout import MISSING_INT, chunk_key, count_blocks, is_there, list_split_paths
 from nacpipe.cache.reader import Cache
 from nacpipe.cache.validation import (
     classifier_problems,
+    has_no_marks,
     image_problems,
-    only_begun,
     open_member,
     root_problems,
     split_problems,
@@ -28,64 +28,66 @@ from nacpipe.cache.validation import (
 from nacpipe.errors import CacheError, FormatError, NacError
 
 NO_METADATA = "has no zarr.json"
-UNLIKE_SEAL = "is not what was sealed, though every chunk is whole: files or attributes were changed or exchanged"
+DIGEST_DIFFERS = "is not what was sealed, though every chunk is valid: files or attributes were changed or exchanged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Damage:
-    """One thing that is not as it should be."""
+    """One damaged array, block or group."""
 
     split: str
-    """The split; `classifier`, or empty for what lies above the splits."""
+    """The split; `classifier`, or empty for the root and the parents of splits."""
     array: str
     """The array, such as layer3/gradient, or a group; empty for the split's attributes and seal."""
     what: str
     block: int | None = None
-    """The block of rows; None where metadata or the seal are meant."""
+    """The block of rows; None for metadata and the seal."""
     rows: range | None = None
     """The block's rows."""
 
 
-def check_form(cache: Cache) -> list[Damage]:
-    """Return where metadata differ from what cache/README.md prescribes; no chunk is read."""
-    found = [Damage(split="", array="", what=what) for what in root_problems(cache.header)]
+def check_metadata(cache: Cache) -> list[Damage]:
+    """Return where metadata differ from cache/README.md; no chunk is read."""
+    damages = [Damage(split="", array="", what=what) for what in root_problems(cache.header)]
     parents = {name[:i] for name in cache for i, letter in enumerate(name) if letter == "/"}
-    found += [
+    damages += [
         Damage(split="", array=path, what=what) for path in sorted(parents) if (what := _group_problem(cache, path))
     ]
-    found += [Damage(split="classifier", array=array, what=what) for array, what in _classifier_problems(cache)]
-    for name in list_places(cache.root):
+    damages += [Damage(split="classifier", array=array, what=what) for array, what in _classifier_problems(cache)]
+    for name in list_split_paths(cache.root):
         if name in cache:
-            found += _form_of_split(cache, name)
+            damages += _check_split_metadata(cache, name)
         elif any(is_there(cache.root, f"{name}/{path}/zarr.json") for path in cache.header.arrays()):
-            found.append(Damage(split=name, array="", what="has no zarr.json: it was lost, or a removal was cut short"))
-    return found
+            damages.append(
+                Damage(split=name, array="", what="has no zarr.json: it was lost, or a removal was interrupted")
+            )
+    return damages
 
 
 def verify_cache(cache: Cache, progress: Callable[[str, int], None] = lambda split, rows: None) -> list[Damage]:
-    """Read all that a cache holds and return what is damaged, none where it is whole.
+    """Read a whole cache and return its damage; empty if there is none.
 
-    Of a split that is not sealed, the blocks that are marked are read: they will not be written again.
+    Of a split that is not sealed, the marked blocks are read, because they will not be written again.
 
     Args:
         cache: the cache.
         progress: called with a split's name and the rows just read.
     """
-    found = check_form(cache)
-    if not any(damage.split == "classifier" for damage in found):
+    damages = check_metadata(cache)
+    if not any(damage.split == "classifier" for damage in damages):
         try:
             cache.classifier()
         except CacheError as error:
-            found.append(Damage(split="classifier", array="", what=str(error).removeprefix(f"{cache.path}: ")))
+            damages.append(Damage(split="classifier", array="", what=str(error).removeprefix(f"{cache.path}: ")))
     for name in cache:
-        broken = {damage.array for damage in found if damage.split == name}
-        if "" not in broken:  # else it is not known for sure what rows there ought to be
-            found += _verify_split(cache, name, broken, progress)
-    return found
+        broken = {damage.array for damage in damages if damage.split == name}
+        if "" not in broken:  # else the number of rows is not certain
+            damages += _verify_split(cache, name, broken, progress)
+    return damages
 
 
 def foreign_files(cache: Cache) -> list[str]:
-    """Return what lies in a cache's folder and does not belong to it, from the root; of a folder its name with a / ."""
+    """Return the foreign files in a cache's folder, from the root; for a folder its name with a / at the end."""
     return find_foreign(cache.root.store, cache.header)
 
 
@@ -112,18 +114,18 @@ def _verify_split(cache: Cache, name: str, broken: set[str], progress: Callable[
         progress(name, min(header.block_rows, split.rows - block * header.block_rows))
     if split.sealed and whole:
         keys = list_split(cache.root.store, header, name)
-        if not is_as_sealed(cache.root, name, split.attributes, keys, sharded=header.shard_blocks > 1):
-            yield Damage(split=name, array="", what=UNLIKE_SEAL)
+        if not matches_seal(cache.root, name, split.attributes, keys, sharded=header.shard_blocks > 1):
+            yield Damage(split=name, array="", what=DIGEST_DIFFERS)
 
 
 def _chunk_problem(cache: Cache, array: zarr.Array[Any], block: int) -> str:
-    """What is wrong with a block of an array; nothing where it is whole."""
+    """Return the problem of a block of an array; empty if there is none."""
     start = block * cache.header.block_rows
     try:
         values = np.asarray(array[start : start + cache.header.block_rows])
     except (NacError, OSError, MemoryError):
         raise
-    except Exception as error:  # crc32c says ValueError, Blosc RuntimeError, a crafted chunk anything
+    except Exception as error:  # crc32c raises ValueError, Blosc RuntimeError, a crafted chunk any error
         return f"cannot be read ({type(error).__name__}: {str(error)[:120]})"
     missing = values == MISSING_INT if values.dtype.kind == "i" else np.isnan(values)
     if missing.any() and (values.dtype.kind == "i" or not is_there(cache.root, chunk_key(array, block, cache.header))):
@@ -132,8 +134,8 @@ def _chunk_problem(cache: Cache, array: zarr.Array[Any], block: int) -> str:
 
 
 def _value_problem(name: str, values: Any) -> str:
-    least = {"label": -1, "index": 0}.get(name)
-    return "" if least is None or (values >= least).all() else f"holds {int(values.min())}, below {least}"
+    lowest = {"label": -1, "index": 0}.get(name)
+    return "" if lowest is None or (values >= lowest).all() else f"holds {int(values.min())}, below {lowest}"
 
 
 def _classifier_problems(cache: Cache) -> list[tuple[str, str]]:
@@ -143,7 +145,7 @@ def _classifier_problems(cache: Cache) -> list[tuple[str, str]]:
         return [("", str(error).removeprefix("classifier/"))]
 
 
-def _form_of_split(cache: Cache, name: str) -> Iterator[Damage]:
+def _check_split_metadata(cache: Cache, name: str) -> Iterator[Damage]:
     if what := _group_problem(cache, name):
         yield Damage(split=name, array="", what=what)
         return
@@ -154,7 +156,7 @@ def _form_of_split(cache: Cache, name: str) -> Iterator[Damage]:
     for what in image_problems(group.attrs):
         yield Damage(split=name, array="", what=what)
     for spec in cache.header.layers:
-        if (what := _group_problem(cache, f"{name}/{spec.name}")) and not (what == NO_METADATA and only_begun(group)):
+        if (what := _group_problem(cache, f"{name}/{spec.name}")) and not (what == NO_METADATA and has_no_marks(group)):
             yield Damage(split=name, array=spec.name, what=what)
 
 

@@ -1,12 +1,12 @@
-"""Writing a cache: rows of a block first, then its mark, last the split's seal.
+"""Writing a cache: first the rows of a block, then its mark, last the split's seal.
 
     arrays of block k ──▶ blocks[k] = 1 ──▶ … all blocks … ──▶ sealed + digest
           │                     │                                   │
-    killed here: k is     killed here: k is done,          killed here: seals anew
+    killed here: k is     killed here: k is done,          killed here: seals again
     written again         the next block is next
 
-A writer never reads rows back and never touches another block's chunks. Before a mark or a seal is written, what it
-vouches for is on the disk (fsync), so that a power cut is no worse than a kill.
+A writer never reads rows and never writes another block's chunks. Before a mark or a seal is written, its
+rows are on the disk (fsync), so that a power cut has the effect of a kill.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from zarr.codecs import Crc32cCodec
 from nacpipe.cache.address import holds_cache, is_empty, open_store
 from nacpipe.cache.digest import split_digest
 from nacpipe.cache.durability import sync_files, writing
-from nacpipe.cache.identity import diff, said_by
+from nacpipe.cache.identity import comparable_fields, diff
 from nacpipe.cache.keys import is_draft, list_own, remove_own
 from nacpipe.cache.layout import (
     ALL_BITS,
@@ -46,20 +46,20 @@ from nacpipe.text import command_line
 
 
 class CacheWriter:
-    """A cache opened for writing. Opening one that exists checks that it was made from the same things."""
+    """A cache opened for writing. Opening an existing one checks its identity."""
 
     def __init__(self, path: str | Path, header: Header, *, first: bool = True) -> None:
         """Open the cache at `path`, or create it.
 
         Args:
-            path: where it is.
-            header: what it is made from.
-            first: False for a process that joins others: it creates nothing and tidies nothing up.
+            path: the cache's path or URL.
+            header: the root's attributes, with the identity that must match.
+            first: False for all but the first of several processes: such a process creates and removes nothing.
 
         Raises:
-            IdentityError: it was made from something else; the message says what differs.
+            IdentityError: the cache has another identity; the message names the differences.
             FormatError: it is not a cache of a version that this nacpipe writes.
-            CacheError: something else is there, or nothing can be written there.
+            CacheError: the path exists and is not a cache, or cannot be written.
         """
         self.path = str(path)
         self._disk = None if is_url(self.path) else Path(self.path)
@@ -77,7 +77,7 @@ class CacheWriter:
             raise CacheError(f"{self.path} is there already and is not a cache; give another --cache")
         else:
             if self._disk:
-                remove_drafts(self._disk)  # of a root that was never finished
+                remove_drafts(self._disk)  # of an interrupted creation of the root
             store = open_store(self.path, write=True)
             self.root = zarr.create_group(store, zarr_format=3, attributes=header.to_attributes())
             self.header = header
@@ -89,7 +89,7 @@ class CacheWriter:
         return self._disk.is_file() or any(not is_draft(entry.name) for entry in self._disk.glob("*"))
 
     def _sync(self, *keys: str) -> None:
-        """Wait until these objects are on the disk; a server has them when it says so."""
+        """Wait until these objects are on the disk; a server confirms each write."""
         if self._disk:
             sync_files([self._disk / key for key in keys], self._disk)
 
@@ -98,10 +98,10 @@ class CacheWriter:
             self._sync(*list_own(self.root.store, self.header, path))
 
     def write_classifier(self, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
-        """Store the last linear layer: weight (classes, features), bias (classes,). Done once."""
+        """Store the last linear layer, once: weight (classes, features), bias (classes,)."""
         with writing(self.path):
             if self._holds("classifier"):
-                self._member("classifier")  # or refused
+                self._member("classifier")  # refuses damaged metadata
             group = self.root.require_group("classifier")
             if group.attrs.get("written"):
                 return
@@ -120,24 +120,24 @@ class CacheWriter:
             group.attrs["written"] = True
 
     def prepare(self, name: str, rows: int, images: Mapping[str, Any]) -> NDArray[np.bool_]:
-        """Create what is missing of a split and return which of its blocks are done, (blocks,) bool.
+        """Create the missing arrays of a split and return which of its blocks are written, (blocks,) bool.
 
         Raises:
-            CacheError: it was begun with other rows or images.
+            CacheError: the split exists with other rows or images.
             InputError: the name of its set is reserved.
         """
         check_split_name(name)
         with writing(self.path):
             group = self._group(name, {"rows": rows, "sealed": False, "digest": None, "images": dict(images)})
             for what, wanted in (("rows", rows), ("images", images)):
-                if (found := group.attrs.get(what)) != wanted:
+                if (stored := group.attrs.get(what)) != wanted:
                     raise CacheError(
-                        f"{self.path}: {name} has {found} {what}, not {wanted}; drop it first with --redo"
+                        f"{self.path}: {name} has {stored} {what}, not {wanted}; drop it first with --redo"
                         f" {shlex.quote(name)}"
                     )
             missing = [path for path in self.header.arrays() if not self._holds(f"{name}/{path}")]
             if missing:
-                self._remove(f"{name}/blocks")  # marks of arrays that are not there would be lies
+                self._remove(f"{name}/blocks")  # marks must not outlive their arrays
             for path in missing:
                 if "/" in path:
                     group.require_group(path.split("/")[0])
@@ -148,7 +148,7 @@ class CacheWriter:
                 create_marks(group, count_blocks(rows, self.header.block_rows))
             for array, what in split_problems(group, self.header):
                 raise FormatError(
-                    f"{self.path}: {name}/{array} {what}; mend it with: {command_line('repair', self.path)}"
+                    f"{self.path}: {name}/{array} {what}; repair it with: {command_line('repair', self.path)}"
                 )
             if missing:
                 self._sync_below(name)
@@ -160,7 +160,7 @@ class CacheWriter:
         Args:
             name: the split.
             block: the block, or the first of a shard.
-            arrays: everything of `Header.arrays`; activations, gradients, features are rounded to `mantissa_bits` here.
+            arrays: all of `Header.arrays`; activations, gradients and features are rounded to `mantissa_bits` here.
         """
         expected = self.header.arrays()
         if set(arrays) != set(expected):
@@ -172,7 +172,7 @@ class CacheWriter:
         self._check_there()
         start = block * self.header.block_rows
         count = self.header.shard_blocks
-        written = []
+        keys = []
         for path, data in arrays.items():
             target = self._open(f"{name}/{path}")
             stop = min(start + count * self.header.block_rows, target.shape[0])
@@ -181,20 +181,22 @@ class CacheWriter:
                 raise CacheError(f"{name}/{path}, block {block}: got shape {data.shape}, expected {expected_shape}")
             rounded = self.header.mantissa_bits < ALL_BITS and target.dtype.kind == "f" and path != "logits"
             target[start:stop] = round_mantissa(data, self.header.mantissa_bits) if rounded else data
-            written.append(chunk_key(target, block, self.header))
-        self._check_there()  # or zarr would have made the folders of a store that is gone anew, for these rows alone
-        self._sync(*written)
+            keys.append(chunk_key(target, block, self.header))
+        self._check_there()  # Zarr would have created the folders of a removed store again, with these rows alone
+        self._sync(*keys)
         self._open(f"{name}/blocks")[block : block + count] = 1
 
     def _check_there(self) -> None:
-        if self._disk and not (self._disk / "zarr.json").exists():  # a server has no folders to be made anew
-            raise CacheError(f"{self.path} is gone: it was moved, removed or unmounted while it was written")
+        if self._disk and not (self._disk / "zarr.json").exists():  # only on a disk does Zarr create folders
+            raise CacheError(
+                f"{self.path} does not exist any more: it was moved, removed or unmounted while it was written"
+            )
 
     def seal(self, name: str) -> None:
         """Seal a split whose blocks are all marked.
 
         Raises:
-            CacheError: some are not.
+            CacheError: a block is not marked, or a chunk is missing.
         """
         with writing(self.path):
             self._check_there()
@@ -211,16 +213,16 @@ class CacheWriter:
             if array.nchunks_initialized < array.nchunks:
                 raise CacheError(
                     f"{self.path}: {name}/{path} lacks {array.nchunks - array.nchunks_initialized} of its chunks;"
-                    f" mend it with: {command_line('repair', self.path)}"
+                    f" repair it with: {command_line('repair', self.path)}"
                 )
         self._sync_below(name)
         attributes = dict(group.attrs)
-        # One write, where attrs.update makes one per key: killed in between, it would be sealed without a digest.
+        # One write; attrs.update would write each key, and a kill in between would leave a seal without a digest.
         group.update_attributes({"sealed": True, "digest": split_digest(self.root, name, attributes, self.header)})
         self._sync(f"{name}/zarr.json")
 
     def drop(self, name: str) -> None:
-        """Remove a split: first its seal, then its marks, then the rest; a half-removed one is never trusted."""
+        """Remove a split: first its seal, then its marks, then its arrays. A reader never uses a partly removed one."""
         if not self._holds(name):
             return
         with writing(self.path):
@@ -231,20 +233,20 @@ class CacheWriter:
         self._arrays.clear()
 
     def _remove(self, path: str) -> None:
-        """Remove the cache's objects below a path, whatever state its metadata are in; what is foreign stays."""
+        """Remove the cache's objects below a path, also with damaged metadata; foreign objects stay."""
         remove_own(self.root.store, self.header, path)
 
     def _group(self, name: str, attributes: Mapping[str, Any]) -> zarr.Group:
         parent = self.root
         for depth, part in enumerate(name.split("/")[:-1], start=1):
             if self._holds(path := "/".join(name.split("/")[:depth])):
-                self._member(path)  # or refused
+                self._member(path)  # refuses damaged metadata
             parent = parent.require_group(part)
         if self._holds(name):
             group = self._member(name)
             assert isinstance(group, zarr.Group)
             return group
-        self._remove(name)  # a removal that was cut short may have left arrays of other rows below a group that is gone
+        self._remove(name)  # an interrupted removal may have left arrays below a removed group
         return parent.create_group(name.split("/")[-1], attributes=dict(attributes))
 
     def _holds(self, path: str) -> bool:
@@ -254,7 +256,7 @@ class CacheWriter:
         try:
             return open_member(self.root, path)
         except FormatError as error:
-            raise FormatError(f"{self.path}: {error}; mend it with: {command_line('repair', self.path)}") from error
+            raise FormatError(f"{self.path}: {error}; repair it with: {command_line('repair', self.path)}") from error
 
     def _open(self, path: str) -> zarr.Array[Any]:
         if path not in self._arrays:
@@ -266,21 +268,21 @@ class CacheWriter:
 
 
 def check_identity(path: str, stored: Header, wanted: Header) -> None:
-    """Refuse to mix what does not belong together; what an older cache does not say of itself is not compared.
+    """Refuse to continue a cache with another identity; optional fields that it lacks are not compared.
 
     Raises:
         IdentityError: naming every value that differs and what to do.
     """
-    there = stored.whole_identity()
-    if differences := diff(there, said_by(there, wanted.whole_identity())):
+    stored_identity = stored.whole_identity()
+    if differences := diff(stored_identity, comparable_fields(stored_identity, wanted.whole_identity())):
         raise IdentityError(
             f"{path} was made from something else: {'; '.join(differences)}. Give another --cache, or"
-            f" {_remedy(there, differences)}"
+            f" {_remedy(stored_identity, differences)}"
         )
 
 
 def _remedy(stored: Mapping[str, Any], differences: Sequence[str]) -> str:
-    """What makes an identity the stored one again."""
+    """Return the options that restore the stored identity."""
     differ = {phrase.split(":")[0] for phrase in differences}
     arithmetic = stored.get("arithmetic", {})
     known = {
@@ -290,19 +292,19 @@ def _remedy(stored: Mapping[str, Any], differences: Sequence[str]) -> str:
         "source": "the network's file, and what it imports from its folder, as they were",
     }
     if "arithmetic.device" in differ:
-        differ.discard("arithmetic.memory_format")  # it follows the device
-    said = [text for key, text in known.items() if key in differ]
-    return ", ".join(said + ["the same options"] * bool(differ.difference(known)))
+        differ.discard("arithmetic.memory_format")  # it depends on the device
+    options = [text for key, text in known.items() if key in differ]
+    return ", ".join(options + ["the same options"] * bool(differ.difference(known)))
 
 
 def round_mantissa(values: NDArray[np.float32], mantissa_bits: int) -> NDArray[np.float32]:
-    """Return float32 values rounded to `mantissa_bits` bits of mantissa, which compress better; zeros stay zeros."""
+    """Return float32 values rounded to `mantissa_bits` bits of mantissa, for better compression; zeros stay zeros."""
     encoded = BitRound(keepbits=mantissa_bits).encode(np.array(values, np.float32))
     return np.asarray(encoded).view(np.float32).reshape(values.shape)
 
 
 def remove_drafts(path: Path) -> None:
-    """Remove what a killed writer left between its temporary file and the rename."""
+    """Remove the partial files of a killed writer."""
     for leftover in path.rglob("*.partial"):
         if is_draft(leftover.name):
             with contextlib.suppress(OSError):

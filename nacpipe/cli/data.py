@@ -91,7 +91,7 @@ def download(
         lists = read_lists(opened, root)
         _print_downloads([plan_download(opened, archive, lists, root, results, mirror) for archive in archives])
         return
-    problems = download_archives(opened, archives, root, results, mirror=mirror, say=note, progress=_Unpacking())
+    problems = download_archives(opened, archives, root, results, mirror=mirror, note=note, progress=_Unpacking())
     print_status(opened, root, as_json=False)
     if problems:
         raise DownloadError("; ".join(problems))
@@ -127,9 +127,9 @@ def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
     """Print one line per set, and what to do next."""
     from nacpipe.benchmarks.archives import has_archives
     from nacpipe.benchmarks.download import unlisted_splits
-    from nacpipe.benchmarks.status import survey
+    from nacpipe.benchmarks.status import read_status
 
-    sets = survey(benchmark, root)
+    sets = read_status(benchmark, root)
     if as_json:
         print_json(
             [

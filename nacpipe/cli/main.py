@@ -94,7 +94,7 @@ def _dress(error: Exception) -> tuple[str, int] | None:
         case MemoryError():
             return f"there is not enough memory for this ({error})" if str(error) else "there is not enough memory", 1
         case OSError():
-            safe = "; what was written is safe: make room, and the same command goes on"
+            safe = "; what was written is safe: free some space, and the same command goes on"
             where = f": {error.filename}" if error.filename else ""
             return f"{error.strerror or error}{where}{safe if error.errno in _FULL else ''}", 1
         case _:

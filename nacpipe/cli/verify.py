@@ -34,11 +34,11 @@ def verify(cache: str | Path, form_only: bool, as_json: bool) -> None:
     nacpipe verify cache/digits-digits_cnn.zarr --format
     """
     from nacpipe.cache import open_cache
-    from nacpipe.cache.verify import check_form, foreign_files, verify_cache
+    from nacpipe.cache.verify import check_metadata, foreign_files, verify_cache
     from nacpipe.errors import CacheError
 
     opened = open_cache(cache)
-    damage = check_form(opened) if form_only else verify_cache(opened, _progress(opened, "verify"))
+    damage = check_metadata(opened) if form_only else verify_cache(opened, _progress(opened, "verify"))
     foreign = foreign_files(opened)
     unfinished = [name for name in opened if not opened.peek(name).sealed]
     if as_json:
@@ -55,7 +55,7 @@ def verify(cache: str | Path, form_only: bool, as_json: bool) -> None:
     if unfinished:
         note(f"not finished: {', '.join(unfinished)}; finish with: {opened.command()}")
     if damage:
-        raise CacheError(f"{opened.path}: {len(damage)} damaged; mend it with: {command_line('repair', opened.path)}")
+        raise CacheError(f"{opened.path}: {len(damage)} damaged; repair it with: {command_line('repair', opened.path)}")
 
 
 @click.command()

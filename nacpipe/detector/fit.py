@@ -22,7 +22,7 @@ from nacpipe.method.sorted_index import sort_columns
 from nacpipe.networks.build import adopt_module
 from nacpipe.networks.layers import measure_layers
 from nacpipe.networks.taps import Taps, isolated
-from nacpipe.networks.wrappers import find_place, unwrap
+from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
 from nacpipe.scoring.params_file import read_params
 
 Source = str | Path | NacParams
@@ -84,7 +84,7 @@ def fit_detector(
     """
     params = NacParams(layers={name: layer for name, layer in params.layers.items() if layer.weight > 0})
     network = unwrap(network)
-    device = find_place(network)[0]
+    device = find_device_and_dtype(network)[0]
     coming = iter(batches)
     first = next(coming, None)
     if first is None:

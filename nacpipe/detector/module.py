@@ -36,8 +36,8 @@ from nacpipe.method.coverage import (
 )
 from nacpipe.networks.checkpoints import hash_network
 from nacpipe.networks.taps import POOLINGS, Tapped, Taps, find_penultimate, isolated
-from nacpipe.networks.trial import run_trial
-from nacpipe.networks.wrappers import find_place, unwrap
+from nacpipe.networks.trial import run_trial_batch
+from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
 
 
 class Detected(NamedTuple):
@@ -109,7 +109,7 @@ class Detector(nn.Module):
                 "the network was made under torch.inference_mode, which forbids gradients; make it outside"
             )
         with isolated(network, like.device):
-            trial = run_trial(name or type(network).__name__, network, like, embeds=outputs == "features")
+            trial = run_trial_batch(name or type(network).__name__, network, like, gives_features=outputs == "features")
             self.classifier, self._outputs = trial.classifier, outputs or trial.outputs
             self._direct = find_penultimate(network, self._specs, self.classifier, like)
         self._overwritten: Set[str] | None = None
@@ -254,7 +254,7 @@ def attach(exported: Exported, network: nn.Module) -> Detector:
         if inside:
             advice = f"that one is its module {inside[0]!r}: give network.{inside[0]}"
         raise DetectorError(f"it was exported for another network ({'; '.join(differences)}); {advice}")
-    side, (device, dtype) = transform.crop, find_place(network)
+    side, (device, dtype) = transform.crop, find_device_and_dtype(network)
     noise = torch.randn(2, len(transform.mean), side, side, generator=torch.Generator().manual_seed(0))
     return Detector(
         network,

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from nacpipe.cache import Cache, SplitView
-from nacpipe.cache.identity import diff, said_by
+from nacpipe.cache.identity import comparable_fields, diff
 from nacpipe.errors import IdentityError, InputError, ParamsError
 from nacpipe.method.counting import count_sorted
 from nacpipe.method.coverage import bin_edges, covered_area, layer_of, product_borders
@@ -202,7 +202,7 @@ def _check_same(caches: Sequence[Cache], split: str) -> None:
         if not has_classes(cache):
             raise InputError(f"{cache.path}: this network gives features, so that no image is classified correctly")
         first, this = identity(caches[0]), identity(cache)
-        if said := _differ(said_by(this, first), said_by(first, this)):
+        if said := _differ(comparable_fields(this, first), comparable_fields(first, this)):
             raise IdentityError(f"{cache.path} is not of the same training run as {caches[0].path}: {said}")
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from nacpipe.cache import Cache
-from nacpipe.cache.identity import diff, said_by
+from nacpipe.cache.identity import comparable_fields, diff
 from nacpipe.errors import IdentityError
 from nacpipe.evaluation.method_scores import table_splits
 
@@ -20,7 +20,7 @@ def check_runs(caches: Sequence[Cache]) -> None:
     """
     for first, second in pairwise(caches):
         a, b = _common(first), _common(second)
-        if differences := diff(said_by(b, a), said_by(a, b)):
+        if differences := diff(comparable_fields(b, a), comparable_fields(a, b)):
             raise IdentityError(
                 f"{first.path} (stored) and {second.path} (now) differ in more than their weights: "
                 + "; ".join(differences)

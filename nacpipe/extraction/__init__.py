@@ -1,1 +1,1 @@
-"""Stage 1: run a network over a benchmark's images once, and write its states to a cache."""
+"""Stage 1: run a network over a benchmark's images once, and write activations and gradients to a cache."""

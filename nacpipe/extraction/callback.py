@@ -1,4 +1,4 @@
-"""A training loop's callback: at each checkpoint, the states that `nacpipe rank` compares, as a cache of its own.
+"""A callback for training loops. It writes a cache at each checkpoint, which `nacpipe rank` compares.
 
 snapshots = Snapshots("run", {"id/train": train_loader, "id/val": val_loader}, layers=["avgpool"])
 for step in range(steps):
@@ -31,9 +31,9 @@ from nacpipe.cache import CacheWriter, Header
 from nacpipe.cache.layout import BLOCK_ROWS, check_layer_names, check_split_name
 from nacpipe.errors import InputError
 from nacpipe.networks.build import Network, adopt_module, classifier_weights
-from nacpipe.networks.layers import Measured, measure_layers, name_layers
+from nacpipe.networks.layers import MeasuredLayers, measure_layers, name_layers
 from nacpipe.networks.taps import Taps, isolated
-from nacpipe.networks.wrappers import find_place, unwrap
+from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
 
 _SPLIT = re.compile(r"id/(train|val|test)|csid/[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -41,7 +41,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # images (n, channels, side, side), l
 
 
 class Snapshots:
-    """Writes one cache per call; leaves the network's modes, flags and gradients, and random numbers, as they are."""
+    """Writes one cache per call. The network's modes, flags and gradients, and random generators, are unchanged."""
 
     def __init__(
         self,
@@ -52,20 +52,20 @@ class Snapshots:
         poolings: Mapping[str, str] | None = None,
         transform: Transform | None = None,
     ) -> None:
-        """Choose what is looked at.
+        """Choose splits and layers.
 
         Args:
-            folder: where the caches go.
-            splits: name → batches that can be gone through again and give the same images each time (a DataLoader
-                without shuffling or random transforms, a list). `id/train`, the training domains' images, is needed;
+            folder: the folder of the caches.
+            splits: name → batches that can be iterated repeatedly and give the same images each time (a DataLoader
+                without shuffling or random transforms, a list). `id/train`, the training domains' images, is required;
                 `id/val` is their validation part; `csid/NAME` are held-out domains, `csid/NAME_out` the parts of them
-                that only the oracle may see.
-            layers: module paths; or name → module path, for names of their own in the cache.
-            pools: layer → pooling, where the one that `nacpipe layers` would guess is wrong.
-            transform: how the images were prepared; None: their pixels are 0 … 1.
+                that only the oracle uses.
+            layers: module paths; or name in the cache → module path.
+            poolings: layer → pooling, in place of the one that `nacpipe layers` shows.
+            transform: the transform that prepared the images; None: their pixels are 0 … 1.
 
         Raises:
-            InputError: a split or layer name that cannot be.
+            InputError: the name of a split or layer is not allowed.
         """
         for name in splits:
             if not _SPLIT.fullmatch(name):
@@ -78,19 +78,19 @@ class Snapshots:
         self.poolings, self.transform = poolings or {}, transform
 
     def __call__(self, network: nn.Module, step: int) -> Path:
-        """Write the cache of one checkpoint and return where it is. Memory: one split's pooled numbers.
+        """Write the cache of one checkpoint and return its path. One split's pooled numbers are held in memory.
 
         Raises:
-            InputError: a layer is not in the network, a split has no images, a label is none of its classes, or the
-                network is random when evaluated.
-            CacheError: another cache is there already.
+            InputError: a layer is not in the network, a split has no images, a label is not a class, or the network is
+                random in evaluation mode.
+            CacheError: another cache exists at this path.
         """
         target = self.folder / f"step-{step:06}.zarr"
         network = unwrap(network)
-        device = find_place(network)[0]
-        # A DataLoader draws a seed each time it is gone through.
+        device = find_device_and_dtype(network)[0]
+        # A DataLoader draws a seed from the global generator at each iteration.
         with torch.random.fork_rng(devices=[]), isolated(network, device):
-            wrapped = adopt_module(network, _example(self.splits["id/train"]).to(device))
+            wrapped = adopt_module(network, _example_images(self.splits["id/train"]).to(device))
             if self.transform is not None:
                 wrapped = replace(wrapped, transform=self.transform)
             measured = measure_layers(wrapped, self.layers, list(self.poolings.items()))
@@ -101,19 +101,19 @@ class Snapshots:
             model = wrapped.model
             with Taps(network, measured.layers, model.classifier, outputs=model.outputs) as taps:
                 for name, batches in self.splits.items():
-                    arrays, given = _look(taps, batches, device, name)
+                    arrays, image_identity = _run_split(taps, batches, device, name)
                     check_labels(name, arrays["label"], measured.classes, lambda row: f"image {row} of its batches")
-                    _write_split(writer, name, arrays, given)
+                    _write_split(writer, name, arrays, image_identity)
         return target
 
 
-def _example(batches: Batches) -> Tensor:
+def _example_images(batches: Batches) -> Tensor:
     for images, _ in batches:
         return images[:1].repeat(2, 1, 1, 1)
     raise InputError("id/train has no images")
 
 
-def _header(network: Network, measured: Measured) -> Header:
+def _header(network: Network, measured: MeasuredLayers) -> Header:
     return Header(
         identity={
             "benchmark": "a training run",
@@ -139,20 +139,20 @@ def _header(network: Network, measured: Measured) -> Header:
     )
 
 
-def _look(
+def _run_split(
     taps: Taps, batches: Batches, device: torch.device, name: str
 ) -> tuple[dict[str, NDArray[Any]], Mapping[str, Any]]:
-    """Run a split; return its arrays, (rows, …) each, and what the cache remembers of its images."""
+    """Run a split; return its arrays, (rows, …) each, and the attribute `images`."""
     parts: list[dict[str, NDArray[Any]]] = []
     digest = hashlib.sha256()
     for images, labels in batches:
         tapped = taps(images.detach().to(device))
-        found = {f"{layer}/activation": value for layer, value in tapped.activation.items()}
-        found |= {f"{layer}/gradient": value for layer, value in tapped.gradient.items()}
-        found["logits"] = tapped.logits
+        tensors = {f"{layer}/activation": value for layer, value in tapped.activation.items()}
+        tensors |= {f"{layer}/gradient": value for layer, value in tapped.gradient.items()}
+        tensors["logits"] = tapped.logits
         if tapped.features is not None:
-            found["features"] = tapped.features
-        part: dict[str, NDArray[Any]] = {path: value.float().cpu().numpy() for path, value in found.items()}
+            tensors["features"] = tapped.features
+        part: dict[str, NDArray[Any]] = {path: value.float().cpu().numpy() for path, value in tensors.items()}
         parts.append({**part, "label": labels.cpu().numpy().astype(np.int64)})
         digest.update(images.detach().cpu().contiguous().numpy().tobytes())
         digest.update(parts[-1]["label"].tobytes())

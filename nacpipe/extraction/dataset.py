@@ -1,6 +1,6 @@
 """Images of lists, class folders, torchvision's data sets and packaged sets, as deterministic batches.
 
-Order is the list's order; nothing is shuffled, dropped or repeated.
+Images are in the list's order; none is shuffled, dropped or repeated.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ImageSet:
     source: str
     """The list's file name, the folder, torchvision's class, or the packaged set's name."""
     sha256: str
-    """Of the list's bytes, of the packaged images, or of the labels of torchvision's data set."""
+    """Digest of the list's bytes, of the packaged images, or of the labels of torchvision's data set."""
     open: Callable[[int], Image.Image]
     """Position in the list → the decoded image."""
     labels: NDArray[np.int64]
@@ -46,26 +46,26 @@ class ImageSet:
     index: NDArray[np.int64]
     """(rows,): positions in the list of the samples to extract, in order."""
     listed: ImageList | None = None
-    """Where the files are; None where the images are not in files of their own."""
+    """The image files; None if the images are not in separate files."""
     pre_resized: bool = False
-    """Neither resized nor cropped, only normalised."""
+    """Whether images are neither resized nor cropped, only normalised."""
     one_thread: bool = False
-    """Read by one thread, in order: the data set may keep state from one image to the next."""
+    """Whether one thread reads the images in order, because the data set may keep state between images."""
     choice: dict[str, Any] = field(default_factory=dict)
-    """What else is part of the cache's identity: how `index` was chosen, torchvision's arguments."""
+    """Further fields of the cache's identity: how `index` was chosen, torchvision's arguments."""
     notes: tuple[str, ...] = ()
-    """What to say aloud."""
+    """Notes to print."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what the cache remembers of this set."""
+        """Return the attribute `images` of this set's split."""
         return {"list": self.source, "sha256": self.sha256, **self.choice}
 
     def where(self, row: int) -> str:
-        """Return how to name the image at a position of the list."""
+        """Return a description of the image at a position of the list, for messages."""
         return f"number {row} of {self.source}" if self.listed is None else self.listed.where(row)
 
     def check_labels(self, classes: int) -> None:
-        """Refuse labels that are none of the classes 0 … classes − 1; an OOD set's are not looked at.
+        """Refuse labels outside 0 … classes − 1; an OOD set's labels are not checked.
 
         Raises:
             InputError: counts the wrong labels and names the first.
@@ -73,11 +73,11 @@ class ImageSet:
         check_labels(self.name, self.labels, classes, self.where)
 
     def missing(self) -> list[int]:
-        """Return the positions in the list of those samples to extract whose file is not there."""
+        """Return the positions in the list of the samples to extract whose file does not exist."""
         return [] if self.listed is None else self.listed.missing(self.index.tolist())
 
     def check(self, rows: NDArray[np.int64]) -> None:
-        """Refuse positions whose file is not there.
+        """Refuse positions whose file does not exist.
 
         Raises:
             ImageError: counts the missing files and names the first.
@@ -97,11 +97,11 @@ def open_images(
     train_seed: int,
     allow_truncated: bool = False,
 ) -> ImageSet | None:
-    """Return a split's images, or None where its list is not there.
+    """Return a split's images, or None if its list does not exist.
 
     Raises:
         ImageError: the list is malformed, naming file and line.
-        InputError: a label of id/train is no class of the benchmark.
+        InputError: a label of id/train is not a class of the benchmark.
     """
     notes: list[str] = []
     source, listed, choice = split.source, None, dict[str, Any]()
@@ -138,7 +138,7 @@ def open_images(
 
 
 def _choose_training(images: ImageSet, benchmark: Benchmark, count: int, seed: int) -> ImageSet:
-    """Choose as many images of every class; how is part of the set's identity."""
+    """Choose the same number of images of every class; the choice is part of the set's identity."""
     images.check_labels(benchmark.classes)
     try:
         index = choose_balanced(images.labels, benchmark.classes, count, seed)
@@ -167,7 +167,7 @@ def _opener(listed: ImageList, allow_truncated: bool) -> _Opener:
 
 
 def build_transform(transform: Transform, pre_resized: bool = False) -> Callable[[Image.Image], Tensor]:
-    """Return image → (channels, crop, crop) float32: OpenOOD's test transform; pre-resized: no resize, no crop."""
+    """Return image → (channels, crop, crop) float32: OpenOOD's test transform; no resize and crop if pre-resized."""
     mode = "L" if len(transform.mean) == 1 else "RGB"
     geometry = [
         transforms.Resize(transform.resize, interpolation=transforms.InterpolationMode(transform.interpolation)),
@@ -192,17 +192,17 @@ def load_batches(
 ) -> Iterator[Tensor]:
     """Yield one tensor (n, channels, height, width) per batch, in order, decoding ahead on `workers` threads.
 
-    A set that keeps state is read by one thread, in the order of the batches, whatever the number of workers.
+    If `images.one_thread` is set, one thread reads the batches in order, for any number of workers.
 
-    `pin` puts batches in page-locked memory, from which a GPU fetches them while it computes.
+    `pin` puts batches in page-locked memory, so that they are copied to a GPU while it computes.
     """
 
     def decode(batch: range) -> Tensor:
-        found = [transform(images.open(int(images.index[row]))) for row in batch]
-        if len({image.shape for image in found}) > 1:  # pre-resized sets alone
-            sizes = sorted({"×".join(str(side) for side in image.shape[:0:-1]) for image in found})
+        decoded = [transform(images.open(int(images.index[row]))) for row in batch]
+        if len({image.shape for image in decoded}) > 1:  # pre-resized sets alone
+            sizes = sorted({"×".join(str(side) for side in image.shape[:0:-1]) for image in decoded})
             raise ImageError(f"{images.name} is pre_resized, but its images differ in size: {', '.join(sizes)}")
-        return torch.stack(found).pin_memory() if pin else torch.stack(found)
+        return torch.stack(decoded).pin_memory() if pin else torch.stack(decoded)
 
     if workers == 0:
         yield from map(decode, batches)

@@ -1,7 +1,7 @@
 """Several processes on one cache, as started by torchrun.
 
-    blocks   0 1 2 3 | 4 5 6 7 | 8 9 10      each rank a contiguous range of whole shards; one writer per shard
-             rank 0    rank 1    rank 2      the first rank creates and seals, the others wait for it
+    blocks   0 1 2 3 | 4 5 6 7 | 8 9 10      each rank writes a contiguous range of whole shards
+             rank 0    rank 1    rank 2      rank 0 creates and seals, the others wait for it
 
 Batches never cross a block, so the finished cache equals the one that a single process writes, value for value.
 """
@@ -15,41 +15,41 @@ from dataclasses import dataclass
 
 import torch.distributed
 
-PATIENCE = datetime.timedelta(days=7)  # a rank may have much more to do than another
+TIMEOUT = datetime.timedelta(days=7)  # one rank may have much more work than another
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among its fellows."""
+    """This process among those that torchrun started; `rank` is torch's word."""
 
     rank: int = 0
     world: int = 1
     local: int = 0
-    """Among those on this machine; picks the GPU."""
+    """The rank among the processes on this machine; selects the GPU."""
     local_world: int = 1
-    """How many are on this machine."""
+    """Number of processes on this machine."""
 
     @property
     def first(self) -> bool:
-        """True for the one that creates and seals."""
+        """Whether this is rank 0, which creates and seals."""
         return self.rank == 0
 
     @property
     def alone(self) -> bool:
-        """True where no other process shares the cache."""
+        """Whether no other process writes the cache."""
         return self.world == 1
 
     def share(self, units: Sequence[int]) -> Sequence[int]:
-        """Return this rank's contiguous part of what is to be done."""
+        """Return this rank's contiguous part of the units."""
         return units[self.rank * len(units) // self.world : (self.rank + 1) * len(units) // self.world]
 
     def wait(self) -> None:
-        """Wait until all are here."""
+        """Wait until all ranks have called this."""
         if self.world > 1:
             torch.distributed.barrier()
 
     def agree(self, value: int) -> int:
-        """Return the first rank's value; all call this."""
+        """Return rank 0's value; all ranks must call this."""
         if self.world == 1:
             return value
         shared = torch.tensor([value])
@@ -58,12 +58,12 @@ class Ranks:
 
 
 def join_ranks() -> Ranks:
-    """Join the processes that torchrun started; alone where it did not."""
+    """Join the processes that torchrun started; without torchrun, return a single rank."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks()
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
     local, local_world = (
         int(os.environ.get(name, usual)) for name, usual in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
@@ -71,6 +71,6 @@ def join_ranks() -> Ranks:
 
 
 def leave_ranks() -> None:
-    """Part from the others."""
+    """Destroy the process group."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""One image file, decoded: known formats alone, at most 8 bits per value."""
+"""Decoding one image file: known formats only, at most 8 bits per value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from nacpipe.errors import ImageError
 
-# Pillow goes by content, not by name, and hands PostScript to another program.
+# Pillow chooses the format by content and passes PostScript to Ghostscript.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 CANNOT_READ = "image cannot be read: "
 
@@ -24,7 +24,7 @@ def read_image(path: Path, where: str, allow_truncated: bool = False, if_truncat
     """Read and decode an image file, of at most 8 bits per value (`to_eight_bits`).
 
     Raises:
-        ImageError: it is not there, cannot be read, or has values of unknown range; `where` names it.
+        ImageError: the file does not exist, cannot be read, or has values of unknown range; `where` names it.
     """
     try:
         image = Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS)
@@ -34,12 +34,12 @@ def read_image(path: Path, where: str, allow_truncated: bool = False, if_truncat
         raise ImageError(f"image is not there: {where}") from None
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         hint = if_truncated if "truncated" in str(error) else ""
-        what = re.sub(r" <_io.BytesIO object at \w+>", "", str(error) or type(error).__name__).splitlines()[0][:120]
-        raise ImageError(f"{CANNOT_READ}{where}: {what}{hint}") from error
+        reason = re.sub(r" <_io.BytesIO object at \w+>", "", str(error) or type(error).__name__).splitlines()[0][:120]
+        raise ImageError(f"{CANNOT_READ}{where}: {reason}{hint}") from error
 
 
 def _load(image: Image.Image, allow_truncated: bool) -> None:
-    ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated  # Pillow's only switch; the same for the whole command
+    ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated  # a global setting of Pillow, with one value per command
     image.load()
 
 
@@ -47,13 +47,13 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     """Return an image whose values have at most 8 bits; Pillow's own conversion cuts wider ones off at 255.
 
         grey PNG of 16 bits                      v · 255 / 65535, rounded
-        grey TIFF of 12 or 16 bits               v · 255 / (2^bits − 1), rounded; turned round where 0 is white
+        grey TIFF of 12 or 16 bits               v · 255 / (2^bits − 1), rounded; inverted if 0 is white
         PGM with a maximum above 255             the same, of the values 0 … 65535 that Pillow scales it to
-        PNG, PPM, TIFF with 16 bits per colour   as Pillow gives it: 8 bits
+        PNG, PPM, TIFF with 16 bits per colour   as Pillow reads it: 8 bits
         floats, signed or 32-bit integers, Lab   refused: their range is not known, or Pillow cannot convert them
 
     Raises:
-        ValueError: the range of its values is not known.
+        ValueError: the range of the values is not known.
     """
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     if image.mode in _EIGHT_BITS and _SIGNED not in tags.get(_SAMPLE_FORMAT, ()):
@@ -61,11 +61,11 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     scaled_by_pillow = image.mode == "I" and image.format in ("PNG", "PPM")
     if not (image.mode.startswith("I;16") or scaled_by_pillow):
         raise ValueError(f"its values are {_describe(image)}; save it with 8 or 16 bits per value, unsigned")
-    top = 2 ** max(tags.get(_BITS, (16,))) - 1
+    max_value = 2 ** max(tags.get(_BITS, (16,))) - 1
     values = np.asarray(image).astype(np.int64)  # (height, width)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        values = top - values
-    return Image.fromarray(((values * 255 + top // 2) // top).astype(np.uint8))
+        values = max_value - values
+    return Image.fromarray(((values * 255 + max_value // 2) // max_value).astype(np.uint8))
 
 
 def _describe(image: Image.Image) -> str:

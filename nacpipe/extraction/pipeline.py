@@ -1,13 +1,13 @@
-"""Extraction: batches → append → seal, obeying a plan.
+"""Extraction: runs the batches of a plan and writes their blocks.
 
-    threads     decode ── decode ── decode ──▶ a few batches ahead
+    threads     decode ── decode ── decode ──▶    a few batches ahead
     network              forward, backward ── forward, backward ──▶
     writer                                    block k ──────▶ block k + 1
 
-Memory is two blocks of pooled numbers and a few batches of images, whatever the number of images.
+Memory holds two blocks of pooled numbers and a few batches of images, for any number of images.
 
-A new cache's blocks have 1, 2, 4, 8, … batches: as many as are about ten seconds of work, which is what a kill costs,
-and at most 512 rows. That is chosen once, by the time of a trial batch, and then read from the cache.
+A block of a new cache has 1, 2, 4, 8, … batches: about ten seconds of work, which a kill loses, and at most 512 rows.
+The number is chosen once, from the time of a trial batch, and later read from the cache.
 """
 
 from __future__ import annotations
@@ -33,67 +33,68 @@ from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.build import classifier_weights
 from nacpipe.networks.taps import Tapped
 
-ACCURACY_ROWS = 8192  # that are read at once
+ACCURACY_ROWS = 8192  # rows that are read at once
 Arrays = dict[str, NDArray[Any]]
 
 
 Progress = Callable[[str, int], None]
-"""A split's name, and the rows that just went through the network."""
-Say = Callable[[str], None]
+"""Called with a split's name and the number of rows of the batch just run."""
+Note = Callable[[str], None]
 
 
 def extract(
     plan: Plan,
     progress: Progress = lambda split, rows: None,
     ranks: Ranks = Ranks(),  # noqa: B008 (a frozen record)
-    say: Say = lambda text: None,
+    note: Note = lambda text: None,
 ) -> None:
-    """Do what the plan says. Killed at any moment, the same command goes on; blocks that are marked are never redone.
+    """Extract as planned. After a kill, the same call continues; marked blocks are never computed again.
 
     Args:
-        plan: from `plan_extraction`; `choose_blocks` is done where it was not.
+        plan: from `plan_extraction`; `choose_blocks` is called if needed.
         progress: called after every batch.
-        ranks: this process among those that share the cache.
-        say: told what a person should know: the accuracy on id/train, once that is done; that batches are smaller than
-            asked for.
+        ranks: this process among those that write the cache.
+        note: called with notes: the accuracy on id/train when it is written; the size of batches if it is reduced.
 
     Raises:
         ImageError: an image cannot be read, naming file, list and line.
-        InputError: not even one image fits the device's memory.
+        InputError: a single image does not fit the device's memory.
         CacheError: another extraction writes this cache, or it cannot be written.
     """
-    plan = choose_blocks(plan, ranks, say)
+    plan = choose_blocks(plan, ranks, note)
     with CacheLock(plan.request.cache) as lock:
-        _extract(plan, progress, ranks, say, lock)
+        _extract(plan, progress, ranks, note, lock)
 
 
-def choose_blocks(plan: Plan, ranks: Ranks = Ranks(), say: Say = lambda text: None) -> Plan:  # noqa: B008
-    """Return the plan of a new cache with blocks of about ten seconds of work; any other plan as it is.
+def choose_blocks(plan: Plan, ranks: Ranks = Ranks(), note: Note = lambda text: None) -> Plan:  # noqa: B008
+    """Return the plan of a new cache with blocks of about ten seconds of work; any other plan unchanged.
 
-    The network runs two batches of noise, of which the second is timed. The first rank's choice is everybody's.
+    The network runs two batches of noise, of which the second is timed. All ranks use the choice of rank 0.
 
     Raises:
-        InputError: not even one image fits the device's memory.
+        InputError: a single image does not fit the device's memory.
     """
     if not plan.blocks_are_open:
         return plan
     rows, size = 0, plan.request.batch_size
     if ranks.first:
-        seconds = _time_batch(plan) * plan.header.shard_blocks  # a shard is written at once
+        seconds = _time_batch(plan) * plan.header.shard_blocks  # one write is a shard
         rows = choose_block_rows(size, seconds, plan.header.most_block_rows)
         if seconds > BLOCK_SECONDS:
             unit = "a batch" if plan.header.shard_blocks == 1 else f"a shard of {plan.header.shard_blocks} batches"
-            say(f"{unit} takes {seconds:.0f} s, which is what an interruption costs; a smaller --batch-size costs less")
+            note(
+                f"{unit} takes {seconds:.0f} s, which is what an interruption costs; a smaller --batch-size costs less"
+            )
     return plan.with_block_rows(ranks.agree(rows))
 
 
 def _time_batch(plan: Plan) -> float:
-    """Seconds that a batch takes through the network, after one that warms up."""
+    """Return the seconds that the network needs for a batch, after a first batch that is not timed."""
     network, seconds = plan.network, 0.0
     noise = torch.randn(network.blank(1).shape[1:], generator=torch.Generator().manual_seed(0)).to(network.dtype)
     images = noise.expand(plan.request.batch_size, *noise.shape).contiguous()
     with plan.taps() as taps:
-        run = BatchRunner(lambda images: _arrays_of(taps(images)), network.device)
+        run = BatchRunner(lambda images: _to_arrays(taps(images)), network.device)
         for _ in range(2):
             started = time.perf_counter()
             list(run(images))
@@ -101,8 +102,8 @@ def _time_batch(plan: Plan) -> float:
     return seconds
 
 
-def _extract(plan: Plan, progress: Progress, ranks: Ranks, say: Say, lock: CacheLock) -> None:
-    ranks.wait()  # all have planned before anything changes
+def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: CacheLock) -> None:
+    ranks.wait()  # until all have planned: nothing changes before
     if ranks.first:
         lock.take()
         writer = CacheWriter(plan.request.cache, plan.header)
@@ -117,7 +118,7 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, say: Say, lock: Cache
     if writer.header.block_rows != plan.header.block_rows:
         raise CacheError(f"{plan.request.cache} was made by another extract meanwhile; the same command goes on")
     with plan.taps() as taps, ThreadPoolExecutor(1) as pool:
-        run = BatchRunner(lambda images: _arrays_of(taps(images)), plan.network.device, say)
+        run = BatchRunner(lambda images: _to_arrays(taps(images)), plan.network.device, note)
         for split in plan.splits:
             if split.sealed:
                 continue
@@ -138,22 +139,25 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, say: Say, lock: Cache
             if ranks.first:
                 writer.seal(name)
                 if name == "id/train" and plan.network.model.outputs != "features":
-                    say(_accuracy(plan.request.cache, plan.header.classes))
+                    note(_accuracy(plan.request.cache, plan.header.classes))
 
 
 def _accuracy(cache: str | Path, classes: int) -> str:
-    """What the network gets right of id/train, from the cache: where it is little, the network or images are amiss."""
+    """Return a note on the accuracy on id/train, from the cache; a low one shows wrong weights or images."""
     split, correct = open_cache(cache)["id/train"], 0
     try:
         for start in range(0, split.rows, ACCURACY_ROWS):
             rows = slice(start, min(start + ACCURACY_ROWS, split.rows))
             correct += int((split.read("logits", rows).argmax(axis=1) == split.label[rows]).sum())
-    except ValuesError as error:  # whatever needs the logits will refuse them
+    except ValuesError as error:  # every use of the logits refuses them
         return str(error)
     share = correct / split.rows
     text = f"id/train: accuracy {100 * share:.2f} % of {split.rows} images"
     if share < max(0.5, 1.5 / classes):
-        text += "; a trained network gets most right: look at the weights, the normalisation, the order of the classes"
+        text += (
+            "; a trained network classifies most images correctly: check the weights, the normalisation, the order of"
+            " the classes"
+        )
     return text
 
 
@@ -178,11 +182,11 @@ def _run_blocks(
         yield unit, {**arrays, "label": split.images.labels[index], "index": index}
 
 
-def _arrays_of(tapped: Tapped) -> Arrays:
-    """Array path → (n, width) float32 on the CPU."""
-    found = {f"{name}/activation": value for name, value in tapped.activation.items()}
-    found |= {f"{name}/gradient": value for name, value in tapped.gradient.items()}
-    found["logits"] = tapped.logits
+def _to_arrays(tapped: Tapped) -> Arrays:
+    """Return array path → (n, width) float32 on the CPU."""
+    tensors = {f"{name}/activation": value for name, value in tapped.activation.items()}
+    tensors |= {f"{name}/gradient": value for name, value in tapped.gradient.items()}
+    tensors["logits"] = tapped.logits
     if tapped.features is not None:
-        found["features"] = tapped.features
-    return {path: value.float().cpu().numpy() for path, value in found.items()}
+        tensors["features"] = tapped.features
+    return {path: value.float().cpu().numpy() for path, value in tensors.items()}

@@ -1,6 +1,6 @@
-"""What extraction will do, as a value: what is there, what is missing, rows and bytes, where it goes on.
+"""The plan of an extraction: existing and missing blocks, rows and bytes.
 
-`--dry-run` prints it; `extract` obeys it.
+`--dry-run` prints it; `extract` executes it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from nacpipe.networks.taps import Taps, find_penultimate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitPlan:
-    """What is to be done for one split."""
+    """The work for one split."""
 
     images: ImageSet
     todo: tuple[int, ...]
@@ -50,7 +50,7 @@ class SplitPlan:
     blocks: int
     sealed: bool
     drop: bool
-    """Removed first: asked for with --redo."""
+    """Whether the split is removed first (--redo)."""
 
     @property
     def rows(self) -> int:
@@ -59,7 +59,7 @@ class SplitPlan:
 
     @property
     def state(self) -> str:
-        """In a word or two, for people."""
+        """The state in a few words."""
         if self.sealed:
             return "done"
         if self.drop:
@@ -69,25 +69,25 @@ class SplitPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything extraction will do."""
+    """The plan of an extraction."""
 
     request: ExtractRequest
     header: Header
     network: Network = field(repr=False)
     penultimate: Set[str]
-    """Layers that are the classifier's input themselves."""
+    """Layers whose pooled output is the classifier's input."""
     overwritten: Set[str]
-    """Layers whose output what follows changes in place."""
+    """Layers whose output a later module changes in place."""
     exists: bool
-    """Whether the cache is there already."""
+    """Whether the cache exists."""
     blocks_are_open: bool
-    """Whether a trial batch is to say how many rows a block has (extract.choose_blocks); here they are the most."""
+    """Whether `choose_blocks` (pipeline.py) sets the rows of a block; until then the header has the largest number."""
     splits: tuple[SplitPlan, ...]
     notes: tuple[str, ...]
-    """What to say aloud: sets left out, lists that stand in for others."""
+    """Notes to print: sets that are left out, lists that replace others."""
 
     def with_block_rows(self, block_rows: int) -> Plan:
-        """Return the plan of a new cache with blocks of so many rows."""
+        """Return the plan of a new cache with this number of rows per block."""
         splits = []
         for split in self.splits:
             blocks = count_blocks(split.rows, block_rows)
@@ -96,7 +96,7 @@ class Plan:
         return replace(self, header=header, splits=tuple(splits), blocks_are_open=False)
 
     def units(self, split: SplitPlan) -> list[int]:
-        """Return what is written at once, by its first block: blocks, or the shards that have an unmarked block."""
+        """Return the first blocks of the units of writing: unmarked blocks, or shards that contain one."""
         shard = self.header.shard_blocks
         return sorted({block - block % shard for block in split.todo})
 
@@ -108,7 +108,7 @@ class Plan:
     def batches(self, split: SplitPlan, unit: int) -> list[range]:
         """Return a unit's batches; none crosses a block, so resuming and sharing keep every boundary.
 
-        With another batch size than the cache was made with, a block's last batch is what is left of the block.
+        With another batch size than the cache's, the last batch of a block has the remaining rows.
         """
         rows, block, size = self.rows_of_unit(split, unit), self.header.block_rows, self.request.batch_size
         blocks = [rows[i : i + block] for i in range(0, len(rows), block)]
@@ -123,7 +123,7 @@ class Plan:
         return sum(len(self.rows_of_unit(split, unit)) for unit in ranks.share(self.units(split)))
 
     def taps(self) -> Taps:
-        """Return hooks on the network's layers, as the request wants them run."""
+        """Return hooks on the network's layers, with the request's options."""
         request, network = self.request, self.network
         return Taps(
             network.module,
@@ -137,18 +137,17 @@ class Plan:
 
 
 def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks = Ranks()) -> Plan:  # noqa: B008
-    """Decide what to do; reads lists, weights and the cache's marks, changes nothing.
+    """Plan an extraction; reads lists, weights and the cache's marks, and changes nothing.
 
     Args:
-        request: what is asked for.
-        dry: the plan will only be looked at: no weights are loaded, and images that are not there are counted, not
-            refused.
-        ranks: this process among those that share the cache.
+        request: the options.
+        dry: the plan is only printed: no weights are loaded, and missing images are counted, not refused.
+        ranks: this process among those that write the cache.
 
     Raises:
-        InputError: an unknown benchmark, model, layer or split, a file that is not there, or a label of an ID or csid
-            split that is no class of the benchmark.
-        IdentityError: the cache was made from something else.
+        InputError: an unknown benchmark, model, layer or split, a missing file, or a label of an ID or csid split that
+            is not a class of the benchmark.
+        IdentityError: the cache has another identity.
     """
     pin_arithmetic()
     request.check()
@@ -166,25 +165,27 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         device = find_device(request.device, ranks.local, ranks.local_world)
         network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
     notes += [f"images are prepared by {network.prepared_by}: {network.transform.describe()}", *network.notes]
-    layers, classes, features, said = measure_layers(network, request.layers, request.poolings)
-    notes += said
+    layers, classes, features, layer_notes = measure_layers(network, request.layers, request.poolings)
+    notes += layer_notes
     header = make_header(request, network, layers, classes, features)
     exists = holds_cache(request.cache)
     if not exists:
         _check_block(request, header)
         if request.block_rows is None:
-            most = choose_block_rows(request.batch_size, 0.0, header.most_block_rows)
-            header = replace(header, block_rows=most)
+            max_rows = choose_block_rows(request.batch_size, 0.0, header.most_block_rows)
+            header = replace(header, block_rows=max_rows)
     if is_url(request.cache):
-        open_store(request.cache, write=True)  # or refused
-        notes.append(f"{request.cache}: two extractions into it at once are not kept apart, as in a folder; run one")
+        open_store(request.cache, write=True)  # refuses addresses that cannot be written
+        notes.append(
+            f"{request.cache}: two extractions into it at once are not refused, as they are in a folder; run one"
+        )
     done: dict[str, tuple[bool, NDArray[np.bool_]]] = {}
     redone: list[str] = []
     if exists:
         cache = open_cache(request.cache)
-        if dry:  # whatever weights and device there are
-            theirs = {k: v for k, v in cache.header.identity.items() if k in ("weights", "arithmetic")}
-            header = replace(header, identity={**header.identity, **theirs})
+        if dry:  # weights and device are not known, and not compared
+            stored_fields = {k: v for k, v in cache.header.identity.items() if k in ("weights", "arithmetic")}
+            header = replace(header, identity={**header.identity, **stored_fields})
         check_identity(cache.path, cache.header, header)
         if not dry:
             _check_features(cache.path, cache.header, header, network)
@@ -199,7 +200,7 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
                 continue
             split = cache.peek(images.name)
             if images.name in request.redo and (split.sealed or diff(split.images, images.identity())):
-                redone.append(images.name)  # one that is not finished goes on: it was dropped before
+                redone.append(images.name)  # an unfinished split was dropped before and continues
                 continue
             _check_images(cache.path, images, split.images)
             done[images.name] = (split.sealed, split.marks())
@@ -230,7 +231,7 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
 
 
 def _check_block(request: ExtractRequest, header: Header) -> None:
-    """Refuse blocks that no batches make up, or that cannot be stored."""
+    """Refuse blocks that are not a multiple of the batch, or that cannot be stored."""
     if header.block_rows % request.batch_size:
         raise InputError(
             f"block-rows is {header.block_rows}; it must be a multiple of batch-size, {request.batch_size}"
@@ -241,7 +242,7 @@ def _check_block(request: ExtractRequest, header: Header) -> None:
 
 
 def _with_images(benchmark: Benchmark, sets: Sequence[ImageSet], notes: list[str]) -> list[ImageSet]:
-    """Leave out, and say so, optional sets without any image: lists come in one archive, images in many."""
+    """Leave out optional sets without any image, with a note: lists come in one archive, images in many."""
     kept = []
     for images in sets:
         if benchmark.split(images.name).optional and len(images.missing()) == images.index.size:
@@ -252,7 +253,7 @@ def _with_images(benchmark: Benchmark, sets: Sequence[ImageSet], notes: list[str
 
 
 def _prepare(request: ExtractRequest, network: Network, layers: Sequence[LayerSpec]) -> tuple[Set[str], Set[str]]:
-    """Put the network in its memory format and try which layers are the classifier's input, and which overwritten."""
+    """Set the memory format; return the layers that are the classifier's input, and those that are overwritten."""
     if request.channels_last_on(network.device):
         network.module.to(memory_format=torch.channels_last)
     side = network.transform.crop
@@ -264,7 +265,7 @@ def _prepare(request: ExtractRequest, network: Network, layers: Sequence[LayerSp
 
 
 def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
-    """Open the lists of the wanted splits; leave out, and say so, what nobody asked for by name and is not there."""
+    """Open the lists of the wanted splits; missing ones that were not requested by name are left out, with a note."""
     benchmark = open_benchmark(request.benchmark)
     root = choose_root(benchmark, request.data_root)
     sets: list[ImageSet] = []
@@ -293,7 +294,7 @@ def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
 
 
 def _check_features(path: str, stored: Header, wanted: Header, network: Network) -> None:
-    """Refuse a cache whose classifier is not the network's: an earlier nacpipe took it by its place alone."""
+    """Refuse a cache with another classifier: an earlier nacpipe chose it by its position alone."""
     if stored.features != wanted.features:
         why = f" ({network.no_classifier})" if network.no_classifier else ""
         raise IdentityError(

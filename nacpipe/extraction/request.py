@@ -1,4 +1,4 @@
-"""What someone asks of an extraction, and what the cache will say it was made from."""
+"""The options of an extraction, and the header of its cache."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from nacpipe.errors import InputError
 from nacpipe.files import is_url
 from nacpipe.networks.build import Network
 
-BLOCK_SECONDS = 10.0  # of work, which is what a kill costs
+BLOCK_SECONDS = 10.0  # of work, which a kill loses
 AUTOCAST: Mapping[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractRequest:
-    """What someone asks for."""
+    """The options of an extraction."""
 
     benchmark: str
     model: str
     cache: str | Path
     """A folder, or a URL."""
     checkpoint: Path | None = None
-    """A file, a folder with one checkpoint, or a name of published weights; None means the model's own."""
+    """A file, a folder with one checkpoint, or a name of published weights; None: the model's default weights."""
     weights_transform: str | None = None
-    """Whose preparation of images: published weights' by their name, or `benchmark`; None chooses by the weights."""
+    """The name of published weights, or `benchmark`, whose transform is used; None chooses by the weights."""
     layers: tuple[str, ...] = ()
-    """Aliases or module paths, or NAME=PATH; none means the model's default four."""
+    """Aliases or module paths, or NAME=PATH; empty: the model's default layers."""
     poolings: tuple[tuple[str, str], ...] = ()
-    """(layer, pooling): instead of the table's or the guessed one."""
+    """(layer, pooling), in place of the table's or the guessed ones."""
     data_root: Path | None = None
-    """None means the benchmark's own: data, or what its file says."""
+    """None: the benchmark's own, which is `data` or the one in its file."""
     train_images: int = 1000
     train_seed: int = 1
     batch_size: int = 128
     device: str = "auto"
     splits: tuple[str, ...] = ()
-    """Names; none means every split whose list is there."""
+    """Names; empty: every split whose list exists."""
     redo: tuple[str, ...] = ()
     """Finished splits to drop and extract again."""
     allow_truncated: bool = False
@@ -58,13 +58,13 @@ class ExtractRequest:
     autocast: str = "none"
     """none or bf16: the type that the network runs in."""
     channels_last: bool | None = None
-    """Memory format; None means on CUDA."""
+    """Whether the memory format is channels last; None: on CUDA."""
     mantissa_bits: int = ALL_BITS
-    """Bits of mantissa to keep of activations, gradients and features."""
+    """Bits of mantissa of stored activations, gradients and features."""
     block_rows: int | None = None
     """Rows of a block of a new cache, a multiple of `batch_size`; None: about ten seconds of work, at most 512."""
     shard_blocks: int | None = None
-    """Blocks in one stored object; None: one, and of a remote cache several."""
+    """Blocks in one stored object; None: one, in a remote cache several."""
 
     @property
     def blocks_per_object(self) -> int:
@@ -72,11 +72,11 @@ class ExtractRequest:
         return self.shard_blocks if self.shard_blocks is not None else REMOTE_SHARD if is_url(self.cache) else 1
 
     def channels_last_on(self, device: torch.device) -> bool:
-        """Return the memory format: as asked, or channels last on CUDA."""
+        """Return whether the memory format is channels last: as requested, by default on CUDA."""
         return device.type == "cuda" if self.channels_last is None else self.channels_last
 
     def check(self) -> None:
-        """Refuse numbers that make no sense.
+        """Refuse numbers outside their limits.
 
         Raises:
             InputError: naming the option, the value and the limits.
@@ -94,13 +94,13 @@ class ExtractRequest:
             )
 
     command: str = ""
-    """The command line, remembered so that errors can name it."""
+    """The command line, stored so that errors can name it."""
 
 
 def make_header(
     request: ExtractRequest, network: Network, layers: tuple[LayerSpec, ...], classes: int, features: int
 ) -> Header:
-    """Return a new cache's header: what it is made from, and what is worth knowing about it."""
+    """Return a new cache's header, with its identity and information."""
     benchmark, transform = open_benchmark(request.benchmark), network.transform
     return Header(
         identity={
@@ -126,7 +126,7 @@ def make_header(
             "batch_size": request.batch_size,
             "channels_last": request.channels_last_on(network.device),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "checkpoint": network.model.unasked if request.checkpoint is None else request.checkpoint.name,
+            "checkpoint": network.model.default_weights if request.checkpoint is None else request.checkpoint.name,
             "data_root": str(choose_root(benchmark, request.data_root)),
             "command": request.command,
             **({"no_classifier": network.no_classifier} if network.no_classifier else {}),
@@ -140,22 +140,22 @@ def make_header(
     )
 
 
-def choose_block_rows(batch_size: int, seconds: float, most: int = BLOCK_ROWS) -> int:
+def choose_block_rows(batch_size: int, seconds: float, max_rows: int = BLOCK_ROWS) -> int:
     """Return a new cache's rows of a block: 1, 2, 4, 8, … batches, within `BLOCK_ROWS` and `BLOCK_SECONDS`, or one.
 
     Args:
         batch_size: images of a batch.
-        seconds: that a batch takes, times the blocks that are written at once; 0 where it is not known.
-        most: rows that a block can have.
+        seconds: of a batch, times the blocks of one write; 0 if not known.
+        max_rows: the largest number of rows of a block.
     """
     batches = 1
-    while 2 * batches * batch_size <= min(most, BLOCK_ROWS) and 2 * batches * seconds <= BLOCK_SECONDS:
+    while 2 * batches * batch_size <= min(max_rows, BLOCK_ROWS) and 2 * batches * seconds <= BLOCK_SECONDS:
         batches *= 2
     return batches * batch_size
 
 
 def name_cache(benchmark: str, model: str) -> Path:
-    """Return where a cache goes when nobody says."""
+    """Return the default path of a cache."""
     return Path("cache") / f"{benchmark}-{model}.zarr"
 
 
@@ -164,11 +164,11 @@ def find_device(name: str, local: int = 0, local_world: int = 1) -> torch.device
 
     Args:
         name: auto, cuda, cuda:1, mps, cpu, …
-        local: this process among those on this machine.
-        local_world: how many they are; `auto` and `cuda` give each a GPU of its own.
+        local: the rank among the processes on this machine.
+        local_world: the number of these processes; `auto` and `cuda` give each its own GPU.
 
     Raises:
-        InputError: this machine does not have it, or one GPU is named for several processes.
+        InputError: this machine lacks the device, or one GPU is named for several processes.
     """
     name = name_device(name, local, local_world)
     try:
@@ -201,7 +201,7 @@ def name_device(name: str, local: int, local_world: int) -> str:
 def uses_tf32(device: torch.device) -> bool:
     """Return whether products of float32 numbers may be rounded on a device: TF32, or bfloat16 on a CPU.
 
-    `pin_arithmetic` leaves it off; the code of a network from a file may have turned it on.
+    `pin_arithmetic` disables it; the code of a network from a file may enable it.
     """
     backends: Any = torch.backends
     kinds = {
@@ -212,10 +212,10 @@ def uses_tf32(device: torch.device) -> bool:
 
 
 def pin_arithmetic() -> None:
-    """Let convolutions on the CPU sum in the same order on every x86 machine (docs/decisions/same-values.md).
+    """Limit convolutions on the CPU to AVX2, so that they sum in one order (docs/decisions/same-values.md).
 
-    Otherwise processors with AVX-512 round differently, a ReLU near 0 flips, and a resumed cache differs in its
-    gradients by 1e-3. The variable is read at a process's first convolution; someone who set it has chosen.
+    Otherwise processors with AVX-512 round differently, a ReLU near 0 changes state, and gradients of a resumed cache
+    differ by 1e-3. The variable is read at a process's first convolution; a value set by the user is kept.
     """
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
     torch.backends.cudnn.allow_tf32 = False

@@ -1,8 +1,8 @@
-"""torchvision's data sets by name, as a benchmark file asks for them: images, labels, identity.
+"""torchvision's data sets by name, as in benchmark files: images, labels, identity.
 
 A data set may draw random numbers, or keep state from one image to the next (an open file, a counter). So that an image
-is the same in every run, random numbers are seeded by its number, and whoever reads a set does so in order, from one
-thread (`ImageSet.one_thread`).
+is the same in every run, random generators are seeded with its number, and one thread reads a set in order
+(`ImageSet.one_thread`).
 """
 
 from __future__ import annotations
@@ -30,48 +30,50 @@ from nacpipe.benchmarks.standard import Split
 from nacpipe.errors import ImageError, InputError
 from nacpipe.extraction.image_file import CANNOT_READ, read_image, to_eight_bits
 
-_GENERATORS = threading.Lock()  # torch's, numpy's and Python's global ones are the whole process's
+_GENERATORS = threading.Lock()  # the global generators of torch, numpy and Python are shared by all threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionSet:
-    """A data set of torchvision's, opened."""
+    """An opened data set of torchvision."""
 
     open: Callable[[int], Image.Image]
     labels: NDArray[np.int64]
     """(rows,); −1 throughout for OOD sets."""
     sha256: str
-    """Of the labels that torchvision gives, as int64; of ours where it gives none."""
+    """Digest of torchvision's labels, as int64; of −1 for each image if it has none."""
 
 
 def open_vision(split: Split, root: Path, allow_truncated: bool = False) -> VisionSet:
-    """Open the data set of torchvision's that a split names; downloads it only where the split says so.
+    """Open the torchvision data set of a split; download it only if the split allows it.
 
     Args:
-        split: names the class and its arguments.
+        split: the class and its arguments.
         root: the data root.
-        allow_truncated: load truncated image files, where the class reads them with torchvision's own loader.
+        allow_truncated: load truncated image files, if the class uses torchvision's default loader.
 
     Raises:
-        InputError: there is no such class, or it does not take these arguments.
-        ImageError: the data set is not there or cannot be read.
+        InputError: the class does not exist, or does not take these arguments.
+        ImageError: the data set does not exist or cannot be read.
     """
-    kind = getattr(torchvision.datasets, split.source, None)
-    if split.source not in torchvision.datasets.__all__ or not isinstance(kind, type):
+    dataset_class = getattr(torchvision.datasets, split.source, None)
+    if split.source not in torchvision.datasets.__all__ or not isinstance(dataset_class, type):
         raise InputError(f"{split.name}: torchvision.datasets has no {split.source!r}")
-    takes = inspect.signature(kind).parameters
+    parameters = inspect.signature(dataset_class).parameters
     arguments: dict[str, Any] = dict(split.arguments)
     for name in arguments:
-        if name not in takes:
-            raise InputError(f"{split.name}: torchvision's {split.source} takes no {name!r}; it takes {_names(takes)}")
-    if split.download and "download" not in takes:
+        if name not in parameters:
+            raise InputError(
+                f"{split.name}: torchvision's {split.source} takes no {name!r}; it takes {_list_arguments(parameters)}"
+            )
+    if split.download and "download" not in parameters:
         raise InputError(f"{split.name}: torchvision's {split.source} cannot be downloaded; put it there by hand")
     folder = root / split.folder
-    if "root" in takes:
+    if "root" in parameters:
         arguments["root"] = str(folder)
-    if "loader" in takes and takes["loader"].default is torchvision.datasets.folder.default_loader:
+    if "loader" in parameters and parameters["loader"].default is torchvision.datasets.folder.default_loader:
         arguments["loader"] = partial(_load_rgb, allow_truncated)
-    dataset = _make(kind, arguments, split, folder)
+    dataset = _build_dataset(dataset_class, arguments, split, folder)
     labels = _labels(dataset, split)
 
     def open_one(row: int) -> Image.Image:
@@ -92,45 +94,45 @@ def open_vision(split: Split, root: Path, allow_truncated: bool = False) -> Visi
 
 
 def _read_item(dataset: Any, split: Split, row: int) -> Any:
-    """Return what a data set has at a position, the same each time where it draws random numbers."""
+    """Return a data set's item at a position, with seeded random generators."""
     try:
         with _seeded(row):
             return dataset[row]
-    except Exception as error:  # a damaged file can make torchvision raise anything
+    except Exception as error:  # torchvision raises errors of any kind for a damaged file
         raise _cannot_read(split, row, error) from error
 
 
 def _cannot_read(split: Split, row: int, error: Exception) -> ImageError:
-    what = str(error).removeprefix(CANNOT_READ)
-    return ImageError(f"{CANNOT_READ}number {row} of torchvision's {split.source}: {what}")
+    reason = str(error).removeprefix(CANNOT_READ)
+    return ImageError(f"{CANNOT_READ}number {row} of torchvision's {split.source}: {reason}")
 
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's, numpy's and Python's global generators, for the CPU, and put them back; one thread at a time."""
+    """Seed torch's (CPU), numpy's and Python's global generators, then restore them; one thread at a time."""
     with _GENERATORS, torch.random.fork_rng(devices=[]):
-        numpys, pythons = np.random.get_state(), random.getstate()
+        numpy_state, python_state = np.random.get_state(), random.getstate()
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
         try:
             yield
         finally:
-            np.random.set_state(numpys)
-            random.setstate(pythons)
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
 
 
 def _load_rgb(allow_truncated: bool, path: str | Path) -> Image.Image:
-    """torchvision's own loader, but for formats, and for values of more than 8 bits."""
+    """Load an image as torchvision's default loader does, with this package's formats and bit depths."""
     return read_image(Path(path), str(path), allow_truncated).convert("RGB")
 
 
-def _make(kind: Any, arguments: Mapping[str, Any], split: Split, folder: Path) -> Any:
-    """Build the data set; first without a download, so that nothing is fetched, or looked for again, that is there."""
+def _build_dataset(dataset_class: Any, arguments: Mapping[str, Any], split: Split, folder: Path) -> Any:
+    """Build the data set, first without a download, so that existing data are not downloaded or searched again."""
     for download in (False, True) if split.download else (False,):
         try:
-            with _seeded(0), contextlib.redirect_stdout(sys.stderr):  # some classes print; stdout is for results
-                return kind(**arguments, **({"download": True} if download else {}))
+            with _seeded(0), contextlib.redirect_stdout(sys.stderr):  # some classes print, and stdout is for results
+                return dataset_class(**arguments, **({"download": True} if download else {}))
         except (RuntimeError, OSError, ValueError, TypeError, ModuleNotFoundError) as error:
             if split.download and not download:
                 continue
@@ -141,11 +143,11 @@ def _make(kind: Any, arguments: Mapping[str, Any], split: Split, folder: Path) -
 
 
 def _labels(dataset: Any, split: Split) -> NDArray[np.int64]:
-    """Return the labels that the data set gives, read without decoding its images where it has them apart."""
-    known = next((a for a in ("targets", "labels", "_labels") if hasattr(dataset, a)), None)
+    """Return the data set's labels, without decoding images if it has an attribute for them."""
+    label_attribute = next((a for a in ("targets", "labels", "_labels") if hasattr(dataset, a)), None)
     try:
-        if known is not None:
-            targets = [int(label) for label in getattr(dataset, known)]
+        if label_attribute is not None:
+            targets = [int(label) for label in getattr(dataset, label_attribute)]
         elif split.name.startswith("ood/"):
             targets = [OOD] * len(dataset)
         else:
@@ -157,6 +159,6 @@ def _labels(dataset: Any, split: Split) -> NDArray[np.int64]:
     return np.asarray(targets, np.int64)
 
 
-def _names(takes: Mapping[str, Any]) -> str:
+def _list_arguments(parameters: Mapping[str, Any]) -> str:
     ours = ("root", "download", "transform", "transforms", "target_transform", "loader", "is_valid_file", "kwargs")
-    return ", ".join(name for name in takes if name not in ours) or "nothing more"
+    return ", ".join(name for name in parameters if name not in ours) or "nothing more"

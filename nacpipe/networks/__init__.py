@@ -1,1 +1,1 @@
-"""Networks: how they are built, loaded and tapped. The layers below extraction that know torch."""
+"""Networks: building them, loading their weights, and reading layers with hooks. Needs torch."""

@@ -1,4 +1,4 @@
-"""Batches that do not fit the device's memory: smaller ones from then on.
+"""Runs batches; after one that exceeds the device's memory, all later batches are smaller.
 
 128 images: out of memory ──▶ 64: out of memory ──▶ 32 32 32 32 │ 32 32 32 32 │ …
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from nacpipe.errors import InputError
 
-_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed")  # CUDA, MPS, CPU, cuDNN
+_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed")  # CUDA, MPS, CPU, cuDNN
 
 Result = TypeVar("Result")
 
 
 class BatchRunner(Generic[Result]):
-    """Runs batches; after one that does not fit the memory, at most as many images at once as did."""
+    """Runs batches; after one that exceeds the memory, at most as many images at once as fit."""
 
     def __init__(
         self,
@@ -29,22 +29,22 @@ class BatchRunner(Generic[Result]):
         device: torch.device,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Run nothing yet.
+        """Store the arguments; nothing runs yet.
 
         Args:
             run: one batch on the device → its result; it keeps no graph of a batch that failed.
-            device: where batches are brought.
-            note: called with what to say aloud when the size has become smaller.
+            device: the device that batches are moved to.
+            note: called with a sentence when the size becomes smaller.
         """
         self.run, self.device, self.note = run, device, note
         self.size: int | None = None
-        """The most images at once; None: none failed yet."""
+        """The largest number of images at once; None: no batch failed yet."""
 
-    def __call__(self, images: Tensor) -> Iterator[Result]:  # (n, …), anywhere
+    def __call__(self, images: Tensor) -> Iterator[Result]:  # (n, …), on any device
         """Yield the results of a batch, in order: one, or one for each part of it.
 
         Raises:
-            InputError: not even one image fits.
+            InputError: a single image does not fit.
         """
         start, size = 0, self.size
         while start < len(images):
@@ -69,26 +69,26 @@ class BatchRunner(Generic[Result]):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            release(error)
+            clear_tracebacks(error)
         return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory is short, on whatever device."""
+    """Return whether an error reports that memory is exhausted, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _MESSAGES)
 
 
-def release(error: BaseException | None) -> None:
-    """Empty the frames that an error's traceback holds, and those of the errors that it came of: tensors live there."""
+def clear_tracebacks(error: BaseException | None) -> None:
+    """Clear the frames in the tracebacks of an error and of its causes, because they hold tensors."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
 def _free_memory(device: torch.device) -> None:
-    gc.collect()  # a cycle of an error and the frame that caught it
+    gc.collect()  # collects the cycle of an error and the frame that caught it
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":

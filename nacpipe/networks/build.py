@@ -1,4 +1,4 @@
-"""A row of the table made real: the network with its weights, ready to be tapped."""
+"""Building a network from its row in the table of models, with its weights, frozen and tested on a trial batch."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from nacpipe.networks.checkpoints import (
     read_checkpoint,
     recognise_weights,
 )
-from nacpipe.networks.models import Model, hint
+from nacpipe.networks.models import Model, suggest_name
 from nacpipe.networks.source import hash_source
 from nacpipe.networks.taps import freeze
-from nacpipe.networks.trial import Trial, run_trial
-from nacpipe.networks.wrappers import find_place, unwrap, unwrap_children
+from nacpipe.networks.trial import TrialBatch, run_trial_batch
+from nacpipe.networks.wrappers import find_device_and_dtype, unwrap, unwrap_children
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A network with its weights, frozen and on its device, ready to be tapped."""
+    """A network with its weights, frozen and on its device, ready for hooks."""
 
     model: Model
     module: nn.Module
     weights_sha256: str
-    """Over names, types, shapes and values of the state dict: the same for the same weights in any file."""
+    """Digest of names, types, shapes and values of the state dict: equal for equal weights in any file."""
     transform: Transform
     device: torch.device
     dtype: torch.dtype = torch.float32
-    """Of the images it takes."""
+    """The type of its input images."""
     source: str = ""
-    """sha256 of its source, where it is from a file (source.py)."""
+    """sha256 of its source if it is from a Python file (source.py), else empty."""
     no_classifier: str = ""
-    """Why it has no last linear layer; empty where it has one, or was not tried."""
+    """The reason why it has no last linear layer; empty if it has one, or no trial batch ran."""
     notes: tuple[str, ...] = ()
-    """What to say aloud of its weights and outputs."""
+    """Notes to print about its weights and outputs."""
     prepared_by: str = ""
-    """Whose transform it is, for people."""
+    """The origin of `transform`, in words."""
 
     def blank(self, n: int) -> Tensor:
         """Return n blank images of the network's size, (n, channels, crop, crop)."""
@@ -63,20 +63,20 @@ def load_network(
     device: torch.device,
     weights_transform: str | None = None,
 ) -> Network:
-    """Build a network, load its weights and try it on a few random images.
+    """Build a network, load its weights and run a trial batch.
 
     Args:
-        model: the row.
-        benchmark: whose classes and images.
-        checkpoint: a file, a folder with one, or a name of the model's weights; None takes the model's own.
-        device: where to.
-        weights_transform: whose preparation of images is used: published weights' by their name, or `benchmark`; None
-            chooses by the weights.
+        model: the row in the table of models.
+        benchmark: gives the number of classes and the images' transform.
+        checkpoint: a file, a folder with one, or a name of the model's weights; None loads the model's default ones.
+        device: the device of the network.
+        weights_transform: the name of published weights, or `benchmark`, whose transform is used; None chooses by the
+            weights.
 
     Raises:
-        CheckpointError: the file is not there, is no checkpoint, or does not fit, naming the keys.
-        InputError: no checkpoint was given and none ships with the package; the network does not fit the benchmark, or
-            is random in evaluation mode.
+        CheckpointError: the file does not exist, is not a checkpoint, or does not fit, naming the keys.
+        InputError: the model has no default weights and `checkpoint` is None; the network does not fit the benchmark,
+            or is random in evaluation mode.
     """
     module = unwrap(model.build(benchmark.classes))
     _check_channels(model, module, benchmark)
@@ -89,21 +89,21 @@ def load_network(
     freeze(module).to(device)
     unwrap_children(module)
     network = Network(
-        model, module, sha256, transform, device, find_place(module)[1], source=_source(model), notes=notes,
-        prepared_by=prepared_by,
+        model, module, sha256, transform, device, find_device_and_dtype(module)[1],
+        source=_hash_model_source(model), notes=notes, prepared_by=prepared_by,
     )  # fmt: skip
-    return _try(network, benchmark)
+    return _run_trial_batch(network, benchmark)
 
 
 def blank_network(
     model: Model, benchmark: Benchmark, checkpoint: Path | None, weights_transform: str | None = None
 ) -> Network:
-    """Return the network's shapes alone: nothing is downloaded or computed, and no checkpoint loaded.
+    """Return a network with shapes alone: nothing is downloaded or computed, and no checkpoint is loaded.
 
-    A network that is not in the table is built and tried as it is, on the CPU: its code may not be made for less.
+    A network that is not in the table is built and tested on the CPU, because its code may not run on the meta device.
 
     Raises:
-        CheckpointError: a checkpoint was given that is not there.
+        CheckpointError: `checkpoint` does not exist.
         InputError: the network does not fit the benchmark.
     """
     device = torch.device("meta" if model.known else "cpu")
@@ -111,27 +111,27 @@ def blank_network(
         module = freeze(unwrap(model.build(benchmark.classes)))
     unwrap_children(module)
     _check_channels(model, module, benchmark)
-    unknown = checkpoint is None and model.unasked is None
-    chosen = _Chosen("", Weights(None)) if unknown else _choose_weights(model, checkpoint)
+    unknown = checkpoint is None and model.default_weights is None
+    chosen = _ChosenWeights("", Weights(None)) if unknown else _choose_weights(model, checkpoint)
     transform, prepared_by = _choose_transform(model, benchmark, chosen, weights_transform)
     network = Network(
-        model, module, "", transform, device, find_place(module)[1], source=_source(model), notes=chosen.notes,
-        prepared_by=prepared_by,
+        model, module, "", transform, device, find_device_and_dtype(module)[1],
+        source=_hash_model_source(model), notes=chosen.notes, prepared_by=prepared_by,
     )  # fmt: skip
-    return network if model.known else _try(network, benchmark)
+    return network if model.known else _run_trial_batch(network, benchmark)
 
 
 def adopt_module(module: nn.Module, images: Tensor) -> Network:
-    """Take a network in hand as one that is not in the table; images come prepared by whoever calls it.
+    """Return a caller's module as a `Network` that is not in the table; the caller prepares the images.
 
-    Call it, and what looks at the network then, with the network `frozen`.
+    The module must be `frozen` during this call and while the result is used.
 
     Args:
-        module: the network, unwrapped, on whatever device.
-        images: (n, channels, side, side) of the kind to come.
+        module: the network, unwrapped, on any device.
+        images: examples of its input, (n, channels, side, side).
 
     Raises:
-        InputError: images are no squares, or the network does not give logits for them, the same each time.
+        InputError: the images are not square, or the network gives no logits for them, or different ones each time.
     """
     if images.dim() != 4 or images.shape[2] != images.shape[3]:
         raise InputError(f"images are {tuple(images.shape)}; wanted: (n, channels, side, side)")
@@ -139,13 +139,13 @@ def adopt_module(module: nn.Module, images: Tensor) -> Network:
     channels = images.shape[1]
     transform = Transform(resize=side, crop=side, mean=(0.0,) * channels, std=(1.0,) * channels)
     model = Model(name=name, family="custom", build=lambda _: module, known=False)
-    dtype = find_place(module)[1] if images.is_floating_point() else images.dtype
+    dtype = find_device_and_dtype(module)[1] if images.is_floating_point() else images.dtype
     network = Network(model, module, hash_network(module), transform, images.device, dtype)
-    return _with_trial(network, run_trial(name, module, images))
+    return _add_trial_batch(network, run_trial_batch(name, module, images))
 
 
 def classifier_weights(network: Network) -> tuple[Tensor, Tensor] | None:
-    """Return the last linear layer's weight (classes, features) and bias (classes,), float32, if there is one."""
+    """Return the last linear layer's weight (classes, features) and bias (classes,), float32, or None."""
     if network.model.classifier is None:
         return None
     linear = network.module.get_submodule(network.model.classifier)
@@ -154,60 +154,67 @@ def classifier_weights(network: Network) -> tuple[Tensor, Tensor] | None:
     return linear.weight.detach().float().cpu(), bias.detach().float().cpu()
 
 
-class _Chosen(NamedTuple):
-    """Weights that are to be loaded."""
+class _ChosenWeights(NamedTuple):
+    """The weights to load."""
 
     source: str
-    """What to call them in messages."""
+    """Their name in messages."""
     weights: Weights
     published: str = ""
-    """Their name, where they are published ones."""
+    """Their name if they are published weights, else empty."""
     notes: tuple[str, ...] = ()
 
 
-def _choose_weights(model: Model, checkpoint: Path | None) -> _Chosen:
-    """Return the weights asked for, or those of the model."""
+def _choose_weights(model: Model, checkpoint: Path | None) -> _ChosenWeights:
+    """Return the requested weights, or the model's default ones."""
     names = ", ".join(model.weights)
     if checkpoint is None:
-        if model.unasked is None:
-            more = f", or one of these names: {names}" if names else ""
-            raise InputError(f"{model.name} has no packaged weights; give them with --checkpoint FILE{more}")
-        return _Chosen(model.unasked, model.weights[model.unasked], model.unasked)
+        if model.default_weights is None:
+            choices = f", or one of these names: {names}" if names else ""
+            raise InputError(f"{model.name} has no packaged weights; give them with --checkpoint FILE{choices}")
+        return _ChosenWeights(model.default_weights, model.weights[model.default_weights], model.default_weights)
     if checkpoint.is_dir():
         checkpoint = find_checkpoint(checkpoint)
     if checkpoint.is_file():
         return _recognise(model, checkpoint)
     if str(checkpoint) in model.weights:
-        return _Chosen(str(checkpoint), model.weights[str(checkpoint)], str(checkpoint))
-    more = f", and {model.name} has no weights of that name; it has {names}" if names else ""
-    raise CheckpointError(f"checkpoint {checkpoint} is not there{more}{hint(str(checkpoint), model.weights)}")
+        return _ChosenWeights(str(checkpoint), model.weights[str(checkpoint)], str(checkpoint))
+    choices = f", and {model.name} has no weights of that name; it has {names}" if names else ""
+    raise CheckpointError(
+        f"checkpoint {checkpoint} is not there{choices}{suggest_name(str(checkpoint), model.weights)}"
+    )
 
 
-def _recognise(model: Model, file: Path) -> _Chosen:
-    """Return a file's weights, with the transform of the published ones if it holds those."""
+def _recognise(model: Model, file: Path) -> _ChosenWeights:
+    """Return a file's weights, with the transform of published weights if the file contains these."""
     read = partial(read_checkpoint, file)
     if (name := recognise_weights(file, model.weights)) is not None:
-        return _Chosen(str(file), Weights(read, model.weights[name].transform), name)
+        return _ChosenWeights(str(file), Weights(read, model.weights[name].transform), name)
     named = published_sha256(file.name)
     claimed = [name for name, weights in model.weights.items() if named and weights.sha256 == named]
     notes = [
-        f"{file} is called like {name}'s file, but its content is another; if it holds those weights, give"
+        f"{file} has the name of {name}'s file, but other content; if it holds those weights, give"
         f" --weights-transform {shlex.quote(name)}"
         for name in claimed
     ]
-    return _Chosen(str(file), Weights(read), notes=tuple(notes))
+    return _ChosenWeights(str(file), Weights(read), notes=tuple(notes))
 
 
-def _choose_transform(model: Model, benchmark: Benchmark, chosen: _Chosen, wanted: str | None) -> tuple[Transform, str]:
-    """Return the preparation of images, and whose it is: as wanted, the weights', the model's or the benchmark's."""
+def _choose_transform(
+    model: Model, benchmark: Benchmark, chosen: _ChosenWeights, wanted: str | None
+) -> tuple[Transform, str]:
+    """Return the transform and its origin: the wanted one, else the weights', the model's or the benchmark's."""
     if wanted == "benchmark":
         return benchmark.transform, f"the benchmark {benchmark.name}"
     if wanted is not None:
-        own = {name: one.transform for name, one in model.weights.items() if one.transform is not None}
-        if (transform := own.get(wanted)) is None:
-            known = [*own, "benchmark"]
+        transforms = {
+            name: weights.transform for name, weights in model.weights.items() if weights.transform is not None
+        }
+        if (transform := transforms.get(wanted)) is None:
+            known = [*transforms, "benchmark"]
             raise InputError(
-                f"weights-transform is {wanted!r}; known for {model.name}: {', '.join(known)}{hint(wanted, known)}"
+                f"weights-transform is {wanted!r}; known for {model.name}: {', '.join(known)}"
+                + suggest_name(wanted, known)
             )
         return transform(), f"the weights {wanted}"
     if chosen.weights.transform is not None:
@@ -217,8 +224,8 @@ def _choose_transform(model: Model, benchmark: Benchmark, chosen: _Chosen, wante
     return benchmark.transform, f"the benchmark {benchmark.name}"
 
 
-def _source(model: Model) -> str:
-    """Once it is built: modules may be imported by its function."""
+def _hash_model_source(model: Model) -> str:
+    """Return the hash of a model's source. Call it after `build`, which may import modules."""
     return hash_source(model.file) if model.file is not None else ""
 
 
@@ -231,16 +238,20 @@ def _check_channels(model: Model, module: nn.Module, benchmark: Benchmark) -> No
         )
 
 
-def _try(network: Network, benchmark: Benchmark) -> Network:
-    """Run a network on a few images, to see whether it fits, what its outputs are and where its classifier is."""
-    model, embeds = network.model, network.model.outputs == "features"
-    trial = run_trial(
-        model.name, network.module, network.blank(1), None if embeds else benchmark.classes, embeds=embeds
+def _run_trial_batch(network: Network, benchmark: Benchmark) -> Network:
+    """Run a trial batch and return the network with its kind of outputs and its classifier."""
+    model, gives_features = network.model, network.model.outputs == "features"
+    trial = run_trial_batch(
+        model.name,
+        network.module,
+        network.blank(1),
+        None if gives_features else benchmark.classes,
+        gives_features=gives_features,
     )
-    return _with_trial(network, trial)
+    return _add_trial_batch(network, trial)
 
 
-def _with_trial(network: Network, trial: Trial) -> Network:
+def _add_trial_batch(network: Network, trial: TrialBatch) -> Network:
     outputs = network.model.outputs if network.model.outputs == "features" else trial.outputs
     model = replace(network.model, classifier=trial.classifier, outputs=outputs)
     notes = list(network.notes)

@@ -10,16 +10,16 @@ from nacpipe.benchmarks.folders import is_hidden
 from nacpipe.errors import CheckpointError
 
 BEST = "best.ckpt"
-ONLY = "ckpt.pth"  # OpenOOD's name where a folder has one alone: AugMix, DeepAugment, Stylized, …
+ONLY = "ckpt.pth"  # OpenOOD's name in a folder with one checkpoint: AugMix, DeepAugment, Stylized, …
 _RUN = r"s[0-9]{1,9}"
 _SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".th")
 
 
 def find_runs(folder: Path) -> dict[str, Path]:
-    """Return run → checkpoint for a folder of run folders s0, s1, …: best.ckpt, or the only checkpoint in there.
+    """Return run → checkpoint for a folder of run folders s0, s1, …: best.ckpt, or the only checkpoint in it.
 
     Raises:
-        CheckpointError: there are no run folders, or one does not say which checkpoint is meant.
+        CheckpointError: there are no run folders, or one of them has several checkpoints or none.
     """
     runs = {name: _checkpoint(folder / name) for name in _run_names(folder)}
     if not runs:
@@ -28,10 +28,10 @@ def find_runs(folder: Path) -> dict[str, Path]:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """Return the one checkpoint that a folder stands for: best.ckpt, ckpt.pth, or the only one in it or its only run.
+    """Return the checkpoint of a folder: best.ckpt, ckpt.pth, or the only one in it or in its only run.
 
     Raises:
-        CheckpointError: there is none, or several; where they are in run folders, the runs are named.
+        CheckpointError: there is none, or several; if they are in run folders, the message names the runs.
     """
     runs = _run_names(folder)
     if len(runs) > 1:
@@ -64,12 +64,12 @@ def _checkpoint(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     visible = (path for path in folder.iterdir() if not is_hidden(path.name))
-    found = sorted(path for path in visible if path.suffix in _SUFFIXES and path.is_file())
-    if not found and not re.fullmatch(_RUN, folder.name):
+    checkpoints = sorted(path for path in visible if path.suffix in _SUFFIXES and path.is_file())
+    if not checkpoints and not re.fullmatch(_RUN, folder.name):
         raise CheckpointError(
             f"checkpoint {folder} is a folder without a checkpoint or run folders s0, s1, …; name a file"
         )
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise CheckpointError(f"{folder} has no {BEST}, and not one checkpoint but {len(found)}: {names}")
-    return found[0]
+    if len(checkpoints) != 1:
+        names = ", ".join(path.name for path in checkpoints) or "none"
+        raise CheckpointError(f"{folder} has no {BEST}, and not one checkpoint but {len(checkpoints)}: {names}")
+    return checkpoints[0]

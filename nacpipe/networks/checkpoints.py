@@ -1,4 +1,4 @@
-"""Weights: reading them from files or by name, loading them key by key, and their hash."""
+"""Weights: reading them from files or by name, loading them key by key, hashing them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from nacpipe.errors import CheckpointError, InputError
 from nacpipe.networks.state_dicts import StateDict, choose_state_dict, find_state_dicts, hash_weights
 from nacpipe.networks.wrappers import is_frozen, is_scripted, named_state
 
-# What training scripts save beside weights; nothing of it can run code.
-_HARMLESS: list[Any] = [
+# Types that training scripts save beside weights; unpickling them cannot run code.
+_SAFE_TYPES: list[Any] = [
     argparse.Namespace,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("float16", "float32", "float64", "int32", "int64", "bool")),
@@ -37,38 +37,38 @@ _HARMLESS: list[Any] = [
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Weights that a network can have, not read yet."""
+    """Weights for a network, not read yet."""
 
     read: Callable[[], Mapping[str, StateDict]] | None
-    """Gives state dicts by name, as `read_checkpoint` does; None means those that the network was built with."""
+    """Returns state dicts by name, as `read_checkpoint` does; None: the weights that the network was built with."""
     transform: Callable[[], Transform] | None = None
-    """The preparation of images that comes with them."""
+    """Returns the transform that belongs to them."""
     sha256: str = ""
-    """The first digits of the published file's sha256, which are in its name; empty where they are not known."""
+    """The first digits of the published file's sha256, which are in its name; empty if not known."""
 
 
 def read_checkpoint(path: Path) -> dict[str, StateDict]:
     """Read the state dicts of a `.safetensors` file or a `torch.save` file, never unpickling code.
 
     Returns:
-        Name in the file → state dict: `""` where the file is one, `model`, `state_dict`, … where it holds one.
+        Name in the file → state dict: `""` if the file is a state dict, `model`, `state_dict`, … if it contains one.
 
     Raises:
-        CheckpointError: it cannot be read, or holds no state dict.
+        CheckpointError: the file cannot be read, or contains no state dict.
     """
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} is not there")
     try:
         if path.suffix == ".safetensors":
             return {"": dict(safetensors.torch.load_file(path))}
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_SAFE_TYPES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"checkpoint {path} is no checkpoint, or holds more than tensors and is not loaded, since that could run"
-            f" code: save its state_dict alone"
+            f"checkpoint {path} is not a checkpoint, or contains more than tensors and is not loaded, since that could"
+            " run code: save its state_dict alone"
         ) from error
-    except Exception as error:  # a damaged file can make torch raise anything
+    except Exception as error:  # torch raises errors of any kind for a damaged file
         raise CheckpointError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
     if not (states := find_state_dicts(content)):
         keys = [str(key)[:40] for key in content] if isinstance(content, Mapping) else []
@@ -80,9 +80,11 @@ def read_checkpoint(path: Path) -> dict[str, StateDict]:
 
 
 def torchvision_weights(architecture: str) -> dict[str, Weights]:
-    """Return the published weights of a torchvision network by their names, IMAGENET1K_V1 and so on."""
+    """Return the published weights of a torchvision network by their names, such as IMAGENET1K_V1."""
     return {
-        member.name: Weights(partial(_download, member), partial(_own_transform, member), published_sha256(member.url))
+        member.name: Weights(
+            partial(_download, member), partial(_torchvision_transform, member), published_sha256(member.url)
+        )
         for member in torchvision.models.get_model_weights(architecture)
         # vit_b_16's IMAGENET1K_SWAG_E2E_V1 is for 384 pixels, which is another network: other position embeddings.
         if member.transforms().crop_size == [224]
@@ -90,13 +92,13 @@ def torchvision_weights(architecture: str) -> dict[str, Weights]:
 
 
 def published_sha256(url: str) -> str:
-    """Return the first digits of a published file's sha256, which are in its name; empty where there are none."""
-    found = re.search(r"-([0-9a-f]{8,})\.\w+$", url)
-    return found[1] if found else ""
+    """Return the first digits of a published file's sha256 from its name; empty if the name has none."""
+    match = re.search(r"-([0-9a-f]{8,})\.\w+$", url)
+    return match[1] if match else ""
 
 
 def recognise_weights(file: Path, published: Mapping[str, Weights]) -> str | None:
-    """Return the name of the published weights that a file holds, by its content, whatever it is called."""
+    """Return the name of the published weights in a file, recognised by its content, or None."""
     if not any(weights.sha256 for weights in published.values()):
         return None
     with file.open("rb") as content:
@@ -105,9 +107,9 @@ def recognise_weights(file: Path, published: Mapping[str, Weights]) -> str | Non
 
 
 def _download(member: Any) -> dict[str, StateDict]:
-    """Get weights from torchvision's server, or from where an earlier download left them."""
+    """Return weights from torchvision's server, or from torch's cache of downloads."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # torch says there what it downloads
+        with contextlib.redirect_stdout(sys.stderr):  # torch prints its downloads on stdout
             state = torch.hub.load_state_dict_from_url(
                 member.url,
                 map_location="cpu",
@@ -123,7 +125,7 @@ def _download(member: Any) -> dict[str, StateDict]:
     return {"": state}
 
 
-def _own_transform(member: Any) -> Transform:
+def _torchvision_transform(member: Any) -> Transform:
     preset = member.transforms()
     return make_transform(
         resize=preset.resize_size[0],
@@ -135,10 +137,10 @@ def _own_transform(member: Any) -> Transform:
 
 
 def make_transform(*, resize: int, crop: int, mean: list[float], std: list[float], interpolation: str) -> Transform:
-    """Return a published preparation of images as ours.
+    """Return a published image transform as a `Transform`.
 
     Raises:
-        InputError: it resizes in a way that is not known here.
+        InputError: its interpolation is not supported.
     """
     if interpolation not in INTERPOLATIONS:
         raise InputError(
@@ -151,10 +153,10 @@ def make_transform(*, resize: int, crop: int, mean: list[float], std: list[float
 def load_weights(
     module: nn.Module, states: StateDict | Mapping[str, StateDict], renames: Mapping[str, str], source: str
 ) -> tuple[str, ...]:
-    """Load a state dict into a network, key by key; return what to say aloud of the choice.
+    """Load a state dict into a network, key by key; return notes on the choice.
 
     Args:
-        module: the network; it is not touched by weights that do not fit.
+        module: the network; weights that do not fit leave it unchanged.
         states: the state dict, or those of a checkpoint by their names in it (`read_checkpoint`).
         renames: prefixes of keys → prefixes of the network's.
         source: the checkpoint's name, for messages.
@@ -168,24 +170,25 @@ def load_weights(
         module.load_state_dict(state, strict=False)
     except CheckpointError:
         raise
-    except Exception as error:  # an entry that cannot be hashed; set_extra_state, which is anyone's code
+    except Exception as error:  # an entry that cannot be hashed, or an error in the network's set_extra_state
         raise CheckpointError(f"checkpoint {source} cannot be loaded: {first_line(error)}") from error
     return notes
 
 
 def hash_network(network: nn.Module) -> str:
-    """Return `hash_weights` of a network, whatever wraps it or modules in it.
+    """Return `hash_weights` of a network, without wrappers around it or its modules.
 
     Raises:
         InputError: an entry cannot be hashed, or a scripted module's weights are constants in its code.
     """
     if any(is_scripted(module) and is_frozen(module) for module in network.modules()):
         raise InputError(
-            "the network has a module of torch.jit.freeze, whose weights cannot be told apart; give it as it was before"
+            "the network has a module of torch.jit.freeze, whose weights cannot be hashed; give the network before"
+            " freezing"
         )
     return hash_weights(named_state(network))
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, short enough for one line."""
+    """Return the first line of an error's message, at most 200 characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,10 +1,10 @@
-"""Which layers are tapped and how each is pooled: the table's aliases, or modules by their paths.
+"""Choosing the tapped layers and the pooling of each, by the table's aliases or by module paths.
 
-A module that is not in the table is looked at in one pass of two blank images, and its pooling guessed:
+For a module that is not in the table, two blank images run through the network, and its output's shape decides:
 
     (2, units)                  none
     (2, tokens, units)          sum-tokens
-    (2, c, h, w)                sum-nchw, unless its last dimension is as wide as what made it (a Linear or LayerNorm)
+    (2, c, h, w)                sum-nchw, or sum-nhwc if the last dimension is the width of its Linear or LayerNorm
     (2, h, w, c)                sum-nhwc
 """
 
@@ -25,24 +25,24 @@ from nacpipe.errors import InputError
 from nacpipe.networks.batch_runner import is_out_of_memory
 from nacpipe.networks.build import Network
 from nacpipe.networks.checkpoints import first_line
-from nacpipe.networks.models import hint
+from nacpipe.networks.models import suggest_name
 from nacpipe.networks.taps import NO_GRADIENT, POOLINGS, Taps, clone_in_graph, start_graph, why_no_gradient
 from nacpipe.networks.wrappers import is_scripted, run_eagerly
 from nacpipe.text import command_line
 
 Layers = Sequence[str] | Mapping[str, str]  # aliases or module paths, NAME=PATH among them; or name → path
-Pools = Sequence[tuple[str, str]]  # (layer's name, pooling), as somebody wants it
+Poolings = Sequence[tuple[str, str]]  # (layer's name, pooling), as requested
 
 
-class Measured(NamedTuple):
-    """The chosen layers, and the widths of what goes to the cache beside them."""
+class MeasuredLayers(NamedTuple):
+    """The chosen layers, and the widths of the cache's other arrays."""
 
     layers: tuple[LayerSpec, ...]
     classes: int
     features: int
-    """0 where the network has no classifier."""
+    """0 if the network has no classifier."""
     notes: tuple[str, ...]
-    """What was guessed, to be said aloud."""
+    """Notes on guessed poolings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,34 +50,34 @@ class Tappable:
     """A module whose output can be tapped."""
 
     name: str
-    """Its alias, or its path where it has none."""
+    """Its alias, or its path if it has none."""
     path: str
     shape: tuple[int, ...]
-    """Of its output for one image."""
+    """The shape of its output for one image."""
     pooling: str
     neurons: int
     guessed: bool
     """Whether the pooling is a guess."""
     runs: int
-    """How often it runs in a forward pass; the last is tapped."""
+    """How often it runs in a forward pass; the last run is tapped."""
 
 
 @dataclass(slots=True)
-class _Seen:
-    """What a module did in a forward pass."""
+class _ModuleOutput:
+    """The output of a module in a forward pass."""
 
     output: object
     runs: int
     identity: bool
-    """Whether it returned its input itself, unchanged."""
+    """Whether the module returned its input object unchanged."""
     kept: Tensor | None = field(repr=False)
-    """Its output in the graph; None where it can be in none."""
+    """The output in the graph; None if it cannot be in one."""
     used: bool = False
-    """Whether a gradient flows back to it."""
+    """Whether the logits have a gradient with respect to it."""
 
 
 def name_layers(layers: Layers) -> dict[str, str]:
-    """Return layers as name in the cache → alias or module path; `NAME=PATH` gives a layer another name.
+    """Return name in the cache → alias or module path; `NAME=PATH` gives a layer another name.
 
     Raises:
         InputError: a name has no path, or is given twice.
@@ -97,16 +97,16 @@ def name_layers(layers: Layers) -> dict[str, str]:
     return dict(pairs)
 
 
-def measure_layers(network: Network, layers: Layers, poolings: Pools = ()) -> Measured:
-    """Choose the layers, then run one blank image and count their neurons.
+def measure_layers(network: Network, layers: Layers, poolings: Poolings = ()) -> MeasuredLayers:
+    """Choose the layers, then run a blank image and count their neurons.
 
     Args:
         network: the network.
-        layers: aliases or module paths, or `NAME=PATH`, or a mapping; none means the model's default layers.
-        pools: poolings that somebody chose.
+        layers: aliases or module paths, or `NAME=PATH`, or a mapping; empty: the model's default layers.
+        poolings: (layer's name, pooling) in place of the table's or the guessed ones.
 
     Raises:
-        InputError: a layer or pooling is not known, does not fit the other, or has no gradient.
+        InputError: a layer or pooling is not known, they do not fit each other, or a layer has no gradient.
     """
     draft, notes = _choose_layers(network, layers, poolings)
     model = network.model
@@ -115,13 +115,13 @@ def measure_layers(network: Network, layers: Layers, poolings: Pools = ()) -> Me
             tapped = taps(network.blank(1))
     except InputError:
         raise
-    except Exception as error:  # it is anyone's code
-        raise _does_not_run(network, error) from error
+    except Exception as error:  # user code may raise any error
+        raise _forward_error(network, error) from error
     measured = tuple(
         LayerSpec(name=s.name, path=s.path, pooling=s.pooling, neurons=tapped.activation[s.name].shape[1])
         for s in draft
     )
-    return Measured(
+    return MeasuredLayers(
         layers=measured,
         classes=tapped.logits.shape[1],
         features=0 if tapped.features is None else tapped.features.shape[1],
@@ -130,16 +130,16 @@ def measure_layers(network: Network, layers: Layers, poolings: Pools = ()) -> Me
 
 
 def list_layers(network: Network) -> list[Tappable]:
-    """Return every module that can be tapped, in the order in which they run last."""
+    """Return every module that can be tapped, in the order of their last runs."""
     aliases = {path: alias for alias, (path, _) in network.model.layers.items()}
-    found = []
-    for path, seen in _watch(network).items():
-        if not (path and isinstance(seen.output, Tensor) and _why_not(seen) is None and seen.used):
+    tappables = []
+    for path, seen in _record_outputs(network).items():
+        if not (path and isinstance(seen.output, Tensor) and _why_untappable(seen) is None and seen.used):
             continue
         shape = tuple(seen.output.shape)
         alias = aliases.get(path)
         pooling = network.model.layers[alias][1] if alias else guess_pooling(network.module.get_submodule(path), shape)
-        found.append(
+        tappables.append(
             Tappable(
                 name=alias or path,
                 path=path,
@@ -150,14 +150,14 @@ def list_layers(network: Network) -> list[Tappable]:
                 runs=seen.runs,
             )
         )
-    return found
+    return tappables
 
 
 def guess_pooling(module: nn.Module, shape: Sequence[int]) -> str:
-    """Guess how a module's output, of 2 to 4 dimensions, becomes one number per neuron.
+    """Guess the pooling of a module's output, of 2 to 4 dimensions.
 
-    Between (n, c, h, w) and (n, h, w, c) decides the width of the module or of the last linear layer or layer norm in
-    it; failing that, which two dimensions are equal, since images are square.
+    The width of the last linear layer or layer norm in the module decides between (n, c, h, w) and (n, h, w, c).
+    Without one, the two equal dimensions are height and width, because images are square.
     """
     if len(shape) < 4:
         return "none" if len(shape) == 2 else "sum-tokens"
@@ -177,54 +177,54 @@ def _width(module: nn.Module) -> int | None:
     return None
 
 
-def _choose_layers(network: Network, layers: Layers, poolings: Pools) -> tuple[list[LayerSpec], tuple[str, ...]]:
-    """Return the layers, their neurons not counted yet, and what to say aloud."""
+def _choose_layers(network: Network, layers: Layers, poolings: Poolings) -> tuple[list[LayerSpec], tuple[str, ...]]:
+    """Return the layers, with 0 neurons until they are counted, and notes."""
     model = network.model
     wanted = name_layers(layers or model.default)
-    where = command_line("layers", model.asked or model.name)
+    where = command_line("layers", model.model_argument or model.name)
     if not wanted:
         raise InputError(f"{model.name} has no default layers; choose some with --layers A,B from: {where}")
     modules = dict(network.module.named_modules())
-    for place in wanted.values():
-        if not place or place not in {**model.layers, **modules}:
+    for target in wanted.values():
+        if not target or target not in {**model.layers, **modules}:
             raise InputError(
-                f"layer {place!r} is not known for {model.name}; known: "
+                f"layer {target!r} is not known for {model.name}; known: "
                 + (f"{', '.join(model.layers)}, and the modules" if model.layers else "the modules")
-                + f" that this lists: {where}{hint(place, [*model.layers, *modules])}"
+                + f" that this lists: {where}{suggest_name(target, [*model.layers, *modules])}"
             )
     chosen = _check_pools(list(wanted), poolings)
     table = {**{path: (path, pooling) for path, pooling in model.layers.values()}, **model.layers}
-    seen = _watch(network) if any(place not in table for place in wanted.values()) else {}
+    seen = _record_outputs(network) if any(target not in table for target in wanted.values()) else {}
     specs, notes = [], []
-    for name, place in wanted.items():
-        path, pooling = table.get(place, (place, ""))
-        if place not in table:
+    for name, target in wanted.items():
+        path, pooling = table.get(target, (target, ""))
+        if target not in table:
             shape = _check_tappable(name, path, modules[path], seen)
             pooling = guess_pooling(modules[path], shape)
             if name not in chosen:
                 notes.append(
-                    f"layer {name}: its output {_by(shape[1:])} is pooled by {pooling}, which is a guess;"
+                    f"layer {name}: its output {_format_shape(shape[1:])} is pooled by {pooling}, which is a guess;"
                     f" another with --pooling {shlex.quote(f'{name}=KIND')}"
                 )
         specs.append(LayerSpec(name=name, path=path, pooling=chosen.get(name, pooling), neurons=0))
     return specs, tuple(notes)
 
 
-def _check_pools(names: Sequence[str], poolings: Pools) -> dict[str, str]:
+def _check_pools(names: Sequence[str], poolings: Poolings) -> dict[str, str]:
     for name, pooling in poolings:
         if name not in names:
-            raise InputError(f"pool {name}={pooling}: the layers are {', '.join(names)}")
+            raise InputError(f"pooling {name}={pooling}: the layers are {', '.join(names)}")
         if pooling not in POOLINGS:
-            raise InputError(f"pool {name}={pooling}: known poolings are {', '.join(POOLINGS)}")
+            raise InputError(f"pooling {name}={pooling}: known poolings are {', '.join(POOLINGS)}")
     return dict(poolings)
 
 
-def _check_tappable(name: str, path: str, module: nn.Module, seen: dict[str, _Seen]) -> tuple[int, ...]:
+def _check_tappable(name: str, path: str, module: nn.Module, seen: dict[str, _ModuleOutput]) -> tuple[int, ...]:
     """Return the shape of a module's output for two images."""
     if path not in seen:
         why = " (it is part of a scripted module, which takes no hooks)" if is_scripted(module) else ""
         raise InputError(f"layer {name!r} did not run in a forward pass{why}")
-    if (reason := _why_not(seen[path])) is not None:
+    if (reason := _why_untappable(seen[path])) is not None:
         raise InputError(f"layer {name!r} cannot be tapped: {reason}")
     if not seen[path].used:
         raise InputError(f"layer {name!r} {NO_GRADIENT}")
@@ -233,27 +233,27 @@ def _check_tappable(name: str, path: str, module: nn.Module, seen: dict[str, _Se
     return tuple(output.shape)
 
 
-def _why_not(seen: _Seen) -> str | None:
+def _why_untappable(seen: _ModuleOutput) -> str | None:
     """Return why a module's output cannot be tapped, or None if it can."""
     output = seen.output
     if not isinstance(output, Tensor):
         return f"it returns {type(output).__name__}, not one tensor"
     if output.dim() not in (2, 3, 4) or output.shape[0] != 2:
-        return f"for two images it gives {_by(output.shape)}, not two times 1 to 3 dimensions"
+        return f"for two images it gives {_format_shape(output.shape)}, not two times 1 to 3 dimensions"
     if why := why_no_gradient(output):
         return f"it gives {why}"
     if seen.identity:
-        return "it returns its input as it is; tap the module before it"
+        return "it returns its input unchanged; tap the module before it"
     return None
 
 
-def _watch(network: Network) -> dict[str, _Seen]:
-    """Run two blank images and return what every module gave, in the order in which they ran last.
+def _record_outputs(network: Network) -> dict[str, _ModuleOutput]:
+    """Run two blank images and return every module's output, in the order of their last runs.
 
-    A graph begins anew at every output that is in none (the first module's, and what comes after .detach() or runs
-    under torch.no_grad), and what follows an output is given a clone, so that it may change it in place.
+    Every output outside a graph starts a new one: the first module's, and those after .detach() or under torch.no_grad.
+    The next module gets a clone of the output, because it may change its input in place.
     """
-    seen: dict[str, _Seen] = {}
+    seen: dict[str, _ModuleOutput] = {}
     versions: dict[str, list[tuple[Tensor, int]]] = {}
 
     def before(path: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
@@ -268,7 +268,7 @@ def _watch(network: Network) -> dict[str, _Seen]:
         if isinstance(output, Tensor) and output.is_floating_point():
             kept = start_graph(output)
         runs = 1 + (seen.pop(path).runs if path in seen else 0)
-        seen[path] = _Seen(output, runs, identity=same, kept=kept)
+        seen[path] = _ModuleOutput(output, runs, identity=same, kept=kept)
         return output if kept is None else clone_in_graph(kept)
 
     handles: list[RemovableHandle] = []
@@ -286,37 +286,39 @@ def _watch(network: Network) -> dict[str, _Seen]:
         _mark_used(logits, list(seen.values()))
     except InputError:
         raise
-    except Exception as error:  # it is anyone's code
-        raise _does_not_run(network, error) from error
+    except Exception as error:  # user code may raise any error
+        raise _forward_error(network, error) from error
     finally:
         for handle in handles:
             handle.remove()
     return seen
 
 
-def _mark_used(logits: Tensor, seen: Sequence[_Seen]) -> None:
-    """Find out to which outputs a gradient of the logits flows back."""
-    kept = [(one, one.kept) for one in seen if one.kept is not None]
+def _mark_used(logits: Tensor, seen: Sequence[_ModuleOutput]) -> None:
+    """Set `used` of the outputs that the logits have a gradient with respect to."""
+    kept = [(module_output, module_output.kept) for module_output in seen if module_output.kept is not None]
     if not (logits.requires_grad and kept):
         return
     total = logits.sum()
     try:
-        for (one, _), gradient in zip(
+        for (module_output, _), gradient in zip(
             kept, torch.autograd.grad(total, [k for _, k in kept], allow_unused=True, retain_graph=True), strict=True
         ):
-            one.used = gradient is not None
-    except RuntimeError:  # something has no derivative; what comes after it has
-        for one, output in kept:
+            module_output.used = gradient is not None
+    except RuntimeError:  # an operation has no derivative; outputs after it still have one
+        for module_output, output in kept:
             with contextlib.suppress(RuntimeError):
-                one.used = torch.autograd.grad(total, output, allow_unused=True, retain_graph=True)[0] is not None
+                module_output.used = (
+                    torch.autograd.grad(total, output, allow_unused=True, retain_graph=True)[0] is not None
+                )
 
 
-def _does_not_run(network: Network, error: Exception) -> InputError:
+def _forward_error(network: Network, error: Exception) -> InputError:
     side, name = network.transform.crop, network.model.name
     if is_out_of_memory(error):
         return InputError(f"{name}: two images do not fit the memory of {network.device}; try --device cpu")
     return InputError(f"{name} cannot take images of {side}×{side} pixels: {first_line(error)}")
 
 
-def _by(shape: Sequence[int]) -> str:
+def _format_shape(shape: Sequence[int]) -> str:
     return "(" + ", ".join(str(n) for n in shape) + ")"

@@ -1,4 +1,4 @@
-"""The networks: one row each. A new network is one row more."""
+"""The table of networks, `MODELS`: a new network is one more row."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ DIGITS_WEIGHTS = Path(__file__).with_name("architectures") / "digits_cnn.safeten
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A row of the table."""
+    """A row of the table of networks."""
 
     name: str
     family: str
-    """Published parameters are keyed by it: resnet, vit, …"""
+    """The key of published parameters: resnet, vit, …"""
     build: Callable[[int], nn.Module]
-    """Number of classes → the network, weights random (or its own: `unasked`)."""
+    """Number of classes → the network, with random weights or with its own."""
     layers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Alias → (module path, pooling). Other modules are tapped by their paths."""
     default: tuple[str, ...] = ()
-    """The layers tapped when nobody chooses: the paper's four."""
+    """The layers that are tapped by default: the paper's four."""
     classifier: str | None = "fc"
-    """Path of the last linear layer; None where there is none."""
+    """Path of the last linear layer; None if there is none."""
     outputs: str = "logits"
-    """Or features: embeddings that no class can be read from, treated as if they were logits for the gradient."""
+    """logits, or features: embeddings without classes, which the gradient treats like logits."""
     transform: Transform | None = None
-    """The network's own preparation of images; None means its weights' or the benchmark's."""
+    """The network's own transform; None: that of its weights or of the benchmark."""
     renames: Mapping[str, str] = field(default_factory=dict)
-    """Prefixes of checkpoint keys → prefixes of ours."""
+    """Prefixes of checkpoint keys → prefixes of the network's keys."""
     weights: Mapping[str, Weights] = field(default_factory=dict)
-    """Name → published weights; a checkpoint can be given by such a name."""
-    unasked: str | None = None
-    """The weights taken when nobody gives a checkpoint; None: one must be given."""
+    """Name → published weights; `--checkpoint` takes these names."""
+    default_weights: str | None = None
+    """The name of the weights that are loaded by default; None: a checkpoint is required."""
     file: Path | None = None
-    """The Python file that builds it, whose source is then part of a cache's identity."""
-    asked: str = ""
-    """What --model has to be given, where that is more than the name."""
+    """The Python file that builds it; its source is part of a cache's identity."""
+    model_argument: str = ""
+    """The value of --model, if it differs from the name."""
     known: bool = True
-    """False for networks that are not in the table; then `classifier` is looked for by running the network."""
+    """Whether the network is in the table; if not, a trial batch finds its classifier."""
     benchmark: str = "imagenet"
-    """Whose images it is shown with when nobody says (`nacpipe layers`)."""
+    """The default benchmark of `nacpipe layers`."""
 
 
 def _resnet_layers(stages: int) -> dict[str, tuple[str, str]]:
@@ -63,7 +63,7 @@ def _resnet_layers(stages: int) -> dict[str, tuple[str, str]]:
     return {**{name: (name, "sum-nchw") for name in names}, "fc": ("fc", "none")}
 
 
-_FOUR = ("avgpool", "layer3", "layer2", "layer1")  # of four-stage ResNets too, as in the paper
+_PAPER_LAYERS = ("avgpool", "layer3", "layer2", "layer1")  # of four-stage ResNets too, as in the paper
 
 
 def _cifar_resnet(depth: int) -> Model:
@@ -72,7 +72,7 @@ def _cifar_resnet(depth: int) -> Model:
         family="resnet",
         build=lambda classes: CifarResNet((depth - 2) // 6, classes),
         layers=_resnet_layers(3),
-        default=_FOUR,
+        default=_PAPER_LAYERS,
         transform=Transform(resize=32, crop=32, mean=IMAGENET_MEAN, std=IMAGENET_STD),
         renames={"linear.": "fc."},
         benchmark="cifar10",
@@ -94,7 +94,7 @@ def _torchvision(
 
 
 def _torchvision_resnet(name: str) -> Model:
-    return _torchvision(name, "resnet", {**_resnet_layers(4), "maxpool": ("maxpool", "sum-nchw")}, _FOUR, "fc")
+    return _torchvision(name, "resnet", {**_resnet_layers(4), "maxpool": ("maxpool", "sum-nchw")}, _PAPER_LAYERS, "fc")
 
 
 _VIT_LAYERS = {
@@ -118,9 +118,9 @@ MODELS: dict[str, Model] = {
             family="digits_cnn",
             build=lambda classes: DigitsCNN(),
             layers={k: v for k, v in _resnet_layers(3).items() if k != "conv1"},
-            default=_FOUR,
+            default=_PAPER_LAYERS,
             weights={"packaged": Weights(partial(read_checkpoint, DIGITS_WEIGHTS))},
-            unasked="packaged",
+            default_weights="packaged",
             benchmark="digits",
         ),
         *(_cifar_resnet(depth) for depth in (20, 32, 44, 56)),
@@ -129,7 +129,7 @@ MODELS: dict[str, Model] = {
             family="resnet",
             build=ResNet18For32,
             layers=_resnet_layers(4),
-            default=_FOUR,
+            default=_PAPER_LAYERS,
             benchmark="cifar10",
         ),
         _torchvision_resnet("resnet18"),
@@ -139,12 +139,12 @@ MODELS: dict[str, Model] = {
         _torchvision("swin_t", "swin", _SWIN_LAYERS, ("avgpool", "layer_5", "layer_3", "layer_1"), "head"),
     )
 }
-BACKBONES = ("resnet18_32x32", "resnet18", "resnet50")  # OpenOOD's, which it wraps in WRAPPERS
-PLAIN_SCHEMES = (  # of OpenOOD's training: the networks are the plain ones, with weights of their own
+BACKBONES = ("resnet18_32x32", "resnet18", "resnet50")  # the networks that OpenOOD wraps in WRAPPERS
+PLAIN_SCHEMES = (  # OpenOOD's training schemes whose network is the plain one, with other weights
     *("base", "augmix", "pixmix", "regmixup", "randaugment", "deepaugment", "stylized", "logitnorm", "mixup", "cutmix"),
     *("cutout", "oe", "mixoe"),
 )
-# OpenOOD's and other usual names → ours; small letters, _ for -, a scheme without its _net.
+# OpenOOD's and other usual names → names in MODELS; in lower case, _ for -, a scheme without its _net.
 ALIASES = {"resnet18_224x224": "resnet18", "resnet18_256x256": "resnet18", "vit_b16": "vit_b_16", "swin": "swin_t"}
 SCHEME_ALIASES = {"conf_branch": "confbranch", "rot": "rotpred", "baseline": "base"}
 
@@ -152,11 +152,11 @@ SCHEME_ALIASES = {"conf_branch": "confbranch", "rot": "rotpred", "baseline": "ba
 def find_model(name: str) -> Model:
     """Return the row of that name, `BACKBONE+SCHEME`, `timm:NAME` or `path/to/file.py:function`.
 
-    OpenOOD's names are taken too: `resnet18_224x224`, `vit-b-16`, `resnet18_32x32+conf_branch`, and schemes that train
-    the plain network (`resnet50+augmix`), which are that network.
+    OpenOOD's names are accepted too: `resnet18_224x224`, `vit-b-16`, `resnet18_32x32+conf_branch`. A scheme that trains
+    the plain network (`resnet50+augmix`) returns that network's row.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such model.
     """
     path, _, function = name.rpartition(":")
     if name.startswith("timm:"):
@@ -166,18 +166,18 @@ def find_model(name: str) -> Model:
             family="timm",
             build=partial(build_timm, known),
             weights={"pretrained": Weights(partial(read_timm, known), partial(timm_transform, known))},
-            unasked="pretrained",
+            default_weights="pretrained",
             known=False,
         )
     if path.endswith(".py"):
         return Model(
-            name=f"{Path(path).name}:{function}",  # in whatever folder it is
+            name=f"{Path(path).name}:{function}",  # without the folder
             file=Path(path),
-            asked=name,
+            model_argument=name,
             family="custom",
             build=lambda classes: build_from_file(Path(path), function),
             weights={"its own": Weights(None)},
-            unasked="its own",
+            default_weights="its own",
             known=False,
         )
     if name.endswith(".py"):
@@ -188,31 +188,32 @@ def find_model(name: str) -> Model:
     if backbone in MODELS and scheme in ("", *PLAIN_SCHEMES):
         return MODELS[backbone]
     if backbone in BACKBONES and scheme in WRAPPERS:
-        return _wrap(MODELS[backbone], scheme)
+        return _wrap_backbone(MODELS[backbone], scheme)
     if backbone in MODELS:
         raise InputError(
             f"model {name!r} is not known; {', '.join(BACKBONES)} can be followed by +{', +'.join(WRAPPERS)}, every"
-            f" network by +{', +'.join(PLAIN_SCHEMES)}{hint(scheme, [*WRAPPERS, *PLAIN_SCHEMES, *SCHEME_ALIASES])}"
+            f" network by +{', +'.join(PLAIN_SCHEMES)}"
+            + suggest_name(scheme, [*WRAPPERS, *PLAIN_SCHEMES, *SCHEME_ALIASES])
         )
     raise InputError(
         f"model {name!r} is not known; known: {', '.join(MODELS)}; see too: nacpipe models"
-        + hint(backbone, [*MODELS, *ALIASES])
+        + suggest_name(backbone, [*MODELS, *ALIASES])
     )
 
 
-def hint(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean …?` where a known name is nearly this one, else nothing."""
+def suggest_name(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean …?` if a known name is similar to this one, else an empty text."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {close[0]}?" if close and close[0] != name else ""
 
 
 def plain_name(name: str) -> str:
-    """Return a model's name as part of a file's: without folders and colons."""
+    """Return a model's name for use in a file name, without folders and colons."""
     return re.sub(r"[^\w.+-]+", "-", name.rpartition("/")[2])
 
 
-def _wrap(row: Model, scheme: str) -> Model:
-    """The row of a backbone in a training scheme's network: the same aliases, behind `backbone.`."""
+def _wrap_backbone(row: Model, scheme: str) -> Model:
+    """Return the row of a backbone in a training scheme's network: the same aliases, with paths below `backbone.`."""
     wrapper = WRAPPERS[scheme]
     layers = {alias: (f"backbone.{path}", pooling) for alias, (path, pooling) in row.layers.items() if alias != "fc"}
     if wrapper.classifier is not None:

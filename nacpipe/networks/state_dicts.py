@@ -1,4 +1,4 @@
-"""State dicts: finding them in what a training script saved, fitting their keys to a network, hashing their values."""
+"""State dicts: finding them in checkpoints, fitting their keys to a network, hashing their values."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from nacpipe.errors import CheckpointError, InputError
 
-StateDict = dict[str, Any]  # tensors; what `get_extra_state` and quantised modules save beside them
+StateDict = dict[str, Any]  # tensors, and the values of `get_extra_state` and of quantised modules
 
-_DEPTH = 4  # of dictionaries in dictionaries
-_BESIDE = ("_extra_state", "_packed_params", "dtype")  # last parts of keys whose values are no tensors
+_DEPTH = 4  # largest nesting of dictionaries
+_NON_TENSOR_KEYS = ("_extra_state", "_packed_params", "dtype")  # last parts of keys whose values are not tensors
 _AVERAGED = re.compile(r"(^|[._-])(ema|swa|averaged?|shadow)|ema$", re.IGNORECASE)
 _EXACT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout)
 
@@ -28,23 +28,23 @@ _EXACT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 def find_state_dicts(content: object, name: str = "", depth: int = 0) -> dict[str, StateDict]:
     """Return every state dict in a checkpoint by its name: `""` for the whole, `model.state_dict` for one inside.
 
-    What optimizers keep is passed over.
+    The states of optimizers are skipped.
     """
     if not isinstance(content, Mapping) or depth > _DEPTH:
         return {}
     if _is_state_dict(content):
         return {name: dict(content)}
-    found: dict[str, StateDict] = {}
+    states: dict[str, StateDict] = {}
     for key, value in content.items():
         if isinstance(key, str) and "optim" not in key.lower():
-            found |= find_state_dicts(value, f"{name}.{key}" if name else key, depth + 1)
-    return found
+            states |= find_state_dicts(value, f"{name}.{key}" if name else key, depth + 1)
+    return states
 
 
 def _is_state_dict(content: Mapping[Any, Any]) -> bool:
-    beside = {key for key in content if isinstance(key, str) and key.rpartition(".")[2] in _BESIDE}
+    non_tensors = {key for key in content if isinstance(key, str) and key.rpartition(".")[2] in _NON_TENSOR_KEYS}
     return any(isinstance(value, Tensor) for value in content.values()) and all(
-        isinstance(key, str) and (isinstance(value, Tensor) or key in beside) for key, value in content.items()
+        isinstance(key, str) and (isinstance(value, Tensor) or key in non_tensors) for key, value in content.items()
     )
 
 
@@ -54,18 +54,18 @@ def _is_state_dict(content: Mapping[Any, Any]) -> bool:
 def choose_state_dict(
     states: Mapping[str, StateDict], network: nn.Module, renames: Mapping[str, str], source: str
 ) -> tuple[StateDict, tuple[str, ...]]:
-    """Return the state dict that fits a network, its keys as the network has them, and what to say aloud.
+    """Return the state dict that fits a network, its keys as the network has them, and notes.
 
-    Of several that fit, one that is no moving average (`model` beside `model_ema`) is taken.
+    If several fit, one that is not a moving average is chosen (`model`, not `model_ema`).
 
     Args:
         states: from `find_state_dicts`, at least one.
-        network: what it is for.
+        network: the network to fit.
         renames: prefixes of keys → prefixes of the network's.
         source: the checkpoint's name, for messages.
 
     Raises:
-        CheckpointError: none fits, naming the keys; or several, and none is to be preferred.
+        CheckpointError: none fits, naming the keys; or several with different weights fit.
     """
     wanted = network.state_dict()
     fitted = {name: fit_keys(state, wanted, renames) for name, state in states.items()}
@@ -74,27 +74,27 @@ def choose_state_dict(
     held = ", ".join(name or "its own entries" for name in states)
     if not fits:
         closest = min(states, key=lambda name: sum(map(len, problems[name].values())))
-        words = "; ".join(f"{what} {_name_some(keys)}" for what, keys in problems[closest].items())
-        several = f"; it holds {held}, of which {closest or 'the first'} comes nearest" if len(states) > 1 else ""
-        raise CheckpointError(f"checkpoint {source} does not fit the network: {words}{several}")
-    plain = [name for name in fits if not _AVERAGED.search(name)] or fits
-    if len({hash_weights(fitted[name]) for name in plain}) > 1:
-        first, second = plain[:2]
+        problem_text = "; ".join(f"{what} {_shorten(keys)}" for what, keys in problems[closest].items())
+        alternatives = f"; it holds {held}, of which {closest or 'the first'} comes nearest" if len(states) > 1 else ""
+        raise CheckpointError(f"checkpoint {source} does not fit the network: {problem_text}{alternatives}")
+    not_averaged = [name for name in fits if not _AVERAGED.search(name)] or fits
+    if len({hash_weights(fitted[name]) for name in not_averaged}) > 1:
+        first, second = not_averaged[:2]
         raise CheckpointError(
             f"checkpoint {source} holds {first} and {second}, which both fit the network; save the one that is meant in"
             f" a file of its own, such as torch.save(checkpoint[{second!r}], FILE)"
         )
-    notes = (f"checkpoint {source} holds {held}: {plain[0]} is loaded",) if len(states) > 1 else ()
-    return fitted[plain[0]], notes
+    notes = (f"checkpoint {source} holds {held}: {not_averaged[0]} is loaded",) if len(states) > 1 else ()
+    return fitted[not_averaged[0]], notes
 
 
 def fit_keys(state: StateDict, wanted: Mapping[str, Any], renames: Mapping[str, str]) -> StateDict:
-    """Return a state dict with the keys that fit best: as they are, or without the names of wrappers.
+    """Return a state dict with the keys that fit best: unchanged, or without the names of wrappers.
 
-    Taken away are `module` and `_orig_mod` (DataParallel, torch.compile) anywhere, then first names that all keys share
+    First `module` and `_orig_mod` (DataParallel, torch.compile) are removed anywhere, then prefixes that all keys share
     (`model.`, `net.`, `backbone.`, …), one after the other.
     """
-    return min(_variants(state, renames), key=lambda one: sum(map(len, find_problems(one, wanted).values())))
+    return min(_variants(state, renames), key=lambda variant: sum(map(len, find_problems(variant, wanted).values())))
 
 
 def _variants(state: StateDict, renames: Mapping[str, str]) -> Iterator[StateDict]:
@@ -107,18 +107,18 @@ def _variants(state: StateDict, renames: Mapping[str, str]) -> Iterator[StateDic
 
 
 def _rename(state: StateDict, renames: Mapping[str, str]) -> StateDict:
-    found: StateDict = {}
+    renamed: StateDict = {}
     for key, value in state.items():
         for old, new in renames.items():
             key = new + key.removeprefix(old) if key.startswith(old) else key
-        found[key] = value
-    return found
+        renamed[key] = value
+    return renamed
 
 
 def find_problems(state: StateDict, wanted: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return what keeps a state dict from fitting, by kind; nothing where it fits.
+    """Return the differences between a state dict and the wanted one, by kind; empty if it fits.
 
-    Checkpoints from before torch counted batches in batch norms fit.
+    `num_batches_tracked` may be missing, as in checkpoints of old torch versions.
     """
     problems = {
         "it lacks": [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")],
@@ -132,7 +132,7 @@ def find_problems(state: StateDict, wanted: Mapping[str, Any]) -> dict[str, list
     return {what: keys for what, keys in problems.items() if keys}
 
 
-def _name_some(keys: list[str]) -> str:
+def _shorten(keys: list[str]) -> str:
     return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
@@ -146,10 +146,10 @@ def _shape(value: object) -> str:
 
 
 def hash_weights(state: Mapping[str, Any]) -> str:
-    """Return the sha256 (hex) of a state dict's names, types, shapes and values, without its idle batch counters.
+    """Return the sha256 (hex) of a state dict's names, types, shapes and values, without `num_batches_tracked`.
 
     Raises:
-        InputError: an entry is of a kind that has no fixed bytes, naming it.
+        InputError: the bytes of an entry's type are not defined, naming the entry.
     """
     digest = hashlib.sha256()
     for key in sorted(state):
@@ -161,7 +161,7 @@ def hash_weights(state: Mapping[str, Any]) -> str:
 
 
 def _parts(key: str, value: object) -> Iterator[bytes]:
-    """What an entry adds to the hash: a line with its name and form, then its bytes."""
+    """Yield what an entry adds to the hash: a line with its name, type and shape, then its bytes."""
     if isinstance(value, Tensor):
         yield from _tensor_parts(key, value)
     elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
@@ -206,13 +206,13 @@ def _tensor_parts(key: str, tensor: Tensor) -> Iterator[bytes]:
             merged = tensor.coalesce()
             yield from _parts(key, [merged.indices(), merged.values()])
             return
-        if tensor.layout is not torch.strided:  # compressed rows or columns, one value for each: the same as dense
+        if tensor.layout is not torch.strided:  # compressed rows or columns: hashed as dense values
             yield f"{key} {tensor.layout}\n".encode()
             tensor = tensor.to_dense()
         tensor = tensor.cpu().contiguous().resolve_conj().resolve_neg()
         try:
             array = tensor.numpy()
-        except TypeError:  # a type that numpy does not have: bfloat16, float8
+        except TypeError:  # a type that numpy lacks: bfloat16, float8
             yield f"{key} {kind} {tuple(tensor.shape)}\n".encode()
             yield tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
             return

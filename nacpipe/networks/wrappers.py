@@ -1,8 +1,8 @@
-"""Networks inside other modules: torch.compile's, DataParallel's, scripted ones; and where a network's weights are.
+"""Networks inside wrappers: torch.compile's, DataParallel's, scripted ones; and a network's device and dtype.
 
 torch.compile(net)._orig_mod ──┐
-DataParallel(net).module ──────┼──▶ net        its paths and weights have their own names, and its hooks run
-a child of net that is wrapped ┘
+DataParallel(net).module ──────┼──▶ net        module paths and keys without prefixes; hooks run
+a wrapped child of net ────────┘
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ from typing import Any
 import torch
 from torch import nn
 
-_INSIDE = {  # a class's name → the attribute with the network that it runs and adds nothing to
+_INNER_NETWORK = {  # a wrapper's class name → its attribute with the inner network
     "OptimizedModule": "_orig_mod",  # torch.compile
     "DataParallel": "module",
-    "DistributedDataParallel": "module",  # torch's and apex'
+    "DistributedDataParallel": "module",  # of torch and of apex
     "AveragedModel": "module",  # torch.optim.swa_utils
 }
 
 
 class HookedScript(nn.Module):
-    """Runs a scripted module, which takes no hooks itself, so that hooks on this one see its output."""
+    """Runs a scripted module, which takes no hooks, so that hooks on this module get its output."""
 
     def __init__(self, scripted: nn.Module) -> None:
         super().__init__()
-        self._held = (scripted,)  # not a child: its own modules are out of reach
+        self._scripted = (scripted,)  # in a tuple, so that torch does not register it as a child
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._held[0](*args, **kwargs)
+        return self._scripted[0](*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the scripted module's."""
-        return self._held[0].state_dict(*args, **kwargs)
+        """Return the scripted module's state dict."""
+        return self._scripted[0].state_dict(*args, **kwargs)
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """Return the network that torch.compile, DataParallel or their like wrap; else itself."""
+    """Return the network inside torch.compile's, DataParallel's and similar wrappers, or the network itself."""
     while (attribute := _attribute(network)) is not None:
         network = getattr(network, attribute)
     return network
 
 
 def unwrap_children(network: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Put in place of every wrapped or scripted module inside a network what can be hooked.
+    """Replace every wrapped or scripted module inside a network by one that takes hooks.
 
     Returns:
-        (parent, name, what was there), for `restore_children`.
+        (parent, name, replaced module) of each, for `restore_children`.
     """
     replaced = []
     for parent in list(network.modules()):
@@ -74,7 +74,7 @@ def restore_children(replaced: list[tuple[nn.Module, str, nn.Module]]) -> None:
 
 
 def named_state(network: nn.Module) -> dict[str, Any]:
-    """Return the state dict of a network without the names of wrappers, the network itself and modules in it."""
+    """Return the state dict of a network without the names of wrappers, around it or inside it."""
     network = unwrap(network)
     wrappers = [
         (f"{path}.{attribute}.", f"{path}.")
@@ -89,15 +89,15 @@ def named_state(network: nn.Module) -> dict[str, Any]:
     return state
 
 
-def find_place(network: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return the device of a network's weights, and the type of its images: its first floating-point one."""
+def find_device_and_dtype(network: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return the device of a network's weights, and the type of its first floating-point one."""
     tensors = [*network.parameters(), *network.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     return device, next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
 
 def run_eagerly() -> AbstractContextManager[Any]:
-    """Run what torch.compile has compiled as it was written: compiled code does not call hooks that came later."""
+    """Run compiled code eagerly, because code of torch.compile does not call hooks that are registered later."""
     if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:  # torch.compile(detector); nothing compiled
         return nullcontext()
     eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
@@ -106,7 +106,7 @@ def run_eagerly() -> AbstractContextManager[Any]:
 
 @contextmanager
 def unwrapped_children(network: nn.Module) -> Iterator[None]:
-    """Hold `unwrap_children` for as long as the `with` block lasts."""
+    """Apply `unwrap_children` during the `with` block."""
     replaced = unwrap_children(network)
     try:
         yield
@@ -115,15 +115,17 @@ def unwrapped_children(network: nn.Module) -> Iterator[None]:
 
 
 def is_scripted(module: nn.Module) -> bool:
-    """Return whether a module is torch.jit's, scripted or traced."""
+    """Return whether a module is scripted or traced by torch.jit."""
     return isinstance(module, torch.jit.ScriptModule)
 
 
 def is_frozen(scripted: nn.Module) -> bool:
     """Return whether torch.jit.freeze has made a scripted module's weights constants of its code."""
     compiled: Any = scripted._c
-    return not compiled.hasattr("training")  # which it takes away, with the weights
+    return not compiled.hasattr("training")  # torch.jit.freeze removes it, with the weights
 
 
 def _attribute(module: nn.Module) -> str | None:
-    return next((_INSIDE[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _INSIDE), None)
+    return next(
+        (_INNER_NETWORK[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _INNER_NETWORK), None
+    )

@@ -17,7 +17,7 @@ from nacpipe.benchmarks import download as downloading
 from nacpipe.benchmarks.archives import find_archives
 from nacpipe.benchmarks.download import choose_archives, download, download_archives, plan_download, read_lists
 from nacpipe.benchmarks.standard import BENCHMARKS, find_benchmark
-from nacpipe.benchmarks.status import survey
+from nacpipe.benchmarks.status import read_status
 from nacpipe.benchmarks.unpack import unpack
 from nacpipe.errors import DownloadError, InputError, MissingExtra
 
@@ -53,7 +53,7 @@ def files(root: Path) -> set[str]:
 def test_everything_is_fetched_unpacked_and_complete(tmp_path: Path, mirror: Any) -> None:
     assert set(states(tmp_path).values()) == {"to fetch"}
     assert get(tmp_path, mirror, checkpoints=True) == []
-    assert {s.state for s in survey(CIFAR10, tmp_path) if s.split != "id/subtrain"} == {"complete"}
+    assert {s.state for s in read_status(CIFAR10, tmp_path) if s.split != "id/subtrain"} == {"complete"}
     assert (tmp_path / "images_classic/cifar10/test/cat/2.png").read_bytes() == b"cifar10 test/cat/2.png" * 50
     assert (tmp_path / "images_classic/tin/val/2.JPEG").is_file()  # the folder that the archive holds once more is gone
     run = tmp_path / "results/cifar10_resnet18_32x32_base_e100_lr0.1_default"
@@ -73,7 +73,7 @@ def test_everything_is_fetched_unpacked_and_complete(tmp_path: Path, mirror: Any
 def test_only_some_archives(tmp_path: Path, mirror: Any) -> None:
     assert get(tmp_path, mirror, "benchmark_imglist", "mnist") == []
     assert [name for name, _ in mirror.asked] == ["benchmark_imglist.zip", "mnist.zip"]
-    state = {s.split: s.state for s in survey(CIFAR10, tmp_path)}
+    state = {s.split: s.state for s in read_status(CIFAR10, tmp_path)}
     assert (state["ood/far/mnist"], state["ood/far/svhn"], state["id/subtrain"]) == ("complete", "missing", "no list")
     message = (
         r"^archive 'minst' is not part of cifar10; it has benchmark_imglist, benchmark_imglist_authors, cifar10, .*,"
@@ -152,7 +152,8 @@ def test_a_broken_connection_goes_on_where_it_stopped(tmp_path: Path, mirror: An
     mirror.files["mnist.zip"] = pack({"test/1.png": bytes(range(256)) * 8192})  # 2 MiB
     mirror.cut["mnist.zip"] = 1_500_000
     message = (
-        r"^http://\S+/mnist\.zip cannot be downloaded: .*; what came is kept in .*/\.download, the same command goes"
+        r"^http://\S+/mnist\.zip cannot be downloaded: .*; the partial file is kept in .*/\.download, the same command"
+        " goes on$"
     )
     with pytest.raises(DownloadError, match=message):
         get(tmp_path, mirror, "benchmark_imglist", "mnist")
@@ -179,7 +180,7 @@ def test_killed_while_unpacking_nothing_looks_whole(
         download(plan, lists, progress=stop)
     assert not (tmp_path / "images_classic/cifar10").exists()
     assert states(tmp_path)["cifar10"] == "to unpack"
-    assert {s.state for s in survey(CIFAR10, tmp_path) if s.split.startswith("id/")} == {"missing", "no list"}
+    assert {s.state for s in read_status(CIFAR10, tmp_path) if s.split.startswith("id/")} == {"missing", "no list"}
     asked = len(mirror.asked)
     assert get(tmp_path, mirror, "cifar10") == []
     assert len(mirror.asked) == asked  # the archive was there
@@ -202,7 +203,7 @@ def test_killed_while_unpacking_nothing_looks_whole(
         patch.setattr(downloading.os, "rename", rename_one)
         with pytest.raises(KeyboardInterrupt):
             get(tmp_path, mirror, "cifar10")
-    assert {s.state for s in survey(CIFAR10, tmp_path) if s.split.startswith("id/")} != {"complete"}
+    assert {s.state for s in read_status(CIFAR10, tmp_path) if s.split.startswith("id/")} != {"complete"}
     assert states(tmp_path)["cifar10"] == "to unpack"
     assert get(tmp_path, mirror, "cifar10") == []
 
@@ -272,10 +273,10 @@ PICTURES = {"test/1.png": b"picture 1", "test/2.png": b"picture 2"}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"<html>Quota exceeded</html>", r"mnist\.zip is no whole zip archive: File is not a zip file"),
-        (b"", r"mnist\.zip is no whole zip archive: File is not a zip file"),
-        (pack(PICTURES)[:-40], r"mnist\.zip is no whole zip archive: "),
-        (corrupt(pack(PICTURES)), r"mnist\.zip is no whole zip archive: Bad CRC-32 for file 'test/1\.png'"),
+        (b"<html>Quota exceeded</html>", r"mnist\.zip is not a complete zip archive: File is not a zip file"),
+        (b"", r"mnist\.zip is not a complete zip archive: File is not a zip file"),
+        (pack(PICTURES)[:-40], r"mnist\.zip is not a complete zip archive: "),
+        (corrupt(pack(PICTURES)), r"mnist\.zip is not a complete zip archive: Bad CRC-32 for file 'test/1\.png'"),
         (
             pack({"test/1.png": b"", "../../evil.png": b""}),
             r"is not safe to unpack: '\.\./\.\./evil\.png' leaves its f",
@@ -384,7 +385,7 @@ def test_archives_are_openoods() -> None:
         "imagenet200_res18_v1.5": "1ddVmwc8zmzSjdLUO84EuV4Gz1c7vhIAs",
         "imagenet_res50_v1.5": "15PdDMNRfnJ7f2oxW6lI-Ge4QJJH3Z0Fy",
     }
-    with pytest.raises(InputError, match=r"^there is nothing to download for benchmark digits; there is for cifar10, "):
+    with pytest.raises(InputError, match=r"^OpenOOD has no archives for benchmark digits; it has them for cifar10, "):
         find_archives("digits")
 
 

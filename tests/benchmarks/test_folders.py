@@ -86,7 +86,7 @@ def test_a_link_that_leads_back_is_refused_by_name(
 ) -> None:
     touch(tmp_path, "set/b/in/1.png", "set/a.png")
     link(tmp_path / path, target)
-    message = f"^a link leads back to a folder that it lies in: {tmp_path}/{again} is {tmp_path}/{first} again; remove"
+    message = f"^a link leads to a folder that contains it: {tmp_path}/{again} is {tmp_path}/{first} again; remove"
     with pytest.raises(ImageError, match=message):
         walk_images(tmp_path / "set")
     with pytest.raises(ImageError, match=message):
@@ -105,7 +105,7 @@ def test_two_links_that_lead_to_each_other_are_refused_by_name(tmp_path: Path) -
 def test_a_link_that_leads_nowhere_is_refused_by_name(tmp_path: Path, target: str) -> None:
     touch(tmp_path, "set/cat/1.png", "set/dog/1.png")
     link(tmp_path / "set/cat/gone", target)
-    message = rf"^link {tmp_path}/set/cat/gone leads nowhere; correct it or remove it$"
+    message = rf"^link {tmp_path}/set/cat/gone is broken; correct it or remove it$"
     with pytest.raises(ImageError, match=message):
         read(tmp_path, "id/test")
     with pytest.raises(ImageError, match=message):

@@ -42,20 +42,31 @@ def test_line_ends_and_empty_lines_at_the_end_do_not_matter() -> None:
     ("content", "message"),
     [
         (b"a.png 1\nb.png\n", r"^line 2 of list\.txt is not 'path label' \(no label\): 'b\.png'$"),
-        (b"a.png one\n", r"^line 1 of list\.txt is not 'path label' \(label 'one' is no integer\): 'a\.png one'$"),
-        (b"a.png 1.5\n", r"^line 1 of list\.txt is not 'path label' \(label '1\.5' is no integer\)"),
-        (b"a.png True\n", r"^line 1 of list\.txt is not 'path label' \(label 'True' is no integer\)"),
+        (b"a.png one\n", r"^line 1 of list\.txt is not 'path label' \(label 'one' is not an integer\): 'a\.png one'$"),
+        (b"a.png 1.5\n", r"^line 1 of list\.txt is not 'path label' \(label '1\.5' is not an integer\)"),
+        (b"a.png True\n", r"^line 1 of list\.txt is not 'path label' \(label 'True' is not an integer\)"),
         (
             b"a.png {'label': '3'}\n",
-            r"^line 1 of list\.txt is not 'path label' \(the 'label' of its dictionary is no integer\): \"a\.png {'lab",
+            r"^line 1 of list\.txt is not 'path label' \(the 'label' of its dictionary is not an integer\):"
+            r" \"a\.png {'lab",
         ),
-        (b"a.png {'label': True}\n", r"^line 1 of list\.txt is not 'path label' \(the 'label' of its dictionary is no"),
-        (b"a.png {'label' 3}\n", r"^line 1 of list\.txt is not 'path label' \(no label: what ends in } is no dictiona"),
-        (b"a{b}\n", r"^line 1 of list\.txt is not 'path label' \(no label: what ends in } is no dictionary\): 'a{b}'$"),
+        (
+            b"a.png {'label': True}\n",
+            r"^line 1 of list\.txt is not 'path label' \(the 'label' of its dictionary is not",
+        ),
+        (
+            b"a.png {'label' 3}\n",
+            r"^line 1 of list\.txt is not 'path label' \(no label: the text that ends in } is not",
+        ),
+        (
+            b"a{b}\n",
+            r"^line 1 of list\.txt is not 'path label' \(no label: the text that ends in } is not a dictionary\):"
+            r" 'a{b}'$",
+        ),
         (b"a.png 1\nb.png 2\n\nc.png 3\n", r"^line 3 of list\.txt is not 'path label' \(it is empty\): ''$"),
         (b"a.png 1\n\t \r\nc.png 3\n", r"^line 2 of list\.txt is not 'path label' \(it is empty\): ''$"),
         (b"a.png __import__('os').getcwd()\n", r"^line 1 of list\.txt is not 'path label' \(label \"__import__\('os"),
-        (b"my picture.png\n", r"^line 1 of list\.txt is not 'path label' \(label 'picture\.png' is no integer\)"),
+        (b"my picture.png\n", r"^line 1 of list\.txt is not 'path label' \(label 'picture\.png' is not an integer\)"),
         (b"", r"^list\.txt lists no images$"),
         (b"\n \n", r"^list\.txt lists no images$"),
         (b"\xef\xbb\xbf\r\n", r"^list\.txt lists no images$"),
@@ -87,7 +98,7 @@ def test_bad_lists_are_refused_by_line(content: bytes, message: str) -> None:
     [
         (b"99999999999999999999", "its label is too large"),
         (b"{'label': -99999999999}", "its label is too large"),
-        (b"{[]: 1}", "no label: what ends in } is no dictionary"),
+        (b"{[]: 1}", "no label: the text that ends in } is not a dictionary"),
     ],
 )
 def test_odd_labels_are_refused_by_line_too(label: bytes, reason: str) -> None:
@@ -110,7 +121,7 @@ def test_integers_are_pythons(label: bytes, value: int) -> None:
 @pytest.mark.parametrize("label", ["01", "\u0661", "1.0", "--1", "-", "1,2", "[1]", "9" * 5000])
 def test_what_is_no_integer_is_refused(label: str) -> None:
     with pytest.raises(
-        ImageError, match=r"^line 1 of list\.txt is not 'path label' \(label '.{1,40}' is no integer\): "
+        ImageError, match=r"^line 1 of list\.txt is not 'path label' \(label '.{1,40}' is not an integer\): "
     ):
         parse_list(f"a.png {label}".encode(), "list.txt")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nacpipe.benchmarks.standard import find_benchmark
-from nacpipe.benchmarks.status import SetStatus, survey
+from nacpipe.benchmarks.status import SetStatus, read_status
 from nacpipe.benchmarks.toml import read_benchmark
 from nacpipe.errors import ImageError
 
@@ -22,7 +22,7 @@ def test_every_set_is_looked_at(tmp_path: Path) -> None:
         (tmp_path / "images_classic" / name).mkdir(parents=True)
     for name in ("train/0", "train/1", "val/1"):
         (tmp_path / f"images_classic/{name}.png").touch()
-    found = {s.split: s for s in survey(CIFAR100, tmp_path)}
+    found = {s.split: s for s in read_status(CIFAR100, tmp_path)}
     assert list(found) == [split.name for split in CIFAR100.splits]
     first = f"{tmp_path}/images_classic/val/0.png (line 1 of {lists}/val_cifar100.txt)"
     assert found["id/val"] == SetStatus(split="id/val", source="val_cifar100.txt", images=2, missing=1, first=first)
@@ -36,11 +36,11 @@ def test_every_set_is_looked_at(tmp_path: Path) -> None:
 
 
 def test_nothing_is_there(tmp_path: Path) -> None:
-    assert {s.state for s in survey(CIFAR100, tmp_path / "nowhere")} == {"no list"}
+    assert {s.state for s in read_status(CIFAR100, tmp_path / "nowhere")} == {"no list"}
 
 
 def test_what_is_not_looked_for_says_why(tmp_path: Path) -> None:
-    assert {s.state for s in survey(find_benchmark("digits"), tmp_path)} == {"in Python packages"}
+    assert {s.state for s in read_status(find_benchmark("digits"), tmp_path)} == {"in Python packages"}
     path = tmp_path / "b.toml"
     path.write_text(
         'name = "b"\nclasses = 2\ntransform = {resize = 8, crop = 8, mean = [0], std = [1]}\n'
@@ -51,7 +51,7 @@ def test_what_is_not_looked_for_says_why(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     benchmark = read_benchmark(path)
-    assert {s.split: (s.state, s.images) for s in survey(benchmark, tmp_path)} == {
+    assert {s.split: (s.state, s.images) for s in read_status(benchmark, tmp_path)} == {
         "id/train": ("torchvision's, looked for when extracted", 0),
         "id/val": ("complete", 2),
         "id/test": ("no list", 0),
@@ -64,7 +64,7 @@ def test_a_bad_list_is_named(tmp_path: Path) -> None:
     lists.mkdir(parents=True)
     (lists / "val_tin.txt").write_text("a.png\n")
     with pytest.raises(ImageError, match=r"^line 1 of .*val_tin\.txt is not 'path label' \(no label\): 'a\.png'$"):
-        survey(CIFAR100, tmp_path)
+        read_status(CIFAR100, tmp_path)
 
 
 def test_labels_that_are_no_classes_are_named(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_labels_that_are_no_classes_are_named(tmp_path: Path) -> None:
         "test_mnist.txt": "a.png 12\n",
     }.items():
         (lists / name).write_text(text)
-    found = {s.split: s for s in survey(find_benchmark("cifar10"), tmp_path)}
+    found = {s.split: s for s in read_status(find_benchmark("cifar10"), tmp_path)}
     image = f"{tmp_path}/images_classic/a.png"
     assert found["id/val"] == SetStatus(
         split="id/val", source="val_cifar10.txt", images=3, missing=0, wrong_labels=2,

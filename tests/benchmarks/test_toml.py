@@ -143,8 +143,8 @@ WRONG = {  # what stands in the file instead → the complaint
     ("[id.val]", "[id.other]"): "id.other: is not known",
     ("[ood.val]", "[ood.near.val]"): "ood.val: is not there; every benchmark needs id/train, id/val, id/test, ood/val",
     ("[ood.far.bar]", "[ood.middle.bar]"): "ood.middle: is not known",
-    ("[ood.far.bar]", '[ood.far."a/b"]'): "ood.far.a/b: is no name for a set: ",
-    ("[ood.far.bar]", '[ood.far."../../x"]'): "ood.far.../../x: is no name for a set: ",
+    ("[ood.far.bar]", '[ood.far."a/b"]'): "ood.far.a/b: is not a name for a set: ",
+    ("[ood.far.bar]", '[ood.far."../../x"]'): "ood.far.../../x: is not a name for a set: ",
     ("[ood.far.bar]", "[ood.far.mean]"): "ood.far.mean: is reserved, tables name the mean over a group's sets so; give",
     (
         "[ood.near.foo-1]",
@@ -195,7 +195,7 @@ def test_what_does_not_fit_is_refused_by_file_and_key(tmp_path: Path, change: tu
 def test_what_is_no_toml_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.toml"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"^benchmark file .*bad\.toml is no TOML: "):
+    with pytest.raises(InputError, match=r"^benchmark file .*bad\.toml is not TOML: "):
         read_benchmark(path)
 
 

@@ -54,12 +54,12 @@ def test_the_two_lists_are_the_train_list(lists: Path, tmp_path: Path) -> None:
 def test_lists_that_are_there_are_kept_unless_forced(lists: Path, tmp_path: Path) -> None:
     split = plan_split(CIFAR10, tmp_path, 2, seed=1)
     (lists / "main_train_cifar10.txt").write_text("mine.png 0\n")
-    with pytest.raises(InputError, match=r"^\S*/main_train_cifar10\.txt is there already; --redo writes anew"):
+    with pytest.raises(InputError, match=r"^\S*/main_train_cifar10\.txt exists; --redo replaces both lists \("):
         write_split(split)
     assert not (lists / "sub_train_cifar10.txt").exists()
     write_split(split, redo=True)
     assert (lists / "main_train_cifar10.txt").read_text() == MAIN
-    with pytest.raises(InputError, match=r"main_train_cifar10\.txt and \S*/sub_train_cifar10\.txt are there already"):
+    with pytest.raises(InputError, match=r"main_train_cifar10\.txt and \S*/sub_train_cifar10\.txt exist; --redo"):
         write_split(split)
 
 
@@ -80,7 +80,9 @@ def test_what_cannot_be_cut(tmp_path: Path) -> None:
     message = r"^there is no image list .*/train_cifar10\.txt; say where the data is with --data-root DIR$"
     with pytest.raises(ImageError, match=message):
         plan_split(CIFAR10, tmp_path, 10, seed=1)
-    with pytest.raises(InputError, match=r"^benchmark digits has no train list to cut: its id/train is main_train as"):
+    with pytest.raises(
+        InputError, match=r"^benchmark digits has no train list to split: its id/train is main_train as"
+    ):
         plan_split(find_benchmark("digits"), tmp_path, 10, seed=1)
 
 

@@ -221,7 +221,7 @@ def test_a_missing_chunk_reads_as_no_value_not_as_zeros(tmp_path: Path) -> None:
     assert (np.asarray(split.array("label")[32:]) == np.iinfo(np.int64).min).all()
     assert split.read("label", slice(0, 32)).tolist() == arrays["label"][:32].tolist()
     with pytest.raises(
-        CacheError, match=r"id/val/label is damaged \(row 32 holds no value\); mend it with: nacpipe rep"
+        CacheError, match=r"id/val/label is damaged \(row 32 holds no value\); repair it with: nacpipe rep"
     ):
         _ = split.label
 
@@ -232,7 +232,7 @@ def test_a_missing_chunk_of_logits_is_refused_and_never_sealed(tmp_path: Path) -
     with pytest.raises(CacheError, match=r"id/val/logits is damaged \(row 16 holds no value\)"):
         open_cache(tmp_path / "c.zarr").peek("id/val").read("logits")
     writer = CacheWriter(tmp_path / "c.zarr", open_cache(tmp_path / "c.zarr").header)
-    with pytest.raises(CacheError, match=r"id/val/logits lacks 1 of its chunks; mend it with: nacpipe repair"):
+    with pytest.raises(CacheError, match=r"id/val/logits lacks 1 of its chunks; repair it with: nacpipe repair"):
         writer.seal("id/val")
 
 

@@ -151,10 +151,10 @@ def test_a_full_disk_is_said_and_the_same_calls_go_on(tmp_path: Path, whole: Cac
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
         with pytest.raises(
-            CacheError, match=r"c\.zarr: there is no room left to write it \(File too large\); what was"
+            CacheError, match=r"c\.zarr: there is no space left to write it \(File too large\); what was"
         ):
             writer.write_block("id/val", 1, rows)
-        with pytest.raises(CacheError, match="there is no room left"):
+        with pytest.raises(CacheError, match="there is no space left"):
             CacheWriter(tmp_path / "new.zarr", whole.header)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -219,7 +219,9 @@ def test_a_store_that_disappears_is_not_made_anew_by_its_rows(tmp_path: Path, wh
     shutil.move(path, tmp_path / "moved.zarr")
     rows = {key: whole["id/val"].read(key)[32:] for key in whole.header.arrays()}
     for act in (lambda: writer.write_block("id/val", 2, rows), lambda: writer.seal("id/val")):
-        with pytest.raises(CacheError, match=r"c\.zarr is gone: it was moved, removed or unmounted while it was writt"):
+        with pytest.raises(
+            CacheError, match=r"c\.zarr does not exist any more: it was moved, removed or unmounted while it was writt"
+        ):
             act()
     assert not path.exists()
     fill(tmp_path / "moved.zarr", whole, range(2, 3)).seal("id/val")

@@ -121,7 +121,7 @@ def test_verify_names_them_and_exits_with_0(path: Path) -> None:
     (path / "id/val/logits/c/0/0").unlink()
     done = nacpipe("verify", path)
     assert done.exit_code == 1
-    assert done.stderr.splitlines()[-1] == f"nacpipe: {path}: 1 damaged; mend it with: nacpipe repair {path}"
+    assert done.stderr.splitlines()[-1] == f"nacpipe: {path}: 1 damaged; repair it with: nacpipe repair {path}"
 
 
 def test_commands_work_beside_them(path: Path, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_what_was_sealed_with_foreign_files_still_matches(path: Path, whole: Cac
     assert verify_cache(open_cache(path)) == []
     assert repair_cache(path) == []
     (path / "id/val/label/zarr.json").write_bytes(b"")  # metadata is mended, under the old digest too
-    assert repair_cache(path) == ["id/val/label: metadata written anew"]
+    assert repair_cache(path) == ["id/val/label: metadata rewritten"]
     assert verify_cache(open_cache(path)) == []
     (path / "id/val/logits/c/1/0").write_bytes((path / "id/val/logits/c/0/0").read_bytes())
     with pytest.raises(CacheError, match="id/val is not what was sealed"):

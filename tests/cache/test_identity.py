@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nacpipe.cache.identity import bound_splits, diff, fingerprint, said_by
+from nacpipe.cache.identity import bound_splits, comparable_fields, diff, fingerprint
 
 IDENTITIES = st.dictionaries(
     st.text(max_size=3),
@@ -68,6 +68,6 @@ def test_a_search_reads_no_test_split_unless_it_is_named() -> None:
 
 def test_what_an_older_identity_does_not_say_is_left_out() -> None:
     new = {"weights": A, "source": B, "arithmetic": {"device": "cpu"}, "outputs": "features"}
-    assert said_by({"weights": A}, new) == {"weights": A, "outputs": "features"}
-    assert said_by({"weights": A, "source": A}, new) == {"weights": A, "source": B, "outputs": "features"}
-    assert said_by(new, {"weights": A}) == {"weights": A}
+    assert comparable_fields({"weights": A}, new) == {"weights": A, "outputs": "features"}
+    assert comparable_fields({"weights": A, "source": A}, new) == {"weights": A, "source": B, "outputs": "features"}
+    assert comparable_fields(new, {"weights": A}) == {"weights": A}

@@ -35,7 +35,7 @@ def test_another_format_version_is_refused(cache: Cache) -> None:
     file.write_text(json.dumps(content))
     message = (
         r"c\.zarr: this cache has format version 2, this nacpipe reads version 1; use the nacpipe that wrote it, or"
-        r" extract anew into another --cache$"
+        r" extract again into another --cache$"
     )
     with pytest.raises(FormatError, match=message):
         open_cache(cache.path)

@@ -77,7 +77,7 @@ def test_a_server_without_pages_is_refused_in_words(url: str) -> None:
 def test_what_is_not_there(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CacheError, match=f"there is no cache at {url}x"):
         open_cache(f"{url}x")
-    monkeypatch.setattr(store, "TRIES", 2)
+    monkeypatch.setattr(store, "ATTEMPTS", 2)
     with pytest.raises(CacheError, match=r"^http://127\.0\.0\.1:9/x\.zarr cannot be read .*asked 2 times"):
         open_cache("http://127.0.0.1:9/x.zarr")
 

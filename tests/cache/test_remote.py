@@ -186,11 +186,11 @@ def test_a_damaged_cache_is_repaired_and_its_rows_alone_written_again(proxy: Pro
     with pytest.raises(FormatError, match=f"^{url}"):
         open_cache(url)
     assert sorted(repair_cache(url)) == [
-        "id/val/label: metadata written anew",
+        "id/val/label: metadata rewritten",
         "id/val: block 1, rows 16 to 31, is to be computed again",
         "ood/near/letters/label/c/9, which does not belong there, is removed",
-        "ood/near/letters: the mark of block 0 written anew",
-        "the root's attributes: one bit mended",
+        "ood/near/letters: the mark of block 0 rewritten",
+        "the root's attributes: one bit repaired",
     ]
     split = here["id/val"]
     assert open_cache(url).peek("id/val").marks().tolist() == [True, False, True]
@@ -235,7 +235,7 @@ def test_what_a_server_refuses_is_said_in_words(
     one_line(error)
     asked = sum(proxy.requests.values())
     assert asked <= 4  # what cannot be mended is not asked for again
-    monkeypatch.setattr(store, "TRIES", 3)
+    monkeypatch.setattr(store, "ATTEMPTS", 3)
     proxy.share, proxy.only = 1.0, "503"
     with pytest.raises(CacheError, match=f"^{url} cannot be read .*503") as error:
         open_cache(url)
@@ -247,7 +247,7 @@ def test_a_server_that_is_gone_is_said_in_words(
     proxy: Proxy, url: str, here: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it writes: what was written stays, and the same goes on when the server is back."""
-    monkeypatch.setattr(store, "TRIES", 3)
+    monkeypatch.setattr(store, "ATTEMPTS", 3)
     split, writer = here["id/val"], CacheWriter(url, here.header)
     writer.prepare("id/val", split.rows, split.images)
     write_rows(writer, split, 0, "id/val")

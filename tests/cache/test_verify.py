@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cache.repair import repair_cache
-from nacpipe.cache.verify import Damage, check_form, verify_cache
+from nacpipe.cache.verify import Damage, check_metadata, verify_cache
 from nacpipe.cli import main
 from nacpipe.errors import CacheError, FormatError
 
@@ -139,12 +139,12 @@ def test_damage_in_metadata_costs_no_row(path: Path, whole: Cache) -> None:
         open_cache(path)
     done = repair_cache(path)
     assert sorted(done) == [
-        "id/train: one bit of its attributes mended",
-        "id/val/layer1: metadata written anew",
-        "id/val/logits: metadata written anew",
-        "id: metadata written anew",
-        "ood/val: the mark of block 0 written anew",
-        "the root's attributes: one bit mended",
+        "id/train: one bit of its attributes repaired",
+        "id/val/layer1: metadata rewritten",
+        "id/val/logits: metadata rewritten",
+        "id: metadata rewritten",
+        "ood/val: the mark of block 0 rewritten",
+        "the root's attributes: one bit repaired",
     ]
     assert_whole(path, whole)
 
@@ -157,7 +157,7 @@ def test_a_number_of_rows_that_lost_a_bit_costs_no_row(path: Path, whole: Cache,
     flip(path / "id/val/zarr.json", place, bit)
     assert json.loads((path / "id/val/zarr.json").read_bytes())["attributes"]["rows"] != whole["id/val"].rows
     assert damage_of(path) != []
-    assert repair_cache(path) == ["id/val: one bit of its attributes mended"]
+    assert repair_cache(path) == ["id/val: one bit of its attributes repaired"]
     assert_whole(path, whole)
 
 
@@ -168,10 +168,10 @@ def test_names_that_say_nothing_about_values_are_sealed_too(path: Path, whole: C
     (path / "id/val/label/c/9").write_bytes(b"12345")
     (damage,) = damage_of(path)
     assert (damage.split, damage.array, damage.rows) == ("id/val", "", None)
-    assert damage.what.startswith("is not what was sealed, though every chunk is whole")
+    assert damage.what.startswith("is not what was sealed, though every chunk is valid")
     assert sorted(repair_cache(path)) == [
         "id/val/label/c/9, which does not belong there, is removed",
-        "id/val/logits/zarr.json written anew",
+        "id/val/logits/zarr.json rewritten",
     ]
     assert_whole(path, whole)
 
@@ -212,21 +212,21 @@ def test_a_split_that_was_only_begun_lacks_nothing(path: Path, whole: Cache) -> 
     assert repair_cache(path) == []
     flip(path / "id/val/features/zarr.json", 40)
     assert [(d.split, d.array) for d in damage_of(path)] == [("id/val", "features")]
-    assert repair_cache(path) == ["id/val/features: metadata written anew"]
+    assert repair_cache(path) == ["id/val/features: metadata rewritten"]
     assert extract_again(path, whole) == [("id/val", 0), ("id/val", 1), ("id/val", 2)]
     assert_whole(path, whole)
 
 
 def test_attributes_that_more_than_a_bit_was_lost_of_are_extracted_anew(path: Path, whole: Cache) -> None:
     (path / "id/val/zarr.json").write_bytes(b"\0" * 700)
-    with pytest.raises(FormatError, match=r"id/val/zarr\.json is damaged .*; nacpipe repair .*mends what can be"):
+    with pytest.raises(FormatError, match=r"id/val/zarr\.json is damaged .*; nacpipe repair .*repairs what can be"):
         open_cache(path)["id/val"]
     assert repair_cache(path) == ["id/val: its attributes are lost; it is to be extracted again"]
     assert extract_again(path, whole) == [("id/val", 0), ("id/val", 1), ("id/val", 2)]
     assert_whole(path, whole)
     (path / "ood/val/zarr.json").unlink()
     assert [(d.split, d.what) for d in damage_of(path)] == [
-        ("ood/val", "has no zarr.json: it was lost, or a removal was cut short")
+        ("ood/val", "has no zarr.json: it was lost, or a removal was interrupted")
     ]
     repair_cache(path)
     assert not (path / "ood/val").exists()
@@ -235,7 +235,7 @@ def test_attributes_that_more_than_a_bit_was_lost_of_are_extracted_anew(path: Pa
 def test_a_root_that_lost_more_than_a_bit_is_left_alone(path: Path) -> None:
     edit(path / "zarr.json", block_rows=99)
     before = files_of(path)
-    with pytest.raises(FormatError, match=r"do not match their digest\); no single bit would mend it$"):
+    with pytest.raises(FormatError, match=r"do not match their digest\); no single bit corrects it$"):
         repair_cache(path)
     assert files_of(path) == before
 
@@ -284,7 +284,7 @@ def test_leftovers_are_no_damage_and_repair_removes_them(path: Path) -> None:
             "is not little endian",
         ),
         ("id/val/blocks", {"shape": [4]}, "blocks", "is uint8 of (4,), not uint8 of (3,)"),
-        ("id/val/blocks", {"fill_value": 1}, "blocks", "has fill value 1: a mark that is not there would count"),
+        ("id/val/blocks", {"fill_value": 1}, "blocks", "has fill value 1: a missing mark would count"),
         ("id/val", {"attributes": {"rows": 40, "sealed": True}}, "", "is sealed and has no digest"),
         ("id/val", {"attributes": {"rows": 40, "sealed": False}}, "", "images names no list"),
         ("id/val", {"attributes": {"rows": -1}}, "", "rows is -1, not a whole number from 1"),
@@ -296,7 +296,7 @@ def test_every_field_of_the_format_is_checked(
 ) -> None:
     file = path / where / "zarr.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    found = [d for d in check_form(open_cache(path)) if d.split == "id/val"]
+    found = [d for d in check_metadata(open_cache(path)) if d.split == "id/val"]
     assert (array, what) in [(d.array, d.what) for d in found] if what else found
     with pytest.raises(CacheError):
         open_cache(path)["id/val"]
@@ -306,10 +306,10 @@ def test_every_field_of_the_format_is_checked(
 def test_images_that_are_no_object_are_damage_in_words(path: Path, images: object) -> None:
     edit(path / "id/val/zarr.json", images=images)
     with pytest.raises(
-        CacheError, match=r"id/val/zarr\.json is damaged \(images is .*, not an object\); mend it with: nac"
+        CacheError, match=r"id/val/zarr\.json is damaged \(images is .*, not an object\); repair it with: nac"
     ):
         open_cache(path).peek("id/val").images  # noqa: B018
-    assert ("", "images names no list") in [(d.array, d.what) for d in check_form(open_cache(path))]
+    assert ("", "images names no list") in [(d.array, d.what) for d in check_metadata(open_cache(path))]
     done = CliRunner().invoke(main, ["inspect", str(path)])
     assert (done.exit_code, "id/val/zarr.json is damaged" in done.stderr) == (1, True)
 
@@ -349,10 +349,10 @@ def test_what_only_a_writer_needs_is_told_by_the_validator(path: Path) -> None:
     unfit = {"weights": "abc", "source": "net.py", "transform": {"crop": 3}, "outputs": "pixels"}
     content["attributes"]["identity"] = unfit
     file.write_text(json.dumps(content))
-    assert [d.what for d in check_form(open_cache(path))] == [
+    assert [d.what for d in check_metadata(open_cache(path))] == [
         *(f"identity lacks {key}" for key in ("benchmark", "architecture", "family", "dtype")),
-        "identity.weights is no sha256",
-        "identity.source is no sha256",
+        "identity.weights is not a sha256",
+        "identity.source is not a sha256",
         *(f"identity.transform lacks {key}" for key in ("resize", "mean", "std")),
         "identity.outputs is 'pixels', none of logits, features, probabilities, log-probabilities",
     ]

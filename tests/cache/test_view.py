@@ -144,7 +144,7 @@ def test_a_damaged_chunk_is_a_sentence(path: Path, array: str) -> None:
     content = bytearray(chunk.read_bytes())
     content[9] ^= 1
     chunk.write_bytes(bytes(content))
-    message = rf"^{path}: id/val/{array} is damaged \(.*checksum.*\); mend it with: nacpipe repair {path}$"
+    message = rf"^{path}: id/val/{array} is damaged \(.*checksum.*\); repair it with: nacpipe repair {path}$"
     for select in (lambda view: view[:], lambda view: view[20], lambda view: view[[0, 31], 0], np.asarray, list):
         with pytest.raises(CacheError, match=message):
             select(views(split)[array])

@@ -116,7 +116,7 @@ def test_split_train_writes_two_lists(tmp_path: Path) -> None:
     assert re.search(r"main_train_cifar10\.txt +30$", printed.stdout, re.MULTILINE)
     assert re.search(r"sub_train_cifar10\.txt +20$", printed.stdout, re.MULTILINE)
     again = nacpipe(*args)
-    assert (again.exit_code, "--redo writes anew" in again.stderr) == (1, True)
+    assert (again.exit_code, "--redo replaces both lists" in again.stderr) == (1, True)
     assert nacpipe(*args, "--redo").exit_code == 0
 
 

@@ -82,5 +82,5 @@ def test_a_pool_without_a_layer_or_a_kind_is_wrong_usage(value: str) -> None:
 def test_pools_are_checked_before_anything_is_written(tmp_path: Path) -> None:
     result = nacpipe("extract", "digits", "--cache", str(tmp_path / "c.zarr"), "--pooling", "layer1=mean")
     assert result.exit_code == 1
-    assert result.stderr.startswith("nacpipe: pool layer1=mean: known poolings are sum-nchw, ")
+    assert result.stderr.startswith("nacpipe: pooling layer1=mean: known poolings are sum-nchw, ")
     assert not (tmp_path / "c.zarr").exists()

@@ -92,8 +92,8 @@ def test_what_is_not_there_is_made_by_a_command_of_its_name(cache: str) -> None:
 def test_damage_is_mended_by_a_command_of_its_name(cache: str) -> None:
     mend = ["nacpipe", "repair", cache]
     damage(cache)
-    assert words_of(nacpipe("verify", cache).stderr, "mend it with: nacpipe") == mend
-    assert words_of(nacpipe("inspect", cache, "id/val").stderr, "mend it with: nacpipe") == mend
+    assert words_of(nacpipe("verify", cache).stderr, "repair it with: nacpipe") == mend
+    assert words_of(nacpipe("inspect", cache, "id/val").stderr, "repair it with: nacpipe") == mend
     chunks = Path(cache, "ood/val/layer1/gradient/c")
     shutil.copy(chunks / "0/0", chunks / "1/0")
     done = nacpipe("inspect", cache, "ood/val")
@@ -101,16 +101,16 @@ def test_damage_is_mended_by_a_command_of_its_name(cache: str) -> None:
     Path(cache, "classifier/weight/zarr.json").write_text("{")
     with pytest.raises(CacheError) as raised:
         open_cache(cache).classifier()
-    assert words_of(str(raised.value), "mend it with: nacpipe") == mend
+    assert words_of(str(raised.value), "repair it with: nacpipe") == mend
     Path(cache, "id/test/zarr.json").write_text("{")
     with pytest.raises(FormatError) as refused:
         open_cache(cache).peek("id/test")
-    wanted = [*mend, "mends", "what", "can", "be", "mended"]
+    wanted = [*mend, "repairs", "what", "can", "be", "repaired"]
     assert words_of(str(refused.value), "; nacpipe") == wanted
     shutil.rmtree(Path(cache, "id/train/logits"))
     with pytest.raises(CacheError) as lost:
         open_cache(cache)["id/train"]
-    assert words_of(str(lost.value), "mend it with: nacpipe") == mend
+    assert words_of(str(lost.value), "repair it with: nacpipe") == mend
 
 
 def test_a_writer_names_what_to_do(cache: str, small_cache: Cache) -> None:
@@ -125,7 +125,7 @@ def test_a_writer_names_what_to_do(cache: str, small_cache: Cache) -> None:
     shutil.rmtree(Path(cache, "id/val/logits/c"))
     with pytest.raises(CacheError) as raised:
         writer.seal("id/val")
-    assert words_of(str(raised.value), "mend it with: nacpipe") == ["nacpipe", "repair", cache]
+    assert words_of(str(raised.value), "repair it with: nacpipe") == ["nacpipe", "repair", cache]
 
 
 def test_an_unfinished_split_is_finished_by_the_caches_own_command(cache: str) -> None:

@@ -85,8 +85,8 @@ def test_search_and_evaluate_read_a_web_server(
         assert_found_alike(f"{address}/x.zarr", tmp_path / "x.zarr")
         said = nacpipe("search", f"{address}/x.zarr", "--trials", "3")
     assert said.exit_code == 1
-    assert said.stderr.splitlines()[-1].endswith(f"{address}/x.zarr is not on this machine, so that nothing is kept"
-        " beside it; give --storage and --output")  # fmt: skip
+    assert said.stderr.splitlines()[-1].endswith(f"{address}/x.zarr is not on this machine, so that no files are"
+        " written beside it; give --storage and --output")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_what_would_be_beside_a_cache_must_be_named(
     said = nacpipe(*words)
     assert said.exit_code == 1
     assert said.stderr.splitlines()[-1].endswith(
-        f"{URL} is not on this machine, so that nothing is kept beside it; give {options}"
+        f"{URL} is not on this machine, so that no files are written beside it; give {options}"
     )
     assert not any(tmp_path.iterdir())
 
@@ -120,7 +120,7 @@ def test_extract_writes_there_in_shards_and_says_what_is_not_guarded(proxy: Prox
     assert f"\n{url}: new, " in planned.stdout
     said = nacpipe(*words)
     assert said.exit_code == 0, said.output
-    assert said.stderr.count(f"{url}: two extractions into it at once are not kept apart") == 1
+    assert said.stderr.count(f"{url}: two extractions into it at once are not refused, as they are") == 1
     assert f"next: nacpipe search {url}" in said.stderr
     made = open_cache(url)
     assert list(made) == ["id/val", "ood/near/letters"]
@@ -147,7 +147,7 @@ def test_repair_takes_what_is_damaged_there_and_extract_computes_it_again(proxy:
     said = nacpipe("verify", url)
     assert said.exit_code == 1
     assert said.stdout.splitlines()[1].split()[:4] == ["id/val", "layer3/gradient", "0", f"0-{len(values) - 1}"]
-    assert said.stderr == f"nacpipe: {url}: 1 damaged; mend it with: nacpipe repair {url}\n"
+    assert said.stderr == f"nacpipe: {url}: 1 damaged; repair it with: nacpipe repair {url}\n"
     mended = nacpipe("repair", url)
     assert (mended.exit_code, mended.stdout) == (0, f"{open_cache(url).command()}\n"), mended.output
     assert mended.stderr == f"id/val: block 0, rows 0 to {len(values) - 1}, is to be computed again\n"

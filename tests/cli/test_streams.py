@@ -178,7 +178,7 @@ def test_results_that_a_full_disk_does_not_take_are_said(place: Path, more: list
     done = run(place, ">/dev/full", "evaluate", "c.zarr", "--params", "p.json", *more)
     assert done.returncode == 1
     assert done.stderr == (
-        b"nacpipe: No space left on device; what was written is safe: make room, and the same command goes on\n"
+        b"nacpipe: No space left on device; what was written is safe: free some space, and the same command goes on\n"
     )
 
 

@@ -47,7 +47,7 @@ def test_damage_is_named_and_exits_with_1(damaged: Path) -> None:
     assert nacpipe("verify", "c.zarr", "--format").exit_code == 0  # no chunk is read
     done = nacpipe("verify", "c.zarr")
     assert done.exit_code == 1
-    assert done.stderr == "nacpipe: c.zarr: 1 damaged; mend it with: nacpipe repair c.zarr\n"
+    assert done.stderr == "nacpipe: c.zarr: 1 damaged; repair it with: nacpipe repair c.zarr\n"
     heading, line = done.stdout.splitlines()
     assert heading.split() == ["split", "array", "block", "rows", "what"]
     assert line.split()[:4] == ["id/val", "layer1/gradient", "1", "16-31"]
@@ -87,7 +87,7 @@ def test_a_damaged_cache_gives_no_score(damaged: Path, tmp_path: Path) -> None:
         done = nacpipe(*command)
         assert done.exit_code == 1
         assert "id/val/layer1/gradient is damaged" in done.stderr
-        assert "mend it with: nacpipe repair c.zarr" in done.stderr
+        assert "repair it with: nacpipe repair c.zarr" in done.stderr
 
 
 # --- one line, and nothing after it -----------------------------------------------------------------------------------

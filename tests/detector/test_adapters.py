@@ -181,7 +181,7 @@ def test_what_cannot_be_counted_is_refused(network: nn.Module) -> None:
         fit_detector(network, PARAMS, [], {})
     with pytest.raises(InputError, match="layer 'layer9' is not known for DigitsCNN"):
         fit_detector(network, NacParams(layers={"layer9": layer}), [images], {})
-    with pytest.raises(InputError, match="pool layer2=sum-nchw: the layers are avgpool, layer3"):
+    with pytest.raises(InputError, match="pooling layer2=sum-nchw: the layers are avgpool, layer3"):
         fit_detector(network, PARAMS, [images], {"layer2": "sum-nchw"})
     with pytest.raises(InputError, match=r"images are \(\d, 1, 28, 20\); wanted"):
         fit_detector(network, PARAMS, [images[..., :20]], {})

@@ -59,7 +59,7 @@ def test_it_is_chosen_by_the_time_of_a_trial_batch_and_recorded(
     plan = plan_extraction(open_request)
     assert (plan.blocks_are_open, plan.header.block_rows) == (True, 512)
     said: list[str] = []
-    chosen = choose_blocks(plan, say=said.append)
+    chosen = choose_blocks(plan, note=said.append)
     assert (chosen.blocks_are_open, chosen.header.block_rows) == (False, rows)
     assert [split.todo for split in chosen.splits] == [tuple(range(-(-n // rows))) for n in (40, 21)]
     slow = "a batch takes 60 s, which is what an interruption costs; a smaller --batch-size costs less"
@@ -97,7 +97,9 @@ def test_a_shard_is_written_at_once(open_request: ExtractRequest, monkeypatch: p
     assert plan.header.block_rows == 16  # 2 batches, 8 s of a shard
     take(3.0, monkeypatch)
     said: list[str] = []
-    assert choose_blocks(plan_extraction(replace(open_request, shard_blocks=4)), say=said.append).header.block_rows == 8
+    assert (
+        choose_blocks(plan_extraction(replace(open_request, shard_blocks=4)), note=said.append).header.block_rows == 8
+    )
     assert said == [
         "a shard of 4 batches takes 12 s, which is what an interruption costs; a smaller --batch-size costs less"
     ]
@@ -203,16 +205,16 @@ def test_the_first_ranks_choice_is_everybodys(tmp_path: Path) -> None:
 def test_accuracy_is_said_once_id_train_is_done(finished: Cache, request_: ExtractRequest) -> None:
     """The weights are random, so there is something amiss."""
     said: list[str] = []
-    extract(plan_extraction(replace(request_, splits=("id/val",))), say=said.append)
+    extract(plan_extraction(replace(request_, splits=("id/val",))), note=said.append)
     assert said == []
-    extract(plan_extraction(replace(request_, splits=("id/val", "id/train"))), say=said.append)
+    extract(plan_extraction(replace(request_, splits=("id/val", "id/train"))), note=said.append)
     train = finished["id/train"]
     share = float((train.logits[:].argmax(axis=1) == train.label).mean())
     assert said == [
-        f"id/train: accuracy {100 * share:.2f} % of 40 images; a trained network gets most right: look at the weights,"
-        " the normalisation, the order of the classes"
+        f"id/train: accuracy {100 * share:.2f} % of 40 images; a trained network classifies most images correctly:"
+        " check the weights, the normalisation, the order of the classes"
     ]
-    extract(plan_extraction(request_), say=said.append)
+    extract(plan_extraction(request_), note=said.append)
     assert len(said) == 1  # it was done before
 
 
@@ -245,7 +247,7 @@ def test_less_than_half_right_is_doubted_and_of_two_classes_more(
     monkeypatch.setattr(extraction, "ACCURACY_ROWS", 3)
     text = extraction._accuracy("c.zarr", classes)
     assert text.startswith(f"id/train: accuracy {10 * right:.2f} % of 10 images")
-    assert ("look at the weights, the normalisation, the order of the classes" in text) is doubted
+    assert ("check the weights, the normalisation, the order of the classes" in text) is doubted
 
 
 def test_logits_without_a_number_are_told(make_cache: Callable[..., Cache], tmp_path: Path) -> None:

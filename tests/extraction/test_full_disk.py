@@ -82,8 +82,8 @@ def assert_refused(done: subprocess.CompletedProcess[str], cache: Path, what: st
     note, *lines = done.stderr.splitlines()
     assert note.startswith("images are prepared by the benchmark digits: resize 28 ")
     assert [line for line in lines if line != "id/train: accuracy 100.00 % of 1000 images"] == [
-        f"nacpipe: {cache}: there is no room left to write it ({what}); what was written is safe: make room, and the"
-        " same command goes on"
+        f"nacpipe: {cache}: there is no space left to write it ({what}); what was written is safe: free some space,"
+        " and the same command goes on"
     ]
     verified = CliRunner().invoke(main, ["verify", str(cache)])
     assert verified.exit_code == 0, verified.output

@@ -16,7 +16,7 @@ import torch
 
 from nacpipe.benchmarks.standard import find_benchmark
 from nacpipe.cache import Cache, CacheWriter, Header, open_cache
-from nacpipe.cache.identity import LATER
+from nacpipe.cache.identity import OPTIONAL_FIELDS
 from nacpipe.detector.export import export_detector
 from nacpipe.detector.file import write_detector
 from nacpipe.detector.predict import prepare
@@ -286,7 +286,7 @@ def test_what_an_older_cache_does_not_say_is_not_compared(
     finished: Cache, request_: ExtractRequest, more: dict[str, Any]
 ) -> None:
     header = as_made_elsewhere(
-        finished, request_.cache, lambda identity: {k: v for k, v in identity.items() if k not in LATER}
+        finished, request_.cache, lambda identity: {k: v for k, v in identity.items() if k not in OPTIONAL_FIELDS}
     )
     extract(plan_extraction(replace(request_, splits=("ood/val",), **more)))
     assert open_cache(request_.cache).header.identity == header.identity  # nor added

@@ -167,7 +167,7 @@ def test_an_extraction_goes_on_with_smaller_batches_and_says_so_once(request_: E
     network = plan.network.module
     assert isinstance(network, nn.Module)
     network.sizes.clear()
-    extract(plan, say=notes.append)
+    extract(plan, note=notes.append)
     assert notes == ["8 images at once do not fit the memory of cpu: from here on batches of 4"]
     assert network.sizes[:4] == [8, 4, 4, 4]
     assert max(network.sizes[1:]) == 4

@@ -167,7 +167,7 @@ def test_a_checkpoint_can_be_given(file: Path, tmp_path: Path) -> None:
 def test_layers_that_cannot_be_tapped_say_why(file: Path) -> None:
     network = load_network(find_model(f"{file}:build"), CIFAR10, None, CPU)
     reasons = {
-        "same": "cannot be tapped: it returns its input as it is; tap the module before it",
+        "same": "cannot be tapped: it returns its input unchanged; tap the module before it",
         "spare": r"has no gradient: the logits do not depend on its output, or forward runs what follows it under"
         r" torch\.no_grad, torch\.inference_mode or \.detach\(\); tap a layer behind that, or change forward",
         "pair": "cannot be tapped: it returns tuple, not one tensor",
@@ -205,8 +205,11 @@ def test_every_listed_layer_can_be_tapped(file: Path) -> None:
 def test_pools_that_do_not_fit_are_refused(file: Path) -> None:
     network = load_network(find_model(f"{file}:build"), CIFAR10, None, CPU)
     for poolings, message in [
-        ((("mix", "mean"),), r"^pool mix=mean: known poolings are sum-nchw, sum-nhwc, sum-tokens, class-token, none$"),
-        ((("stem", "none"),), r"^pool stem=none: the layers are mix$"),
+        (
+            (("mix", "mean"),),
+            r"^pooling mix=mean: known poolings are sum-nchw, sum-nhwc, sum-tokens, class-token, none$",
+        ),
+        ((("stem", "none"),), r"^pooling stem=none: the layers are mix$"),
         ((("mix", "sum-nchw"),), r"^layer 'mix' gives \(1, 64, 7\), which sum-nchw does not pool$"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -249,7 +252,7 @@ def test_files_that_give_no_network_are_refused(file: Path) -> None:
         "broken": r"^model '.*net\.py:broken' failed with RuntimeError: no weights$",
         "constant": r"^model '.*net\.py:constant': .*net\.py has no function 'constant'$",
         "nope": r"^model '.*net\.py:nope': .*net\.py has no function 'nope'$",
-        "wide": r"^model 'net\.py:wide' gives \(4, 11\) for 4 images; wanted are logits, \(4, 10\)$",
+        "wide": r"^model 'net\.py:wide' gives \(4, 11\) for 4 images; expected are logits, \(4, 10\)$",
         "shapeless": r"^model 'net\.py:shapeless' fails on images of 32 pixels: ValueError: LSTM: Expected",
     }.items():
         with pytest.raises(InputError, match=message):

@@ -170,7 +170,7 @@ def test_what_has_no_derivative_is_said(last: bool) -> None:
     ("kind", "message"),
     [
         (torch.float16, "float16, in which most gradients would be 0; run the network in float32 or bfloat16"),
-        (torch.int64, r"torch\.int64, of which there is no gradient; tap a layer that gives floating-point numbers"),
+        (torch.int64, r"torch\.int64, which has no gradient; tap a layer that gives floating-point numbers"),
     ],
 )
 def test_types_without_a_gradient_are_named(kind: torch.dtype, message: str) -> None:
@@ -459,7 +459,7 @@ def test_modules_called_with_keywords_are_tapped() -> None:
     network = network_of(Keywords())
     names = [layer.name for layer in list_layers(network)]
     assert names == ["backbone.0", "backbone.1", "hidden", "fc"]  # flat returns its input as it is
-    with pytest.raises(InputError, match="layer 'flat' cannot be tapped: it returns its input as it is"):
+    with pytest.raises(InputError, match="layer 'flat' cannot be tapped: it returns its input unchanged"):
         measure_layers(network, ("flat",))
     layers = [spec("backbone.0"), spec("hidden", "none")]
     expected = by_definition(Probe(), layers, images)

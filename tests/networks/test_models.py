@@ -169,7 +169,7 @@ class Runs:
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "hook": Runs(tmp_path / "ran")}, tmp_path / "code.pth")
     message = (
-        r"code\.pth is no checkpoint, or holds more than tensors and is not loaded, since that could run code:"
+        r"code\.pth is not a checkpoint, or contains more than tensors and is not loaded, since that could run code:"
         r" save its state_dict alone"
     )
     with pytest.raises(CheckpointError, match=message):
@@ -183,7 +183,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
 def test_a_whole_pickled_network_is_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "network.pth")
     with pytest.raises(
-        CheckpointError, match=r"network\.pth is no checkpoint, or holds more than tensors and is not loaded"
+        CheckpointError, match=r"network\.pth is not a checkpoint, or contains more than tensors and is not loaded"
     ):
         read_checkpoint(tmp_path / "network.pth")
 

@@ -27,7 +27,7 @@ from nacpipe.extraction.request import ExtractRequest
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.plain_scores import gen
 from nacpipe.networks.taps import Taps, freeze
-from nacpipe.networks.trial import Trial, run_trial
+from nacpipe.networks.trial import TrialBatch, run_trial_batch
 from tests.networks.test_taps import by_definition, spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,8 +70,8 @@ def weight_norm_by_hook() -> nn.Module:
     return norm
 
 
-def try_out(network: nn.Module, **more: Any) -> Trial:
-    return run_trial("net", freeze(network), IMAGES, **more)
+def try_out(network: nn.Module, **more: Any) -> TrialBatch:
+    return run_trial_batch("net", freeze(network), IMAGES, **more)
 
 
 # --- the classifier ---------------------------------------------------------------------------------------------------
@@ -158,9 +158,9 @@ def test_a_layer_that_sees_several_rows_of_an_image_is_none() -> None:
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
 def test_other_types_have_their_own_rounding(kind: torch.dtype) -> None:
-    assert run_trial("net", freeze(Net().to(kind)), IMAGES.to(kind)).classifier == "fc"
+    assert run_trial_batch("net", freeze(Net().to(kind)), IMAGES.to(kind)).classifier == "fc"
     off = Net(after=lambda x: x * 1.1)
-    assert run_trial("net", freeze(off.to(kind)), IMAGES.to(kind)).classifier is None
+    assert run_trial_batch("net", freeze(off.to(kind)), IMAGES.to(kind)).classifier is None
 
 
 def test_a_bias_that_is_large_beside_the_spread_is_only_rounding() -> None:
@@ -306,7 +306,7 @@ def test_a_cache_of_a_classifier_by_place_is_not_gone_on_with(request_: ExtractR
 )
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_outputs_are_named(after: Callable[[Tensor], Tensor], outputs: str, kind: torch.dtype) -> None:
-    trial = run_trial("net", freeze(Net(after=lambda x: after(x).to(kind)).to(kind)), IMAGES.to(kind))
+    trial = run_trial_batch("net", freeze(Net(after=lambda x: after(x).to(kind)).to(kind)), IMAGES.to(kind))
     assert trial.outputs == outputs
     if outputs != "logits":
         assert trial.no_classifier == f"its outputs are {outputs}, not what a linear layer gives"
@@ -419,7 +419,7 @@ def test_a_random_network_is_refused(network: nn.Module, after: str) -> None:
     ids=["train in forward", "functional", "mean of the batch"],
 )
 def test_a_network_whose_logits_are_of_the_batch_is_refused(network: nn.Module) -> None:
-    message = r"^model 'net' gives an image other logits beside other images: they differ by [\d.e-]+; look in its"
+    message = r"^model 'net' gives an image other logits in another batch: they differ by [\d.e-]+; look in its"
     with pytest.raises(InputError, match=message):
         try_out(network)
 

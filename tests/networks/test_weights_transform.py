@@ -89,7 +89,7 @@ def test_a_published_file_is_recognised_by_its_content(published: Path) -> None:
 
 
 def test_a_file_of_other_content_has_the_benchmarks(published: Path, tmp_path: Path) -> None:
-    """And if it is called like a published one, that is said."""
+    """And if it has the name of a published one, that is said."""
     other = tmp_path / "resnet50-11ad3fa6.pth"
     torch.save(find_model("resnet18").build(10).state_dict(), other)
     network = load_network(row("resnet18"), TEN, other, CPU)
@@ -100,7 +100,7 @@ def test_a_file_of_other_content_has_the_benchmarks(published: Path, tmp_path: P
     network = load_network(row("resnet18"), TEN, named, CPU)
     assert network.transform == TEN.transform
     assert network.notes == (
-        f"{named} is called like IMAGENET1K_V1's file, but its content is another; if it holds those weights, give"
+        f"{named} has the name of IMAGENET1K_V1's file, but other content; if it holds those weights, give"
         " --weights-transform IMAGENET1K_V1",
     )
 

@@ -33,7 +33,7 @@ from nacpipe.networks.architectures.digits_cnn import DigitsCNN
 from nacpipe.networks.build import blank_network, load_network
 from nacpipe.networks.layers import list_layers
 from nacpipe.networks.models import find_model
-from nacpipe.networks.wrappers import find_place, named_state, unwrap
+from nacpipe.networks.wrappers import find_device_and_dtype, named_state, unwrap
 from nacpipe.scoring.coverage import score_splits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,8 +184,8 @@ def test_names_and_places_of_wrapped_networks() -> None:
     assert list(named_state(nn.DataParallel(inside))) == keys
     assert unwrap(nn.DataParallel(network)) is network
     assert unwrap(network) is network
-    assert find_place(nn.DataParallel(network.double())) == (CPU, torch.float64)
-    assert find_place(nn.ReLU()) == (CPU, torch.float32)
+    assert find_device_and_dtype(nn.DataParallel(network.double())) == (CPU, torch.float64)
+    assert find_device_and_dtype(nn.ReLU()) == (CPU, torch.float32)
 
 
 FILE = """
@@ -276,7 +276,9 @@ def test_a_network_that_is_scripted_as_a_whole_gives_logits_alone(tmp_path: Path
 
 def test_a_frozen_script_has_no_weights_to_be_known_by(detector_file: Path) -> None:
     network = script(digits(), freeze=True)
-    message = r"^the network has a module of torch\.jit\.freeze, whose weights cannot be told apart; give it as it was"
+    message = (
+        r"^the network has a module of torch\.jit\.freeze, whose weights cannot be hashed; give the network before"
+    )
     with pytest.raises(InputError, match=message):
         nacpipe.load_detector(detector_file, network)
     with pytest.raises(InputError, match=message):

@@ -51,7 +51,7 @@ def test_a_journal_torn_by_a_full_disk_goes_on(small_cache: Cache, tmp_path: Pat
     done = search(small_cache, torn, size * 2 // 3)
     assert done.returncode == 1
     assert done.stdout == ""
-    safe = "what was written is safe: make room, and the same command goes on"
+    safe = "what was written is safe: free some space, and the same command goes on"
     assert done.stderr == f"nacpipe: File too large: {torn / 's.log'}; {safe}\n"
     content = (torn / "s.log").read_bytes()
     assert len(content) == size * 2 // 3 and not content.endswith(b"\n")  # a torn tail

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nacpipe.detector.fit import DetectorSource, Source
 from nacpipe.detector.module import Detected, Detector
 from nacpipe.errors import InputError
-from nacpipe.networks.wrappers import find_place, unwrap
+from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
 
 
 class NACPostprocessor:
@@ -80,7 +80,7 @@ class NACPostprocessor:
         Raises:
             InputError: `setup` was not called, or with another network.
         """
-        device = find_place(net)[0]
+        device = find_device_and_dtype(net)[0]
         predicted, confidence, label = [], [], []
         for batch in data_loader:
             pred, conf = self.postprocess(net, batch["data"].to(device))

@@ -1,1 +1,1 @@
-"""Architectures that published checkpoints need and no library has."""
+"""Architectures of published checkpoints that no library provides."""

@@ -1,9 +1,9 @@
-"""The network of the packaged benchmark `digits`: small enough for a CPU, named like torchvision's ResNets.
+"""The network of the packaged benchmark `digits`: small enough for a CPU, with a ResNet's module names.
 
     image (n, 1, 28, 28) → layer1 (n, 16, 28, 28) → layer2 (n, 32, 14, 14) → layer3 (n, 64, 7, 7)
                          → avgpool (n, 64, 1, 1)  → fc (n, 10)
 
-`digits_train.py` makes the weights in `digits_cnn.safetensors`.
+`tools/train_digits.py` makes the weights in `digits_cnn.safetensors`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-# MNIST's usual mean and standard deviation, of pixels in 0..1; one channel.
+# The usual mean and standard deviation of MNIST, of pixels in 0..1; one channel.
 MEAN = (0.1307,)
 STD = (0.3081,)
 
@@ -28,14 +28,14 @@ class DigitsCNN(nn.Module):
         self.fc = nn.Linear(64, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Give the logits, (n, 10), of normalised images, (n, 1, 28, 28)."""
+        """Return the logits, (n, 10), of normalised images, (n, 1, 28, 28)."""
         x = self.layer3(self.layer2(self.layer1(images)))
         logits: torch.Tensor = self.fc(self.avgpool(x).flatten(1))
         return logits
 
 
 def _layer(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    # The ReLUs are not in place: a tapped output would be changed behind the tap.
+    # The ReLUs are not in place, because they would overwrite a tapped output.
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(outputs),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class _Block(nn.Module):
-    """Two 3×3 convolutions and a shortcut; `shortcut` is empty where shapes agree."""
+    """Two 3×3 convolutions and a shortcut; `shortcut` is the identity if shapes agree."""
 
     def __init__(self, inputs: int, planes: int, stride: int, shortcut: nn.Module) -> None:
         super().__init__()
@@ -52,8 +52,8 @@ class CifarResNet(nn.Module):
 
     @staticmethod
     def _stage(inputs: int, planes: int, blocks: int) -> nn.Sequential:
-        grows = inputs != planes
-        first = _Block(inputs, planes, 2 if grows else 1, _PadShortcut(planes) if grows else nn.Sequential())
+        widens = inputs != planes
+        first = _Block(inputs, planes, 2 if widens else 1, _PadShortcut(planes) if widens else nn.Sequential())
         return nn.Sequential(first, *(_Block(planes, planes, 1, nn.Sequential()) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:

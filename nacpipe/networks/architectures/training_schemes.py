@@ -1,10 +1,10 @@
-"""Networks of training schemes, wrapped around a ResNet as OpenOOD's checkpoints have it.
+"""Networks of training schemes: OpenOOD's wrappers around a ResNet.
 
     image ──▶ backbone (a ResNet whose fc is the identity) ──▶ features (n, d) ──▶ the scheme's own layers ──▶ output
 
-Written here is what runs when an image is looked at; layers that only training used stand beside it, because the
-checkpoints hold their weights. A scheme that trains a plain ResNet (LogitNorm, AugMix, PixMix, RegMixup, RandAugment,
-DeepAugment, Stylized) needs nothing here: its checkpoints load into the ResNet's own row.
+`forward` is that of evaluation. Layers that only training uses are defined too, because the checkpoints contain their
+weights. A scheme that trains a plain ResNet (LogitNorm, AugMix, PixMix, RegMixup, RandAugment, DeepAugment, Stylized)
+needs no class here: its checkpoints load into the ResNet's row of the table.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EMBEDDED = 128  # width of what CIDER, NPOS and CSI embed images in
+EMBEDDED = 128  # width of the embeddings of CIDER, NPOS and CSI
 UDG_CLUSTERS = 1000
 
 
 class Wrapped(nn.Module):
-    """A backbone without its classifier; `width` is that of its features."""
+    """A backbone without its classifier; `width` is the number of its features."""
 
     classifier: ClassVar[str | None] = "fc"
-    """Path of the linear layer whose output is the network's."""
+    """Path of the linear layer whose output is the network's output; None if there is none."""
     outputs: ClassVar[str] = "logits"
-    """Or features: then there is no class to predict."""
+    """logits, or features: embeddings without a predicted class."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -36,12 +36,12 @@ class Wrapped(nn.Module):
         self.backbone = backbone
 
     def features(self, x: Tensor) -> Tensor:
-        """Give (n, width)."""
+        """Return the features, (n, width)."""
         return torch.flatten(self.backbone(x), 1)
 
 
 class _Classified(Wrapped):
-    """A linear classifier on the features; the scheme's other heads learn beside it."""
+    """A linear classifier on the features; subclasses add the heads that only training uses."""
 
     def __init__(self, backbone: nn.Module, classes: int) -> None:
         super().__init__(backbone)
@@ -57,7 +57,7 @@ class RotPred(_Classified):
 
     def __init__(self, backbone: nn.Module, classes: int) -> None:
         super().__init__(backbone, classes)
-        self.rot_fc = nn.Linear(self.width, 4)  # a quarter turn each
+        self.rot_fc = nn.Linear(self.width, 4)  # rotations by quarter turns
 
 
 class ConfBranch(_Classified):
@@ -94,9 +94,9 @@ class CSI(Wrapped):
 
 
 class GODIN(Wrapped):
-    """Generalised ODIN (Hsu et al., 2020) with cosine similarity, OpenOOD's choice; logits are the quotient h / g.
+    """Generalised ODIN (Hsu et al., 2020) with cosine similarity, as in OpenOOD; logits are the quotient h / g.
 
-    There is no linear classifier: neither weights nor features go to the cache.
+    There is no linear classifier, so the cache contains neither classifier nor features.
     """
 
     classifier = None
@@ -118,12 +118,12 @@ class _Cosine(nn.Module):
         self.h = nn.Linear(width, classes, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        return _shrink(features) @ _shrink(self.h.weight).T
+        return _normalise(features) @ _normalise(self.h.weight).T
 
 
-def _shrink(rows: Tensor) -> Tensor:
+def _normalise(rows: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows / (norms + 1e-4)  # G-ODIN's small number
+    return rows / (norms + 1e-4)  # the constant of G-ODIN's code
 
 
 class CIDER(Wrapped):
@@ -141,7 +141,7 @@ class CIDER(Wrapped):
 
 
 class NPOS(CIDER):
-    """NPOS (Tao et al., 2023): as CIDER's, with prototypes and a head that tells outliers while it learns."""
+    """NPOS (Tao et al., 2023): CIDER's network, with prototypes and a head that detects outliers during training."""
 
     def __init__(self, backbone: nn.Module, classes: int) -> None:
         super().__init__(backbone, classes)
