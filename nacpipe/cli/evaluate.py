@@ -150,14 +150,13 @@ def match_choices(choices: Sequence[str], caches: int) -> list[str | None]:
 def _method_name(text: str) -> str | None:
     """The plain or further baseline of that name; None for a parameter file or `published`."""
     from nacpipe.errors import InputError
-    from nacpipe.evaluation.baselines import MORE_BASELINES
+    from nacpipe.evaluation.baselines import MORE_BASELINES, find_baseline
     from nacpipe.method.plain_scores import LOGIT_BASELINES
 
-    known = {name.lower(): name for name in (*LOGIT_BASELINES, *MORE_BASELINES)}
-    if (name := known.get(text.lower())) is None and text != "published" and not Path(text).exists():
+    if (name := find_baseline(text)) is None and text != "published" and not Path(text).exists():
         raise InputError(
             f"--against {text} is neither a parameter file that is there nor a method; methods: published,"
-            f" {', '.join(known.values())}"
+            f" {', '.join([*LOGIT_BASELINES, *MORE_BASELINES])}"
         )
     return name
 
