@@ -303,8 +303,8 @@ OUT_OF_REACH = ("ODIN", "Gram", "RankFeat")  # they run the network again, or ne
 
 def find_baseline(name: str) -> str | None:
     """Return a baseline's name, plain or further, as it is written; None where there is none of that name."""
-    known = {other.lower(): other for other in (*LOGIT_BASELINES, *MORE_BASELINES)} | EARLIER_NAMES
-    return known.get(name.lower())
+    known = {other.lower(): other for other in (*LOGIT_BASELINES, *MORE_BASELINES)}
+    return known.get(name.lower()) or EARLIER_NAMES.get(name.lower())
 
 
 def choose_baselines(names: Iterable[str]) -> list[str]:

@@ -51,7 +51,9 @@ def fit_mds_plus(training: Training) -> Score:
     Σ is the mean over images, and directions in which no training image differs count nothing, as in the authors' code.
     """
     classes = training.linear.weight.shape[0]
-    centre, means, precision = _gaussians(_unit(training.samples.features), training.label, classes, _covariance_inverse)
+    centre, means, precision = _gaussians(
+        _unit(training.samples.features), training.label, classes, _covariance_inverse
+    )
     return lambda samples: -_squared_distances(_unit(samples.features) - centre, means, precision).min(axis=1)
 
 
@@ -124,7 +126,7 @@ def fit_residual(training: Training) -> Score:
 
     def score(samples: Samples) -> Floats:
         centred = samples.features - origin
-        return -np.linalg.norm(centred - (centred @ principal) @ principal.T, axis=1)
+        return np.asarray(-np.linalg.norm(centred - (centred @ principal) @ principal.T, axis=1))
 
     return score
 

@@ -22,11 +22,11 @@ def fit_relation(training: Training) -> Score:
 
     Of these relations, those of at most 0.03 count nothing.
     """
-    bank = _directions(training.samples.features)
+    bank = _directions(training.samples.features).astype(np.float32)
     bank_p = softmax(training.samples.linear_logits.astype(np.float64)).astype(np.float32)
 
     def score(samples: Samples) -> Floats:
-        relation = np.maximum(_directions(samples.features) @ bank.T, 0)
+        relation = np.maximum(_directions(samples.features).astype(np.float32) @ bank.T, 0)
         relation *= softmax(samples.linear_logits.astype(np.float64)).astype(np.float32) @ bank_p.T
         relation[relation <= RELATION_THRESHOLD] = 0
         return np.asarray(relation.sum(axis=1, dtype=np.float64))
@@ -45,7 +45,7 @@ def fit_cfood(training: Training) -> Score:
                                      ▲ −κ is the score
     """
     images = len(training.label)
-    bank = _directions(training.samples.features, np.float64)
+    bank = _directions(training.samples.features)
     if images > CFOOD_IMAGES:
         bank = bank[np.random.RandomState(CFOOD_SEED).permutation(images)[:CFOOD_IMAGES]]
     shares, places = cfood_grid(len(bank))
@@ -58,11 +58,11 @@ def fit_cfood(training: Training) -> Score:
     enough = -(-len(bank) // CFOOD_SHARE)
 
     def score(samples: Samples) -> Floats:
-        distances = _squared_distances(bank, _directions(samples.features, np.float64))  # (images, samples)
+        distances = _squared_distances(bank, _directions(samples.features))  # (images, samples)
         first = np.empty(distances.shape, np.int16)  # the place in `shares` from which on a sample is in reach
         for image, own in enumerate(reach):
             first[image] = np.searchsorted(own, distances[image])
-        return -shares[np.partition(first, enough - 1, axis=0)[enough - 1]]
+        return np.asarray(-shares[np.partition(first, enough - 1, axis=0)[enough - 1]])
 
     return score
 
@@ -75,10 +75,10 @@ def cfood_grid(images: int) -> tuple[Floats, NDArray[np.int64]]:
     return np.append(shares[kept], 1.0), places[kept]
 
 
-def _directions(features: NDArray[np.float32], dtype: type[np.floating] = np.float32) -> NDArray[np.floating]:
+def _directions(features: NDArray[np.float32]) -> Floats:
     """Features at unit length; OpenOOD's 10⁻¹⁰ keeps features of length 0 what they are."""
     wide = features.astype(np.float64)
-    return np.asarray(wide / (np.linalg.norm(wide, axis=1, keepdims=True) + 1e-10), dtype)
+    return np.asarray(wide / (np.linalg.norm(wide, axis=1, keepdims=True) + 1e-10))
 
 
 def _squared_distances(first: Floats, second: Floats) -> Floats:

@@ -35,7 +35,7 @@ def fit_vra(training: Training) -> Score:
 
 
 def fit_ash_s(training: Training, *, percentile: int) -> Score:
-    """ASH-S (Djurisic et al., ICLR 2023): the smallest features become 0, the others grow by exp(sum before / after)."""
+    """ASH-S (Djurisic et al., ICLR 2023): the smallest features become 0, the others grow by exp(before / after)."""
     linear = training.linear
 
     def score(samples: Samples) -> Floats:

@@ -32,20 +32,20 @@ BINS = 100
 WIDTHS = (4, 15)  # bins that are averaged: of the features' histogram, of the perturbed logits'
 FLOORS = (0.01, 0.025)  # added to every bin, so that none is 0
 LAMBDA_PERTURBED, LAMBDA_MSP = 2.5, 0.1
-PIECE = 2**23  # float64 numbers of perturbed logits that are held at a time
+PIECE = 2**21  # float64 numbers of perturbed logits that are held at a time
 
 
 def fit_weiper(training: Training) -> Score:
     """Draw the perturbed layer, find the ranges of values, then the mean histograms of the training images."""
-    perturbed = perturb(training.linear)
-    classes, rows = len(training.linear.bias), len(perturbed.bias)
+    weight, bias = perturb(training.linear)
+    classes, rows = len(training.linear.bias), len(bias)
 
     def pieces(features: NDArray[np.float32]) -> Iterator[tuple[Floats, Floats]]:
         """Features and perturbed logits in float64, a few images at a time."""
         step = max(1, PIECE // rows)
         for start in range(0, len(features), step):
             wide = features[start : start + step].astype(np.float64)
-            yield wide, np.asarray(perturbed(wide))
+            yield wide, wide @ weight.T + bias
 
     low, high = np.full(2, np.inf), np.full(2, -np.inf)
     for values in pieces(training.samples.features):
@@ -75,14 +75,14 @@ def fit_weiper(training: Training) -> Score:
     return score
 
 
-def perturb(linear: Linear) -> Linear:
-    """Return the perturbed copies below each other, float64, (copies · classes, features)."""
+def perturb(linear: Linear) -> tuple[Floats, Floats]:
+    """Return the perturbed weights, (copies · classes, features), copy below copy, and their biases."""
     weight = linear.weight.astype(np.float64)
     copies = min(COPIES, max(1, MOST_ROWS // len(weight)))
     noise = np.random.RandomState(SEED).standard_normal((copies, *weight.shape))
     noise *= DISTANCE * np.linalg.norm(weight, axis=1)[:, None] / np.linalg.norm(noise, axis=2, keepdims=True)
     noise += weight
-    return Linear(weight=noise.reshape(-1, weight.shape[1]), bias=np.tile(linear.bias, copies))
+    return noise.reshape(-1, weight.shape[1]), np.tile(linear.bias.astype(np.float64), copies)
 
 
 def count_values(values: Floats, low: float, high: float) -> Floats:
