@@ -65,6 +65,8 @@ class Split:
     """Of torchvision's class, beside its root."""
     download: bool = False
     """Whether torchvision may fetch a data set that is not there."""
+    synthetic: tuple[str, ...] = ()
+    """The kinds of OOD samples (synthetic.py) that are made from the images, which are those of id/val then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
