@@ -57,8 +57,10 @@ class Synthesis:
         """
         if self.version != VERSION:
             raise InputError(f"synthetic version {self.version} is not known; this nacpipe makes version {VERSION}")
-        if not self.kinds or (wrong := [kind for kind in self.kinds if kind not in _MAKERS]):
-            raise InputError(f"synthetic kind {wrong[0] if self.kinds else ''!r} is not known; known: {KNOWN}")
+        if not self.kinds:
+            raise InputError(f"synthetic samples need at least one kind; known: {', '.join(IMAGE_KINDS)}")
+        if wrong := [kind for kind in self.kinds if kind not in IMAGE_KINDS]:
+            raise InputError(f"synthetic kind {wrong[0]!r} is not known; known: {', '.join(IMAGE_KINDS)}")
         if len(np.unique(self.labels)) < 2:
             raise InputError("synthetic samples are mixed from two classes; these ID samples are of one")
 
@@ -90,7 +92,7 @@ class Synthesis:
         make = _MAKERS[self.kind(row)][0 if image else 1]
         if make is None:
             raise InputError(
-                f"synthetic kind {self.kind(row)!r} is for images of 8 bits; others: {', '.join(ARRAY_KINDS)}"
+                f"synthetic kind {self.kind(row)!r} is for images of 8 bits; for others: {', '.join(ARRAY_KINDS)}"
             )
 
         def other() -> Sample:
@@ -107,7 +109,7 @@ class Synthesis:
         """The row's own random numbers, and its partner, the first of them."""
         rng = RandomState([self.version, self.seed, row])
         others = np.flatnonzero(self.labels != self.labels[row])
-        return rng, int(others[rng.randint(len(others))])
+        return rng, int(others[_whole(rng, 0, len(others))])
 
 
 def make_synthetic(
@@ -141,7 +143,7 @@ Other = Callable[[], Sample]
 
 
 def _shuffle_patches(image: Image, _other: Other, rng: RandomState) -> Image:
-    cuts = int(rng.choice([2, 4]))
+    cuts = (2, 4)[_whole(rng, 0, 2)]
     boxes = _boxes(image, cuts)
     order = _another_order(len(boxes), rng)
     shuffled = image.copy()
@@ -151,13 +153,13 @@ def _shuffle_patches(image: Image, _other: Other, rng: RandomState) -> Image:
 
 
 def _mix_images(image: Image, other: Other, rng: RandomState) -> Image:
-    share = rng.randint(103, 154)  # of 256: 0.4 to 0.6
+    share = _whole(rng, 103, 154)  # of 256: 0.4 to 0.6
     return ((share * image.astype(np.int64) + (256 - share) * other().astype(np.int64) + 128) // 256).astype(np.uint8)
 
 
 def _randomise_phases(image: Image, _other: Other, rng: RandomState) -> Image:
     """F ↦ F · N / |N| with N the transform of noise, which has all phases; the same for all channels."""
-    noise = np.fft.rfft2(rng.randint(0, 256, image.shape[:2]) - 128)
+    noise = np.fft.rfft2(rng.randint(0, 256, image.shape[:2], np.int64) - 128)
     length = np.sqrt(noise.real**2 + noise.imag**2)
     turns = np.where(length > 0, noise / np.where(length > 0, length, 1), 1)
     turns[0, 0] = 1  # the mean stays
@@ -169,9 +171,9 @@ def _randomise_phases(image: Image, _other: Other, rng: RandomState) -> Image:
 
 def _add_noise_to_image(image: Image, _other: Other, rng: RandomState) -> Image:
     """The sum of four uniform numbers, nearly normal, with a standard deviation of 64 to 128."""
-    noise = rng.randint(0, 256, (4, *image.shape)).sum(axis=0) - 510  # standard deviation 147.8
-    amplitude = rng.randint(111, 223)  # of 256
-    return (image.astype(np.int64) + noise * amplitude // 256).clip(0, 255).astype(np.uint8)
+    noise = rng.randint(0, 256, (4, *image.shape), np.int64).sum(axis=0) - 510  # standard deviation 147.8
+    amplitude = _whole(rng, 111, 223)  # of 256
+    return np.asarray((image.astype(np.int64) + noise * amplitude // 256).clip(0, 255), np.uint8)
 
 
 def _blur(image: Image, _other: Other, _rng: RandomState) -> Image:
@@ -201,14 +203,14 @@ def _mix_patches(image: Image, other: Other, rng: RandomState) -> Image:
 
 
 def _turn(image: Image, _other: Other, rng: RandomState) -> Image:
-    quarters = int(rng.randint(1, 4))
+    quarters = _whole(rng, 1, 4)
     return np.ascontiguousarray(np.rot90(image, quarters if image.shape[0] == image.shape[1] else 2))
 
 
 def _mix_arrays(sample: Sample, other: Other, rng: RandomState) -> Sample:
     second = other()
     if np.issubdtype(sample.dtype, np.inexact):
-        share = sample.dtype.type(rng.randint(103, 154) / 256)
+        share = sample.dtype.type(_whole(rng, 103, 154) / 256)
         return np.asarray(share * sample + (1 - share) * second, sample.dtype)
     taken = np.zeros(sample.size, bool)
     taken[rng.permutation(sample.size)[: (sample.size + 1) // 2]] = True
@@ -225,6 +227,11 @@ def _add_noise_to_array(sample: Sample, other: Other, rng: RandomState) -> Sampl
         wide = (sample.max() - sample.min()) or 1
         return np.asarray(sample + wide * (rng.random_sample(sample.shape) - 0.5), sample.dtype)
     return np.where(np.arange(sample.size).reshape(sample.shape) % 2 == 0, other(), sample)
+
+
+def _whole(rng: RandomState, low: int, high: int) -> int:
+    """Draw a number from low … high − 1; of a type of its own, since the default's width is the machine's."""
+    return int(rng.randint(low, high, dtype=np.int64))
 
 
 def _boxes(image: Image, cuts: int) -> list[tuple[slice, slice]]:
@@ -256,4 +263,3 @@ _MAKERS: dict[str, tuple[_Maker | None, _Maker | None]] = {  # kind → of image
     "patches": (_mix_patches, None),
     "turn": (_turn, None),
 }
-KNOWN = ", ".join(IMAGE_KINDS)

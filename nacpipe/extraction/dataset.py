@@ -177,6 +177,7 @@ def _synthesise(base: ImageSet, split: Split, benchmark: Benchmark) -> ImageSet:
     return replace(
         base,
         name=split.name,
+        source=f"synthetic, from {base.source}",
         open=open_one,
         labels=np.full_like(base.labels, OOD),
         choice={**base.choice, "synthetic": choice},
