@@ -40,7 +40,10 @@ def one(kind: str, images: Array, labels: Array = LABELS, seed: int = 1) -> list
     [
         (pictures(), "f9e51ce8b777f545d68593bd58abbe705806aae076080e7e887bee394a6e8452"),
         (pictures((24, 28, 28)), "2a510e3f84caa8207ac3978d6555f77c80a6f13da242ca46fb3ee70b5300e61a"),
-        (pictures((24, 6, 5, 3)).astype(np.float32), "19a4a10a063e7a697264a817ac667681e581116d5fae02afc334c63d4c637c98"),
+        (
+            pictures((24, 6, 5, 3)).astype(np.float32),
+            "19a4a10a063e7a697264a817ac667681e581116d5fae02afc334c63d4c637c98",
+        ),
         (pictures((24, 12)).astype(np.int64), "6ead668f74f8f5e79512938ffec1e77a0131a78ff94a2978240ea5476d170ec0"),
     ],
     ids=["images", "grey images", "floats", "whole numbers"],
