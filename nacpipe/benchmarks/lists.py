@@ -218,7 +218,7 @@ def _read_folders(benchmark: Benchmark, split: Split, root: Path) -> ImageList:
     folder = list_path(benchmark, split, root)
     names: list[str] = []
     labels: list[int] = []
-    if split.name.startswith("ood/"):
+    if split.name.startswith("ood/") and not split.synthetic:
         names += walk_images(folder).names
         labels = [OOD] * len(names)
     else:

@@ -65,6 +65,8 @@ class Split:
     """Arguments of torchvision's class, besides its root."""
     download: bool = False
     """Whether torchvision may download a data set that does not exist."""
+    synthetic: tuple[str, ...] = ()
+    """The kinds of OOD samples (synthetic.py) that are made from the images, which are those of id/val then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,7 +68,7 @@ def _check_split(benchmark: Benchmark, split: Split, root: Path) -> SetStatus:
     wrong = [] if split.name.startswith("ood/") else find_wrong_labels(listed.labels, benchmark.classes).tolist()
     return SetStatus(
         split=split.name,
-        source=listed.source,
+        source=f"synthetic, from {listed.source}" if split.synthetic else listed.source,
         images=len(listed.names),
         missing=len(missing),
         first=listed.where(missing[0]) if missing else "",

@@ -9,15 +9,18 @@ import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from nacpipe.benchmarks.standard import BENCHMARKS, INTERPOLATIONS, Benchmark, Split, Transform, find_benchmark
+from nacpipe.benchmarks.synthetic import IMAGE_KINDS
 from nacpipe.errors import InputError
 from nacpipe.text import why_reserved
 
 MAX_BYTES, MAX_CLASSES, MAX_SIDE = 1 << 20, 1_000_000, 4096
-REQUIRED = ("id/train", "id/val", "id/test", "ood/val")
+REQUIRED = ("id/train", "id/val", "id/test")
+SOURCES = ("list", "folders", "torchvision")  # of a set's images, one of them
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _CODE = (
     "root",
@@ -143,8 +146,12 @@ def _benchmark(table: _Table) -> Benchmark:
             splits.append(_split(f"id/{part}", ids.table(part)))
     ids.done()
     splits += [_split(f"csid/{key}", inner) for key, inner in csid.tables()]
-    if "val" in ood.values:
-        splits.append(_split("ood/val", ood.table("val")))
+    val = ood.table("val") if "val" in ood.values else None
+    if val is not None and "synthetic" not in val.values:
+        splits.append(_split("ood/val", val))
+    elif id_val := next((split for split in splits if split.name == "id/val"), None):
+        kinds = IMAGE_KINDS if val is None else _synthetic(val)
+        splits.append(replace(id_val, name="ood/val", synthetic=kinds))
     for part in ("near", "far"):
         splits += [_split(f"ood/{part}/{key}", inner) for key, inner in ood.table(part).tables()]
     ood.done()
@@ -160,6 +167,19 @@ def _benchmark(table: _Table) -> Benchmark:
         root=str(table.path.parent / root),
         class_names=tuple(class_names),
     )
+
+
+def _synthetic(table: _Table) -> tuple[str, ...]:
+    """Take `synthetic`: true for all kinds of synthetic images, or a list of kinds."""
+    if given := [kind for kind in SOURCES if kind in table.values]:
+        table.fail("", f"has {' and '.join(given)} and synthetic; it needs one of {', '.join(SOURCES)}, synthetic")
+    value = table.values.pop("synthetic")
+    kinds = list(IMAGE_KINDS) if value is True else value
+    known = isinstance(kinds, list) and all(kind in IMAGE_KINDS for kind in kinds)
+    if not known or not kinds or len(set(kinds)) != len(kinds):
+        table.fail("synthetic", f"is {_show(value)}; it must be true, or a list of {', '.join(IMAGE_KINDS)}")
+    table.done()
+    return tuple(kinds)
 
 
 def _transform(table: _Table) -> Transform:
@@ -178,12 +198,13 @@ def _transform(table: _Table) -> Transform:
 
 
 def _split(name: str, table: _Table) -> Split:
-    kinds = [kind for kind in ("list", "folders", "torchvision") if kind in table.values]
+    kinds = [kind for kind in SOURCES if kind in table.values]
     if len(kinds) != 1:
-        table.fail("", f"has {' and '.join(kinds) or 'no source'}; it needs one of list, folders, torchvision")
+        known = [*SOURCES, *(["synthetic"] if name == "ood/val" else [])]
+        table.fail("", f"has {' and '.join(kinds) or 'no source'}; it needs one of {', '.join(known)}")
     common = {
         "name": name,
-        "optional": name not in REQUIRED,
+        "optional": name not in (*REQUIRED, "ood/val"),
         "pre_resized": table.take("pre_resized", bool, "true or false", False),
     }
     if kinds == ["list"]:

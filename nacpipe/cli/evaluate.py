@@ -150,14 +150,13 @@ def match_choices(choices: Sequence[str], caches: int) -> list[str | None]:
 def _method_name(text: str) -> str | None:
     """The plain or further baseline of that name; None for a parameter file or `published`."""
     from nacpipe.errors import InputError
-    from nacpipe.evaluation.baselines import MORE_BASELINES
+    from nacpipe.evaluation.baselines import MORE_BASELINES, find_baseline
     from nacpipe.method.plain_scores import LOGIT_BASELINES
 
-    known = {name.lower(): name for name in (*LOGIT_BASELINES, *MORE_BASELINES)}
-    if (name := known.get(text.lower())) is None and text != "published" and not Path(text).exists():
+    if (name := find_baseline(text)) is None and text != "published" and not Path(text).exists():
         raise InputError(
             f"--against {text} is neither a parameter file that is there nor a method; methods: published,"
-            f" {', '.join(known.values())}"
+            f" {', '.join([*LOGIT_BASELINES, *MORE_BASELINES])}"
         )
     return name
 
@@ -170,7 +169,8 @@ def score_baselines_named(cache: Cache, names: Sequence[str], splits: list[str])
 
 
 def print_evaluation(frame: pd.DataFrame) -> None:
-    """Print one table per task, in percent, what methods were fitted on, and where NAC ranks."""
+    """Print one table per task, in percent, what methods were fitted on, which are below chance, where NAC ranks."""
+    from nacpipe.evaluation.standing import describe_below_chance, describe_standing
     from nacpipe.evaluation.tables import footnotes, verdicts
 
     for number, (task, rows) in enumerate(frame.groupby("task", sort=False)):
@@ -196,11 +196,13 @@ def print_evaluation(frame: pd.DataFrame) -> None:
                 )
         print_table(("set", "method", *_SHOWN.values(), "images"), lines, left=2)
     click.echo("")
-    for line in footnotes(frame) + verdicts(frame):
+    for line in footnotes(frame) + describe_below_chance(frame) + verdicts(frame):
         click.echo(printable(line))
     if "confidence" in frame:
         first = frame.iloc[0]
         click.echo(f"[…]: {first['confidence']:g} bootstrap intervals of {first['resamples']:g} draws of the images")
+    if standing := describe_standing(frame):
+        click.echo(printable(standing))
 
 
 def print_comparison(frame: pd.DataFrame) -> None:
@@ -232,7 +234,9 @@ def print_comparison(frame: pd.DataFrame) -> None:
 
 
 def _cell(row: pd.Series[Any], metric: str) -> str:
-    """A metric with its deviation over runs and its interval, where the table has them."""
+    """A metric with its deviation over runs and its interval, where the table has them, and a mark below chance."""
+    from nacpipe.evaluation.standing import BELOW_CHANCE, CHANCE
+
     text = percent(row[metric])
     spread = row.get(f"{metric}_std")
     if spread is not None and not math.isnan(spread):
@@ -240,4 +244,4 @@ def _cell(row: pd.Series[Any], metric: str) -> str:
     low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
     if low is not None and not math.isnan(low):
         text += f" [{percent(low)}, {percent(high)}]"
-    return text
+    return text + (BELOW_CHANCE if metric == "auroc" and row[metric] < CHANCE else "")

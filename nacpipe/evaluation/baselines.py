@@ -2,9 +2,11 @@
 
 Each has the settings of its paper or of pytorch-ood (docs/evaluate.md), and is told what to learn from:
 
-    nothing      Entropy, GEN, ASH, SCALE
-    id/val       Temperature, KL-Matching (what the network was trained on would flatter it)
+    nothing      Entropy, GEN, GradNorm, ASH, SCALE
+    id/val       Temperature, KL-Matching (what the network was trained on would flatter it), VRA (as OpenOOD's)
     id/train     the others
+
+A number behind @ is a percentile: ASH-B@90 keeps the largest tenth of an image's features.
 
 All of them are fitted first, then every split is read once, in blocks. What cannot be computed is a reason, never a
 number.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -22,10 +25,12 @@ from numpy.typing import NDArray
 from nacpipe.cache import Cache, SplitView
 from nacpipe.errors import InputError
 from nacpipe.evaluation.method_scores import MethodScores, row_slices
-from nacpipe.evaluation.posthoc import distances, shaping
+from nacpipe.evaluation.posthoc import distances, neighbourhoods, shaping
 from nacpipe.evaluation.posthoc import logits as logit_methods
 from nacpipe.evaluation.posthoc.detector import Fit, Linear, Samples, Score, Training
+from nacpipe.evaluation.posthoc.gradnorm import fit_gradnorm
 from nacpipe.evaluation.posthoc.openmax import fit_openmax
+from nacpipe.evaluation.posthoc.weiper import fit_weiper
 from nacpipe.method.outputs import as_logits, why_no_logits
 from nacpipe.method.plain_scores import LOGIT_BASELINES
 from nacpipe.scoring.states import has_classes, has_logits, outputs_of
@@ -57,6 +62,16 @@ class Baseline:
     """Whether it is a function of the probabilities alone, which a network may give in place of logits."""
 
 
+def _of_training(fit: Fit, *, images: int = 1) -> Baseline:
+    """A detector that learns from the features of id/train."""
+    return Baseline(fit=fit, reads="features", fitted_on="id/train", images=images)
+
+
+def _gaussian(fit: Fit) -> Baseline:
+    """A detector that learns a Gaussian for every class."""
+    return Baseline(fit=fit, reads="features", fitted_on="id/train", labels=True, per_class=1, covariance=True)
+
+
 BASELINES: Mapping[str, Baseline] = {
     "Temperature": Baseline(
         fit=logit_methods.fit_tempered_msp, reads="logits", fitted_on="id/val", labels=True, of_probabilities=True
@@ -67,29 +82,28 @@ BASELINES: Mapping[str, Baseline] = {
         fit=logit_methods.fit_kl_matching, reads="logits", fitted_on="id/val", of_probabilities=True
     ),
     "OpenMax": Baseline(fit=fit_openmax, reads="logits", fitted_on="id/train", labels=True, per_class=2),
-    "Mahalanobis": Baseline(
-        fit=distances.fit_mahalanobis,
-        reads="features",
-        fitted_on="id/train",
-        labels=True,
-        per_class=1,
-        covariance=True,
-    ),
-    "RMD": Baseline(
-        fit=distances.fit_rmd, reads="features", fitted_on="id/train", labels=True, per_class=1, covariance=True
-    ),
-    "KNN": Baseline(fit=distances.fit_knn, reads="features", fitted_on="id/train", images=distances.KNN_NEIGHBOURS),
-    "ViM": Baseline(fit=distances.fit_vim, reads="features", fitted_on="id/train"),
+    "Mahalanobis": _gaussian(distances.fit_mahalanobis),
+    "MDS++": _gaussian(distances.fit_mds_plus),
+    "RMD": _gaussian(distances.fit_rmd),
+    "RMDS++": _gaussian(distances.fit_rmds_plus),
+    "KNN": _of_training(distances.fit_knn, images=distances.KNN_NEIGHBOURS),
+    "Relation": _of_training(neighbourhoods.fit_relation),
+    "CFOOD": _of_training(neighbourhoods.fit_cfood, images=2),
+    "NNGuide": _of_training(distances.fit_nnguide, images=distances.NNGUIDE_NEIGHBOURS),
+    "ViM": _of_training(distances.fit_vim),
+    "Residual": _of_training(distances.fit_residual),
     "SHE": Baseline(fit=distances.fit_she, reads="features", fitted_on="id/train", labels=True, per_class=1),
-    "ReAct": Baseline(fit=shaping.fit_react, reads="features", fitted_on="id/train"),
-    "ASH": Baseline(fit=shaping.fit_ash, reads="features"),
-    "SCALE": Baseline(fit=shaping.fit_scale, reads="features"),
-    "DICE": Baseline(fit=shaping.fit_dice, reads="features", fitted_on="id/train"),
-    "fDBD": Baseline(fit=distances.fit_fdbd, reads="features", fitted_on="id/train"),
-    "NCI": Baseline(fit=distances.fit_nci, reads="features", fitted_on="id/train"),
-    "NNGuide": Baseline(
-        fit=distances.fit_nnguide, reads="features", fitted_on="id/train", images=distances.NNGUIDE_NEIGHBOURS
-    ),
+    "GradNorm": Baseline(fit=fit_gradnorm, reads="features"),
+    "ReAct": _of_training(shaping.fit_react),
+    "VRA": Baseline(fit=shaping.fit_vra, reads="features", fitted_on="id/val"),
+    "ASH-S@65": Baseline(fit=partial(shaping.fit_ash_s, percentile=65), reads="features"),
+    "ASH-B@90": Baseline(fit=partial(shaping.fit_ash_b, percentile=90), reads="features"),
+    "SCALE@65": Baseline(fit=partial(shaping.fit_scale, percentile=65), reads="features"),
+    "SCALE@85": Baseline(fit=partial(shaping.fit_scale, percentile=85), reads="features"),
+    "DICE": _of_training(shaping.fit_dice),
+    "WeiPer": _of_training(fit_weiper),
+    "fDBD": _of_training(distances.fit_fdbd),
+    "NCI": _of_training(distances.fit_nci),
 }
 
 
@@ -281,13 +295,16 @@ def _collect(
     return MethodScores(scores=scores, reasons=reasons, fitted_on=baseline.fitted_on, n_fitted=fitted.images)
 
 
-MORE_BASELINES = (  # fitted and scored by search/baselines.py
-    *("Temperature", "Entropy", "GEN", "KL-Matching", "OpenMax", "Mahalanobis", "RMD", "KNN", "ViM", "SHE", "ReAct"),
-    *("ASH", "SCALE", "DICE", "fDBD", "NCI", "NNGuide"),
-)
+MORE_BASELINES = tuple(BASELINES)
+EARLIER_NAMES: Mapping[str, str] = {"ash": "ASH-S@65", "scale": "SCALE@65"}
+"""Lower-case names of before there were variants → today's."""
+OUT_OF_REACH = ("ODIN", "Gram", "RankFeat")  # they run the network again, or need its feature maps
 
 
-OUT_OF_REACH = ("ODIN", "GradNorm", "Gram", "RankFeat")  # they run the network again, or need its feature maps
+def find_baseline(name: str) -> str | None:
+    """Return a baseline's name, plain or further, as it is written; None where there is none of that name."""
+    known = {other.lower(): other for other in (*LOGIT_BASELINES, *MORE_BASELINES)}
+    return known.get(name.lower()) or EARLIER_NAMES.get(name.lower())
 
 
 def choose_baselines(names: Iterable[str]) -> list[str]:
@@ -296,17 +313,16 @@ def choose_baselines(names: Iterable[str]) -> list[str]:
     Raises:
         InputError: a name is not known, or needs the network itself.
     """
-    known = {name.lower(): name for name in MORE_BASELINES}
     chosen: dict[str, None] = {}
     for name in names:
         if name.lower() == "all":
             chosen.update(dict.fromkeys(MORE_BASELINES))
-        elif name.lower() in known:
-            chosen[known[name.lower()]] = None
         elif name.lower() in (other.lower() for other in OUT_OF_REACH):
             raise InputError(f"baseline {name} runs the network itself; a cache does not hold what it needs")
-        elif name.lower() not in (other.lower() for other in LOGIT_BASELINES):
+        elif (found := find_baseline(name)) is None:
             raise InputError(
                 f"baseline {name!r} is not known; known: all, {', '.join([*LOGIT_BASELINES, *MORE_BASELINES])}"
             )
+        elif found in BASELINES:
+            chosen[found] = None
     return list(chosen)

@@ -21,9 +21,10 @@ from torch import Tensor
 from torchvision import transforms
 
 from nacpipe.benchmarks import digits
-from nacpipe.benchmarks.lists import ImageList, check_labels, read_list
+from nacpipe.benchmarks.lists import OOD, ImageList, check_labels, read_list
 from nacpipe.benchmarks.standard import Benchmark, Split, Transform
 from nacpipe.benchmarks.subset import choose_balanced
+from nacpipe.benchmarks.synthetic import Synthesis
 from nacpipe.errors import ImageError, InputError
 from nacpipe.extraction.image_file import read_image
 from nacpipe.extraction.torchvision_sets import open_vision
@@ -103,6 +104,16 @@ def open_images(
         ImageError: the list is malformed, naming file and line.
         InputError: a label of id/train is not a class of the benchmark.
     """
+    if split.synthetic:
+        base = open_images(
+            benchmark,
+            replace(split, name="id/val", synthetic=()),
+            data_root,
+            train_images=train_images,
+            train_seed=train_seed,
+            allow_truncated=allow_truncated,
+        )
+        return None if base is None else _synthesise(base, split, benchmark)
     notes: list[str] = []
     source, listed, choice = split.source, None, dict[str, Any]()
     if benchmark.packaged:
@@ -137,6 +148,43 @@ def open_images(
     return _choose_training(images, benchmark, train_images, train_seed) if split.name == "id/train" else images
 
 
+def _synthesise(base: ImageSet, split: Split, benchmark: Benchmark) -> ImageSet:
+    """Make OOD images from ID images, each of its own size or of the square in its middle that the benchmark sees.
+
+    The square has the side that the benchmark's transform resizes to: what is done to pixels is then neither lost nor
+    enlarged by the transform that follows.
+    """
+    transform, side = benchmark.transform, benchmark.transform.resize
+    synthesis = Synthesis(labels=base.labels, kinds=split.synthetic)
+    mode = _mode(transform)
+    resize, crop = _resize(transform), transforms.CenterCrop(side)
+
+    def load(row: int) -> NDArray[np.uint8]:
+        image = base.open(row).convert(mode)
+        return np.asarray(image if base.pre_resized else crop(resize(image)))
+
+    def open_one(row: int) -> Image.Image:
+        try:
+            return Image.fromarray(synthesis.make(row, load))
+        except InputError as error:
+            raise ImageError(f"{split.name}, from {base.where(row)}: {error}") from None
+
+    note = (
+        f"{split.name}: made from the images of {base.name} (synthetic, version {synthesis.version}, seed"
+        f" {synthesis.seed}): {', '.join(synthesis.kinds)}"
+    )
+    choice = {**synthesis.identity(), **({} if base.pre_resized else {"side": side})}
+    return replace(
+        base,
+        name=split.name,
+        source=f"synthetic, from {base.source}",
+        open=open_one,
+        labels=np.full_like(base.labels, OOD),
+        choice={**base.choice, "synthetic": choice},
+        notes=(note,),
+    )
+
+
 def _choose_training(images: ImageSet, benchmark: Benchmark, count: int, seed: int) -> ImageSet:
     """Choose the same number of images of every class; the choice is part of the set's identity."""
     images.check_labels(benchmark.classes)
@@ -167,12 +215,9 @@ def _opener(listed: ImageList, allow_truncated: bool) -> _Opener:
 
 
 def build_transform(transform: Transform, pre_resized: bool = False) -> Callable[[Image.Image], Tensor]:
-    """Return image → (channels, crop, crop) float32: OpenOOD's test transform; no resize and crop if pre-resized."""
-    mode = "L" if len(transform.mean) == 1 else "RGB"
-    geometry = [
-        transforms.Resize(transform.resize, interpolation=transforms.InterpolationMode(transform.interpolation)),
-        transforms.CenterCrop(transform.crop),
-    ]
+    """Return image → (channels, crop, crop) float32: OpenOOD's test transform; pre-resized: no resize, no crop."""
+    mode = _mode(transform)
+    geometry = [_resize(transform), transforms.CenterCrop(transform.crop)]
     steps = transforms.Compose(  # not transforms.v2, whose scaling to 0 … 1 differs in the last bit
         [
             *([] if pre_resized else geometry),
@@ -181,6 +226,15 @@ def build_transform(transform: Transform, pre_resized: bool = False) -> Callable
         ]
     )
     return lambda image: steps(image.convert(mode))
+
+
+def _mode(transform: Transform) -> str:
+    """Pillow's name for the transform's channels."""
+    return "L" if len(transform.mean) == 1 else "RGB"
+
+
+def _resize(transform: Transform) -> transforms.Resize:
+    return transforms.Resize(transform.resize, interpolation=transforms.InterpolationMode(transform.interpolation))
 
 
 def load_batches(

@@ -289,7 +289,14 @@ def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
         else:
             path = list_path(benchmark, split, root)
             what = "folder of images" if split.kind == "folders" else "image list"
-            raise ImageError(f"{split.name}: there is no {what} {path}; say where the data is with --data-root DIR")
+            made = (
+                "; or let ood/val be made from id/val: docs/own-benchmark.md"
+                if split.name == "ood/val" and not split.synthetic
+                else ""
+            )
+            raise ImageError(
+                f"{split.name}: there is no {what} {path}; say where the data is with --data-root DIR{made}"
+            )
     return sets, notes
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nacpipe.benchmarks.standard import Benchmark, Split, Transform, find_benchmark
+from nacpipe.benchmarks.synthetic import IMAGE_KINDS
 from nacpipe.benchmarks.toml import choose_root, open_benchmark, read_benchmark
 from nacpipe.errors import InputError
 
@@ -94,6 +95,21 @@ def test_a_file_becomes_a_benchmark(tmp_path: Path) -> None:
     assert choose_root(benchmark, Path("elsewhere")) == Path("elsewhere")
 
 
+@pytest.mark.parametrize(
+    ("instead", "kinds"),
+    [
+        ("", IMAGE_KINDS),
+        ("[ood.val]\nsynthetic = true", IMAGE_KINDS),
+        ('[ood.val]\nsynthetic = ["turn", "mix"]', ("turn", "mix")),
+    ],
+    ids=["left out", "asked for", "chosen"],
+)
+def test_ood_val_is_made_from_id_val(tmp_path: Path, instead: str, kinds: tuple[str, ...]) -> None:
+    benchmark = read_benchmark(write(tmp_path, GOOD.replace('[ood.val]\nfolders = "."', instead)))
+    assert benchmark.split("ood/val") == Split(name="ood/val", source="val", kind="folders", synthetic=kinds)
+    assert [split.name for split in benchmark.splits] == [s.name for s in read_benchmark(write(tmp_path, GOOD)).splits]
+
+
 def test_other_names_are_benchmarks() -> None:
     assert open_benchmark("cifar10") is find_benchmark("cifar10")
     assert choose_root(find_benchmark("cifar10"), None) == Path("data")
@@ -141,7 +157,35 @@ WRONG = {  # what stands in the file instead → the complaint
     ("[transform]", "[[transform]]"): "transform: is [{",
     ("[id.train]", "[id.training]"): "id.training: is not known",
     ("[id.val]", "[id.other]"): "id.other: is not known",
-    ("[ood.val]", "[ood.near.val]"): "ood.val: is not there; every benchmark needs id/train, id/val, id/test, ood/val",
+    ("[id.val]", "[csid.val]"): "id.val: is not there; every benchmark needs id/train, id/val, id/test",
+    (
+        '[ood.val]\nfolders = "."',
+        "[ood.val]",
+    ): "ood.val: has no source; it needs one of list, folders, torchvision, syn",
+    (
+        "[ood.val]",
+        "[ood.val]\nsynthetic = true",
+    ): "ood.val: has folders and synthetic; it needs one of list, folders, to",
+    ('[ood.val]\nfolders = "."', "[ood.val]\nsynthetic = false"): "ood.val.synthetic: is False; it must be true, or a",
+    ('[ood.val]\nfolders = "."', "[ood.val]\nsynthetic = []"): "ood.val.synthetic: is []; it must be true, or a list",
+    (
+        '[ood.val]\nfolders = "."',
+        '[ood.val]\nsynthetic = ["mix", "mix"]',
+    ): "ood.val.synthetic: is ['mix', 'mix']; it mu",
+    (
+        '[ood.val]\nfolders = "."',
+        '[ood.val]\nsynthetic = ["swirl"]',
+    ): "ood.val.synthetic: is ['swirl']; it must be true",
+    ('[ood.val]\nfolders = "."', "[ood.val]\nsynthetic = [1]"): "ood.val.synthetic: is [1]; it must be true, or a list",
+    (
+        '[ood.val]\nfolders = "."',
+        "[ood.val]\nsynthetic = 1",
+    ): "ood.val.synthetic: is 1; it must be true, or a list of s",
+    ('[ood.val]\nfolders = "."', "[ood.val]\nsynthetic = true\nseed = 3"): "ood.val.seed: is not known",
+    (
+        '[id.val]\nfolders = "val/"',
+        "[id.val]\nsynthetic = true",
+    ): "id.val: has no source; it needs one of list, folders",
     ("[ood.far.bar]", "[ood.middle.bar]"): "ood.middle: is not known",
     ("[ood.far.bar]", '[ood.far."a/b"]'): "ood.far.a/b: is not a name for a set: ",
     ("[ood.far.bar]", '[ood.far."../../x"]'): "ood.far.../../x: is not a name for a set: ",

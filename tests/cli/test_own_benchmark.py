@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from numpy.typing import NDArray
 from PIL import Image
+from torchvision import transforms
 
+from nacpipe.benchmarks.synthetic import make_synthetic
 from nacpipe.cache import open_cache
 from nacpipe.cli import main
 from nacpipe.method.metrics import detect
@@ -38,6 +42,13 @@ ROWS = {
 def block(kind: str) -> str:
     (found,) = re.findall(rf"^```{kind}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     return str(found)
+
+
+def shortest() -> str:
+    """The file at the page's start."""
+    lines = PAGE.partition("\n    ")[2].splitlines()
+    end = next(i for i, line in enumerate(lines) if i and line and not line.startswith("    "))
+    return "\n".join(line.removeprefix("    ") for line in lines[:end])
 
 
 def nacpipe(*args: str) -> Result:
@@ -176,3 +187,125 @@ def test_your_own_network_on_your_own_benchmark(place: Path) -> None:
     expected = detect(scores["id/test"], scores["ood/near/crosses"]).auroc
     cells = [r for r in rows if (r["task"], r["dataset"], r["method"]) == ("ood", "crosses", "NAC")]
     assert [cell["auroc"] for cell in cells] == [expected]
+
+
+# --- without OOD data -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder with the page's shortest file, 24 pictures of 48 × 40 for each ID set, and weights."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "least.toml").write_text(shortest())
+    rng = np.random.RandomState(3)
+    for name in ("train", "val", "test"):
+        for i in range(24):
+            path = tmp_path / "pictures" / name / CLASSES[i % 3] / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.randint(0, 256, (48, 40, 3), np.uint8)).save(path)
+    torch.manual_seed(0)
+    torch.save(find_model("resnet20").build(3).state_dict(), "least.pth")
+    return tmp_path
+
+
+LEAST = ["extract", "least.toml", "--model", "resnet20", "--checkpoint", "least.pth", "--device", "cpu"]
+KINDS = ["shuffle", "mix", "phases", "noise", "blur", "negative", "patches", "turn"]
+MADE = f"ood/val: made from the images of id/val (synthetic, version 1, seed 1): {', '.join(KINDS)}\n"
+
+
+def test_no_ood_data_is_needed(least: Path) -> None:
+    """From the page's shortest file to parameters: what every command says of the set that was made."""
+    status = nacpipe("data", "status", "least.toml").stdout
+    assert re.search(r"^ood/val +synthetic, from pictures/val +complete +24$", status, re.MULTILINE)
+    planned = nacpipe(*LEAST, "--dry-run")
+    assert re.search(r"^ood/val +synthetic, from pictures/val +24 +1 +1 ", planned.stdout, re.MULTILINE)
+    assert MADE in planned.stderr
+    assert MADE in nacpipe(*LEAST).stderr
+    cache = open_cache("cache/least-resnet20.zarr")
+    assert list(cache) == ["id/train", "id/val", "id/test", "ood/val"]
+    assert dict(cache["ood/val"].images) == {
+        "list": "synthetic, from pictures/val",
+        "sha256": cache["id/val"].images["sha256"],
+        "synthetic": {"version": 1, "seed": 1, "kinds": KINDS, "side": 32},
+    }
+    assert set(cache["ood/val"].label.tolist()) == {-1}
+    assert nacpipe("verify", cache.path).stdout == f"{cache.path}: 4 splits, whole\n"
+    assert "3 trials in" in nacpipe("search", cache.path, "--trials", "3").stdout
+    refused = CliRunner().invoke(main, ["evaluate", cache.path])
+    assert "holds no finished near or far set" in refused.stderr
+
+
+def what_is_made(place: Path) -> NDArray[np.uint8]:
+    """The 24 images of ood/val: from id/val's, resized to a short side of 32 and cut to the square in the middle."""
+    prepare = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32)])
+    images = []
+    for file in sorted((place / "pictures/val").rglob("*.png")):
+        with Image.open(file) as image:
+            images.append(np.asarray(prepare(image)))
+    return make_synthetic(np.stack(images), np.repeat([0, 1, 2], 8))
+
+
+def test_what_was_made_goes_through_the_network(least: Path) -> None:
+    """Logits are those of make_synthetic's images: id/val's, resized and cut to the square that the transform sees."""
+    nacpipe(*LEAST, "--splits", "id/val,ood/val")
+    made = what_is_made(least)
+    network = find_model("resnet20").build(3).eval()
+    network.load_state_dict(torch.load("least.pth", weights_only=True))
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # the network's own
+    with torch.no_grad():
+        inputs = torch.from_numpy(((made / 255 - mean) / std).astype(np.float32)).permute(0, 3, 1, 2)
+        expected = network(inputs).numpy()
+    found = np.asarray(open_cache("cache/least-resnet20.zarr")["ood/val"].logits)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_shown_and_named(least: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the image of id/val that a row was made from; the mosaic has what was made."""
+    shown: dict[int, NDArray[np.uint8]] = {}
+
+    def draw(open_image: Callable[[int], Image.Image], blocks: dict[str, list[tuple[int, str]]]) -> Image.Image:
+        shown.update({row: np.asarray(open_image(row)) for tiles in blocks.values() for row, _ in tiles})
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr("nacpipe.reporting.mosaic.draw_mosaic", draw)
+    nacpipe(*LEAST, "--splits", "id/train,id/val,ood/val")
+    nacpipe("search", "cache/least-resnet20.zarr", "--trials", "3")
+    printed = nacpipe("inspect", "cache/least-resnet20.zarr", "ood/val", "--rows", "24", "--mosaic", "m.png")
+    assert "left out" not in printed.stderr
+    assert "pictures/val/circle/00.png" in printed.stdout
+    assert (least / "m.png").is_file()
+    assert sorted(shown) == list(range(24))
+    made = what_is_made(least)
+    for row, image in shown.items():
+        np.testing.assert_array_equal(image, made[row])
+
+
+def test_kinds_are_chosen_and_others_are_refused(least: Path) -> None:
+    path = least / "least.toml"
+    nacpipe(*LEAST, "--splits", "id/val,ood/val")
+    whole = path.read_text()
+    path.write_text(whole + '\n[ood.val]\nsynthetic = ["mix", "noise"]\n')
+    refused = CliRunner().invoke(main, LEAST)
+    assert refused.exit_code == 1
+    assert "ood/val was made from other images: synthetic.kinds: stored " in refused.stderr
+    assert "--redo ood/val" in refused.stderr
+    printed = nacpipe(*LEAST, "--splits", "id/val,ood/val", "--redo", "ood/val")
+    assert "(synthetic, version 1, seed 1): mix, noise\n" in printed.stderr
+    stored = open_cache("cache/least-resnet20.zarr")["ood/val"].images
+    assert stored["synthetic"]["kinds"] == ["mix", "noise"]
+    path.write_text(whole + "\n[ood.val]\nsynthetic = true\n")
+    assert "made from other images" in CliRunner().invoke(main, LEAST).stderr
+
+
+def test_an_image_of_id_val_that_is_damaged_is_named(least: Path) -> None:
+    file = least / "pictures/val/circle/00.png"
+    file.write_bytes(file.read_bytes()[:200])
+    refused = CliRunner().invoke(main, [*LEAST, "--splits", "ood/val"])
+    assert refused.exit_code == 1
+    assert "pictures/val/circle/00.png" in refused.stderr
+    file.unlink()
+    (least / "pictures/val").rename(least / "pictures/elsewhere")
+    refused = CliRunner().invoke(main, [*LEAST, "--splits", "ood/val"])
+    assert refused.stderr == (
+        "nacpipe: ood/val: there is no folder of images pictures/val; say where the data is with --data-root DIR\n"
+    )

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cli import main
 from nacpipe.errors import InputError
-from nacpipe.evaluation import baselines
-from nacpipe.evaluation import methods as core
-from nacpipe.evaluation.baselines import BASELINES, MORE_BASELINES, choose_baselines, score_baselines
+from nacpipe.evaluation import baselines, method_scores
+from nacpipe.evaluation.baselines import BASELINES, MORE_BASELINES, choose_baselines, find_baseline, score_baselines
 from nacpipe.evaluation.method_scores import score_cache
 from nacpipe.evaluation.posthoc.detector import Linear, Samples, Training
 from nacpipe.evaluation.posthoc.distances import vim_dimension
@@ -62,7 +61,7 @@ def test_blocks_change_nothing(small_cache: Cache, monkeypatch: pytest.MonkeyPat
     """16 rows read at a time and one scored at a time: the same to float64's rounding, every row in its place."""
     whole = score_baselines(small_cache, ["all"], TABLE)
     assert all(method.reasons == {} for method in whole.values())
-    monkeypatch.setattr(core, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(method_scores, "BLOCK_BYTES", 1)
     monkeypatch.setattr(baselines, "HELD", 1)
     for name, method in score_baselines(small_cache, ["all"], TABLE).items():
         for split, expected in whole[name].scores.items():
@@ -114,7 +113,10 @@ def test_weibull_of_greatest_likelihood() -> None:
     assert np.exp(-((10_002.9 / scale[2]) ** shape[2])) == 1.0
 
 
-@pytest.mark.parametrize("name", ["DICE", "fDBD", "Mahalanobis", "RMD", "OpenMax"])
+@pytest.mark.parametrize(
+    "name",
+    ["DICE", "fDBD", "Mahalanobis", "MDS++", "RMD", "RMDS++", "OpenMax", "Relation", "CFOOD", "WeiPer", "GradNorm"],
+)
 def test_no_array_of_samples_classes_and_features(name: str) -> None:
     """It would have 400 MB of float32 here: 200 images, 1,000 classes, 500 features."""
     classes, features = 1000, 500
@@ -173,7 +175,7 @@ def test_too_few_images(make_cache: Callable[..., Cache], tmp_path: Path) -> Non
     cache = make_cache(tmp_path / "c.zarr", rows={"id/train": 3})
     found = reasons(cache, "all")
     covariance = {"the covariance of 6 features in 3 classes needs 9 images; id/train has 3"}
-    assert found["Mahalanobis"] == found["RMD"] == covariance
+    assert found["Mahalanobis"] == found["RMD"] == found["MDS++"] == found["RMDS++"] == covariance
     assert found["OpenMax"] == {"it needs 2 images of every class; id/train has a class with 1"}
     assert found["KNN"] == {"it needs 50 images; id/train has 3"}
     assert found["NNGuide"] == {"it needs 10 images; id/train has 3"}
@@ -206,7 +208,7 @@ def test_labels_that_cannot_be_learned_from(make_cache: Callable[..., Cache], tm
     cache = relabel(cache, "id/train", spoil)
     found = reasons(cache, "all")
     wrong = {"3 of 60 labels of id/train are outside 0 … 2"}
-    labelled = ("OpenMax", "Mahalanobis", "RMD", "SHE")
+    labelled = ("OpenMax", "Mahalanobis", "MDS++", "RMD", "RMDS++", "SHE")
     assert {name: found[name] for name in labelled} == dict.fromkeys(labelled, wrong)
     assert all(found[name] == set() for name in MORE_BASELINES if name not in labelled)
     cache = relabel(cache, "id/val", lambda label: np.where(label == 0, 7, label))
@@ -235,7 +237,7 @@ def test_scores_that_are_no_numbers(make_cache: Callable[..., Cache], tmp_path: 
     array = zarr.open_group(cache.path, mode="r+")["ood/near/letters/features"]
     array[5] = 0.0  # type: ignore[index]
     CacheWriter(cache.path, cache.header).seal("ood/near/letters")
-    method = score_baselines(open_cache(cache.path), ["ASH"], ["id/test", "ood/near/letters"])["ASH"]
+    method = score_baselines(open_cache(cache.path), ["ASH"], ["id/test", "ood/near/letters"])["ASH-S@65"]
     bad = int((np.asarray(array[:]).sum(axis=1) == 0).sum())  # type: ignore[index]
     assert method.reasons == {"ood/near/letters": f"{bad} of 35 scores of ood/near/letters are not finite"}
     assert list(method.scores) == ["id/test"]
@@ -248,6 +250,8 @@ def test_names() -> None:
     assert tuple(BASELINES) == MORE_BASELINES
     assert choose_baselines(["all"]) == list(MORE_BASELINES)
     assert choose_baselines(["vim", "KNN", "ViM", *LOGIT_BASELINES]) == ["ViM", "KNN"]
+    assert choose_baselines(["ash", "SCALE", "scale@85"]) == ["ASH-S@65", "SCALE@65", "SCALE@85"]  # earlier names
+    assert [find_baseline(name) for name in ("energy", "Ash", "mds++", "odin")] == ["Energy", "ASH-S@65", "MDS++", None]
     with pytest.raises(
         InputError, match=r"^baseline 'nosuch' is not known; known: all, MSP, MaxLogit, Energy, Temperat"
     ):
@@ -266,7 +270,7 @@ def test_the_command_shows_them_all(make_cache: Callable[..., Cache], tmp_path: 
     printed = CliRunner().invoke(main, ["evaluate", cache.path, "--baselines", "all", "--json"])
     assert printed.exit_code == 0, printed.stderr
     rows = json.loads(printed.stdout)
-    assert len({row["method"] for row in rows}) == 1 + 3 + 17
+    assert len({row["method"] for row in rows}) == 1 + 3 + 27
     for row, (_, known) in zip(rows, expected.iterrows(), strict=True):
         assert (row["method"], row["fitted_on"], row["n_fitted"], row["reason"]) == (
             known["method"], known["fitted_on"], known["n_fitted"], known["reason"],

@@ -18,10 +18,11 @@ from nacpipe.cache import Cache, SplitView, open_cache
 from nacpipe.cache.identity import bound_splits, fingerprint
 from nacpipe.cli import main
 from nacpipe.errors import InputError, ParamsError
-from nacpipe.evaluation import methods as baselines
+from nacpipe.evaluation import method_scores as baselines
 from nacpipe.evaluation.bootstrap import add_confidence, compare_methods
 from nacpipe.evaluation.method_scores import score_cache
 from nacpipe.evaluation.score_files import save_scores
+from nacpipe.evaluation.standing import describe_standing
 from nacpipe.evaluation.tables import evaluate, tabulate, verdicts
 from nacpipe.method import published
 from nacpipe.method.params import LayerParams, NacParams
@@ -324,7 +325,8 @@ def test_markdown_and_the_table(cache: Cache, frame: pd.DataFrame, params_file: 
     shown = [f"{100 * value:.2f}" for value in frame.loc[0, METRICS]]
     assert row.split() == ["near", "letters", "NAC", *shown, "35"]
     assert "\nfitted on id/train (60 images): NAC\n" in printed.stdout
-    assert printed.stdout.endswith("".join(f"{line}\n" for line in verdicts(frame)))
+    said = [*verdicts(frame), describe_standing(frame)]
+    assert printed.stdout.endswith("".join(f"{line}\n" for line in said))
 
 
 # --- whose parameters -------------------------------------------------------------------------------------------------

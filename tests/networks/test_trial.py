@@ -271,8 +271,8 @@ def test_a_cache_without_a_classifier_says_why_and_so_do_baselines(
     cache = open_cache(plan.request.cache)
     assert (cache.header.features, cache.classifier()) == (0, None)
     assert "features" not in cache.header.arrays()
-    found = score_baselines(cache, ["ReAct", "SCALE", "ASH", "DICE", "ViM", "Entropy"], ["id/val"])
-    for name in ("ReAct", "SCALE", "ASH", "DICE", "ViM"):
+    found = score_baselines(cache, ["ReAct", "SCALE@65", "ASH-S@65", "DICE", "ViM", "Entropy"], ["id/val"])
+    for name in ("ReAct", "SCALE@65", "ASH-S@65", "DICE", "ViM"):
         assert found[name].reasons == {"id/val": f"{NO_CLASSIFIER}: {why}"}
     assert found["Entropy"].scores["id/val"].shape == (40,)
 

@@ -6,6 +6,8 @@ paper, then the score. They are computed in float64 from float32 features, NNGui
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,6 +39,33 @@ def fit_rmd(training: Training) -> Score:
 
     def score(samples: Samples) -> Floats:
         centred = samples.features - centre
+        to_all = _squared_distances(centred, background, background_precision)[:, 0]
+        return np.asarray(to_all - _squared_distances(centred, means, precision).min(axis=1))
+
+    return score
+
+
+def fit_mds_plus(training: Training) -> Score:
+    """MDS++ (Müller & Hein, ICML 2025): −min over classes of (z − μ)ᵀ Σ⁺ (z − μ) of features at unit length.
+
+    Σ is the mean over images, and directions in which no training image differs count nothing, as in the authors' code.
+    """
+    classes = training.linear.weight.shape[0]
+    centre, means, precision = _gaussians(
+        _unit(training.samples.features), training.label, classes, _covariance_inverse
+    )
+    return lambda samples: -_squared_distances(_unit(samples.features) - centre, means, precision).min(axis=1)
+
+
+def fit_rmds_plus(training: Training) -> Score:
+    """RMDS++ (Müller & Hein, ICML 2025): MDS++ less the same of one Gaussian of all images."""
+    classes = training.linear.weight.shape[0]
+    unit, one = _unit(training.samples.features), np.zeros(len(training.label), np.int64)
+    centre, means, precision = _gaussians(unit, training.label, classes, _covariance_inverse)
+    _, background, background_precision = _gaussians(unit, one, 1, _covariance_inverse)
+
+    def score(samples: Samples) -> Floats:
+        centred = _unit(samples.features) - centre
         to_all = _squared_distances(centred, background, background_precision)[:, 0]
         return np.asarray(to_all - _squared_distances(centred, means, precision).min(axis=1))
 
@@ -90,6 +119,18 @@ def fit_vim(training: Training) -> Score:
     return lambda samples: energy(samples.linear_logits) - alpha * lengths(samples.features - origin)
 
 
+def fit_residual(training: Training) -> Score:
+    """Residual (Wang et al., CVPR 2022): the negative length of z + W⁺ b outside the principal subspace, ViM's."""
+    origin = _origin(training.linear)
+    principal = _principal(training.samples.features - origin, vim_dimension(training.linear.weight.shape[1]))
+
+    def score(samples: Samples) -> Floats:
+        centred = samples.features - origin
+        return np.asarray(-np.linalg.norm(centred - (centred @ principal) @ principal.T, axis=1))
+
+    return score
+
+
 def vim_dimension(features: int) -> int:
     """The paper's 1,000 for wide features, 512 for those of a ViT, half of what is narrower."""
     return 1000 if features > 1500 else 512 if features >= 768 else features // 2
@@ -140,12 +181,27 @@ def fit_nci(training: Training) -> Score:
     return score
 
 
-def _gaussians(features: Floats, label: NDArray[np.int64], classes: int) -> tuple[Floats, Floats, Floats]:
+def _gaussians(
+    features: Floats,  # (samples, features)
+    label: NDArray[np.int64],
+    classes: int,
+    invert: Callable[[Floats, int], Floats] | None = None,
+) -> tuple[Floats, Floats, Floats]:
     """The mean of all features, each class's mean less it, (classes, features), and the inverse of the scatter."""
     centre = features.mean(axis=0)
     means = class_means(features - centre, label, classes)
     spread = features - centre - means[label]
-    return centre, means, np.linalg.inv(spread.T @ spread + RIDGE * np.eye(features.shape[1]))
+    scatter = spread.T @ spread
+    if invert is not None:
+        return centre, means, invert(scatter, len(features))
+    return centre, means, np.linalg.inv(scatter + RIDGE * np.eye(features.shape[1]))
+
+
+def _covariance_inverse(scatter: Floats, samples: int) -> Floats:
+    """The pseudo-inverse of scatter / samples; eigenvalues below float64's rounding of the largest count as 0."""
+    values, vectors = np.linalg.eigh(scatter / samples)
+    kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
+    return np.asarray((vectors[:, kept] / values[kept]) @ vectors[:, kept].T)
 
 
 def _squared_distances(values: Floats, means: Floats, precision: Floats) -> Floats:

@@ -1,7 +1,7 @@
 """Post-hoc detectors that change features, or the last linear layer, and take Energy of the logits that follow.
 
-They see pooled features, one number per channel, as OpenOOD's do. A share such as 0.65 says how many of an image's
-features count as small.
+They see pooled features, one number per channel, as OpenOOD's do. A percentile such as 65 says how many of an image's
+features count as small: all but the largest 35 %.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from nacpipe.evaluation.posthoc.detector import Linear, Samples, Score, Training
 from nacpipe.method.plain_scores import Floats, energy
 
 REACT_QUANTILE = 0.9
-ASH_SHARE, SCALE_SHARE = 0.65, 0.65  # pytorch-ood's; OpenOOD's ASH-B at 0.9 and SCALE at 0.85 are other variants
 DICE_QUANTILE = 0.9
+VRA_PERCENTILES = (10, 90)  # OpenOOD's
 
 
 def fit_react(training: Training) -> Score:
@@ -24,12 +24,22 @@ def fit_react(training: Training) -> Score:
     return lambda samples: energy(linear(np.minimum(samples.features, threshold)))
 
 
-def fit_ash(training: Training) -> Score:
-    """ASH-S (Djurisic et al., ICLR 2023): the smallest 65 % become 0, the others grow by exp(sum before / after)."""
+def fit_vra(training: Training) -> Score:
+    """VRA (Xu et al., NeurIPS 2023) as OpenOOD has it: features are clipped at the 10 % and 90 % percentiles of all.
+
+    The paper sets what is below the lower one to 0; where a tenth of all features is 0, as after a ReLU, both agree.
+    """
+    linear = training.linear
+    low, high = np.percentile(training.samples.features, VRA_PERCENTILES).astype(np.float32)
+    return lambda samples: energy(linear(np.clip(samples.features, low, high)))
+
+
+def fit_ash_s(training: Training, *, percentile: int) -> Score:
+    """ASH-S (Djurisic et al., ICLR 2023): the smallest features become 0, the others grow by exp(before / after)."""
     linear = training.linear
 
     def score(samples: Samples) -> Floats:
-        features, kept = samples.features, _largest(samples.features, ASH_SHARE)
+        features, kept = samples.features, _largest(samples.features, percentile)
         pruned = np.zeros_like(features)
         np.put_along_axis(pruned, kept, np.take_along_axis(features, kept, axis=1), axis=1)
         return energy(_scaled(linear, pruned, _growth(features, kept)))
@@ -37,13 +47,27 @@ def fit_ash(training: Training) -> Score:
     return score
 
 
-def fit_scale(training: Training) -> Score:
-    """SCALE (Xu et al., ICLR 2024): all features grow by exp(sum of all / sum of the largest 35 %)."""
+def fit_ash_b(training: Training, *, percentile: int) -> Score:
+    """ASH-B (Djurisic et al., ICLR 2023): the smallest features become 0, the others their share of the sum of all."""
+    linear = training.linear
+
+    def score(samples: Samples) -> Floats:
+        features, kept = samples.features, _largest(samples.features, percentile)
+        chosen = np.zeros_like(features)
+        np.put_along_axis(chosen, kept, np.float32(1), axis=1)
+        share = features.sum(axis=1, dtype=np.float64)[:, None] / kept.shape[1]
+        return energy(_scaled(linear, chosen, share))
+
+    return score
+
+
+def fit_scale(training: Training, *, percentile: int) -> Score:
+    """SCALE (Xu et al., ICLR 2024): all features grow by exp(sum of all / sum of the largest)."""
     linear = training.linear
 
     def score(samples: Samples) -> Floats:
         features = samples.features
-        return energy(_scaled(linear, features, _growth(features, _largest(features, SCALE_SHARE))))
+        return energy(_scaled(linear, features, _growth(features, _largest(features, percentile))))
 
     return score
 
@@ -57,10 +81,10 @@ def fit_dice(training: Training) -> Score:
     return lambda samples: energy(sparse(samples.features))
 
 
-def _largest(features: NDArray[np.float32], small: float) -> NDArray[np.int64]:
-    """The places of each image's features that are not among its smallest share, in no order."""
+def _largest(features: NDArray[np.float32], percentile: int) -> NDArray[np.int64]:
+    """The places of each image's features that are not among its smallest, (samples, kept), in no order."""
     width = features.shape[1]
-    kept = max(1, width - round(width * small))
+    kept = max(1, width - round(width * percentile / 100))
     return np.argpartition(features, width - kept, axis=1)[:, width - kept :]
 
 
