@@ -189,12 +189,12 @@ def test_a_killed_extract_goes_on_and_ends_in_the_cache_that_nobody_disturbed(
     words = ("extract", "digits", "--device", "cpu", "--splits", "id/train,id/val", "--batch-size", "64")
     words += ("--block-rows", "512", "--shard-blocks", "1", "--cache")
     command = [sys.executable, "-m", "nacpipe", *words]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # as many threads for all, so the same values
-    whole = subprocess.run([*command, here], env=env, text=True, capture_output=True, check=False)
-    assert whole.returncode == 0, whole.stderr
     with endpoint(tmp_path_factory.mktemp("moto")) as server, Deadly(server) as proxy:
-        for name, value in variables(proxy.url).items():
+        for name, value in variables(proxy.url).items():  # this endpoint, not the one of the module's other tests
             monkeypatch.setenv(name, value)
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        whole = subprocess.run([*command, here], env=env, text=True, capture_output=True, check=False)
+        assert whole.returncode == 0, whole.stderr
         command.append(url)
         for proxy.key, proxy.stored, marks in KILLS:
             proxy.victim = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
