@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 
-for _pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # read when numpy and torch are imported
-    os.environ[_pool] = "1"  # in this process and in those that tests start: xdist's workers share the cores
+# Before numpy and torch are imported, here and in the processes that tests start: xdist's workers share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hashlib
 import importlib.util
 import json
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
 from nacpipe.files import is_url
+from tests.once import once
 
 pytest_plugins = ["tests.cifar_root", "tests.s3"]  # a data root, weights, a finished extraction; an S3 endpoint
 
@@ -55,25 +55,6 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all xdist workers of this run share."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-
-
-def once(path: Path, build: Callable[[Path], object]) -> Path:
-    """Return `path`, which the first worker that asks for it builds while others wait."""
-    path.parent.mkdir(exist_ok=True)
-    done, claim = path.with_name(f"{path.name}.done"), path.with_name(f"{path.name}.claim")
-    while not done.exists():
-        try:
-            claim.mkdir()
-        except FileExistsError:
-            time.sleep(0.05)
-            continue
-        try:
-            if not done.exists():
-                build(path)
-                done.touch()
-        finally:
-            claim.rmdir()
-    return path
 
 
 @pytest.fixture(scope="session")
