@@ -13,6 +13,8 @@ CACHE ?= cache/$(BENCHMARK)-$(MODEL).zarr
 LAYERS ?=
 TRAIN_IMAGES ?=
 TRIALS ?=
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 EXTRACT_OPTIONS = $(BENCHMARK) --cache $(CACHE) \
 	$(if $(MODEL),--model $(MODEL)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) \
@@ -45,13 +47,14 @@ search: $(READY) ## stage 2: tune the parameters against CACHE
 evaluate: $(READY) ## the table: NAC beside baselines
 	$(BIN)/nacpipe evaluate $(CACHE)
 
-test: $(READY) ## all tests
-	$(BIN)/python -m pytest
+test: $(READY) ## the tests of three minutes: all but those that pyproject.toml marks as slow, server, browser, reference
+	$(PYTEST) -m "not slow and not server and not browser and not reference" --hypothesis-profile quick
 
 fuzz: $(READY) ## hostile caches, lists, folders, images, TOML, parameters, checkpoints and names, FUZZ of each (make check tries few)
 	NACPIPE_FUZZ=$(or $(FUZZ),2000) $(BIN)/python -m pytest tests/test_fuzz.py
 
-check: $(READY) lint types test ## format, lint, types, house rules, tests: what CI runs
+check: $(READY) lint types ## format, lint, import rules, types, every test: what CI runs
+	$(PYTEST)
 
 format: $(READY) ## put the code in form
 	$(BIN)/ruff format .
@@ -60,6 +63,7 @@ format: $(READY) ## put the code in form
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 
 types: $(READY)
 	$(BIN)/mypy

@@ -1,4 +1,4 @@
-"""A small data root in OpenOOD's layout, random weights, and a finished cache of the two."""
+"""Finished extractions: of a small data root in OpenOOD's layout with random weights, and of digits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nacpipe.cache import Cache, open_cache
+from tests.once import once
 
 if TYPE_CHECKING:
     from nacpipe.extraction.request import ExtractRequest
@@ -78,16 +79,25 @@ def build_request(root: Path, checkpoint: Path, cache: Path) -> ExtractRequest:
 
 
 @pytest.fixture(scope="session")
-def finished(root: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+def finished(root: Path, checkpoint: Path, common: Path) -> Cache:
     """A cache that was made in one go; read only."""
-    import torch
+    return open_cache(once(common / "finished.zarr", lambda path: _extract(build_request(root, checkpoint, path))))
 
+
+@pytest.fixture(scope="session")
+def digits_cache(common: Path) -> Path:
+    """1,000 training digits, 500 others and 500 letters through the packaged network; to be read or copied."""
+    from nacpipe.extraction.request import ExtractRequest
+
+    def build(path: Path) -> None:
+        splits = ("id/train", "id/val", "ood/val")
+        _extract(ExtractRequest(benchmark="digits", model="digits_cnn", cache=path, device="cpu", splits=splits))
+
+    return once(common / "digits.zarr", build)
+
+
+def _extract(request: ExtractRequest) -> None:
     from nacpipe.extraction.pipeline import extract
     from nacpipe.extraction.plan import plan_extraction
 
-    path = tmp_path_factory.mktemp("finished") / "c.zarr"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the tests have that compare with it: it is made before a module's fixtures
-    extract(plan_extraction(build_request(root, checkpoint, path)))
-    torch.set_num_threads(threads)
-    return open_cache(path)
+    extract(plan_extraction(request))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
+# Before numpy and torch are imported, here and in the processes that tests start: xdist's workers share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import hashlib
 import importlib.util
-import os
+import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,12 +22,39 @@ from hypothesis import settings
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
+from nacpipe.files import is_url
+from tests.once import once
 
-pytest_plugins = ["tests.cifar_root"]  # a data root, weights and a finished extraction
+pytest_plugins = ["tests.cifar_root", "tests.s3"]  # a data root, weights, a finished extraction; an S3 endpoint
 
 settings.register_profile("here", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("quick", settings.get_profile("ci"), max_examples=25)  # make test
 settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+MARKERS = {"shared": "reference", "s3_endpoint": "server", "postgres": "server"}  # fixture → of every test that uses it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the fixtures that they use, so that none is forgotten."""
+    for item in items:
+        for fixture in MARKERS.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(MARKERS[fixture])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync() -> Iterator[None]:
+    """Files are not forced to the disk: no test cuts the power, and those of the order of the calls note `os.fsync`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which refuses a closed file as well
+        yield
+
+
+@pytest.fixture(scope="session")
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all xdist workers of this run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")
@@ -93,13 +126,56 @@ ROWS = {  # neither a whole number of blocks nor all the same
 
 
 @pytest.fixture(scope="session")
-def make_cache() -> Callable[..., Cache]:
-    """The function `build_cache`, since test modules cannot import a conftest."""
-    return build_cache
+def make_cache(common: Path) -> Callable[..., Cache]:
+    """The function `build_cache`, but what was built once is copied."""
+
+    def make(
+        path: str | Path,
+        *,
+        rows: Mapping[str, int] | None = None,
+        seed: int = 0,
+        identity: Mapping[str, object] | None = None,
+    ) -> Cache:
+        if is_url(path):
+            return build_cache(path, rows=rows, seed=seed, identity=identity)
+        counts = {**ROWS, **(rows or {})}
+        name = _sha256(json.dumps([list(counts.items()), seed]))[:16]
+        built = once(common / f"built/{name}.zarr", lambda whole: build_cache(whole, rows=rows, seed=seed))
+        CacheWriter(path, build_header(path, identity))  # all that the path and the identity are part of
+        shutil.copytree(
+            built,
+            path,
+            ignore=lambda folder, _: ["zarr.json"] if Path(folder) == built else [],
+            copy_function=shutil.copyfile,  # with the umask of now, as if it were written
+            dirs_exist_ok=True,
+        )
+        return open_cache(path)
+
+    return make
+
+
+def build_header(path: str | Path, identity: Mapping[str, object] | None = None) -> Header:
+    """The root's attributes of `build_cache`'s caches."""
+    return Header(
+        identity={
+            "benchmark": "digits",
+            "architecture": "made_up",
+            "family": "made_up",
+            "weights": _sha256("made up"),
+            "transform": {"resize": 28, "crop": 28, "mean": [0.5], "std": [0.5]},
+            "dtype": "float32",
+            **(identity or {}),
+        },
+        information={"nacpipe": "0.0.0", "command": f"nacpipe extract digits --cache {path}"},
+        block_rows=BLOCK_ROWS,
+        layers=LAYERS,
+        classes=CLASSES,
+        features=6,
+    )
 
 
 def build_cache(
-    path: Path,
+    path: str | Path,
     *,
     rows: Mapping[str, int] | None = None,
     seed: int = 0,
@@ -121,23 +197,7 @@ def build_cache(
     """
     centres = np.repeat(2.0 * np.eye(CLASSES), 2, axis=1)
     weight, bias = (centres - 0.5).astype(np.float32), np.array([0.1, 0.0, -0.1], np.float32)
-    header = Header(
-        identity={
-            "benchmark": "digits",
-            "architecture": "made_up",
-            "family": "made_up",
-            "weights": hashlib.sha256(b"made up").hexdigest(),
-            "transform": {"resize": 28, "crop": 28, "mean": [0.5], "std": [0.5]},
-            "dtype": "float32",
-            **(identity or {}),
-        },
-        information={"nacpipe": "0.0.0", "command": f"nacpipe extract digits --cache {path}"},
-        block_rows=BLOCK_ROWS,
-        layers=LAYERS,
-        classes=CLASSES,
-        features=6,
-    )
-    writer = CacheWriter(path, header)
+    writer = CacheWriter(path, build_header(path, identity))
     writer.write_classifier(weight, bias)
     for number, (name, count) in enumerate({**ROWS, **(rows or {})}.items()):
         if count == 0:
@@ -186,6 +246,6 @@ def _sha256(text: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+def small_cache(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """One finished cache for all tests that only read it: what a test writes belongs under its own `tmp_path`."""
-    return build_cache(tmp_path_factory.mktemp("small") / "small.zarr")
+    return make_cache(tmp_path_factory.mktemp("small") / "small.zarr")

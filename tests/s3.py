@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
 BUCKET = "caches"
 FAULTS = {
     "500": "an error of the server",
@@ -58,6 +60,15 @@ def endpoint(folder: Path) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an S3 endpoint; each test writes below a key of its own."""
+    pytest.importorskip("obstore")
+    pytest.importorskip("moto")
+    with endpoint(tmp_path_factory.mktemp("moto")) as url:
+        yield url
 
 
 class Proxy(ThreadingHTTPServer):

@@ -16,6 +16,7 @@ def corrupt(load_bench: Callable[[str], ModuleType]) -> ModuleType:
     return load_bench("corrupt")
 
 
+@pytest.mark.slow
 def test_a_changed_byte_is_found_or_changes_no_value(corrupt: ModuleType, tmp_path: Path) -> None:
     tally = corrupt.run_changes(tmp_path, CHANGES, seed=7)
     assert tally.failures == []

@@ -39,6 +39,8 @@ from nacpipe.errors import FormatError, ImageError, InputError, NacError, Params
 from nacpipe.extraction.image_file import read_image
 from nacpipe.scoring.params_file import read_params
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("NACPIPE_FUZZ", "40"))
 fuzzed = settings(
     max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

@@ -19,6 +19,7 @@ def kills(load_bench: Callable[[str], ModuleType]) -> ModuleType:
     return load_bench("kills")
 
 
+@pytest.mark.slow
 def test_killed_commands_end_in_the_values_that_nobody_disturbed(kills: ModuleType, tmp_path: Path) -> None:
     tally = kills.run_kills(tmp_path, kills=KILLS, seed=0)
     assert tally.differences == []

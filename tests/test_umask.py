@@ -63,7 +63,7 @@ WRITTEN = [  # each by another piece of code
 ]
 
 
-@pytest.mark.parametrize(("umask", "mode"), [("077", 0o600), ("002", 0o664)])
+@pytest.mark.parametrize(("umask", "mode"), [pytest.param("077", 0o600, marks=pytest.mark.slow), ("002", 0o664)])
 def test_the_umask_decides_the_mode_of_every_file(small_cache: Cache, tmp_path: Path, umask: str, mode: int) -> None:
     command = [sys.executable, "-c", CODE, umask, str(Path(small_cache.path).resolve())]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

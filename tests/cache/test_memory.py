@@ -64,6 +64,7 @@ def peak(work: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_sealing_verifying_and_repairing_read_shards_in_pieces(written: Path) -> None:
     writer = CacheWriter(written, HEADER)
     bound = 8 * 2**20  # half of one of the four shards

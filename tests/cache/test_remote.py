@@ -21,23 +21,17 @@ from nacpipe.cache.repair import repair_cache
 from nacpipe.cache.verify import foreign_files, verify_cache
 from nacpipe.errors import CacheError, FormatError, InputError, MissingExtra
 from tests.alike import assert_alike
-from tests.s3 import BUCKET, FAULTS, Proxy, endpoint, variables
+from tests.s3 import BUCKET, FAULTS, Proxy, variables
 
 obstore = pytest.importorskip("obstore")
 pytest.importorskip("moto")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with endpoint(tmp_path_factory.mktemp("moto")) as url:
-        yield url
-
-
 @pytest.fixture
-def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+def proxy(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """The endpoint, through a proxy that is told in the test what to do."""
     monkeypatch.setattr(store, "PAUSE", 0.01)
-    with Proxy(server) as proxy:
+    with Proxy(s3_endpoint) as proxy:
         for name, value in variables(proxy.url).items():
             monkeypatch.setenv(name, value)
         yield proxy
@@ -260,13 +254,13 @@ def test_a_server_that_is_gone_is_said_in_words(
     assert_alike(here, copy(here, url, "id/val"))
 
 
-def test_a_forbidden_request_names_the_credentials(server: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forbidden_request_names_the_credentials(s3_endpoint: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Forbidden(Proxy):
         def draw(self, method: str, path: str) -> str:
             super().draw(method, path)
             return "403"
 
-    with Forbidden(server) as proxy:
+    with Forbidden(s3_endpoint) as proxy:
         for name, value in variables(proxy.url).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(CacheError, match=f"^{url} cannot be read .*AWS_ACCESS_KEY_ID") as error:

@@ -19,7 +19,7 @@ from nacpipe.cli import main
 from nacpipe.scoring.params_file import read_params
 from tests.alike import assert_alike
 from tests.pages import Plain, Ranges, serve
-from tests.s3 import BUCKET, Proxy, endpoint, variables
+from tests.s3 import BUCKET, Proxy, variables
 
 pytest.importorskip("obstore")
 pytest.importorskip("moto")
@@ -29,13 +29,9 @@ URL = f"s3://{BUCKET}/small.zarr"
 
 
 @pytest.fixture(scope="module")
-def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+def proxy(s3_endpoint: str) -> Iterator[Proxy]:
     """The endpoint behind a proxy; every tenth request fails."""
-    with (
-        endpoint(tmp_path_factory.mktemp("moto")) as url,
-        Proxy(url, share=0.1) as proxy,
-        pytest.MonkeyPatch.context() as patch,
-    ):
+    with Proxy(s3_endpoint, share=0.1) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setattr("nacpipe.cache.store.PAUSE", 0.01)
         proxy.slow = 0.05
         for name, value in variables(proxy.url).items():
@@ -182,19 +178,19 @@ KILLS = [  # the object, whether it is stored, the marks that are there then
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows")
 def test_a_killed_extract_goes_on_and_ends_in_the_cache_that_nobody_disturbed(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch")
     url, here = f"s3://{BUCKET}/killed.zarr", str(tmp_path / "whole.zarr")
     words = ("extract", "digits", "--device", "cpu", "--splits", "id/train,id/val", "--batch-size", "64")
     words += ("--block-rows", "512", "--shard-blocks", "1", "--cache")
     command = [sys.executable, "-m", "nacpipe", *words]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # as many threads for all, so the same values
-    whole = subprocess.run([*command, here], env=env, text=True, capture_output=True, check=False)
-    assert whole.returncode == 0, whole.stderr
-    with endpoint(tmp_path_factory.mktemp("moto")) as server, Deadly(server) as proxy:
-        for name, value in variables(proxy.url).items():
+    with Deadly(s3_endpoint) as proxy:
+        for name, value in variables(proxy.url).items():  # this endpoint, not the one of the module's other tests
             monkeypatch.setenv(name, value)
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        whole = subprocess.run([*command, here], env=env, text=True, capture_output=True, check=False)
+        assert whole.returncode == 0, whole.stderr
         command.append(url)
         for proxy.key, proxy.stored, marks in KILLS:
             proxy.victim = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

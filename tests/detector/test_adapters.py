@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,9 +27,6 @@ from nacpipe.detector.file import read_detector, write_detector
 from nacpipe.detector.fit import fit_detector
 from nacpipe.detector.module import Detector
 from nacpipe.errors import InputError, NacError, ParamsError, ValuesError
-from nacpipe.extraction.pipeline import extract
-from nacpipe.extraction.plan import plan_extraction
-from nacpipe.extraction.request import ExtractRequest
 from nacpipe.method.metrics import detect
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.networks.architectures.digits_cnn import DigitsCNN
@@ -48,14 +46,9 @@ PARAMS = NacParams(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(digits_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("adapters")
-    splits = ("id/train", "id/val", "ood/val")
-    extract(
-        plan_extraction(
-            ExtractRequest(benchmark="digits", model="digits_cnn", cache=place / "c.zarr", device="cpu", splits=splits)
-        )
-    )
+    shutil.copytree(digits_cache, place / "c.zarr")
     write_params(place / "p.json", PARAMS)
     write_detector(place / "d.safetensors", export_detector(open_cache(place / "c.zarr"), PARAMS))
     return place

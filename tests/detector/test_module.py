@@ -88,7 +88,8 @@ class Case:
 
 
 def make_case(request: ExtractRequest, file: Path, layers: Sequence[str] = ()) -> Case:
-    extract(plan_extraction(request))
+    if not request.cache.exists():
+        extract(plan_extraction(request))
     cache = open_cache(request.cache)
     params = NacParams(
         layers={
@@ -113,10 +114,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def digits(place: Path) -> Case:
-    request = ExtractRequest(
-        benchmark="digits", model="digits_cnn", cache=place / "digits.zarr", device="cpu", splits=SPLITS
-    )
+def digits(digits_cache: Path, place: Path) -> Case:
+    request = ExtractRequest(benchmark="digits", model="digits_cnn", cache=digits_cache, device="cpu", splits=SPLITS)
     return make_case(request, place / "digits.safetensors")
 
 
@@ -152,7 +151,7 @@ def vit(root: Path, place: Path) -> Case:
     return make_case(request, place / "vit.safetensors")
 
 
-@pytest.fixture(params=["digits", "resnet", "vit"])
+@pytest.fixture(params=["digits", pytest.param("resnet", marks=pytest.mark.reference), "vit"])
 def case(request: pytest.FixtureRequest) -> Case:
     found: Case = request.getfixturevalue(request.param)
     return found

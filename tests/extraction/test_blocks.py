@@ -174,6 +174,7 @@ main(sys.argv[1:], prog_name="nacpipe")
 """
 
 
+@pytest.mark.slow
 def test_the_first_ranks_choice_is_everybodys(tmp_path: Path) -> None:
     assert Ranks().agree(7) == 7
     (tmp_path / "two.py").write_text(TWO)

@@ -59,6 +59,7 @@ def test_every_unit_has_one_rank_and_ranges_are_contiguous(world: int, count: in
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.mark.slow
 def test_two_ranks_of_which_one_is_killed_make_the_cache_of_one(tmp_path: Path) -> None:
     whole, shared = tmp_path / "whole.zarr", tmp_path / "shared.zarr"
     subprocess.run(command(whole), check=True, env=environment(), capture_output=True)

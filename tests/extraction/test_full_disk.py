@@ -2,60 +2,58 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
-from nacpipe.cache import Cache, open_cache
+from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cli import main
 from tests.alike import assert_alike
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no limits on the size of files, no tmpfs")
 
-ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ["id/train", "id/val"]  # two blocks and one
-# A limit of the size of files, from the second block on: the kernel refuses in the middle of a write.
-LIMITED = """
-import resource, sys
-from nacpipe.cache import CacheWriter
-from nacpipe.cli import main
-
-write, calls = CacheWriter.write_block, []
-
-def write_block(*args):
-    calls.append(args)
-    if len(calls) == 2:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
-    write(*args)
-
-CacheWriter.write_block = write_block
-main(sys.argv[1:], prog_name="nacpipe")
-"""
 
 
-def extract(cache: Path, *python: str) -> subprocess.CompletedProcess[str]:
+def extract(cache: Path) -> Result:
     words = f"extract digits --device cpu --batch-size 64 --splits {','.join(SPLITS)} --cache {cache}".split()
-    words += ["--block-rows", "512"]
-    return subprocess.run(
-        [sys.executable, *(python or ("-m", "nacpipe")), *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    return CliRunner().invoke(main, [*words, "--block-rows", "512"], prog_name="nacpipe")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     path = tmp_path_factory.mktemp("undisturbed") / "x.zarr"
     done = extract(path)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     return open_cache(path)
+
+
+@contextlib.contextmanager
+def limited_files() -> Iterator[None]:
+    """A limit of the size of files, from the second block on: the kernel refuses in the middle of a write."""
+    import resource
+
+    write, calls = CacheWriter.write_block, list[Any]()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write_block(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+        write(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheWriter, "write_block", write_block)
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
@@ -76,9 +74,9 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def assert_refused(done: subprocess.CompletedProcess[str], cache: Path, what: str) -> None:
+def assert_refused(done: Result, cache: Path, what: str) -> None:
     """One line after what the plan says, exit code 1, and what is there is whole. id/train may be done."""
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.exit_code, done.stdout) == (1, "")
     note, *lines = done.stderr.splitlines()
     assert note.startswith("images are prepared by the benchmark digits: resize 28 ")
     assert [line for line in lines if line != "id/train: accuracy 100.00 % of 1000 images"] == [
@@ -96,7 +94,7 @@ def marks(cache: Path) -> dict[str, list[bool]]:
 
 def assert_finished(cache: Path, undisturbed: Cache) -> None:
     done = extract(cache)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     assert list(open_cache(cache)) == SPLITS
     assert_alike(undisturbed, open_cache(cache))
     assert not list(cache.rglob("*.partial"))
@@ -104,7 +102,8 @@ def assert_finished(cache: Path, undisturbed: Cache) -> None:
 
 def test_a_file_that_cannot_grow(undisturbed: Cache, tmp_path: Path) -> None:
     cache = tmp_path / "x.zarr"
-    assert_refused(extract(cache, "-c", LIMITED), cache, "File too large")
+    with limited_files():
+        assert_refused(extract(cache), cache, "File too large")
     assert marks(cache) == {"id/train": [True, False]}
     rows = cache / "id/train/logits/c/0/0"
     before = rows.stat().st_mtime_ns

@@ -120,6 +120,7 @@ def test_the_source_is_that_of_the_file_and_of_what_it_imports_from_its_folder(f
     assert source_of(file) == before
 
 
+@pytest.mark.slow
 def test_the_source_is_the_same_wherever_and_however_often_it_is_built(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,7 @@ def test_shards_hold_the_same_values(request_: ExtractRequest, dies: bool) -> No
     assert made["id/train"].array("logits").shards == (32, 10)
 
 
+@pytest.mark.slow
 def test_half_precision_is_near_and_another_identity(request_: ExtractRequest) -> None:
     whole = make(request_)
     half = make(replace(request_, cache=request_.cache.with_name("half.zarr"), autocast="bf16"))

@@ -41,7 +41,7 @@ class Crash(Exception):
     """Not one of nacpipe's."""
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("calls", [*(pytest.param(calls, marks=pytest.mark.slow) for calls in (1, 2, 3)), 4, 9])
 def test_the_same_command_after_a_crash_gives_the_same_values(
     finished: Cache, request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:

@@ -45,11 +45,11 @@ def python(code: str, cwd: Path, **variables: str) -> str:
 @pytest.mark.parametrize(
     "variables",
     [
-        {"NUMBA_DISABLE_JIT": "1"},
-        {"NUMBA_DISABLE_JIT": "1", "NUMBA_CACHE_DIR": "/dev/null/x"},
+        pytest.param({"NUMBA_DISABLE_JIT": "1"}, marks=pytest.mark.slow),
+        pytest.param({"NUMBA_DISABLE_JIT": "1", "NUMBA_CACHE_DIR": "/dev/null/x"}, marks=pytest.mark.slow),
         {"NUMBA_THREADING_LAYER": "tbb"},  # not installed with numba
-        {"NUMBA_THREADING_LAYER_PRIORITY": "tbb tbb tbb"},
-        {"NUMBA_CACHE_DIR": "/dev/null/x"},
+        pytest.param({"NUMBA_THREADING_LAYER_PRIORITY": "tbb tbb tbb"}, marks=pytest.mark.slow),
+        pytest.param({"NUMBA_CACHE_DIR": "/dev/null/x"}, marks=pytest.mark.slow),
     ],
     ids=lambda variables: ",".join(f"{name}={value}" for name, value in variables.items()),
 )
@@ -76,6 +76,7 @@ print(numba.get_num_threads())  # starts them
     assert python(code, tmp_path) == "default\nThreading layer is not initialized.\n4\n"
 
 
+@pytest.mark.slow
 def test_other_peoples_parallel_loops_may_be_entered_from_several_threads(tmp_path: Path) -> None:
     """Numba's work queue ends the process then ("Concurrent access has been detected", exit code 134)."""
     code = """

@@ -141,6 +141,7 @@ def test_a_few_layers_give_what_all_of_them_give() -> None:
         assert far(four.gradient[layer], everything.gradient[layer]) < 1e-9
 
 
+@pytest.mark.slow
 def test_the_papers_layers_of_vit_b_16_itself() -> None:
     model = find_model("vit_b_16")
     torch.manual_seed(0)

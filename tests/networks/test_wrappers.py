@@ -48,13 +48,8 @@ PARAMS = NacParams(
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    path = tmp_path_factory.mktemp("wrapped") / "c.zarr"
-    splits = ("id/train", "id/val")
-    extract(
-        plan_extraction(ExtractRequest(benchmark="digits", model="digits_cnn", cache=path, device="cpu", splits=splits))
-    )
-    return open_cache(path)
+def cache(digits_cache: Path) -> Cache:
+    return open_cache(digits_cache)
 
 
 @pytest.fixture(scope="module")

@@ -289,6 +289,7 @@ FRAME = """<!DOCTYPE html><body>
 <iframe src="measured.html" style="border: 0; width: %dpx; height: 9000px"></iframe></body>"""  # no window is so narrow
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [400, 1400])
 def test_a_browser_draws_it(place: Path, tmp_path: Path, width: int) -> None:
     page = place / "page.html"
@@ -312,6 +313,7 @@ def test_a_browser_draws_it(place: Path, tmp_path: Path, width: int) -> None:
         assert len(image.crop((left, top, right, bottom)).getcolors(2**24) or []) > 50
 
 
+@pytest.mark.browser
 def test_a_console_error_would_be_seen(tmp_path: Path) -> None:
     (tmp_path / "bad.html").write_text("<script>console.error('gone wrong')</script>")
     _, said = browse(tmp_path / "bad.html", f"--screenshot={tmp_path}/shot.png", width=400, height=400)
