@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nacpipe.network.digits_train import to_inputs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -34,6 +33,7 @@ from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
 from nacpipe.scoring.coverage import score_splits
 from nacpipe.scoring.params_file import write_params
+from tools.train_digits import to_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

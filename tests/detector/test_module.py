@@ -206,7 +206,7 @@ import torch
 torch.set_num_threads(1)
 from nacpipe import load_detector
 from nacpipe.benchmarks.digits import load_set
-from nacpipe.network.digits_train import to_inputs
+from tools.train_digits import to_inputs
 from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
 from nacpipe.benchmarks.toml import open_benchmark

@@ -21,7 +21,7 @@ from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cli import main
 from nacpipe.errors import InputError
 from nacpipe.evaluation import baselines
-from nacpipe.evaluation import methods as core
+from nacpipe.evaluation import method_scores as core
 from nacpipe.evaluation.baselines import BASELINES, MORE_BASELINES, choose_baselines, score_baselines
 from nacpipe.evaluation.method_scores import score_cache
 from nacpipe.evaluation.posthoc.detector import Linear, Samples, Training

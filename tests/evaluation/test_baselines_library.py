@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nacpipe.network.digits_train import to_inputs
 from numpy.typing import NDArray
 from pytorch_ood import detector as ood
 from safetensors.torch import load_file
@@ -26,6 +25,7 @@ from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
 from nacpipe.networks.architectures import digits_cnn
 from nacpipe.networks.architectures.digits_cnn import DigitsCNN
+from tools.train_digits import to_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
