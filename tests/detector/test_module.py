@@ -216,6 +216,7 @@ print(json.dumps(torch.cat(scores).tolist()))
 """
 
 
+@pytest.mark.slow
 def test_another_process_gives_identical_scores(digits: Case) -> None:
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(

@@ -203,7 +203,9 @@ MAPS = ("ReAct", "ASH", "SCALE")
     [(12, 30, 200), (40, 16, 400), (150, 70, 600), (20, 90, 85)],
     ids=["few classes", "classes than features", "many classes", "images than features"],
 )
-@pytest.mark.parametrize("name", SAME_FEATURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "OpenMax")) for name in SAME_FEATURES]
+)
 def test_scores_are_those_of_the_library_on_the_same_features(
     name: str, classes: int, features: int, images: int
 ) -> None:
