@@ -1,10 +1,10 @@
-"""Two caches that must hold the same, wherever they are."""
+"""Two caches that must hold the same, wherever they are, and how one is made from the other."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from nacpipe.cache import Cache
+from nacpipe.cache import Cache, CacheWriter, SplitView, open_cache
 
 
 def assert_alike(one: Cache, other: Cache) -> None:
@@ -17,3 +17,22 @@ def assert_alike(one: Cache, other: Cache) -> None:
             np.testing.assert_array_equal(here.read(path), there.read(path), err_msg=f"{name}/{path}")
     for ours, theirs in zip(one.classifier() or (), other.classifier() or (), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def write_rows(writer: CacheWriter, split: SplitView, block: int, name: str) -> None:
+    rows = slice(16 * block, 16 * block + 16)
+    writer.write_block(name, block, {path: split.read(path)[rows] for path in writer.header.arrays()})
+
+
+def copy_splits(here: Cache, address: str, *names: str) -> Cache:
+    """Write splits of a cache, and its classifier, to another place."""
+    writer = CacheWriter(address, here.header)
+    weights = here.classifier()
+    assert weights is not None
+    writer.write_classifier(*weights)
+    for name in names:
+        marks = writer.prepare(name, here[name].rows, here[name].images)
+        for block in np.flatnonzero(~marks):
+            write_rows(writer, here[name], int(block), name)
+        writer.seal(name)
+    return open_cache(address)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nacpipe.network.digits_train import to_inputs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -34,6 +33,7 @@ from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
 from nacpipe.scoring.coverage import score_splits
 from nacpipe.scoring.params_file import write_params
+from tools.train_digits import to_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -251,6 +251,7 @@ def test_only_so_many_images_are_counted(cache: Cache, network: nn.Module) -> No
     np.testing.assert_allclose(few.predict(images).numpy(), same.predict(images).numpy(), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_pytorch_ood_missing_is_said() -> None:
     code = "import sys; sys.modules['pytorch_ood'] = None; import nacpipe.detector.adapters.pytorch_ood"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -332,6 +333,7 @@ def test_adapters_name_what_is_wrong(place: Path) -> None:
         PytorchOod(DigitsCNN(), "nosuch.json").fit([])
 
 
+@pytest.mark.slow
 def test_openood_adapter_needs_neither_library(place: Path) -> None:
     code = """
 import sys

@@ -206,7 +206,7 @@ import torch
 torch.set_num_threads(1)
 from nacpipe import load_detector
 from nacpipe.benchmarks.digits import load_set
-from nacpipe.network.digits_train import to_inputs
+from tools.train_digits import to_inputs
 from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
 from nacpipe.benchmarks.toml import open_benchmark
@@ -216,6 +216,7 @@ print(json.dumps(torch.cat(scores).tolist()))
 """
 
 
+@pytest.mark.slow
 def test_another_process_gives_identical_scores(digits: Case) -> None:
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(

@@ -25,6 +25,7 @@ from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
 from nacpipe.networks.architectures import digits_cnn
 from nacpipe.networks.architectures.digits_cnn import DigitsCNN
+from tools.train_digits import to_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -206,7 +207,9 @@ MAPS = ("ReAct", "ASH-S@65", "SCALE@65")
     [(12, 30, 200), (40, 16, 400), (150, 70, 600), (20, 90, 85)],
     ids=["few classes", "classes than features", "many classes", "images than features"],
 )
-@pytest.mark.parametrize("name", SAME_FEATURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "OpenMax")) for name in SAME_FEATURES]
+)
 def test_scores_are_those_of_the_library_on_the_same_features(
     name: str, classes: int, features: int, images: int
 ) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from nacpipe.network.digits_train import to_inputs
 from torch import Tensor, nn
 
 from nacpipe.benchmarks.digits import load_set
@@ -29,6 +28,7 @@ from nacpipe.method.params import LayerParams
 from nacpipe.networks.architectures.digits_cnn import DigitsCNN
 from nacpipe.scoring.states import read_source
 from tests import oracle
+from tools.train_digits import to_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -346,7 +346,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "net.py"
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "vgg11")) for name in MAPS])
 def test_features_and_classifier_of_torchvisions_networks(name: str) -> None:
     """The layers with the commonest names; DenseNet's last feature map is overwritten by its functional ReLU."""
     torch.manual_seed(0)

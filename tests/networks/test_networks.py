@@ -197,6 +197,7 @@ def test_resnet18_for_imagenet200_has_its_classes() -> None:
     assert found["avgpool"] == ("avgpool", "sum-nchw", 512)
 
 
+@pytest.mark.slow
 def test_guessed_poolings_are_the_tables() -> None:
     """But for the class token, which no shape tells."""
     for name in (*MODELS, *(f"{backbone}+cider" for backbone in BACKBONES)):

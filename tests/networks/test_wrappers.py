@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nacpipe.network.digits_train import to_inputs
 from torch import Tensor, nn
 
 import nacpipe
@@ -35,6 +34,7 @@ from nacpipe.networks.layers import list_layers
 from nacpipe.networks.models import find_model
 from nacpipe.networks.wrappers import find_device_and_dtype, named_state, unwrap
 from nacpipe.scoring.coverage import score_splits
+from tools.train_digits import to_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
