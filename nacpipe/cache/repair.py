@@ -1,246 +1,148 @@
-"""Mending a cache: metadata at once, rows by taking their marks, so that the next extract computes exactly those again.
+"""Repairing a cache: what follows from the header is written again, the rest is left to the next extract.
 
-a chunk          its block loses its mark, its split the seal
-metadata, marks  written anew: they follow from the header and the number of rows
-attributes       the one bit that flipped is searched for: the digest says when it is found
-whole, unsealed  (exchanged, or of another time): no telling which rows, so every block loses its mark
+rows          their blocks lose their marks, the split its seal: extract computes exactly these again
+metadata      of arrays, groups and marks of a sealed split: written anew, since the header and the rows determine them
+attributes    of a split, or a seal that does not fit: the split is dropped; nothing says what was there
+classifier    removed: extract writes it again
+root          refused: everything else is determined by it
+foreign files left alone
+
+Every step leaves a cache that another repair can finish. Nothing is guessed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import zarr
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
-from zarr.storage import MemoryStore
 
 from nacpipe.cache.address import Objects
-from nacpipe.cache.digest import digest_lines, hash_content, hash_keys, sealed_before
 from nacpipe.cache.durability import sync_files, writing
-from nacpipe.cache.identity import fingerprint
-from nacpipe.cache.keys import list_own, list_split, remove_own
-from nacpipe.cache.layout import Header, chunk_key, count_blocks, create_array, create_marks
+from nacpipe.cache.keys import list_own, remove_own
+from nacpipe.cache.layout import chunk_key
 from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.reader import Cache, open_cache
-from nacpipe.cache.validation import attribute_problems
-from nacpipe.cache.verify import Damage, verify_cache
+from nacpipe.cache.validation import root_problems
+from nacpipe.cache.verify import BEYOND_ROWS, Damage, expected_objects, verify_cache
 from nacpipe.cache.writer import remove_drafts
-from nacpipe.errors import FormatError
+from nacpipe.errors import CacheError, FormatError
 from nacpipe.files import is_url
 
-_ROUNDS = 5  # each mends one kind of damage of every split: attributes, metadata, rows, the seal
+ROUNDS = 8  # at most: what a round repairs may show more, such as chunks once their array's metadata are readable
 
 
 def repair_cache(path: str | Path) -> list[str]:
-    """Mend what can be mended and take the marks of the rest; return what was done, a phrase each.
+    """Repair what follows from the header and take the marks of damaged rows; return what was done, a phrase each.
+
+    A phrase ends in "again" where `extract` has to compute something.
 
     Raises:
         InputError: the cache is at a URL that can only be read.
-        CacheError: another process writes the cache, or it cannot be written.
-        FormatError: the root's attributes are damaged beyond one bit, or of another version.
+        CacheError: another process writes the cache, it cannot be written, or it is damaged still.
+        FormatError: the root is damaged, or of another version; nothing is changed.
     """
     disk, done = None if is_url(path) else Path(path), list[str]()
     with CacheLock(path) as lock, writing(str(path)):
         if disk and disk.is_dir():
             lock.take()
         objects = Objects(path)
-        done += _mend_root(path, objects)
+        cache = _open_whole_root(path)
         if disk:
             remove_drafts(disk)
-        for _ in range(_ROUNDS):
-            cache = open_cache(path)
-            damage = verify_cache(cache)
-            mended = list(_mend(cache, objects, damage))
-            if not mended:
+        for _ in range(ROUNDS):
+            if not (damage := verify_cache(cache)):
                 break
-            done += mended
-        if disk:
+            done += _repair(cache, objects, damage)
+            cache = open_cache(path)
+        else:
+            what = f"{damage[0].split}/{damage[0].array} {damage[0].what}"
+            raise CacheError(f"{path}: after {ROUNDS} rounds of repair, {what}; extract into another --cache")
+        if disk and done:
             sync_files([disk / key for key in list_own(cache.root.store, cache.header, "")], disk)
     return done
 
 
-def _mend_root(path: str | Path, objects: Objects) -> list[str]:
+def _open_whole_root(path: str | Path) -> Cache:
+    advice = "repair does not change a root: put back a copy of its zarr.json, or extract into another --cache"
     try:
-        open_cache(path)
-        return []
+        cache = open_cache(path)
     except FormatError as error:
-
-        def whole(attributes: Mapping[str, Any]) -> bool:
-            rest = {key: value for key, value in attributes.items() if key != "digest"}
-            return attributes.get("digest") == fingerprint(rest)
-
-        content = objects.read("zarr.json")
-        if content is None or whole(_read_attributes(content)):  # of another version: nothing to mend
+        if "another --cache" in str(error):  # of another version, which says so
             raise
-        if not _mend_bit(objects, "zarr.json", whole):
-            raise FormatError(f"{error}; no single bit would mend it") from error
-        open_cache(path)  # of another version after all?
-        return ["the root's attributes: one bit mended"]
+        raise FormatError(f"{error}; {advice}") from error
+    for what in root_problems(cache.header):
+        raise FormatError(f"{path}: {what}; {advice}")
+    return cache
 
 
-def _mend(cache: Cache, objects: Objects, damage: Sequence[Damage]) -> Iterator[str]:
+def _repair(cache: Cache, objects: Objects, damage: Sequence[Damage]) -> Iterator[str]:
     """One round: of every split the first kind of damage that it has."""
     for split in dict.fromkeys(d.split for d in damage):
         found = [d for d in damage if d.split == split]
         if split == "":
-            for path in (d.array for d in found if d.array):
-                objects.replace(f"{path}/zarr.json", _metadata(cache.header, 1)["zarr.json"])
-                yield f"{path}: metadata written anew"
+            for group in (d.array for d in found):
+                objects.replace(f"{group}/zarr.json", expected_objects(cache.header, 1)["zarr.json"])
+                yield f"{group}: metadata written anew"
         elif split == "classifier":
             remove_own(objects.store, cache.header, "classifier")
             yield "classifier: is to be written again"
-        elif any(d.array == "" for d in found):
-            yield from _mend_attributes(cache, objects, split)
-        elif _mend_rows(cache, objects, split, found):
-            yield f"{split}: one bit of its attributes mended"
-        elif arrays := [d.array for d in found if d.block is None]:
-            metadata = _metadata(cache.header, cache.peek(split).rows)
-            for array in dict.fromkeys(arrays):
-                objects.replace(f"{split}/{array}/zarr.json", metadata[f"{array}/zarr.json"])
-                yield f"{split}/{array}: metadata written anew"
+        elif lost := [d for d in found if d.array == ""]:
+            _drop(cache, objects, split)
+            yield f"{split}: {lost[0].what}; the split is dropped and is to be extracted again"
         else:
-            yield from _mend_blocks(cache, objects, split, found)
+            yield from _repair_split(cache, objects, split, found)
 
 
-def _mend_blocks(cache: Cache, objects: Objects, name: str, found: Sequence[Damage]) -> Iterator[str]:
-    """Chunks are damaged, or marks of a sealed split, which had them all."""
-    split = cache.peek(name)
-    spans = {d.block: d.rows for d in found if d.array != "blocks"}
-    for d in found:
-        if d.array == "blocks" and d.block not in spans:
-            objects.replace(f"{name}/blocks/c/{d.block}", _metadata(cache.header, 1)["blocks/c/0"])
-            yield f"{name}: the mark of block {d.block} written anew"
-    if spans:
-        _take_marks(objects, name, [block for block in spans if block is not None])
-    for d in found:
-        if d.array != "blocks" and d.block is not None:  # a damaged chunk would be read before its last rows are set
-            objects.remove(chunk_key(split.array(d.array), d.block, cache.header))
-    for block, rows in spans.items():
-        if rows is not None:
+def _repair_split(cache: Cache, objects: Objects, name: str, found: Sequence[Damage]) -> Iterator[str]:
+    """Chunks beyond the rows; without them metadata; without these marks and rows."""
+    header = cache.header
+    expected = expected_objects(header, cache.peek(name).rows)
+    damaged = [d for d in found if d.block is not None and d.array != "blocks"]
+    blocks = {d.block: d.rows for d in damaged if d.rows is not None}
+    if beyond := [d for d in found if d.what == BEYOND_ROWS]:
+        for d in beyond:
+            key = f"{d.array}/c/{d.block}{'/0' * (header.arrays().get(d.array, (0, ''))[0] > 0)}"
+            objects.remove(f"{name}/{key}")
+            yield f"{name}/{key} {d.what}: it is removed"
+    elif arrays := [d.array for d in found if d.block is None]:
+        for array in dict.fromkeys(arrays):
+            objects.replace(f"{name}/{array}/zarr.json", expected[f"{array}/zarr.json"])
+            yield f"{name}/{array}: metadata written anew"
+    else:
+        for d in found:
+            if d.array == "blocks" and d.block not in blocks:
+                objects.replace(f"{name}/blocks/c/{d.block}", expected["blocks/c/0"])
+                yield f"{name}: the mark of block {d.block} written anew"
+        if damaged:
+            _take_marks(cache, objects, name, damaged)
+        for block, rows in blocks.items():
             yield f"{name}: block {block}, rows {rows.start} to {rows.stop - 1}, is to be computed again"
 
 
-def _mend_rows(cache: Cache, objects: Objects, name: str, found: Sequence[Damage]) -> bool:
-    """Where every array is said to be misshapen, the split's number of rows is rather wrong than all of them."""
-    if not {d.array for d in found if d.block is None} >= set(cache.header.arrays()):
-        return False
-    return _mend_bit(objects, f"{name}/zarr.json", partial(_fits, sets=_hash_split(cache, name)))
+def _drop(cache: Cache, objects: Objects, name: str) -> None:
+    """Remove a split: its attributes first, without which no rest of it is ever read or sealed."""
+    objects.remove(f"{name}/zarr.json")
+    _sync_folder(cache, name)
+    remove_own(objects.store, cache.header, name)
 
 
-def _hash_split(cache: Cache, name: str) -> list[dict[str, str]]:
-    """What a seal may cover: the split's objects, or, of an earlier nacpipe, the foreign files among them too."""
-    sharded = cache.header.shard_blocks > 1
-    own, foreign = list_split(cache.root.store, cache.header, name)
-    hashes = hash_keys(cache.root, name, own, sharded=sharded)
-    more = hash_keys(cache.root, name, sealed_before(foreign), sharded=sharded)
-    return [hashes, {**hashes, **more}] if more else [hashes]
+def _take_marks(cache: Cache, objects: Objects, name: str, found: Sequence[Damage]) -> None:
+    """Take the marks of damaged blocks, then the seal, then remove the damaged chunks.
 
-
-def _fits(attributes: Mapping[str, Any], sets: Sequence[Mapping[str, str]]) -> bool:
-    """Whether a split was sealed with these attributes and one of these sets of hashes."""
-    good = attributes.get("sealed") is True and not any(attribute_problems(attributes))
-    return good and any(digest_lines(attributes, hashes) == attributes["digest"] for hashes in sets)
-
-
-def _mend_attributes(cache: Cache, objects: Objects, name: str) -> Iterator[str]:
-    """A split's attributes are damaged, or its seal does not fit what is whole by itself."""
-    content = objects.read(f"{name}/zarr.json")
-    if content is None:
-        remove_own(objects.store, cache.header, name)
-        yield f"{name}: what was left of it is removed; it is to be extracted again"
-        return
-    sharded = cache.header.shard_blocks > 1
-    sets = _hash_split(cache, name)
-    hashes, attributes = sets[0], _read_attributes(content)
-    if _fits(attributes, sets):
-        return  # they were sealed so, whatever else is wrong with them
-    usable = not any(attribute_problems(attributes))
-    if usable:
-        ours = _metadata(cache.header, attributes["rows"])
-        del ours["zarr.json"]
-        chunks = _chunk_keys(cache.header, attributes["rows"])
-        kept = {key: value for key, value in hashes.items() if key in chunks}
-        wanted = {key: hash_content(content, key, sharded=sharded) for key, content in ours.items()}
-        if _fits(attributes, [{**more, **kept, **wanted} for more in _others(sets)]):
-            for key in wanted:
-                if hashes.get(key) != wanted[key]:
-                    objects.replace(f"{name}/{key}", ours[key])
-                    yield f"{name}/{key} written anew"
-            for key in set(hashes) - set(kept) - set(wanted):
-                objects.remove(f"{name}/{key}")
-                yield f"{name}/{key}, which does not belong there, is removed"
-            return
-    if _mend_bit(objects, f"{name}/zarr.json", partial(_fits, sets=sets)):
-        yield f"{name}: one bit of its attributes mended"
-    elif usable:
-        _take_marks(objects, name, range(count_blocks(attributes["rows"], cache.header.block_rows)))
-        yield f"{name}: no telling which rows are not those that were sealed; all of it is to be computed again"
-    else:
-        remove_own(objects.store, cache.header, name)
-        yield f"{name}: its attributes are lost; it is to be extracted again"
-
-
-def _others(sets: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Of each set of hashes what is not the split's own."""
-    return [{key: value for key, value in hashes.items() if key not in sets[0]} for hashes in sets]
-
-
-def _take_marks(objects: Objects, name: str, blocks: Iterable[int]) -> None:
-    """Take the seal first, then these marks."""
+    In this order, since an extract after a kill would seal marked blocks, and leaves a sealed split as it is.
+    """
+    for block in sorted({d.block for d in found if d.block is not None}):
+        objects.remove(f"{name}/blocks/c/{block}")
+    _sync_folder(cache, f"{name}/blocks/c")
     content = json.loads(objects.read(f"{name}/zarr.json") or b"")
     content["attributes"].update(sealed=False, digest=None)
     objects.replace(f"{name}/zarr.json", json.dumps(content, indent=2).encode())
-    for block in blocks:
-        objects.remove(f"{name}/blocks/c/{block}")
+    for d in found:
+        if d.block is not None:  # a writer of a shard would read it
+            objects.remove(chunk_key(cache.peek(name).array(d.array), d.block, cache.header))
 
 
-def _mend_bit(objects: Objects, key: str, fits: Callable[[dict[str, Any]], bool]) -> bool:
-    """Turn each bit of a zarr.json in turn until its attributes fit a digest; False where no single one does it."""
-    content = bytearray(objects.read(key) or b"")
-    for place in range(8 * min(len(content), 2**16)):
-        content[place // 8] ^= 1 << place % 8
-        if fits(_read_attributes(bytes(content))):
-            objects.replace(key, bytes(content))
-            return True
-        content[place // 8] ^= 1 << place % 8
-    return False
-
-
-def _read_attributes(content: bytes) -> dict[str, Any]:
-    """A group's attributes; none where its zarr.json is not that of a group."""
-    try:
-        data = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    whole = isinstance(data, dict) and data.get("node_type") == "group" and data.get("zarr_format") == 3
-    attributes = data.get("attributes") if whole else None
-    return attributes if isinstance(attributes, dict) else {}
-
-
-def _chunk_keys(header: Header, rows: int) -> set[str]:
-    """The keys of a split's chunks, marks excepted, as this nacpipe writes them."""
-    objects = -(-count_blocks(rows, header.block_rows) // header.shard_blocks)
-    return {f"{p}/c/{k}{'/0' * (w > 0)}" for p, (w, _) in header.arrays().items() for k in range(objects)}
-
-
-def _metadata(header: Header, rows: int) -> dict[str, bytes]:
-    """What this nacpipe writes of a split but its attributes and chunks: key → content, a bare group's among them."""
-    store = MemoryStore()
-    group = zarr.create_group(store)
-    for spec in header.layers:
-        group.create_group(spec.name)
-    for path, (width, dtype) in header.arrays().items():
-        create_array(group, path, rows, width, dtype, header)
-    create_marks(group, count_blocks(rows, header.block_rows))[:] = 1
-    return sync(_contents(store))
-
-
-async def _contents(store: MemoryStore) -> dict[str, bytes]:
-    keys = [key async for key in store.list()]
-    found = {key: await store.get(key, default_buffer_prototype()) for key in keys}
-    return {key: buffer.to_bytes() for key, buffer in found.items() if buffer is not None}
+def _sync_folder(cache: Cache, path: str) -> None:
+    """Wait until what was removed from a folder is gone from the disk."""
+    if not is_url(cache.path) and Path(cache.path, path).is_dir():
+        sync_files([Path(cache.path, path)], Path(cache.path))
