@@ -1,16 +1,20 @@
-"""Atomic writes of files, and the paths of files beside a cache."""
+"""Files that are written whole or not at all, locks on files, and where files beside a cache go."""
 
 from __future__ import annotations
 
 import os
 import re
 import secrets
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from nacpipe.errors import InputError
+
+if sys.platform != "win32":
+    import fcntl
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -55,6 +59,45 @@ def writing_whole(path: str | Path) -> Iterator[BinaryIO]:
             raise
     except OSError as error:
         raise InputError(f"{target} cannot be written: {error.strerror or error}") from None
+
+
+def lock_handle(handle: int, *, shared: bool = False, wait: bool = True) -> None:
+    """Hold a flock on an open file or folder until it is closed, or its process ends, however it ends. Not on Windows.
+
+    Raises:
+        BlockingIOError: another process holds it, and this one does not wait.
+        OSError: the file system has no such locks.
+    """
+    fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+
+
+@contextmanager
+def lock_file(path: str, *, wait: bool) -> Iterator[None]:
+    """Hold an exclusive flock on a lock file, which is made here and removed at the end; nothing on Windows.
+
+    Raises:
+        BlockingIOError: another process holds it, and this one does not wait.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, NEW_FILE)
+        try:
+            lock_handle(handle, wait=wait)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(Path(path).stat(), os.fstat(handle)):
+                    break
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # the holder before removed the file in the meantime
+    try:
+        yield
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(handle)
 
 
 def check_writable(path: str | Path) -> None:

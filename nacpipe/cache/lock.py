@@ -17,10 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from nacpipe.errors import CacheError
-from nacpipe.files import is_url
-
-if sys.platform != "win32":
-    import fcntl
+from nacpipe.files import is_url, lock_handle
 
 
 class CacheLock:
@@ -40,7 +37,7 @@ class CacheLock:
         if not self._enabled or self.path.is_file():  # the writer refuses a file at this path
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock(fcntl.LOCK_EX)
+        self._lock(shared=False)
 
     def share(self) -> None:
         """Share the lock with the other ranks; an exclusive lock of this process becomes a shared one.
@@ -49,13 +46,13 @@ class CacheLock:
             CacheError: another extraction holds it.
         """
         if self._enabled and self.path.is_dir():
-            self._lock(fcntl.LOCK_SH)
+            self._lock(shared=True)
 
-    def _lock(self, kind: int) -> None:
+    def _lock(self, *, shared: bool) -> None:
         if self._handle is None:
             self._handle = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(self._handle, kind | fcntl.LOCK_NB)
+            lock_handle(self._handle, shared=shared, wait=False)
         except BlockingIOError:
             raise CacheError(
                 f"{self.path} is being written by another extract; wait until it ends (a killed one holds no lock)"

@@ -1,246 +1,148 @@
-"""Repairing a cache: metadata at once; rows by removing their marks, so that the next extract computes them again.
+"""Repairing a cache: what follows from the header is written again, the rest is left to the next extract.
 
-damaged chunk               its block loses its mark, its split the seal
-metadata, marks             rewritten: they follow from the header and the number of rows
-attributes                  every single bit is flipped until the digest fits
-valid chunks, other digest  (exchanged or old chunks): the rows are not known, so every block loses its mark
+rows          their blocks lose their marks, the split its seal: extract computes exactly these again
+metadata      of arrays, groups and marks of a sealed split: written anew, since the header and the rows determine them
+attributes    of a split, or a seal that does not fit: the split is dropped; nothing says what was there
+classifier    removed: extract writes it again
+root          refused: everything else is determined by it
+foreign files left alone
+
+Every step leaves a cache that another repair can finish. Nothing is guessed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import zarr
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
-from zarr.storage import MemoryStore
 
 from nacpipe.cache.address import Objects
-from nacpipe.cache.digest import digest_lines, foreign_in_old_seals, hash_content, hash_keys
 from nacpipe.cache.durability import sync_files, writing
-from nacpipe.cache.identity import fingerprint
-from nacpipe.cache.keys import list_own, list_split, remove_own
-from nacpipe.cache.layout import Header, chunk_key, count_blocks, create_array, create_marks
+from nacpipe.cache.keys import list_own, remove_own
+from nacpipe.cache.layout import chunk_key
 from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.reader import Cache, open_cache
-from nacpipe.cache.validation import attribute_problems
-from nacpipe.cache.verify import Damage, verify_cache
+from nacpipe.cache.validation import root_problems
+from nacpipe.cache.verify import BEYOND_ROWS, Damage, expected_objects, verify_cache
 from nacpipe.cache.writer import remove_drafts
-from nacpipe.errors import FormatError
+from nacpipe.errors import CacheError, FormatError
 from nacpipe.files import is_url
 
-_ROUNDS = 5  # each repairs one kind of damage of every split: attributes, metadata, rows, the seal
+ROUNDS = 8  # at most: what a round repairs may show more, such as chunks once their array's metadata are readable
 
 
 def repair_cache(path: str | Path) -> list[str]:
-    """Repair a cache and remove the marks of damaged blocks; return one phrase per action.
+    """Repair what follows from the header and take the marks of damaged rows; return what was done, a phrase each.
+
+    A phrase ends in "again" where `extract` has to compute something.
 
     Raises:
         InputError: the cache is at a URL that can only be read.
-        CacheError: another process writes the cache, or it cannot be written.
-        FormatError: the root's attributes have more than one wrong bit, or another version.
+        CacheError: another process writes the cache, it cannot be written, or it is damaged still.
+        FormatError: the root is damaged, or of another version; nothing is changed.
     """
-    disk, actions = None if is_url(path) else Path(path), list[str]()
+    disk, done = None if is_url(path) else Path(path), list[str]()
     with CacheLock(path) as lock, writing(str(path)):
         if disk and disk.is_dir():
             lock.take()
         objects = Objects(path)
-        actions += _repair_root(path, objects)
+        cache = _open_whole_root(path)
         if disk:
             remove_drafts(disk)
-        for _ in range(_ROUNDS):
-            cache = open_cache(path)
-            damage = verify_cache(cache)
-            repaired = list(_repair_round(cache, objects, damage))
-            if not repaired:
+        for _ in range(ROUNDS):
+            if not (damage := verify_cache(cache)):
                 break
-            actions += repaired
-        if disk:
+            done += _repair(cache, objects, damage)
+            cache = open_cache(path)
+        else:
+            what = f"{damage[0].split}/{damage[0].array} {damage[0].what}"
+            raise CacheError(f"{path}: after {ROUNDS} rounds of repair, {what}; extract into another --cache")
+        if disk and done:
             sync_files([disk / key for key in list_own(cache.root.store, cache.header, "")], disk)
-    return actions
+    return done
 
 
-def _repair_root(path: str | Path, objects: Objects) -> list[str]:
+def _open_whole_root(path: str | Path) -> Cache:
+    advice = "repair does not change a root: put back a copy of its zarr.json, or extract into another --cache"
     try:
-        open_cache(path)
-        return []
+        cache = open_cache(path)
     except FormatError as error:
-
-        def whole(attributes: Mapping[str, Any]) -> bool:
-            signed = {key: value for key, value in attributes.items() if key != "digest"}
-            return attributes.get("digest") == fingerprint(signed)
-
-        content = objects.read("zarr.json")
-        if content is None or whole(_read_attributes(content)):  # of another version: not damaged
+        if "another --cache" in str(error):  # of another version, which says so
             raise
-        if not _repair_bit(objects, "zarr.json", whole):
-            raise FormatError(f"{error}; no single bit corrects it") from error
-        open_cache(path)  # raises if the repaired version is another
-        return ["the root's attributes: one bit repaired"]
+        raise FormatError(f"{error}; {advice}") from error
+    for what in root_problems(cache.header):
+        raise FormatError(f"{path}: {what}; {advice}")
+    return cache
 
 
-def _repair_round(cache: Cache, objects: Objects, damage: Sequence[Damage]) -> Iterator[str]:
-    """Repair the first kind of damage of every split."""
+def _repair(cache: Cache, objects: Objects, damage: Sequence[Damage]) -> Iterator[str]:
+    """One round: of every split the first kind of damage that it has."""
     for split in dict.fromkeys(d.split for d in damage):
-        split_damages = [d for d in damage if d.split == split]
+        found = [d for d in damage if d.split == split]
         if split == "":
-            for path in (d.array for d in split_damages if d.array):
-                objects.replace(f"{path}/zarr.json", _metadata(cache.header, 1)["zarr.json"])
-                yield f"{path}: metadata rewritten"
+            for group in (d.array for d in found):
+                objects.replace(f"{group}/zarr.json", expected_objects(cache.header, 1)["zarr.json"])
+                yield f"{group}: metadata written anew"
         elif split == "classifier":
             remove_own(objects.store, cache.header, "classifier")
             yield "classifier: is to be written again"
-        elif any(d.array == "" for d in split_damages):
-            yield from _repair_attributes(cache, objects, split)
-        elif _repair_rows(cache, objects, split, split_damages):
-            yield f"{split}: one bit of its attributes repaired"
-        elif arrays := [d.array for d in split_damages if d.block is None]:
-            metadata = _metadata(cache.header, cache.peek(split).rows)
-            for array in dict.fromkeys(arrays):
-                objects.replace(f"{split}/{array}/zarr.json", metadata[f"{array}/zarr.json"])
-                yield f"{split}/{array}: metadata rewritten"
+        elif lost := [d for d in found if d.array == ""]:
+            _drop(cache, objects, split)
+            yield f"{split}: {lost[0].what}; the split is dropped and is to be extracted again"
         else:
-            yield from _repair_blocks(cache, objects, split, split_damages)
+            yield from _repair_split(cache, objects, split, found)
 
 
-def _repair_blocks(cache: Cache, objects: Objects, name: str, split_damages: Sequence[Damage]) -> Iterator[str]:
-    """Repair damaged chunks, and marks of a sealed split, in which all blocks were marked."""
-    split = cache.peek(name)
-    spans = {d.block: d.rows for d in split_damages if d.array != "blocks"}
-    for d in split_damages:
-        if d.array == "blocks" and d.block not in spans:
-            objects.replace(f"{name}/blocks/c/{d.block}", _metadata(cache.header, 1)["blocks/c/0"])
-            yield f"{name}: the mark of block {d.block} rewritten"
-    if spans:
-        _remove_marks(objects, name, [block for block in spans if block is not None])
-    for d in split_damages:
-        if d.array != "blocks" and d.block is not None:  # writing part of a damaged chunk would read it first
-            objects.remove(chunk_key(split.array(d.array), d.block, cache.header))
-    for block, rows in spans.items():
-        if rows is not None:
+def _repair_split(cache: Cache, objects: Objects, name: str, found: Sequence[Damage]) -> Iterator[str]:
+    """Chunks beyond the rows; without them metadata; without these marks and rows."""
+    header = cache.header
+    expected = expected_objects(header, cache.peek(name).rows)
+    damaged = [d for d in found if d.block is not None and d.array != "blocks"]
+    blocks = {d.block: d.rows for d in damaged if d.rows is not None}
+    if beyond := [d for d in found if d.what == BEYOND_ROWS]:
+        for d in beyond:
+            key = f"{d.array}/c/{d.block}{'/0' * (header.arrays().get(d.array, (0, ''))[0] > 0)}"
+            objects.remove(f"{name}/{key}")
+            yield f"{name}/{key} {d.what}: it is removed"
+    elif arrays := [d.array for d in found if d.block is None]:
+        for array in dict.fromkeys(arrays):
+            objects.replace(f"{name}/{array}/zarr.json", expected[f"{array}/zarr.json"])
+            yield f"{name}/{array}: metadata written anew"
+    else:
+        for d in found:
+            if d.array == "blocks" and d.block not in blocks:
+                objects.replace(f"{name}/blocks/c/{d.block}", expected["blocks/c/0"])
+                yield f"{name}: the mark of block {d.block} written anew"
+        if damaged:
+            _take_marks(cache, objects, name, damaged)
+        for block, rows in blocks.items():
             yield f"{name}: block {block}, rows {rows.start} to {rows.stop - 1}, is to be computed again"
 
 
-def _repair_rows(cache: Cache, objects: Objects, name: str, split_damages: Sequence[Damage]) -> bool:
-    """Repair the split's number of rows if every array has another shape; return whether it was wrong."""
-    if not {d.array for d in split_damages if d.block is None} >= set(cache.header.arrays()):
-        return False
-    return _repair_bit(objects, f"{name}/zarr.json", partial(_fits, hash_sets=_hash_split(cache, name)))
+def _drop(cache: Cache, objects: Objects, name: str) -> None:
+    """Remove a split: its attributes first, without which no rest of it is ever read or sealed."""
+    objects.remove(f"{name}/zarr.json")
+    _sync_folder(cache, name)
+    remove_own(objects.store, cache.header, name)
 
 
-def _hash_split(cache: Cache, name: str) -> list[dict[str, str]]:
-    """Return the hashes that a digest may include: the split's objects, and these with foreign files (old seals)."""
-    sharded = cache.header.shard_blocks > 1
-    own, foreign = list_split(cache.root.store, cache.header, name)
-    hashes = hash_keys(cache.root, name, own, sharded=sharded)
-    more = hash_keys(cache.root, name, foreign_in_old_seals(foreign), sharded=sharded)
-    return [hashes, {**hashes, **more}] if more else [hashes]
+def _take_marks(cache: Cache, objects: Objects, name: str, found: Sequence[Damage]) -> None:
+    """Take the marks of damaged blocks, then the seal, then remove the damaged chunks.
 
-
-def _fits(attributes: Mapping[str, Any], hash_sets: Sequence[Mapping[str, str]]) -> bool:
-    """Return whether a split's digest matches these attributes and one of these sets of hashes."""
-    good = attributes.get("sealed") is True and not any(attribute_problems(attributes))
-    return good and any(digest_lines(attributes, hashes) == attributes["digest"] for hashes in hash_sets)
-
-
-def _repair_attributes(cache: Cache, objects: Objects, name: str) -> Iterator[str]:
-    """Repair a split with damaged attributes, or with valid chunks that do not match its digest."""
-    content = objects.read(f"{name}/zarr.json")
-    if content is None:
-        remove_own(objects.store, cache.header, name)
-        yield f"{name}: what was left of it is removed; it is to be extracted again"
-        return
-    sharded = cache.header.shard_blocks > 1
-    hash_sets = _hash_split(cache, name)
-    hashes, attributes = hash_sets[0], _read_attributes(content)
-    if _fits(attributes, hash_sets):
-        return  # the attributes are those that were sealed
-    usable = not any(attribute_problems(attributes))
-    if usable:
-        expected = _metadata(cache.header, attributes["rows"])
-        del expected["zarr.json"]
-        chunks = _chunk_keys(cache.header, attributes["rows"])
-        kept = {key: value for key, value in hashes.items() if key in chunks}
-        wanted = {key: hash_content(content, key, sharded=sharded) for key, content in expected.items()}
-        if _fits(attributes, [{**more, **kept, **wanted} for more in _foreign_hashes(hash_sets)]):
-            for key in wanted:
-                if hashes.get(key) != wanted[key]:
-                    objects.replace(f"{name}/{key}", expected[key])
-                    yield f"{name}/{key} rewritten"
-            for key in set(hashes) - set(kept) - set(wanted):
-                objects.remove(f"{name}/{key}")
-                yield f"{name}/{key}, which does not belong there, is removed"
-            return
-    if _repair_bit(objects, f"{name}/zarr.json", partial(_fits, hash_sets=hash_sets)):
-        yield f"{name}: one bit of its attributes repaired"
-    elif usable:
-        _remove_marks(objects, name, range(count_blocks(attributes["rows"], cache.header.block_rows)))
-        yield f"{name}: no telling which rows are not those that were sealed; all of it is to be computed again"
-    else:
-        remove_own(objects.store, cache.header, name)
-        yield f"{name}: its attributes are lost; it is to be extracted again"
-
-
-def _foreign_hashes(hash_sets: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Return each set of hashes without those of the split's own objects."""
-    return [{key: value for key, value in hashes.items() if key not in hash_sets[0]} for hashes in hash_sets]
-
-
-def _remove_marks(objects: Objects, name: str, blocks: Iterable[int]) -> None:
-    """Remove the seal first, then these marks."""
+    In this order, since an extract after a kill would seal marked blocks, and leaves a sealed split as it is.
+    """
+    for block in sorted({d.block for d in found if d.block is not None}):
+        objects.remove(f"{name}/blocks/c/{block}")
+    _sync_folder(cache, f"{name}/blocks/c")
     content = json.loads(objects.read(f"{name}/zarr.json") or b"")
     content["attributes"].update(sealed=False, digest=None)
     objects.replace(f"{name}/zarr.json", json.dumps(content, indent=2).encode())
-    for block in blocks:
-        objects.remove(f"{name}/blocks/c/{block}")
+    for d in found:
+        if d.block is not None:  # a writer of a shard would read it
+            objects.remove(chunk_key(cache.peek(name).array(d.array), d.block, cache.header))
 
 
-def _repair_bit(objects: Objects, key: str, fits: Callable[[dict[str, Any]], bool]) -> bool:
-    """Flip each bit of a zarr.json until its attributes fit; return False if no single flip does."""
-    content = bytearray(objects.read(key) or b"")
-    for place in range(8 * min(len(content), 2**16)):
-        content[place // 8] ^= 1 << place % 8
-        if fits(_read_attributes(bytes(content))):
-            objects.replace(key, bytes(content))
-            return True
-        content[place // 8] ^= 1 << place % 8
-    return False
-
-
-def _read_attributes(content: bytes) -> dict[str, Any]:
-    """Return a group's attributes; empty if the content is not a group's zarr.json."""
-    try:
-        data = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    whole = isinstance(data, dict) and data.get("node_type") == "group" and data.get("zarr_format") == 3
-    attributes = data.get("attributes") if whole else None
-    return attributes if isinstance(attributes, dict) else {}
-
-
-def _chunk_keys(header: Header, rows: int) -> set[str]:
-    """Return the keys of a split's chunks, except marks, as this nacpipe writes them."""
-    objects = -(-count_blocks(rows, header.block_rows) // header.shard_blocks)
-    return {f"{p}/c/{k}{'/0' * (w > 0)}" for p, (w, _) in header.arrays().items() for k in range(objects)}
-
-
-def _metadata(header: Header, rows: int) -> dict[str, bytes]:
-    """Return key → content of a split's metadata and marks, as this nacpipe writes them, and of an empty group."""
-    store = MemoryStore()
-    group = zarr.create_group(store)
-    for spec in header.layers:
-        group.create_group(spec.name)
-    for path, (width, dtype) in header.arrays().items():
-        create_array(group, path, rows, width, dtype, header)
-    create_marks(group, count_blocks(rows, header.block_rows))[:] = 1
-    return sync(_contents(store))
-
-
-async def _contents(store: MemoryStore) -> dict[str, bytes]:
-    keys = [key async for key in store.list()]
-    buffers = {key: await store.get(key, default_buffer_prototype()) for key in keys}
-    return {key: buffer.to_bytes() for key, buffer in buffers.items() if buffer is not None}
+def _sync_folder(cache: Cache, path: str) -> None:
+    """Wait until what was removed from a folder is gone from the disk."""
+    if not is_url(cache.path) and Path(cache.path, path).is_dir():
+        sync_files([Path(cache.path, path)], Path(cache.path))

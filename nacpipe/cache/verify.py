@@ -1,21 +1,36 @@
 """Reading a whole cache to find damage, by split, array and rows.
 
-metadata ──▶ every chunk's checksum ──▶ the digest
-                                        (valid chunks that were exchanged, added or are old)
+form ──▶ every chunk's checksum ──▶ the seal
+(metadata)                          (where it does not fit: metadata, marks and chunks that the header rules out;
+                                     else chunks were exchanged, or attributes changed)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import MemoryStore
 
-from nacpipe.cache.digest import matches_seal
+from nacpipe.cache.digest import hash_content, hash_keys, matches_seal
 from nacpipe.cache.keys import find_foreign, list_split
-from nacpipe.cache.layout import MISSING_INT, chunk_key, count_blocks, is_there, list_split_paths
+from nacpipe.cache.layout import (
+    MISSING_INT,
+    Header,
+    chunk_key,
+    count_blocks,
+    create_array,
+    create_marks,
+    is_there,
+    list_split_paths,
+)
 from nacpipe.cache.reader import Cache
 from nacpipe.cache.validation import (
     classifier_problems,
@@ -28,7 +43,10 @@ from nacpipe.cache.validation import (
 from nacpipe.errors import CacheError, FormatError, NacError
 
 NO_METADATA = "has no zarr.json"
-DIGEST_DIFFERS = "is not what was sealed, though every chunk is valid: files or attributes were changed or exchanged"
+UNLIKE_HEADER = "its zarr.json is not what follows from the header"
+BEYOND_ROWS = "is a chunk beyond the last row"
+NO_MARK = "the mark is not there or cannot be read"
+UNLIKE_SEAL = "is not what was sealed, though every chunk is whole: files or attributes were changed or exchanged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +59,10 @@ class Damage:
     """The array, such as layer3/gradient, or a group; empty for the split's attributes and seal."""
     what: str
     block: int | None = None
-    """The block of rows; None for metadata and the seal."""
+    """The block of rows (of a chunk beyond the last row, the number in its key); None where metadata or the seal are
+    meant."""
     rows: range | None = None
-    """The block's rows."""
+    """The block's rows; None of a chunk beyond the last row."""
 
 
 def check_metadata(cache: Cache) -> list[Damage]:
@@ -104,7 +123,7 @@ def _verify_split(cache: Cache, name: str, broken: set[str], progress: Callable[
     for block in range(blocks):
         if split.sealed and not marks[block]:
             whole = False
-            yield damage("blocks", block, "the mark is not there or cannot be read")
+            yield damage("blocks", block, NO_MARK)
         elif not marks[block]:
             continue
         for path in header.arrays():
@@ -115,7 +134,52 @@ def _verify_split(cache: Cache, name: str, broken: set[str], progress: Callable[
     if split.sealed and whole:
         keys = list_split(cache.root.store, header, name)
         if not matches_seal(cache.root, name, split.attributes, keys, sharded=header.shard_blocks > 1):
-            yield Damage(split=name, array="", what=DIGEST_DIFFERS)
+            yield from list(_unlike_header(cache, name, keys[0])) or [Damage(split=name, array="", what=UNLIKE_SEAL)]
+
+
+def _unlike_header(cache: Cache, name: str, keys: Sequence[str]) -> Iterator[Damage]:
+    """Yield which of a split's objects are not what the header and the number of rows make them.
+
+    Looked for only where the seal does not fit: another nacpipe or compressor may have written other metadata.
+    """
+    header, rows, sharded = cache.header, cache.peek(name).rows, cache.header.shard_blocks > 1
+    blocks = count_blocks(rows, header.block_rows)
+    written = expected_objects(header, rows)
+    mark = written.pop("blocks/c/0")
+    expected = {**written, **{f"blocks/c/{block}": mark for block in range(blocks)}}
+    hashes = hash_keys(cache.root, name, [key for key in keys if key in expected], sharded=sharded)
+    for key in sorted(keys):
+        array, _, chunk = key.rpartition("/c/")
+        if key in expected:
+            if hashes[key] == hash_content(expected[key], key, sharded=sharded):
+                continue
+            if not array:
+                yield Damage(split=name, array=key.removesuffix("/zarr.json"), what=UNLIKE_HEADER)
+            else:
+                yield Damage(split=name, array=array, what=NO_MARK, block=int(chunk))
+        elif array and int(chunk.partition("/")[0]) >= -(-blocks // (1 if array == "blocks" else header.shard_blocks)):
+            yield Damage(split=name, array=array, what=BEYOND_ROWS, block=int(chunk.partition("/")[0]))
+
+
+def expected_objects(header: Header, rows: int) -> dict[str, bytes]:
+    """Return what follows from the header and a split's rows: key from the split → content.
+
+    That is the metadata of the arrays and of groups without attributes, and as `blocks/c/0` the content of every mark.
+    """
+    store = MemoryStore()
+    group = zarr.create_group(store)
+    for spec in header.layers:
+        group.create_group(spec.name)
+    for path, (width, dtype) in header.arrays().items():
+        create_array(group, path, rows, width, dtype, header)
+    create_marks(group, count_blocks(rows, header.block_rows))[0] = 1
+    return sync(_contents(store))
+
+
+async def _contents(store: MemoryStore) -> dict[str, bytes]:
+    keys = [key async for key in store.list()]
+    found = {key: await store.get(key, default_buffer_prototype()) for key in keys}
+    return {key: buffer.to_bytes() for key, buffer in found.items() if buffer is not None}
 
 
 def _chunk_problem(cache: Cache, array: zarr.Array[Any], block: int) -> str:
@@ -151,13 +215,30 @@ def _check_split_metadata(cache: Cache, name: str) -> Iterator[Damage]:
         return
     group = open_member(cache.root, name)
     assert isinstance(group, zarr.Group)
+    if rows_problem := _rows_problem(group, cache.header):
+        yield Damage(split=name, array="", what=rows_problem)
     for array, what in split_problems(group, cache.header):
-        yield Damage(split=name, array=array, what=what)
+        if not (array and rows_problem):  # it is not the arrays that are damaged
+            yield Damage(split=name, array=array, what=what)
     for what in image_problems(group.attrs):
         yield Damage(split=name, array="", what=what)
     for spec in cache.header.layers:
         if (what := _group_problem(cache, f"{name}/{spec.name}")) and not (what == NO_METADATA and has_no_marks(group)):
             yield Damage(split=name, array=spec.name, what=what)
+
+
+def _rows_problem(group: zarr.Group, header: Header) -> str:
+    """Return what is wrong with the attribute rows where most arrays agree on another number; else nothing."""
+    lengths = []
+    for path in header.arrays():
+        with contextlib.suppress(KeyError, FormatError):
+            if isinstance(member := open_member(group, path), zarr.Array) and member.ndim:
+                lengths.append(member.shape[0])
+    rows, expected = group.attrs.get("rows"), len(header.arrays())
+    for held, arrays in Counter(lengths).most_common(1):
+        if held != rows and 2 * arrays > expected:
+            return f"rows is {str(rows)[:40]}, but {arrays} of {expected} arrays have {held}"
+    return ""
 
 
 def _group_problem(cache: Cache, path: str) -> str:

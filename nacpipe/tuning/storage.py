@@ -24,11 +24,8 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartb
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from nacpipe.errors import MissingExtra, NacError, StudyError
-from nacpipe.files import NEW_FILE
+from nacpipe.files import NEW_FILE, lock_file, lock_handle
 from nacpipe.tuning.request import without_password
-
-if sys.platform != "win32":
-    import fcntl
 
 HEARTBEAT = 15  # seconds between a server study's signs of life; a trial without one for twice as long is repeated
 RETRIES = 3  # times that a trial is repeated
@@ -48,7 +45,7 @@ class TailMendingLock:
         """Wait for the lock."""
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT, NEW_FILE)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock_handle(handle)
             _check_journal(handle, self._path)
             _cut_torn_tail(handle)
         except BaseException:
@@ -112,33 +109,11 @@ def _file_lock(where: str, suffix: str, *, wait: bool) -> Iterator[None]:
         BlockingIOError: another process holds it, and this one does not wait.
     """
     file = study_file(where)
-    if file is None or not file.parent.is_dir() or sys.platform == "win32":
+    if file is None or not file.parent.is_dir():
         yield
         return
-    path = f"{os.path.realpath(file)}{suffix}"  # one lock, whatever way the file is named
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, NEW_FILE)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if _is_at(path, handle):
-                break
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)  # the one before was just removing it
-    try:
+    with lock_file(f"{os.path.realpath(file)}{suffix}", wait=wait):  # one lock, whatever way the file is named
         yield
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        os.close(handle)
-
-
-def _is_at(path: str, handle: int) -> bool:
-    try:
-        return os.path.samestat(Path(path).stat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False
 
 
 def _cut_torn_tail(handle: int) -> None:

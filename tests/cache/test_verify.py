@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from zarr.storage import LocalStore
 
-from nacpipe.cache import Cache, CacheWriter, open_cache
+from nacpipe.cache import Cache, CacheWriter, address, open_cache
 from nacpipe.cache.repair import repair_cache
 from nacpipe.cache.verify import Damage, check_metadata, verify_cache
 from nacpipe.cli import main
@@ -128,55 +131,101 @@ def test_a_lost_chunk_is_named(path: Path, whole: Cache) -> None:
 
 
 def test_damage_in_metadata_costs_no_row(path: Path, whole: Cache) -> None:
-    """Of a split's arrays, marks and attributes; of the root; of a group on the way."""
-    flip(path / "zarr.json", 150)
+    """Of a split's arrays and marks; of a layer's group and of one on the way."""
     flip(path / "id/zarr.json", 3)
     flip(path / "id/val/logits/zarr.json", 40)
     (path / "id/val/layer1/zarr.json").unlink()
     flip(path / "ood/val/blocks/c/0", 0)
-    flip(path / "id/train/zarr.json", 200)
-    with pytest.raises(FormatError):
-        open_cache(path)
+    (path / "id/train/blocks/zarr.json").write_bytes(b"")
     done = repair_cache(path)
     assert sorted(done) == [
-        "id/train: one bit of its attributes repaired",
-        "id/val/layer1: metadata rewritten",
-        "id/val/logits: metadata rewritten",
-        "id: metadata rewritten",
-        "ood/val: the mark of block 0 rewritten",
-        "the root's attributes: one bit repaired",
+        "id/train/blocks: metadata written anew",
+        "id/val/layer1: metadata written anew",
+        "id/val/logits: metadata written anew",
+        "id: metadata written anew",
+        "ood/val: the mark of block 0 written anew",
     ]
+    assert extract_again(path, whole) == []
     assert_whole(path, whole)
 
 
-@pytest.mark.parametrize(("digit", "bit"), [(0, 0), (0, 1), (1, 0), (1, 3)])
-def test_a_number_of_rows_that_lost_a_bit_costs_no_row(path: Path, whole: Cache, digit: int, bit: int) -> None:
-    """Every array then looks misshapen; it is the attribute that is mended, not they."""
+ALL_OF_VAL = [("id/val", 0), ("id/val", 1), ("id/val", 2)]
+
+
+@pytest.mark.parametrize(("digit", "bit", "rows"), [(0, 0, 50), (0, 1, 60), (1, 0, 41), (1, 3, 48)])
+def test_a_split_whose_number_of_rows_changed_is_dropped(
+    path: Path, whole: Cache, digit: int, bit: int, rows: int
+) -> None:
+    """Every array then looks misshapen; it is the attribute that is damaged, not they."""
     content = (path / "id/val/zarr.json").read_bytes()
     place = content.index(b'"rows": ') + 8 + digit
     flip(path / "id/val/zarr.json", place, bit)
-    assert json.loads((path / "id/val/zarr.json").read_bytes())["attributes"]["rows"] != whole["id/val"].rows
-    assert damage_of(path) != []
-    assert repair_cache(path) == ["id/val: one bit of its attributes repaired"]
+    what = f"rows is {rows}, but 8 of 8 arrays have 40"
+    assert [(d.split, d.array, d.what) for d in damage_of(path)] == [("id/val", "", what)]
+    assert repair_cache(path) == [f"id/val: {what}; the split is dropped and is to be extracted again"]
+    assert not (path / "id/val").exists()
+    assert extract_again(path, whole) == ALL_OF_VAL
+    assert_whole(path, whole)
+
+
+def test_all_arrays_without_metadata_cost_no_row(path: Path, whole: Cache) -> None:
+    """Nothing contradicts the number of rows then, and the seal confirms it."""
+    for array in whole.header.arrays():
+        (path / "id/val" / array / "zarr.json").unlink()
+    assert len(repair_cache(path)) == 8
+    assert extract_again(path, whole) == []
     assert_whole(path, whole)
 
 
 def test_names_that_say_nothing_about_values_are_sealed_too(path: Path, whole: Cache) -> None:
-    """A dimension's name, an object that does not belong there: nothing but the digest knows."""
+    """A dimension's name, an object that does not belong there: the digest does not fit, and the header says why."""
     file = path / "id/val/logits/zarr.json"
     file.write_text(file.read_text().replace('"neuron"', '"neutron"'))
     (path / "id/val/label/c/9").write_bytes(b"12345")
-    (damage,) = damage_of(path)
-    assert (damage.split, damage.array, damage.rows) == ("id/val", "", None)
-    assert damage.what.startswith("is not what was sealed, though every chunk is valid")
-    assert sorted(repair_cache(path)) == [
-        "id/val/label/c/9, which does not belong there, is removed",
-        "id/val/logits/zarr.json rewritten",
+    (path / "id/val/logits/c/3").mkdir()
+    (path / "id/val/logits/c/3/0").write_bytes(b"12345")
+    assert [(d.split, d.array, d.block, d.rows, d.what) for d in damage_of(path)] == [
+        ("id/val", "label", 9, None, "is a chunk beyond the last row"),
+        ("id/val", "logits", 3, None, "is a chunk beyond the last row"),
+        ("id/val", "logits", None, None, "its zarr.json is not what follows from the header"),
+    ]
+    assert repair_cache(path) == [
+        "id/val/label/c/9 is a chunk beyond the last row: it is removed",
+        "id/val/logits/c/3/0 is a chunk beyond the last row: it is removed",
+        "id/val/logits: metadata written anew",
     ]
     assert_whole(path, whole)
 
 
-def test_exchanged_chunks_are_computed_again_with_the_whole_split(path: Path, whole: Cache) -> None:
+def test_a_mark_that_says_something_else_is_written_anew(path: Path, whole: Cache) -> None:
+    """Its checksum fits, so that it reads as true; the seal alone knows."""
+    import zarr
+
+    marks = zarr.open_array(path / "id/val/blocks", mode="r+")
+    marks[1] = 3
+    assert [(d.array, d.block, d.rows) for d in damage_of(path)] == [("blocks", 1, None)]
+    assert repair_cache(path) == ["id/val: the mark of block 1 written anew"]
+    assert_whole(path, whole)
+
+
+@pytest.mark.parametrize("what", ["digest", "images"])
+def test_attributes_that_can_be_read_but_were_not_sealed_cost_the_split(path: Path, whole: Cache, what: str) -> None:
+    """Nothing says whether they changed or chunks were exchanged."""
+    other = {"digest": "0" * 64, "images": {"list": "other.txt", "sha256": "1" * 64}}[what]
+    edit(path / "id/val/zarr.json", **{what: other})
+    assert [(d.split, d.array, d.what[:23]) for d in damage_of(path)] == [("id/val", "", "is not what was sealed,")]
+    assert repair_cache(path) == [DROPPED_FOR_SEAL]
+    assert extract_again(path, whole) == ALL_OF_VAL
+    assert_whole(path, whole)
+
+
+DROPPED_FOR_SEAL = (
+    "id/val: is not what was sealed, though every chunk is whole: files or attributes were changed or exchanged;"
+    " the split is dropped and is to be extracted again"
+)
+
+
+def test_a_split_with_exchanged_chunks_is_dropped(path: Path, whole: Cache) -> None:
     one, other = path / "id/val/logits/c/0/0", path / "id/val/logits/c/1/0"
     content = one.read_bytes()
     one.write_bytes(other.read_bytes())
@@ -185,10 +234,8 @@ def test_exchanged_chunks_are_computed_again_with_the_whole_split(path: Path, wh
         open_cache(path)["id/val"]
     (damage,) = damage_of(path)
     assert damage.what.startswith("is not what was sealed")
-    assert repair_cache(path) == [
-        "id/val: no telling which rows are not those that were sealed; all of it is to be computed again"
-    ]
-    assert extract_again(path, whole) == [("id/val", 0), ("id/val", 1), ("id/val", 2)]
+    assert repair_cache(path) == [DROPPED_FOR_SEAL]
+    assert extract_again(path, whole) == ALL_OF_VAL
     assert_whole(path, whole)
 
 
@@ -217,27 +264,164 @@ def test_a_split_that_was_only_begun_lacks_nothing(path: Path, whole: Cache) -> 
     assert_whole(path, whole)
 
 
-def test_attributes_that_more_than_a_bit_was_lost_of_are_extracted_anew(path: Path, whole: Cache) -> None:
+def test_a_split_whose_attributes_are_damaged_is_dropped(path: Path, whole: Cache) -> None:
     (path / "id/val/zarr.json").write_bytes(b"\0" * 700)
     with pytest.raises(FormatError, match=r"id/val/zarr\.json is damaged .*; nacpipe repair .*repairs what can be"):
         open_cache(path)["id/val"]
-    assert repair_cache(path) == ["id/val: its attributes are lost; it is to be extracted again"]
-    assert extract_again(path, whole) == [("id/val", 0), ("id/val", 1), ("id/val", 2)]
+    assert repair_cache(path) == [
+        "id/val: zarr.json is damaged (JSONDecodeError: Expecting value: line 1 column 1 (char 0));"
+        " the split is dropped and is to be extracted again"
+    ]
+    assert extract_again(path, whole) == ALL_OF_VAL
     assert_whole(path, whole)
     (path / "ood/val/zarr.json").unlink()
     assert [(d.split, d.what) for d in damage_of(path)] == [
         ("ood/val", "has no zarr.json: it was lost, or a removal was interrupted")
     ]
-    repair_cache(path)
+    assert repair_cache(path) == [
+        "ood/val: has no zarr.json: it was lost, or a removal was cut short; the split is dropped and is to be"
+        " extracted again"
+    ]
     assert not (path / "ood/val").exists()
 
 
-def test_a_root_that_lost_more_than_a_bit_is_left_alone(path: Path) -> None:
+def flip_the_root(path: Path) -> None:
+    flip(path / "zarr.json", 150)
+
+
+def edit_the_root(path: Path) -> None:
     edit(path / "zarr.json", block_rows=99)
+
+
+def empty_the_root(path: Path) -> None:
+    (path / "zarr.json").write_bytes(b"")
+
+
+def strip_the_root(path: Path) -> None:
+    """As a program of somebody else may write it."""
+    content = json.loads((path / "zarr.json").read_text())
+    del content["attributes"]["digest"], content["attributes"]["identity"]["benchmark"]
+    (path / "zarr.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [(flip_the_root, r" cannot be read as a Zarr group \(JSONDecodeError: .*\)"),
+     (edit_the_root, r": the cache's attributes are damaged \(they do not match their digest\)"),
+     (empty_the_root, r" cannot be read as a Zarr group \(JSONDecodeError: .*\)"),
+     (strip_the_root, ": identity lacks benchmark")],
+)  # fmt: skip
+def test_a_damaged_root_is_refused_and_nothing_is_changed(
+    path: Path, damage: Callable[[Path], None], what: str
+) -> None:
+    damage(path)
+    flip(path / "id/val/logits/c/1/0", 9)
     before = files_of(path)
-    with pytest.raises(FormatError, match=r"do not match their digest\); no single bit corrects it$"):
+    advice = r"repair does not change a root: put back a copy of its zarr\.json, or extract into another --cache"
+    with pytest.raises(FormatError, match=f"^{path}{what}; {advice}$"):
         repair_cache(path)
     assert files_of(path) == before
+
+
+def test_a_cache_of_another_version_is_refused_in_the_readers_words(path: Path) -> None:
+    edit(path / "zarr.json", nacpipe_format=7)
+    with pytest.raises(FormatError, match=r"has format version 7, .* extract anew into another --cache$"):
+        repair_cache(path)
+
+
+# --- killed while it repairs ------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """No code catches it, as none survives SIGKILL."""
+
+
+@contextmanager
+def killed_at(step: int) -> Iterator[list[str]]:
+    """From its step-th change of the store on, nothing is changed any more; yields the changes before."""
+    done: list[str] = []
+
+    def allow(key: str) -> None:
+        if len(done) >= step:
+            raise Killed
+        done.append(key)
+
+    replace, delete = address.replace_file, LocalStore.delete
+
+    def replacing(file: Path, content: bytes) -> None:
+        allow(str(file))
+        replace(file, content)
+
+    async def deleting(store: LocalStore, key: str) -> None:
+        allow(key)
+        await delete(store, key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(address, "replace_file", replacing)
+        patch.setattr(LocalStore, "delete", deleting)
+        yield done
+
+
+def damage_a_chunk(path: Path) -> None:
+    flip(path / "id/val/layer1/gradient/c/1/0", 20)
+
+
+def exchange_chunks(path: Path) -> None:
+    first, second = path / "id/val/logits/c/0/0", path / "id/val/logits/c/1/0"
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+def damage_metadata(path: Path) -> None:
+    flip(path / "id/val/logits/zarr.json", 40)
+    flip(path / "id/val/blocks/c/2", 0)
+    damage_a_chunk(path)
+
+
+def change_rows(path: Path) -> None:
+    edit(path / "id/val/zarr.json", rows=48)
+
+
+def lose_rows_of_an_unfinished_split(path: Path) -> None:
+    edit(path / "id/val/zarr.json", sealed=False, digest=None)
+    (path / "id/val/label/c/0").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "least"),
+    [
+        (damage_a_chunk, 3),
+        (exchange_chunks, 30),
+        (damage_metadata, 5),
+        (change_rows, 30),
+        (lose_rows_of_an_unfinished_split, 2),
+    ],
+)
+@pytest.mark.parametrize("repaired_again", [True, False])
+def test_a_repair_killed_at_any_change_can_be_run_again(
+    path: Path, whole: Cache, damage: Callable[[Path], None], least: int, repaired_again: bool
+) -> None:
+    """Also where extract comes first: it never seals what was damaged, so that a later repair still finds it."""
+    damaged = path.with_name("damaged.zarr")
+    damage(path)
+    path.rename(damaged)
+    others = {name: content for name, content in files_of(damaged).items() if not name.startswith("id/val/")}
+    for step in chain(range(5), count(5, 7)):  # every one of the first, where it matters, and some of a long removal
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(damaged, path)
+        with killed_at(step) as done, suppress(Killed):
+            repair_cache(path)
+        ended = len(done) < step
+        if not repaired_again:
+            extract_again(path, whole)
+        repair_cache(path)
+        assert files_of(path).items() >= others.items()
+        extract_again(path, whole)
+        assert_whole(path, whole)
+        if ended:
+            assert step > least
+            break
 
 
 def test_the_classifier_is_written_again(path: Path, whole: Cache) -> None:

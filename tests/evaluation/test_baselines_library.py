@@ -25,7 +25,6 @@ from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
 from nacpipe.networks.architectures import digits_cnn
 from nacpipe.networks.architectures.digits_cnn import DigitsCNN
-from tools.train_digits import to_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from nacpipe.tuning.strategy import LOCAL, REFINE, SETTLE, SPREAD, Strategy
 from numpy.typing import NDArray
 
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.tuning.objective import Candidate, ValidationMetrics
 from nacpipe.tuning.space import Choice, Interval, LayerSpace, with_weights
-from nacpipe.tuning.strategy import LOCAL, REFINE, SETTLE, SPREAD, Strategy
 
 
 def ranges(bins: tuple[int, int], saturation: tuple[int, int], alpha: tuple[float, float]) -> LayerSpace:
