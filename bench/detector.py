@@ -22,12 +22,9 @@ import numpy as np
 import torch
 from taps import bare, forward, measure, specs
 
-from nacpipe.detector.file import ExportedLayer
-from nacpipe.detector.module import Detector, select_products
-from nacpipe.method.counting import count_sorted
-from nacpipe.method.coverage import bin_edges, product_borders
+from nacpipe.detector.module import Detector, select_values
+from nacpipe.method.fitted_term import FittedTerm, fit_term
 from nacpipe.method.params import LayerParams
-from nacpipe.method.sorted_index import sort_columns
 from nacpipe.networks.models import find_model
 from nacpipe.networks.taps import Tapped, Taps, freeze
 
@@ -45,16 +42,16 @@ def main() -> None:
     network = freeze(find_model("resnet20").build(10))
     images = torch.randn(args.batch, 3, 32, 32)
     tapped_layers = specs("resnet20", tuple(BINS))
-    layers = [fit(spec.name, spec.path, spec.pooling, network) for spec in tapped_layers]
-    detector = Detector(network, layers, images[:2])
+    terms = [fit(spec.name, network) for spec in tapped_layers]
+    detector = Detector(network, terms, tapped_layers, images[:2])
     found = tapped(network, images)
-    products = [select_products(found, layer.name, layer.params.source) for layer in layers]
+    products, logits = [select_values(found, fitted.term) for fitted in terms], found.logits.numpy()
     first = next(spec for spec in tapped_layers if spec.name == "layer1")
     sides: dict[str, Callable[[], object]] = {
         "detector": lambda: detector(images),
         "bare": lambda: bare(network, first, images),
         "forward": lambda: forward(network, images),
-        "lookup": lambda: [look(p) for look, p in zip(detector._lookups, products, strict=True)],
+        "lookup": lambda: [look(p, logits) for look, p in zip(detector._lookups, products, strict=True)],
     }
     seconds = measure(sides, args.rounds)
     print(
@@ -70,20 +67,11 @@ def tapped(network: torch.nn.Module, images: torch.Tensor) -> Tapped:
         return taps(images)
 
 
-def fit(name: str, path: str, pooling: str, network: torch.nn.Module) -> ExportedLayer:
+def fit(name: str, network: torch.nn.Module) -> FittedTerm:
     """Count the states of random images."""
     found = tapped(network, torch.randn(TRAIN, 3, 32, 32))
     train = (found.activation[name] * found.gradient[name]).numpy()
-    params = LayerParams(bins=BINS[name], saturation=50, alpha=float(1 / np.abs(train).mean()))
-    borders = product_borders(bin_edges(params.bins, params.edges), params.alpha)
-    return ExportedLayer(
-        name=name,
-        path=path,
-        pooling=pooling,
-        params=params,
-        borders=borders,
-        counts=count_sorted(sort_columns(train), borders),
-    )
+    return fit_term(name, LayerParams(bins=BINS[name], saturation=50, alpha=float(1 / np.abs(train).mean())), train)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -41,9 +41,9 @@ def export(cache: str | Path, choice: str | None, output: Path | None, keep: flo
     opened = open_cache(cache)
     exported = export_detector(opened, find_params(opened, choice, note), keep)
     write_detector(target, exported)
-    described = [
-        {"layer": one.name, "neurons": one.counts.shape[0], "bins": one.params.bins, "weight": one.params.weight}
-        for one in exported.layers
+    described: list[dict[str, Any]] = [
+        {"layer": one.name, "neurons": one.neurons, "bins": one.params.bins, "weight": one.params.weight}
+        for one in exported.terms
     ]
     if as_json:
         print_json({"detector": str(target), "threshold": exported.threshold, "keep": keep, "layers": described})

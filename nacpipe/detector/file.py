@@ -1,8 +1,10 @@
 """An exported detector as a record: all that turns a network's states into scores, without the network.
 
-    {"nacpipe_detector": 1, "layers": [{"name", "path", "pooling", "params": {…}}, …], "threshold": …, "keep": …,
-     "classes": …, "outputs": …, "train_rows": …, "keep_bits": …, "identity": {…}, "information": {…}}
-    and per layer two arrays: borders (bins,) float32 and counts (neurons, bins − 1)
+    {"nacpipe_detector": 2, "taps": [{"name", "path", "pooling", "neurons"}, …], "terms": [{"name", "params": {…}}, …],
+     "threshold": …, "keep": …, "classes": …, "outputs": …, "train_rows": …, "keep_bits": …, "identity": {…},
+     "information": {…}}
+
+and the arrays of docs/detector.md. Version 1 has layers, each with its path and pooling, in place of taps and terms.
 
 What comes from a file is checked here, number by number: it may be anyone's.
 """
@@ -13,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,42 +26,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from nacpipe.benchmarks.standard import INTERPOLATIONS, Transform
+from nacpipe.cache import LayerSpec
+from nacpipe.detector.term_arrays import ARRAYS, restore_term, store_term
 from nacpipe.errors import DetectorError, ParamsError
 from nacpipe.files import write_whole
-from nacpipe.method.coverage import layer_of
+from nacpipe.method.class_groups import MAX_GROUPS, ClassGroups
+from nacpipe.method.fitted_term import FittedTerm
 from nacpipe.method.outputs import OUTPUTS
-from nacpipe.method.params import LayerParams, layer_from_json
+from nacpipe.method.params import layer_from_json, term_of
+from nacpipe.method.term import LOGITS
 from nacpipe.text import command_line
 
-VERSION = 1
-MAX_CLASSES, MAX_SIDE = 1_000_000, 4096
+VERSION = 2
+MAX_CLASSES, MAX_SIDE, MAX_NEURONS = 1_000_000, 4096, 2**24
+CLASS_GROUPS = "class_groups"  # an array; a term's have a slash in their names
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportedLayer:
-    """One layer's coverage: where to tap, where its bins are and how full they got."""
-
-    name: str
-    path: str
-    """The module's path inside the network; empty for the logits."""
-    pooling: str
-    """How the output becomes one number per neuron, as in the cache."""
-    params: LayerParams
-    borders: NDArray[np.float32]
-    """(bins,), of the product: −∞ first, +∞ last, ascending."""
-    counts: NDArray[np.int32]
-    """(neurons, bins − 1), training samples per bin."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
     """A detector without its network."""
 
-    layers: tuple[ExportedLayer, ...]
+    terms: tuple[FittedTerm, ...]
     """Those of a weight above 0."""
+    taps: tuple[LayerSpec, ...]
+    """The layers of the terms but for the logits: where to tap and how to pool."""
     threshold: float
     """The lowest score that counts as ID."""
     keep: float
@@ -86,22 +79,21 @@ class Exported:
         """Return everything but the arrays, ready for json.dumps."""
         return {
             "nacpipe_detector": VERSION,
-            "layers": [
-                {"name": one.name, "path": one.path, "pooling": one.pooling, "params": asdict(one.params)}
-                for one in self.layers
-            ],
+            "taps": [asdict(tap) for tap in self.taps],
+            "terms": [{"name": fitted.name, "params": asdict(fitted.params)} for fitted in self.terms],
             **{_STORED_AS.get(name, name): getattr(self, name) for name in (*_WHOLE, "threshold", "keep")},
             "identity": dict(self.identity),
             "information": dict(self.information),
         }
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the arrays by name, counts as narrow as they can be."""
-        found: dict[str, NDArray[Any]] = {}
-        for one in self.layers:
-            found[f"{one.name}/borders"] = one.borders
-            found[f"{one.name}/counts"] = one.counts.astype(_narrow(int(one.counts.max())))
-        return found
+        """Return the arrays by name, each as narrow as it can be."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for fitted in self.terms:
+            arrays |= {f"{fitted.name}/{what}": array for what, array in store_term(fitted).items()}
+        if groups := [fitted.groups for fitted in self.terms if fitted.groups is not None]:
+            arrays[CLASS_GROUPS] = groups[0].group_of
+        return arrays
 
     @classmethod
     def from_json(cls, data: Any, arrays: Arrays) -> Exported:
@@ -112,26 +104,21 @@ class Exported:
         """
         if not isinstance(data, dict) or "nacpipe_detector" not in data:
             raise DetectorError("it is no exported detector")
-        if (version := data["nacpipe_detector"]) != VERSION:
+        if (version := data["nacpipe_detector"]) not in (1, VERSION):
             raise DetectorError(
-                f"it has version {_show(version)}, this nacpipe reads version {VERSION}; use the nacpipe that wrote it,"
-                " or export again with: nacpipe export CACHE"
+                f"it has version {_show(version)}, this nacpipe reads versions 1 and {VERSION}; use the nacpipe that"
+                " wrote it, or export again with: nacpipe export CACHE"
             )
         whole = {name: _whole(data, _STORED_AS.get(name, name), *limits) for name, limits in _WHOLE.items()}
         threshold, keep = _real(data, "threshold"), _real(data, "keep")
         if not 0 < keep <= 1:
             raise DetectorError(f"keep is {keep}; it must be above 0 and at most 1")
-        entries = data.get("layers")
-        if not isinstance(entries, list) or not entries:
-            raise DetectorError("it has no layers")
-        layers = tuple(_layer(entry, arrays, whole["train_rows"]) for entry in entries)
-        names = [one.name for one in layers]
-        if len(set(names)) < len(names):
-            raise DetectorError("two of its layers have one name")
-        if len({(layer_of(one.name), one.path, one.pooling) for one in layers}) > len({layer_of(n) for n in names}):
-            raise DetectorError("two states of one of its layers have another path or pooling")
-        if unknown := sorted(set(arrays) - {f"{n}/{what}" for n in names for what in ("borders", "counts")}):
-            raise DetectorError(f"array {unknown[0]!r} belongs to no layer")
+        groups = _class_groups(arrays, whole["classes"])
+        terms, taps = (_read_layers if version == 1 else _read_terms)(data, arrays, whole, groups)
+        names = [fitted.name for fitted in terms]
+        known = {f"{name}/{what}" for name in names for what in ARRAYS} | {CLASS_GROUPS}
+        if unknown := sorted(set(arrays) - known):
+            raise DetectorError(f"array {unknown[0]!r} belongs to no term")
         identity, information = (_object(data, name) for name in ("identity", "information"))
         if not (isinstance(weights := identity.get("weights"), str) and _SHA256.fullmatch(weights)):
             raise DetectorError(f"the sha256 of its network's weights is {_show(weights)}")
@@ -141,7 +128,7 @@ class Exported:
             raise DetectorError(f"its network gives {_show(given)}; known: {', '.join(OUTPUTS)}")
         _transform(identity.get("transform"))
         return cls(
-            layers=layers, threshold=threshold, keep=keep, identity=identity, information=information, **whole
+            terms=terms, taps=taps, threshold=threshold, keep=keep, identity=identity, information=information, **whole
         )  # fmt: skip
 
 
@@ -154,53 +141,107 @@ _WHOLE = {
 _STORED_AS = {"mantissa_bits": "keep_bits"}  # the name of a number in version 1, where it is another
 
 
-def _layer(entry: Any, arrays: Arrays, train_rows: int) -> ExportedLayer:
-    if not isinstance(entry, dict) or set(entry) != {"name", "path", "pooling", "params"}:
-        raise DetectorError("a layer is not {name, path, pooling, params}")
+def _read_terms(
+    data: Mapping[str, Any], arrays: Arrays, whole: Mapping[str, int], groups: ClassGroups | None
+) -> tuple[tuple[FittedTerm, ...], tuple[LayerSpec, ...]]:
+    """Those of version 2."""
+    taps = tuple(_tap(entry) for entry in _list(data, "taps"))
+    by_name = {tap.name: tap for tap in taps}
+    if len(by_name) < len(taps):
+        raise DetectorError("two of its taps have one name")
+    entries = _list(data, "terms")
+    if not entries:
+        raise DetectorError("it has no terms")
+    for entry in entries:
+        _check_keys("term", entry, ("name", "params"))
+    terms = tuple(_term(entry, arrays, whole["train_rows"], groups) for entry in entries)
+    _refuse_twins(terms)
+    for fitted in terms:
+        layer = fitted.term.layer
+        if layer != LOGITS and layer not in by_name:
+            raise DetectorError(f"term {fitted.name!r}: its layer is not among the taps")
+        neurons = whole["outputs"] if layer == LOGITS else by_name[layer].neurons
+        if fitted.neurons != neurons:
+            raise DetectorError(f"term {fitted.name!r} is of {fitted.neurons} neurons; its layer has {neurons}")
+    if unused := sorted(set(by_name) - {fitted.term.layer for fitted in terms}):
+        raise DetectorError(f"tap {unused[0]!r} is of no term")
+    return terms, taps
+
+
+def _read_layers(
+    data: Mapping[str, Any], arrays: Arrays, whole: Mapping[str, int], groups: ClassGroups | None
+) -> tuple[tuple[FittedTerm, ...], tuple[LayerSpec, ...]]:
+    """Those of version 1: plain terms, each with its layer's path and pooling."""
+    entries = _list(data, "layers")
+    if not entries:
+        raise DetectorError("it has no layers")
+    for entry in entries:
+        _check_keys("layer", entry, ("name", "path", "pooling", "params"))
+    terms = tuple(_term(entry, arrays, whole["train_rows"], groups) for entry in entries)
+    _refuse_twins(terms)
+    for fitted in terms:
+        if fitted.term.view != "plain":
+            raise DetectorError(f"layer {fitted.name!r}: version 1 has no views")
+    taps: dict[str, LayerSpec] = {}
+    for entry, fitted in zip(entries, terms, strict=True):
+        layer = fitted.term.layer
+        tap = _tap({"name": layer, "path": entry["path"], "pooling": entry["pooling"], "neurons": fitted.neurons})
+        if taps.setdefault(layer, tap) != tap:
+            raise DetectorError("two states of one of its layers have another path or pooling")
+    taps.pop(LOGITS, None)
+    return terms, tuple(taps.values())
+
+
+def _refuse_twins(terms: tuple[FittedTerm, ...]) -> None:
+    if len({fitted.name for fitted in terms}) < len(terms):
+        raise DetectorError("two of its terms have one name")
+
+
+def _tap(entry: Any) -> LayerSpec:
+    _check_keys("tap", entry, ("name", "path", "pooling", "neurons"))
     for key in ("name", "path", "pooling"):
         if not isinstance(entry[key], str):
             raise DetectorError(f"a layer's {key} is {_show(entry[key])}; it must be text")
-    name = entry["name"]
+    return LayerSpec(
+        name=entry["name"],
+        path=entry["path"],
+        pooling=entry["pooling"],
+        neurons=_whole(entry, "neurons", 1, MAX_NEURONS),
+    )
+
+
+def _check_keys(what: str, entry: Any, keys: Sequence[str]) -> None:
+    if not isinstance(entry, dict) or set(entry) != set(keys):
+        raise DetectorError(f"a {what} is not {{{', '.join(keys)}}}")
+
+
+def _term(entry: Any, arrays: Arrays, train_rows: int, groups: ClassGroups | None) -> FittedTerm:
+    if not isinstance(name := entry["name"], str):
+        raise DetectorError(f"a layer's name is {_show(name)}; it must be text")
     try:
         params = layer_from_json(name, entry["params"])
+        view = term_of(name, params).view
     except ParamsError as error:
         raise DetectorError(str(error)) from None
     if params.weight == 0:
         raise DetectorError(f"layer {name!r} has weight 0; a detector holds only layers that count")
-    borders, counts = (_array(arrays, name, what) for what in ("borders", "counts"))
-    if borders.dtype != np.float32 or borders.shape != (params.bins,):
+    own = {what: arrays[f"{name}/{what}"] for what in ARRAYS if f"{name}/{what}" in arrays}
+    try:
+        return restore_term(name, params, own, train_rows, groups if view == "by_class" else None)
+    except DetectorError as error:
+        raise DetectorError(f"layer {name!r}: {error}") from None
+
+
+def _class_groups(arrays: Arrays, classes: int) -> ClassGroups | None:
+    if (group_of := arrays.get(CLASS_GROUPS)) is None:
+        return None
+    if group_of.dtype != np.int32 or group_of.shape != (classes,):
         raise DetectorError(
-            f"layer {name!r}: borders are {borders.dtype} {borders.shape}; wanted: float32 ({params.bins},)"
+            f"{CLASS_GROUPS} are {group_of.dtype} {group_of.shape}; wanted: int32 ({classes},), a group for every class"
         )
-    if not (borders[0] == -np.inf and borders[-1] == np.inf and bool((borders[:-1] <= borders[1:]).all())):
-        raise DetectorError(f"layer {name!r}: borders do not ascend from −∞ to +∞")
-    narrow = counts.dtype in (np.uint8, np.uint16, np.int32)
-    if not narrow or counts.ndim != 2 or counts.shape[0] == 0 or counts.shape[1] != params.bins - 1:
-        raise DetectorError(
-            f"layer {name!r}: counts are {counts.dtype} {counts.shape}; wanted: uint8, uint16 or int32"
-            f" (neurons, {params.bins - 1})"
-        )
-    totals = counts.sum(axis=1, dtype=np.int64)
-    if int(counts.min()) < 0 or bool((totals != train_rows).any()):
-        wrong = int(np.argmax((totals != train_rows) | (counts.min(axis=1) < 0)))
-        raise DetectorError(
-            f"layer {name!r}: the counts of neuron {wrong} add up to {totals[wrong]}, or one is below 0;"
-            f" {train_rows} samples were counted"
-        )
-    return ExportedLayer(
-        name=name, path=entry["path"], pooling=entry["pooling"], params=params, borders=borders,
-        counts=counts.astype(np.int32),
-    )  # fmt: skip
-
-
-def _array(arrays: Arrays, layer: str, what: str) -> NDArray[Any]:
-    if (found := arrays.get(f"{layer}/{what}")) is None:
-        raise DetectorError(f"layer {layer!r}: its {what} are not there")
-    return found
-
-
-def _narrow(largest: int) -> type[np.uint8 | np.uint16 | np.int32]:
-    return np.uint8 if largest < 1 << 8 else np.uint16 if largest < 1 << 16 else np.int32
+    if int(group_of.min()) < 0 or int(group_of.max()) >= MAX_GROUPS:
+        raise DetectorError(f"{CLASS_GROUPS} are not all from 0 to {MAX_GROUPS - 1}")
+    return ClassGroups(group_of=group_of, count=int(group_of.max()) + 1)
 
 
 def _transform(data: Any) -> Transform:
@@ -222,6 +263,12 @@ def _transform(data: Any) -> Transform:
     if (channels := len(transform.mean)) not in (1, 3):
         raise DetectorError(f"its images have {channels} channels; files are prepared as grey (1) or RGB (3)")
     return transform
+
+
+def _list(data: Mapping[str, Any], name: str) -> list[Any]:
+    if not isinstance(entries := data.get(name), list):
+        raise DetectorError(f"its {name} are {_show(entries)}, not a list")
+    return entries
 
 
 def _object(data: Mapping[str, Any], name: str) -> dict[str, Any]:

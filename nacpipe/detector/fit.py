@@ -11,14 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nacpipe.cache import LayerSpec
-from nacpipe.detector.file import ExportedLayer
-from nacpipe.detector.module import Detector, load_detector, select_products
+from nacpipe.detector.module import Detector, load_detector, select_values
 from nacpipe.errors import InputError, ValuesError
-from nacpipe.method.counting import count_sorted
-from nacpipe.method.coverage import LOGITS, bin_edges, layer_of, product_borders
-from nacpipe.method.params import NacParams
-from nacpipe.method.sorted_index import sort_columns
+from nacpipe.method.class_groups import ClassGroups, choose_groups
+from nacpipe.method.fitted_term import FittedTerm, fit_term
+from nacpipe.method.params import NacParams, term_of
+from nacpipe.method.term import LOGITS, layer_of
 from nacpipe.networks.build import adopt_module
 from nacpipe.networks.layers import measure_layers
 from nacpipe.networks.taps import Taps, isolated
@@ -68,8 +66,9 @@ def fit_detector(
     poolings: Mapping[str, str],
     layers: Mapping[str, str] | None = None,
 ) -> Detector:
-    """Count the coverage of training images; memory does not grow with their number. Nothing is flagged: there is no
-    threshold.
+    """Count the coverage of training images. Nothing is flagged: there is no threshold.
+
+    Of plain terms memory does not grow with the number of images; of other views the values of all are kept.
 
     Args:
         network: on whatever device; images are taken there. It may be wrapped (torch.compile, DataParallel).
@@ -94,13 +93,10 @@ def fit_detector(
         named = [name for name in dict.fromkeys(map(layer_of, params.layers)) if name != LOGITS]
         paths = {name: (layers or {}).get(name, name) for name in named}
         specs = measure_layers(wrapped, paths, list(poolings.items())).layers if named else ()
-    by_name = {spec.name: spec for spec in specs}
-    by_name[LOGITS] = LayerSpec(name=LOGITS, path="", pooling="none", neurons=0)
-    borders = {
-        name: product_borders(bin_edges(layer.bins, layer.edges), layer.alpha) for name, layer in params.layers.items()
-    }
-    counts: dict[str, NDArray[np.int32]] = {}
     model, overwritten = wrapped.model, None
+    plain: dict[str, FittedTerm] = {}
+    kept: dict[str, list[NDArray[np.float32]]] = {}  # of other views: they need all images at once
+    logits: list[NDArray[np.float32]] = []
     for images in chain([first], coming):
         with (
             isolated(network, device),
@@ -109,23 +105,40 @@ def fit_detector(
             tapped = taps(images.detach().to(device))
             overwritten = taps.overwritten
         for name, layer in params.layers.items():
-            products = select_products(tapped, name, layer.source).cpu().numpy()
-            if not np.isfinite(products).all():
+            term = term_of(name, layer)
+            values = select_values(tapped, term).cpu().numpy()
+            if not np.isfinite(values).all():
                 raise ValuesError(f"layer {name!r}: a training image's {layer.source} is not finite")
-            found = count_sorted(sort_columns(products), borders[name])
-            counts[name] = counts[name] + found if name in counts else found
+            if term.view == "plain":
+                fitted = fit_term(name, layer, values)
+                plain[name] = plain[name].add(fitted) if name in plain else fitted
+            else:
+                kept.setdefault(name, []).append(values)
+        if kept:
+            logits.append(tapped.logits.float().cpu().numpy())
+    groups = train_groups = None
+    if any(term_of(name, params.layers[name]).view == "by_class" for name in kept):
+        if model.outputs == "features":
+            raise InputError("terms by_class need predicted classes, and the network gives features; leave them out")
+        linear = network.get_submodule(model.classifier).weight if model.classifier is not None else None
+        weight = linear.detach().float().cpu().numpy() if isinstance(linear, Tensor) else None
+        groups, train_groups = group_images(np.concatenate(logits), weight)
     counted = [
-        ExportedLayer(
-            name=name,
-            path=by_name[layer_of(name)].path,
-            pooling=by_name[layer_of(name)].pooling,
-            params=layer,
-            borders=borders[name],
-            counts=counts[name],
-        )
+        plain[name]
+        if name in plain
+        else fit_term(name, layer, np.concatenate(kept.pop(name)), groups=groups, train_groups=train_groups)
         for name, layer in params.layers.items()
     ]
-    return Detector(network, counted, first[:1].repeat(2, 1, 1, 1).to(device))
+    return Detector(network, counted, specs, first[:1].repeat(2, 1, 1, 1).to(device))
+
+
+def group_images(
+    logits: NDArray[np.float32],  # (images, classes)
+    classifier: NDArray[np.float32] | None,  # (classes, features)
+) -> tuple[ClassGroups, NDArray[np.int32]]:
+    """Return the groups of classes that a cache of these training images would have, and each image's."""
+    groups = choose_groups([logits], classifier)
+    return groups, groups.assign(logits)
 
 
 def _first(batches: Iterable[Tensor], count: int | None) -> Iterator[Tensor]:

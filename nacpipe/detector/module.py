@@ -1,6 +1,6 @@
 """The exported detector, running beside its classifier.
 
-    images ──▶ network with taps ──▶ products of every layer ──▶ Σ min(count, saturation) ──▶ score ──▶ is_ood
+    images ──▶ network with taps ──▶ values of every term    ──▶ Σ min(count, saturation) ──▶ score ──▶ is_ood
                one forward and one   (n, neurons) float32        (n,) integers               (n,) float64
                backward pass
 
@@ -16,24 +16,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nacpipe.cache import LayerSpec
 from nacpipe.cache.identity import diff
 from nacpipe.cache.layout import ALL_BITS
-from nacpipe.detector.file import Exported, ExportedLayer, read_detector
+from nacpipe.detector.file import Exported, read_detector
 from nacpipe.errors import DetectorError, InputError
 from nacpipe.extraction.request import AUTOCAST
-from nacpipe.method.counting import fill_rows
-from nacpipe.method.coverage import (
-    LOGITS,
-    Source,
-    combine_layers,
-    layer_of,
-    layer_score,
-    logits_gradient,
-    select_source,
-)
+from nacpipe.method.coverage import combine_layers, layer_score, logits_gradient, select_source
+from nacpipe.method.fitted_term import FittedTerm
+from nacpipe.method.term import LOGITS, Term
 from nacpipe.networks.checkpoints import hash_network
 from nacpipe.networks.taps import POOLINGS, Tapped, Taps, find_penultimate, isolated
 from nacpipe.networks.trial import run_trial_batch
@@ -58,13 +52,15 @@ class Detector(nn.Module):
     a call it is in evaluation mode. Calls from several threads wait for each other. Where all layers are the
     classifier's input (avgpool alone, say) or the logits, no backward pass runs.
 
-    Tables are looked up by compiled code on the CPU and by plain torch elsewhere; only the CPU has been measured.
+    Tables are looked up by compiled code on the CPU; elsewhere those of plain terms by plain torch, and those by class
+    or of components on the CPU. Only the CPU has been measured.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        layers: Sequence[ExportedLayer],
+        terms: Sequence[FittedTerm],
+        taps: Sequence[LayerSpec],
         like: Tensor,  # (2, channels, height, width)
         *,
         threshold: float = -np.inf,
@@ -77,7 +73,8 @@ class Detector(nn.Module):
 
         Args:
             network: the classifier, on whatever device; what torch.compile or DataParallel wrap is taken out of it.
-            layers: the coverage, for the network's modules.
+            terms: the coverage.
+            taps: the layers of these terms but for the logits.
             like: images of the kind to come, of any content, on the network's device; they are run to see whether all
                 fits.
             threshold: the lowest score that counts as ID; by default nothing is flagged.
@@ -93,17 +90,13 @@ class Detector(nn.Module):
         super().__init__()
         network = unwrap(network)
         self.network, self.threshold = network, threshold
-        self.weights = np.array([layer.params.weight for layer in layers])
-        self._lookups = [Lookup(layer) for layer in layers]
+        self.weights = np.array([fitted.params.weight for fitted in terms])
+        self._lookups = [Lookup(fitted) for fitted in terms]
         self._autocast, self._mantissa_bits = autocast, mantissa_bits
-        for layer in layers:
-            if layer.pooling not in POOLINGS:
-                raise DetectorError(f"layer {layer.name!r}: pooling {layer.pooling!r} is not known")
-        self._specs = [
-            LayerSpec(name=name, path=one.path, pooling=one.pooling, neurons=one.counts.shape[0])
-            for name, one in {layer_of(one.name): one for one in layers}.items()
-            if name != LOGITS
-        ]
+        for spec in taps:
+            if spec.pooling not in POOLINGS:
+                raise DetectorError(f"layer {spec.name!r}: pooling {spec.pooling!r} is not known")
+        self._specs = list(taps)
         if any(parameter.is_inference() for parameter in network.parameters()):
             raise InputError(
                 "the network was made under torch.inference_mode, which forbids gradients; make it outside"
@@ -117,21 +110,14 @@ class Detector(nn.Module):
 
     def forward(self, images: Tensor) -> Detected:  # (n, channels, height, width), prepared for the network
         tapped = self._run(images)
-        filled, finite = [], np.ones(len(images), bool)
+        logits = tapped.logits.float().cpu().numpy()
+        term_scores, finite = [], np.ones(len(images), bool)
         for lookup in self._lookups:
-            layer = lookup.layer
-            products = select_products(tapped, layer.name, layer.params.source, self._mantissa_bits)
-            finite &= torch.isfinite(products).all(dim=1).cpu().numpy()
-            filled.append(lookup(products))
-        scores = combine_layers(
-            np.stack(
-                [
-                    layer_score(sums, one.filled.shape[0], one.layer.params.saturation)
-                    for sums, one in zip(filled, self._lookups, strict=True)
-                ]
-            ),
-            self.weights,
-        )
+            fitted = lookup.fitted
+            values = select_values(tapped, fitted.term, self._mantissa_bits)
+            finite &= torch.isfinite(values).all(dim=1).cpu().numpy()
+            term_scores.append(layer_score(lookup(values, logits), fitted.counted, fitted.params.saturation))
+        scores = combine_layers(np.stack(term_scores), self.weights)
         scores[~finite] = np.nan
         device = tapped.logits.device
         return Detected(
@@ -159,52 +145,60 @@ class Detector(nn.Module):
         return tapped
 
 
-def select_products(tapped: Tapped, layer: str, source: Source, mantissa_bits: int = ALL_BITS) -> Tensor:
-    """Return what goes under the sigmoid for a layer or the logits, (n, neurons) float32."""
-    layer = layer_of(layer)
-    if layer == LOGITS:
+def select_values(tapped: Tapped, term: Term, mantissa_bits: int = ALL_BITS) -> Tensor:
+    """Return a term's source of a layer or the logits, (n, neurons) float32."""
+    if term.layer == LOGITS:
         activation = tapped.logits.float().cpu()
         gradient = torch.from_numpy(logits_gradient(activation.numpy()))
     else:
         activation, gradient = (
-            round_bits(values[layer].float(), mantissa_bits) for values in (tapped.activation, tapped.gradient)
+            round_bits(values[term.layer].float(), mantissa_bits) for values in (tapped.activation, tapped.gradient)
         )
-    return select_source(activation, gradient, source)  # type: ignore[arg-type, return-value]  # as arrays do
+    return select_source(activation, gradient, term.source)  # type: ignore[arg-type, return-value]  # as arrays do
 
 
 class Lookup:
-    """One layer's table: products → Σ over neurons of min(count, saturation) at each sample's bins."""
+    """One term's table: values → Σ over neurons of min(count, saturation) at each sample's bins."""
 
-    def __init__(self, layer: ExportedLayer) -> None:
-        self.layer = layer
-        self.filled = np.minimum(layer.counts, layer.params.saturation)  # (neurons, bins − 1)
+    def __init__(self, fitted: FittedTerm) -> None:
+        self.fitted = fitted
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, products: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-        """Return the sums (n,) for products (n, neurons).
+    def __call__(
+        self,
+        values: Tensor,  # (n, neurons)
+        logits: NDArray[np.float32],  # (n, classes)
+    ) -> NDArray[np.int64]:
+        """Return the sums, (n,).
 
         Raises:
             DetectorError: these are other neurons than were counted.
         """
-        if products.shape[1] != self.filled.shape[0]:
+        fitted = self.fitted
+        if values.shape[1] != fitted.neurons:
             raise DetectorError(
-                f"layer {self.layer.name!r} has {products.shape[1]} neurons, {self.filled.shape[0]} were counted;"
+                f"layer {fitted.name!r} has {values.shape[1]} neurons, {fitted.neurons} were counted;"
                 " is it another network?"
             )
-        if products.device.type == "cpu":
-            rows = np.ascontiguousarray(products.numpy())
-            return fill_rows(rows, self.layer.borders, self.filled, self.layer.params.saturation)
-        return self.on_device(products)
+        if (
+            values.device.type == "cpu" or fitted.term.view != "plain"
+        ):  # a batch's values are few, float64 not everywhere
+            rows = np.ascontiguousarray(values.cpu().numpy())
+            if fitted.components is not None:
+                rows = np.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0)  # such samples' scores are NaN in any case
+            return fitted.sum_entries(rows, logits)
+        return self.on_device(values)
 
-    def on_device(self, products: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-        """Return the same in plain torch, for any device."""
-        device = products.device
+    def on_device(self, values: Tensor) -> NDArray[np.int64]:
+        """Return the same of a plain term in plain torch, for any device."""
+        device, fitted = values.device, self.fitted
         if device not in self._moved:
-            self._moved[device] = tuple(torch.from_numpy(a).to(device) for a in (self.layer.borders, self.filled))  # type: ignore[assignment]
-        borders, filled = self._moved[device]
-        bins = torch.bucketize(products.contiguous(), borders, right=True) - 1  # borders[k] ≤ x < borders[k + 1]
-        places = bins.clamp_(0, filled.shape[1] - 1) + filled.shape[1] * torch.arange(filled.shape[0], device=device)
-        sums: np.ndarray[tuple[int, ...], np.dtype[np.int64]] = filled.take(places).sum(dim=1).cpu().numpy()
+            entries = np.minimum(fitted.counts, fitted.params.saturation)  # (neurons, bins − 1)
+            self._moved[device] = torch.from_numpy(fitted.borders).to(device), torch.from_numpy(entries).to(device)
+        borders, table = self._moved[device]
+        bins = torch.bucketize(values.contiguous(), borders, right=True) - 1  # borders[k] ≤ x < borders[k + 1]
+        places = bins.clamp_(0, table.shape[1] - 1) + table.shape[1] * torch.arange(table.shape[0], device=device)
+        sums: NDArray[np.int64] = table.take(places).sum(dim=1).cpu().numpy()
         return sums
 
 
@@ -258,7 +252,8 @@ def attach(exported: Exported, network: nn.Module) -> Detector:
     noise = torch.randn(2, len(transform.mean), side, side, generator=torch.Generator().manual_seed(0))
     return Detector(
         network,
-        exported.layers,
+        exported.terms,
+        exported.taps,
         noise.to(device, dtype),
         threshold=exported.threshold,
         autocast=AUTOCAST["none" if identity["dtype"] == "float32" else identity["dtype"]],

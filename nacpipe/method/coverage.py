@@ -22,28 +22,19 @@ depend on the order of summation, the number of threads or the batch size.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.errors import ParamsError
+from nacpipe.method.term import LOGITS as LOGITS
+from nacpipe.method.term import Source as Source
+from nacpipe.method.term import layer_of as layer_of
+from nacpipe.method.term import source_of as source_of
 
 Edges = Literal["log", "linear"]
-Source = Literal["product", "activation", "gradient"]
-
-LOGITS = "logits"  # the network's output as a layer, which needs no tap: its gradient is known
 LOG_BASE = 1000.0  # b of design §3; the authors' `logspace(1e3, M)`
-
-
-def layer_of(term: str) -> str:
-    """Return a term's layer: parameters may hold a layer once per source, `layer3:product` and `layer3:gradient`."""
-    return term.removesuffix(f":{source_of(term)}")
-
-
-def source_of(term: str) -> Source:
-    """Return the source that a term is named after, the product where it is named after none."""
-    return next((source for source in get_args(Source) if term.endswith(f":{source}")), "product")
 
 
 @lru_cache(4096)

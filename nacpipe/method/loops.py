@@ -1,4 +1,4 @@
-"""The compiled loops behind kernels.py and columns.py, and the instructions for them that numba lacks.
+"""The compiled loops behind counting.py and sorted_index.py, and the instructions for them that numba lacks.
 
 Compiled code is cached on disk by numba, beside its source or, where that cannot be written, in the user's cache
 folder; its index is keyed by processor, so a copied cache is never stale. It is made anew when this file changes, and
@@ -211,6 +211,18 @@ def add_entries(tree, upper, values, train_bits, ranks, borders, saturation, ent
             total[s] += np.int64(a[in_a]) + np.int64(b[in_b]) + np.int64(c[in_c]) + np.int64(d[in_d])
 
 
+@_compiled(inline="always")
+def _find_bin(borders, x):  # type: ignore[no-untyped-def]
+    """The bin of a value by halving: borders[k] ≤ x < borders[k + 1], borders[0] = −∞."""
+    low = 0
+    size = borders.size - 1
+    while size > 1:
+        half = size >> 1
+        low += half * (borders[low + half] <= x)  # no branch: which way it goes cannot be foreseen
+        size -= half
+    return low
+
+
 @_compiled(nogil=True)
 def walk_rows(products, borders, counts, saturation, entry_sum):  # type: ignore[no-untyped-def]
     """entry_sum[s] = the same for samples as they come: each product's bin by halving."""
@@ -218,14 +230,30 @@ def walk_rows(products, borders, counts, saturation, entry_sum):  # type: ignore
     for s in range(rows):
         total = np.int64(0)
         for neuron in range(neurons):
-            x = products[s, neuron]
-            low = 0
-            size = borders.size - 1  # bin k: borders[k] ≤ x < borders[k + 1], borders[0] = −∞
-            while size > 1:
+            total += min(counts[neuron, _find_bin(borders, products[s, neuron])], saturation)
+        entry_sum[s] = total
+
+
+@_compiled(nogil=True)
+def walk_grouped_rows(products, borders, starts, bins, counts, groups, saturation, entry_sum):  # type: ignore[no-untyped-def]
+    """The same from each sample's group's counts, of which only those above 0 are stored (SparseCounts)."""
+    rows, neurons = products.shape
+    for s in range(rows):
+        total = np.int64(0)
+        first = groups[s] * neurons
+        for neuron in range(neurons):
+            k = _find_bin(borders, products[s, neuron])
+            low, end = starts[first + neuron], starts[first + neuron + 1]
+            size = end - low
+            while size > 0:  # the first stored bin that is at least k
                 half = size >> 1
-                low += half * (borders[low + half] <= x)  # no branch: which way it goes cannot be foreseen
-                size -= half
-            total += min(counts[neuron, low], saturation)
+                if bins[low + half] < k:
+                    low += half + 1
+                    size -= half + 1
+                else:
+                    size = half
+            if low < end and bins[low] == k:
+                total += min(counts[low], saturation)
         entry_sum[s] = total
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 import numpy as np
 
 from nacpipe.errors import ParamsError
-from nacpipe.method.coverage import Edges, Source, layer_of, source_of
+from nacpipe.method.coverage import Edges
+from nacpipe.method.term import SOURCES, Source, Term, parse_term
 
 MIN_BINS, MAX_BINS = 4, 100_000
 MAX_SATURATION = 10**9
@@ -18,7 +19,7 @@ MAX_SATURATION = 10**9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerParams:
-    """What one layer needs to turn products into a score."""
+    """What one term needs to turn values into a score."""
 
     bins: int
     """Number of bin edges M, at least 4; there are M − 1 bins."""
@@ -27,7 +28,7 @@ class LayerParams:
     alpha: float
     """Steepness of the sigmoid, > 0."""
     weight: float = 1.0
-    """The layer's share of the score before normalisation, ≥ 0."""
+    """The term's share of the score before normalisation, ≥ 0."""
     edges: Edges = "log"
     """`log` (NAC-UE) or `linear` (NAC-ME)."""
     source: Source = "product"
@@ -42,19 +43,17 @@ class LayerParams:
             raise ParamsError(f"alpha is {self.alpha}; it must be above 0")
         if self.weight < 0:
             raise ParamsError(f"weight is {self.weight}; it must be at least 0")
-        for name, known in (("edges", get_args(Edges)), ("source", get_args(Source))):
+        for name, known in (("edges", get_args(Edges)), ("source", SOURCES)):
             if getattr(self, name) not in known:
                 raise ParamsError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NacParams:
-    """The parameters of a whole detector: one record per layer, in the order of the score's sum.
-
-    A layer may be there once per source, as `layer3:product` and `layer3:gradient`.
-    """
+    """The parameters of a whole detector: one record per term, in the order of the score's sum."""
 
     layers: Mapping[str, LayerParams]
+    """By the terms' names, `layer3` or `layer3:activation:by_class`. Where a name has a source, it is the record's."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -62,7 +61,8 @@ class NacParams:
         if not any(layer.weight > 0 for layer in self.layers.values()):
             raise ParamsError("every layer's weight is 0; at least one must be above 0")
         for name, layer in self.layers.items():
-            if layer_of(name) != name and layer.source != source_of(name):
+            term = parse_term(name)  # refuses an unknown view
+            if name.startswith(f"{term.layer}:{term.source}") and layer.source != term.source:
                 raise ParamsError(f"layer {name!r} is named after its source, which is {layer.source!r}")
 
     def to_json(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class NacParams:
 
 
 def layer_from_json(name: str, entry: Any) -> LayerParams:
-    """Read one layer's entry.
+    """Read one term's entry; the source is its name's where the entry has none.
 
     Raises:
         ParamsError: it is not of that form, naming the layer and field.
@@ -100,10 +100,16 @@ def layer_from_json(name: str, entry: Any) -> LayerParams:
     if unknown or missing:
         what = f"does not know {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
         raise ParamsError(f"layer {name!r} {what}; fields: {', '.join(known)}")
+    named = parse_term(name).source
     try:
-        return LayerParams(**entry)
+        return LayerParams(**{"source": named, **entry})
     except ParamsError as error:
         raise ParamsError(f"layer {name!r}: {error}") from None
+
+
+def term_of(name: str, params: LayerParams) -> Term:
+    """Return the term that an entry of the parameters is; its source is the record's."""
+    return replace(parse_term(name), source=params.source)
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:

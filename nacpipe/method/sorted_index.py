@@ -85,6 +85,44 @@ class LayerIndex:
             yield ascending[start : start + step][bits].reshape(len(bits), self.train_samples)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedIndex:
+    """An index of each group of samples: a query is scored among the training samples of its own group."""
+
+    parts: tuple[LayerIndex, ...]
+    """Of the groups that hold a training sample; a query of any other group has seen nothing like it."""
+    places: tuple[NDArray[np.intp], ...]
+    """For each part, where its queries are among all queries, ascending."""
+    queries: int
+    """Samples that are scored, those of groups without a training sample too."""
+    neurons: int
+
+    @property
+    def train_samples(self) -> int:
+        """Samples that are counted."""
+        return sum(part.train_samples for part in self.parts)
+
+    def train_parts(self) -> Iterator[NDArray[np.float32]]:
+        """Yield the training samples' values, (some neurons, samples of a group) at a time."""
+        for part in self.parts:
+            yield from part.train_parts()
+
+
+def index_groups(
+    train: NDArray[np.float32],  # (samples, neurons)
+    train_groups: NDArray[np.int32],  # (samples,)
+    queries: NDArray[np.float32],  # (samples, neurons)
+    query_groups: NDArray[np.int32],  # (samples,)
+) -> GroupedIndex:
+    """Return the index of a layer whose samples are in groups; finite input."""
+    held = np.unique(train_groups)
+    places = tuple(np.flatnonzero(query_groups == group) for group in held)
+    parts = tuple(
+        index_columns(train[train_groups == group], queries[rows]) for group, rows in zip(held, places, strict=True)
+    )
+    return GroupedIndex(parts=parts, places=places, queries=len(queries), neurons=train.shape[1])
+
+
 def sort_columns(products: NDArray[np.float32]) -> SortedColumns:  # (samples, neurons)
     """Return each neuron's products in ascending order."""
     columns = _allocate(*products.shape)

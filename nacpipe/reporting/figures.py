@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from nacpipe.method.coverage import bin_edges, coverage_table
+from nacpipe.method.fitted_term import FittedTerm
 from nacpipe.method.metrics import roc_curve
-from nacpipe.scoring.coverage import FittedLayer
 from nacpipe.text import escape_bytes
 from nacpipe.tuning.explain import Explanation
 from nacpipe.tuning.validation import SHOWN
@@ -72,12 +72,12 @@ def draw_roc(methods: Mapping[str, tuple[Scores, Scores]], name: str) -> Figure:
     return _with_legend(figure, axes, 4, backwards=True)
 
 
-def draw_coverage(layer: str, fitted: FittedLayer) -> Figure:
+def draw_coverage(layer: str, fitted: FittedTerm) -> Figure:
     """Draw a layer's coverage over the states: the mean over neurons, and three neurons.
 
     The three have the least, the middle and the greatest mean coverage of the layer.
     """
-    figure, axes = _panel(f"{layer}: {fitted.counts.shape[0]} neurons", "state", "coverage")
+    figure, axes = _panel(f"{layer}: {fitted.counted} neurons", "state", "coverage")
     edges = bin_edges(fitted.params.bins, fitted.params.edges)
     table = coverage_table(fitted.counts, fitted.params.saturation)  # (neurons, bins - 1)
     mean = table.mean(axis=0)

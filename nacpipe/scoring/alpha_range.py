@@ -1,4 +1,4 @@
-"""The range of alpha in which a layer's states tell images apart."""
+"""The range of alpha in which a term's states tell images apart."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.errors import ValuesError
-from nacpipe.method.coverage import Source
-from nacpipe.method.sorted_index import LayerIndex
+from nacpipe.method.sorted_index import GroupedIndex, LayerIndex
+from nacpipe.method.term import Source
 
 FLAT, STEEP = 0.1, 30.0  # |alpha · product| at the 99th and 50th percentile of |product|
 
 
-def measure_alpha(layer: str, source: Source, index: LayerIndex) -> tuple[float, float]:
-    """Return the least and the greatest alpha at which the training states of a layer differ from each other.
+def measure_alpha(layer: str, source: Source, index: LayerIndex | GroupedIndex) -> tuple[float, float]:
+    """Return the least and the greatest alpha at which the training states of a term differ from each other.
+
+    Of `components` it comes from the components' sizes.
 
     At the least, |alpha · product| is FLAT at the 99th percentile of |product|; at the greatest, STEEP at the median.
 
@@ -27,14 +29,14 @@ def measure_alpha(layer: str, source: Source, index: LayerIndex) -> tuple[float,
     return FLAT / large, STEEP / median
 
 
-def _sizes(index: LayerIndex) -> NDArray[np.float32]:
+def _sizes(index: LayerIndex | GroupedIndex) -> NDArray[np.float32]:
     """|product| of all training samples and neurons where it is not 0, in no order, (values,)."""
     sizes = np.empty(index.neurons * index.train_samples, np.float32)
     filled = 0
     for part in index.train_parts():
-        told = part[part != 0]
-        np.abs(told, out=sizes[filled : filled + told.size])
-        filled += told.size
+        nonzero = part[part != 0]
+        np.abs(nonzero, out=sizes[filled : filled + nonzero.size])
+        filled += nonzero.size
     return sizes[:filled]
 
 

@@ -17,72 +17,69 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, SplitView
-from nacpipe.method.counting import count_sorted, fill_rows
-from nacpipe.method.coverage import (
-    bin_edges,
-    combine_layers,
-    layer_score,
-    product_borders,
-)
-from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.method.sorted_index import sort_columns
-from nacpipe.scoring.states import (
-    check_layers,
-    read_layer,
-    read_source,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class FittedLayer:
-    """A layer's coverage: where its bins are and how full they got."""
-
-    params: LayerParams
-    borders: NDArray[np.float32]  # (bins,)
-    counts: NDArray[np.int32]  # (neurons, bins - 1)
-
-    def score(self, products: NDArray[np.float32]) -> NDArray[np.float64]:  # (samples, neurons) → (samples,)
-        """Return the mean over neurons of the table at each sample's bins."""
-        entry_sum = fill_rows(products, self.borders, self.counts, self.params.saturation)
-        return layer_score(entry_sum, self.counts.shape[0], self.params.saturation)
+from nacpipe.method.coverage import combine_layers
+from nacpipe.method.fitted_term import FittedTerm, fit_term
+from nacpipe.method.params import NacParams, term_of
+from nacpipe.method.term import Source
+from nacpipe.scoring.states import check_layers, read_layer, read_source
+from nacpipe.scoring.views import assign_groups, read_groups
 
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
     """Everything that turns a sample's states into its score."""
 
-    layers: Mapping[str, FittedLayer]
+    layers: Mapping[str, FittedTerm]
+    """By the terms' names in the parameters."""
 
     def score(self, split: SplitView, block: int = 4096) -> NDArray[np.float64]:
         """Return the score of every sample of a split, (rows,), reading `block` rows at a time."""
         scores = np.empty(split.rows)
         for start in range(0, split.rows, block):
             rows = slice(start, min(start + block, split.rows))
-            layer_scores = [
-                fitted.score(read_source(split, name, fitted.params.source, rows))
-                for name, fitted in self.layers.items()
-            ]
-            scores[rows] = combine_layers(np.stack(layer_scores), self.weights)
+            scores[rows] = combine_layers(np.stack(self._score_terms(split, rows)), self.weights)
         return scores
+
+    def _score_terms(self, split: SplitView, rows: slice) -> list[NDArray[np.float64]]:
+        """Each term's scores of some rows; the source of a layer is read once for views that follow each other."""
+        logits = (
+            split.read("logits", rows) if any(fitted.groups is not None for fitted in self.layers.values()) else None
+        )
+        read: tuple[str, Source] | None = None
+        term_scores = []
+        for name, fitted in self.layers.items():
+            term = term_of(name, fitted.params)
+            if read != (term.layer, term.source):
+                values, read = read_source(split, term.layer, term.source, rows), (term.layer, term.source)
+            term_scores.append(fitted.score(values, logits))
+        return term_scores
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """(layers,), as given."""
+        """(terms,), as given."""
         return np.array([fitted.params.weight for fitted in self.layers.values()])
 
 
 def fit_coverage(cache: Cache, params: NacParams) -> Coverage:
-    """Count the training states of every layer.
+    """Count the training states of every term.
 
     Raises:
-        ParamsError: a layer is not in the cache.
+        ParamsError: a layer is not in the cache, or a term needs classes that the network does not give.
+        ValuesError: a state is not finite, or a term has no components.
     """
     check_layers(cache, list(params.layers))
+    train = cache["id/train"]
+    groups = train_groups = None
+    if any(term_of(name, layer).view == "by_class" for name, layer in params.layers.items()):
+        groups = read_groups(cache)
+        train_groups = assign_groups(groups, train)
+    read: tuple[str, Source] | None = None
     fitted = {}
     for name, layer in params.layers.items():
-        borders = product_borders(bin_edges(layer.bins, layer.edges), layer.alpha)
-        train = sort_columns(read_layer([cache["id/train"]], name, layer.source))
-        fitted[name] = FittedLayer(layer, borders, count_sorted(train, borders))
+        term = term_of(name, layer)
+        if read != (term.layer, term.source):
+            values, read = read_layer([train], term.layer, term.source), (term.layer, term.source)
+        fitted[name] = fit_term(name, layer, values, groups=groups, train_groups=train_groups)
     return Coverage(fitted)
 
 

@@ -10,13 +10,8 @@ from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, SplitView
 from nacpipe.errors import ParamsError, ValuesError
-from nacpipe.method.coverage import (
-    LOGITS,
-    Source,
-    layer_of,
-    logits_gradient,
-    select_source,
-)
+from nacpipe.method.coverage import logits_gradient, select_source
+from nacpipe.method.term import LOGITS, SOURCES, VIEWS, Source, layer_of
 
 PIECE = 8192  # rows that are read at once, whole blocks of whole objects as extraction writes them
 
@@ -101,7 +96,8 @@ def check_layers(cache: Cache, layers: Sequence[str]) -> None:
     held = held_layers(cache)
     for layer in map(layer_of, layers):
         if layer not in held:
-            raise ParamsError(
-                f"layer {layer!r} is not in {cache.path}; it holds {', '.join(held)};"
-                f" extract it into another cache with --layers {shlex.quote(layer)}"
-            )
+            what = f"layer {layer!r} is not in {cache.path}; it holds {', '.join(held)};"
+            if layer.partition(":")[0] in held:
+                known = f"sources are {', '.join(SOURCES)}, views {', '.join(VIEWS)}"
+                raise ParamsError(f"{what} after a layer's name stand its source and its view: {known}")
+            raise ParamsError(f"{what} extract it into another cache with --layers {shlex.quote(layer)}")

@@ -11,32 +11,26 @@ from numpy.typing import NDArray
 
 from nacpipe.cache import Cache
 from nacpipe.method.counting import Asked, fill_ranked
-from nacpipe.method.coverage import (
-    Source,
-    bin_edges,
-    combine_layers,
-    layer_score,
-    product_borders,
-)
+from nacpipe.method.coverage import bin_edges, combine_layers, layer_score, product_borders
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.method.sorted_index import LayerIndex, index_columns
-from nacpipe.scoring.states import (
-    read_layer,
-)
+from nacpipe.method.term import Source, parse_term
+from nacpipe.scoring.term_index import TermIndex, TermIndexer
 
 REMEMBER_BYTES = 256 * 2**20  # of layer scores that a Scorer keeps
 
 
-IndexOf = Callable[[str, Source], LayerIndex]
-"""Layer and source → their index."""
+IndexOf = Callable[[str, Source], TermIndex]
+"""A term's name in the parameters and its source → their index."""
 
 
 def index_from(cache: Cache, splits: Sequence[str]) -> IndexOf:
-    """Return what reads and sorts a layer's columns: id/train is counted, `splits` are scored."""
+    """Return what reads and sorts a term's values: id/train is counted, `splits` are scored."""
+    indexer = TermIndexer(cache, splits)
 
-    def make(layer: str, source: Source) -> LayerIndex:
-        evaluated = read_layer([cache[name] for name in splits], layer, source)
-        return index_columns(read_layer([cache["id/train"]], layer, source), evaluated)
+    def make(name: str, source: Source) -> TermIndex:
+        made = indexer.index(replace(parse_term(name), source=source))
+        indexer.forget()
+        return made
 
     return make
 

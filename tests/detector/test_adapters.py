@@ -77,10 +77,11 @@ def batches(cache: Cache, split: str, size: int = 128) -> Iterator[tuple[Tensor,
 
 def test_counts_are_the_caches(cache: Cache, place: Path, network: nn.Module) -> None:
     fitted = fit_detector(network, PARAMS, (x for x, _ in batches(cache, "id/train")), {})
-    assert [look.layer.name for look in fitted._lookups] == ["avgpool", "layer3"]
-    for ours, look in zip(read_detector(place / "d.safetensors").layers, fitted._lookups, strict=True):
-        np.testing.assert_array_equal(look.layer.counts, ours.counts)
-        assert (look.layer.path, look.layer.pooling) == (ours.path, ours.pooling)
+    assert [look.fitted.name for look in fitted._lookups] == ["avgpool", "layer3"]
+    exported = read_detector(place / "d.safetensors")
+    for ours, look in zip(exported.terms, fitted._lookups, strict=True):
+        np.testing.assert_array_equal(look.fitted.counts, ours.counts)
+    assert fitted._specs == list(exported.taps)
     images = next(batches(cache, "id/val"))[0]
     assert not fitted(images).is_ood.any()  # there is no threshold
     np.testing.assert_array_equal(
@@ -113,11 +114,11 @@ def test_counting_and_a_detector_at_work_do_not_mix(first: str) -> None:
     params = NacParams(layers={"body": LayerParams(bins=9, saturation=3, alpha=2.0)})
     train, images = torch.randn(40, 1, 7, 7), torch.randn(40, 1, 7, 7)
     detector = fit_detector(network, params, [train], {})
-    counts, scores = detector._lookups[0].layer.counts, detector(images).score
+    counts, scores = detector._lookups[0].fitted.counts, detector(images).score
     found: dict[str, Any] = {}
 
     def fit() -> None:
-        found["fit"] = fit_detector(network, params, batches(), {})._lookups[0].layer.counts
+        found["fit"] = fit_detector(network, params, batches(), {})._lookups[0].fitted.counts
 
     def batches() -> Iterator[Tensor]:
         yield train[:20]
@@ -157,12 +158,12 @@ def test_poolings_and_logits(cache: Cache, network: nn.Module) -> None:
         }
     )
     images = [x for x, _ in batches(cache, "id/val")]
-    looked = {look.layer.name: look.layer for look in fit_detector(network, params, images, {})._lookups}
+    looked = {look.fitted.name: look.fitted for look in fit_detector(network, params, images, {})._lookups}
     assert (looked["layer3"].pooling, looked["layer3"].counts.shape) == ("sum-nchw", (64, 8))
     assert (looked["logits"].pooling, looked["logits"].counts.shape) == ("none", (10, 8))
     assert looked["logits"].counts.sum(axis=1).tolist() == [500] * 10
     looked = {
-        look.layer.name: look.layer for look in fit_detector(network, params, images, {"layer3": "sum-nhwc"})._lookups
+        look.fitted.name: look.fitted for look in fit_detector(network, params, images, {"layer3": "sum-nhwc"})._lookups
     }
     assert (looked["layer3"].pooling, looked["layer3"].counts.shape) == ("sum-nhwc", (7, 8))
 
@@ -223,7 +224,7 @@ def test_pytorch_ood_from_end_to_end(cache: Cache, place: Path, network: nn.Modu
     )
     assert detector.fit(DataLoader(train, batch_size=96)) is detector
     assert detector._detector is not None
-    assert detector._detector._lookups[0].layer.counts.sum(axis=1).tolist() == [1000] * 64
+    assert detector._detector._lookups[0].fitted.counts.sum(axis=1).tolist() == [1000] * 64
     scores, labels = [], []
     with torch.no_grad():  # as pytorch-ood's users do
         for split in ("id/val", "ood/val"):
@@ -245,7 +246,7 @@ def test_only_so_many_images_are_counted(cache: Cache, network: nn.Module) -> No
     loader = list(batches(cache, "id/train", 64))
     few = NAC(network, PARAMS, train_images=100).fit(iter(loader))
     assert few._detector is not None
-    assert few._detector._lookups[0].layer.counts.sum(axis=1).tolist() == [100] * 64
+    assert few._detector._lookups[0].fitted.counts.sum(axis=1).tolist() == [100] * 64
     same = NAC(network, PARAMS).fit([(torch.cat([x for x, _ in loader])[:100], torch.zeros(100))])
     images = next(batches(cache, "id/val"))[0]
     np.testing.assert_allclose(few.predict(images).numpy(), same.predict(images).numpy(), atol=1e-3)

@@ -31,14 +31,15 @@ PARAMS = NacParams(
 
 def test_counts_are_the_oracles(small_cache: Cache) -> None:
     exported = export_detector(small_cache, PARAMS)
-    assert [one.name for one in exported.layers] == ["layer1", "avgpool"]
-    for one in exported.layers:
+    assert [one.name for one in exported.terms] == ["layer1", "avgpool"]
+    taps = [(tap.name, tap.path, tap.pooling, tap.neurons) for tap in exported.taps]
+    assert taps == [("layer1", "layer1", "sum-nchw", 4), ("avgpool", "avgpool", "sum-nchw", 6)]
+    for one in exported.terms:
         products = read_source(small_cache["id/train"], one.name, one.params.source)
         edges = oracle.bin_edges(one.params.bins, one.params.edges)
         assert not oracle.in_doubt(products, one.params.alpha, edges).any()
         bins = oracle.bins_of(oracle.states(products, one.params.alpha), edges)
         np.testing.assert_array_equal(one.counts, oracle.count(bins, one.params.bins - 1))
-        assert (one.path, one.pooling) == (one.name, "sum-nchw")
 
 
 def test_what_was_exported_is_read(small_cache: Cache, tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_what_was_exported_is_read(small_cache: Cache, tmp_path: Path) -> None:
     write_detector(tmp_path / "d.safetensors", exported)
     found = read_detector(tmp_path / "d.safetensors")
     assert found.to_json() == exported.to_json()
-    for one, other in zip(found.layers, exported.layers, strict=True):
+    for one, other in zip(found.terms, exported.terms, strict=True):
         assert one.counts.dtype == np.int32
         np.testing.assert_array_equal(one.counts, other.counts)
         np.testing.assert_array_equal(one.borders, other.borders)
@@ -64,7 +65,7 @@ def test_the_same_detector_makes_the_same_bytes(small_cache: Cache, tmp_path: Pa
 
 def test_layers_of_weight_0_are_left_out(small_cache: Cache) -> None:
     without = NacParams(layers={**PARAMS.layers, "layer1": LayerParams(bins=9, saturation=2, alpha=1.0, weight=0.0)})
-    assert [one.name for one in export_detector(small_cache, without).layers] == ["avgpool"]
+    assert [one.name for one in export_detector(small_cache, without).terms] == ["avgpool"]
 
 
 def test_embeddings_have_classes_of_their_labels(make_cache: object, tmp_path: Path) -> None:
@@ -134,7 +135,8 @@ def test_a_layer_once_per_source(small_cache: Cache) -> None:
     layer = LayerParams(bins=20, saturation=5, alpha=0.5)
     terms = {f"layer1:{source}": replace(layer, source=source) for source in ("product", "activation")}
     exported = export_detector(small_cache, NacParams(layers=terms))
-    assert [(one.name, one.path) for one in exported.layers] == [(name, "layer1") for name in terms]
-    for one in exported.layers:
-        alone = export_detector(small_cache, NacParams(layers={"layer1": one.params})).layers[0]
+    assert [one.name for one in exported.terms] == list(terms)
+    assert [tap.path for tap in exported.taps] == ["layer1"]
+    for one in exported.terms:
+        alone = export_detector(small_cache, NacParams(layers={"layer1": one.params})).terms[0]
         np.testing.assert_array_equal(one.counts, alone.counts)

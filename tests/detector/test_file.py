@@ -15,8 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from nacpipe.detector.file import MAX_DETECTOR_BYTES, Exported, ExportedLayer, read_detector, write_detector
+from nacpipe.cache import LayerSpec
+from nacpipe.detector.file import MAX_DETECTOR_BYTES, Exported, read_detector, write_detector
 from nacpipe.errors import DetectorError, InputError
+from nacpipe.method.fitted_term import FittedTerm
 from nacpipe.method.params import LayerParams
 
 INF = np.float32(np.inf)
@@ -45,6 +47,14 @@ GOOD: dict[str, Any] = {
 }
 
 
+NEW: dict[str, Any] = {  # the same in version 2
+    **{key: value for key, value in GOOD.items() if key != "layers"},
+    "nacpipe_detector": 2,
+    "taps": [{"name": "avgpool", "path": "avgpool", "pooling": "sum-nchw", "neurons": 2}],
+    "terms": [{"name": "avgpool", "params": GOOD["layers"][0]["params"]}],
+}
+
+
 def arrays() -> dict[str, Any]:
     return {
         "avgpool/borders": np.array([-INF, 0, 1, INF], np.float32),
@@ -54,8 +64,8 @@ def arrays() -> dict[str, Any]:
 
 def test_round_trip_and_narrow_counts() -> None:
     exported = Exported.from_json(GOOD, arrays())
-    assert exported.to_json() == GOOD
-    assert exported.layers[0].counts.tolist() == [[100, 200, 0], [300, 0, 0]]
+    assert exported.to_json() == NEW
+    assert exported.terms[0].counts.tolist() == [[100, 200, 0], [300, 0, 0]]
     assert {key: a.dtype for key, a in exported.to_arrays().items()} == {
         "avgpool/borders": np.float32,
         "avgpool/counts": np.uint16,
@@ -66,19 +76,25 @@ def test_round_trip_and_narrow_counts() -> None:
     ("largest", "dtype"), [(255, np.uint8), (256, np.uint16), (65_535, np.uint16), (65_536, np.int32)]
 )
 def test_counts_are_as_narrow_as_they_can_be(largest: int, dtype: type, tmp_path: Path) -> None:
-    layer = ExportedLayer(
+    fitted = FittedTerm(
         name="a",
-        path="a",
-        pooling="none",
         params=LayerParams(bins=4, saturation=1, alpha=1.0),
         borders=arrays()["avgpool/borders"],
-        counts=np.array([[largest, 0, 0]], np.int32),
+        table=np.array([[largest, 0, 0]], np.int32),
     )
+    tap = LayerSpec(name="a", path="a", pooling="none", neurons=1)
     good = Exported.from_json(GOOD, arrays())
-    made = Exported(**{**{f: getattr(good, f) for f in Exported.__slots__}, "layers": (layer,), "train_rows": largest})
+    made = Exported(
+        **{
+            **{f: getattr(good, f) for f in Exported.__slots__},
+            "terms": (fitted,),
+            "taps": (tap,),
+            "train_rows": largest,
+        }
+    )
     assert made.to_arrays()["a/counts"].dtype == dtype
     write_detector(tmp_path / "d", made)
-    assert read_detector(tmp_path / "d").layers[0].counts.tolist() == [[largest, 0, 0]]
+    assert read_detector(tmp_path / "d").terms[0].counts.tolist() == [[largest, 0, 0]]
 
 
 def change(path: str, value: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
@@ -113,7 +129,7 @@ def grey(channels: int) -> dict[str, Any]:
 
 NAN = float("nan")
 WRONG = [
-    (change("nacpipe_detector", 2), "it has version 2, this nacpipe reads version 1"),
+    (change("nacpipe_detector", 3), "it has version 3, this nacpipe reads versions 1 and 2"),
     (change("threshold", NAN), "threshold is nan; it must be a finite number"),
     (change("threshold", True), "threshold is True"),
     (change("threshold", 10**400), "threshold is 1000"),
@@ -123,7 +139,7 @@ WRONG = [
     (change("keep_bits", 24), "keep_bits is 24"),
     (change("train_rows", 0), "train_rows is 0"),
     (change("layers", []), "it has no layers"),
-    (change("layers", [GOOD["layers"][0]] * 2), "two of its layers have one name"),
+    (change("layers", [GOOD["layers"][0]] * 2), "two of its terms have one name"),
     (second_layer(1.0, "avgpool:product", "elsewhere"), "two states of one of its layers have another path or pooling"),
     (change("layers.0.path", 3), "a layer's path is 3; it must be text"),
     (change("layers.0.extra", 3), "a layer is not"),
@@ -156,8 +172,8 @@ WRONG = [
     (array("avgpool/counts", np.zeros((0, 3), np.uint16)), r"counts are uint16 \(0, 3\)"),
     (array("avgpool/counts", np.array([[1.0, 0, 0]], np.float32)), "counts are float32"),
     (array("avgpool/counts", np.array([[300, 0, 0], [300, 0, 1]], np.uint16)), "counts of neuron 1 add up to 301"),
-    (array("avgpool/counts", np.array([[301, -1, 0]], np.int32)), "counts of neuron 0 add up to 300, or one is below"),
-    (array("layer9/counts", np.array([[1]], np.uint8)), "array 'layer9/counts' belongs to no layer"),
+    (array("avgpool/counts", np.array([[301, -1, 0]], np.int32)), "a count of neuron 0 is below 0"),
+    (array("layer9/counts", np.array([[1]], np.uint8)), "array 'layer9/counts' belongs to no term"),
     (lambda _, found: found.pop("avgpool/counts"), "layer 'avgpool': its counts are not there"),
 ]
 
@@ -218,8 +234,8 @@ def test_metadata_that_is_no_detector(text: str, tmp_path: Path) -> None:
 
 
 def test_arrays_of_other_types_are_not_read(tmp_path: Path) -> None:
-    save_file({**arrays(), "more": np.zeros(2, np.float64)}, tmp_path / "d", metadata={"nacpipe_detector": "{}"})
-    with pytest.raises(DetectorError, match="array 'more' is F64; known: F32, U8, U16, I32"):
+    save_file({**arrays(), "more": np.zeros(2, np.int64)}, tmp_path / "d", metadata={"nacpipe_detector": "{}"})
+    with pytest.raises(DetectorError, match="array 'more' is I64; known: F32, U8, U16, I32"):
         read_detector(tmp_path / "d")
 
 
@@ -236,4 +252,4 @@ def test_a_damaged_file_is_refused_or_read_but_never_crashes(place: float, bit: 
         assert str(error).startswith(str(tmp_path / "d"))
         return
     assert not cut
-    assert found.layers[0].counts.sum(axis=1).tolist() == [found.train_rows] * 2
+    assert found.terms[0].counts.sum(axis=1).tolist() == [found.train_rows] * 2

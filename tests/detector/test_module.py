@@ -23,18 +23,16 @@ from nacpipe.benchmarks.toml import choose_root, open_benchmark
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.writer import round_mantissa
 from nacpipe.detector.export import export_detector
-from nacpipe.detector.file import Exported, ExportedLayer, write_detector
+from nacpipe.detector.file import Exported, write_detector
 from nacpipe.detector.module import Detected, Detector, Lookup, attach, load_detector, round_bits
 from nacpipe.errors import DetectorError, InputError
 from nacpipe.extraction.dataset import build_transform, load_batches, open_images
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
-from nacpipe.method.counting import count_sorted
-from nacpipe.method.coverage import bin_edges, product_borders
+from nacpipe.method.fitted_term import fit_term
 from nacpipe.method.metrics import auroc
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.method.sorted_index import sort_columns
 from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
 from nacpipe.networks.taps import Taps
@@ -252,12 +250,6 @@ def test_scores_are_the_oracles(digits: Case) -> None:
     assert (np.abs(found - expected) < 1e-12).mean() >= 0.95  # a state may lie on an edge
 
 
-def fit_layer(name: str, products: NDArray[np.float32], params: LayerParams, path: str = "") -> ExportedLayer:
-    borders = product_borders(bin_edges(params.bins, params.edges), params.alpha)
-    counts = count_sorted(sort_columns(products), borders)
-    return ExportedLayer(name=name, path=path, pooling="none", params=params, borders=borders, counts=counts)
-
-
 @pytest.mark.parametrize("source", ["product", "activation", "gradient"])
 def test_logits_need_no_tap_and_no_backward_pass(digits: Case, source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     network, images = digits.network(), digits.images("id/val")[:50]
@@ -272,7 +264,7 @@ def test_logits_need_no_tap_and_no_backward_pass(digits: Case, source: Any, monk
     }[source]
     params = LayerParams(bins=20, saturation=5, alpha=1.0, source=source)
     forbid_backward(monkeypatch)
-    detector = Detector(network, [fit_layer("logits", states, params)], images[:2])
+    detector = Detector(network, [fit_term("logits", params, states)], [], images[:2])
     expected = oracle.score_layer(states, states, bins=20, saturation=5, alpha=1.0)
     assert (np.abs(detector(images).score.numpy() - expected) < 1e-12).mean() >= 0.95
 
@@ -350,10 +342,10 @@ def test_plain_torch_looks_up_what_the_compiled_kernel_does(edges: Any, alpha: f
     rng = np.random.RandomState(0)
     train, products = rng.randn(200, 7).astype(np.float32), rng.randn(90, 7).astype(np.float32) * 3
     params = LayerParams(bins=31, saturation=9, alpha=alpha, edges=edges)
-    layer = fit_layer("a", train, params)
-    products[:31, 0] = np.nan_to_num(layer.borders, posinf=1e30, neginf=-1e30)  # on every border
-    lookup = Lookup(layer)
-    np.testing.assert_array_equal(lookup.on_device(torch.from_numpy(products)), lookup(torch.from_numpy(products)))
+    fitted = fit_term("a", params, train)
+    products[:31, 0] = np.nan_to_num(fitted.borders, posinf=1e30, neginf=-1e30)  # on every border
+    lookup, values = Lookup(fitted), torch.from_numpy(products)
+    np.testing.assert_array_equal(lookup.on_device(values), lookup(values, np.zeros((90, 2), np.float32)))
 
 
 # --- it changes nothing -----------------------------------------------------------------------------------------------
@@ -498,13 +490,13 @@ def test_other_weights_are_refused(digits: Case) -> None:
 
 def test_what_does_not_fit_the_network_is_refused(digits: Case) -> None:
     exported, network = digits.exported, digits.network()
-    first = exported.layers[0]
+    first, tap = exported.terms[0], exported.taps[0]
 
     def spoiled(**changes: Any) -> Exported:
-        return replace(exported, layers=(replace(first, **changes),))
+        return replace(exported, terms=(first,), taps=(replace(tap, **changes),))
 
     with pytest.raises(DetectorError, match="layer 'avgpool' has 64 neurons, 63 were counted"):
-        attach(spoiled(counts=first.counts[:-1]), network)
+        attach(replace(spoiled(), terms=(replace(first, table=first.counts[:-1]),)), network)
     with pytest.raises(DetectorError, match="layer 'avgpool': pooling 'mean' is not known"):
         attach(spoiled(pooling="mean"), network)
     with pytest.raises(InputError, match="layer 'avgpool': the network has no module 'layer9'"):
