@@ -52,8 +52,9 @@ class TermIndexer:
         """Those of id/train and of the other splits, (rows, neurons) each."""
         if self._read != (layer, source):
             self.forget()
-            queries = read_layer([self.cache[name] for name in self.splits], layer, source)
-            self._values = read_layer([self.cache["id/train"]], layer, source), queries
+            train = read_layer([self.cache["id/train"]], layer, source)
+            scored = [self.cache[name] for name in self.splits]
+            self._values = train, read_layer(scored, layer, source) if scored else train[:0]
             self._read = layer, source
         return self._values
 
@@ -67,4 +68,5 @@ class TermIndexer:
 
     @cached_property
     def _query_groups(self) -> NDArray[np.int32]:
-        return np.concatenate([assign_groups(self._groups, self.cache[name]) for name in self.splits])
+        groups = [assign_groups(self._groups, self.cache[name]) for name in self.splits]
+        return np.concatenate(groups) if groups else np.empty(0, np.int32)

@@ -25,8 +25,10 @@ from optuna.trial import FrozenTrial, Trial
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.identity import VAL, bound_splits
 from nacpipe.errors import InputError, ParamsError
+from nacpipe.method.class_groups import count_groups_for
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.published import published_params
+from nacpipe.method.term import view_of
 from nacpipe.scoring.guide import choose_guide
 from nacpipe.scoring.states import check_layers
 from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
@@ -79,7 +81,9 @@ class Objective:
         self.splits = bound_splits(self.val)
         with_subtrain = SUBTRAIN in self.cache and self.cache.peek(SUBTRAIN).sealed  # nothing is chosen by it
         scored = [*[SUBTRAIN] * with_subtrain, *self.splits[1:]]
-        self.scorer = Scorer(functools.cache(index_from(self.cache, scored)), split_rows(self.cache, scored))
+        one_by_one = space == "auto"  # a term's index is dropped with the first trial of the next
+        index = functools.lru_cache(1 if one_by_one else None)(index_from(self.cache, scored))
+        self.scorer = Scorer(index, split_rows(self.cache, scored))
         self.guide = choose_guide(self.cache, tuple(scored), self.val)
         """The best plain score on the validation pair; None where the network gives no logits."""
         target = None
@@ -88,8 +92,9 @@ class Objective:
             target = guided_target(id_rows, ood_rows, self._pair_of_guide())
         self.evaluator = Evaluator(self.scorer, self.val, target)
         self.train_rows = self.cache["id/train"].rows
+        train_index = index_from(self.cache, ()) if one_by_one else index
         self.space: Space = {
-            name: measure_space(name, self.scorer.index, self.train_rows, given) for name, given in spec.items()
+            name: measure_space(name, train_index, self._counted(name), given) for name, given in spec.items()
         }
         self.fits = fits_weights(self.space)
         if not self.fits and all(layer.weights()[0] == 0 for layer in self.space.values()):
@@ -174,6 +179,12 @@ class Objective:
         outputs = self.cache[self.val].read("logits")
         rows = pair[0].stop - pair[0].start
         return cross_validate(scores, rows, outputs.argmax(axis=1), self._pair_of_guide())
+
+    def _counted(self, name: str) -> int:
+        """The samples that a bin can count at most, or nearly so: of id/train, by class twice a group's mean."""
+        if view_of(name) != "by_class":
+            return self.train_rows
+        return 2 * self.train_rows // count_groups_for(self.train_rows, self.cache.header.classes)
 
     def _pair_of_guide(self) -> NDArray[np.float64] | None:
         if self.guide is None:

@@ -22,7 +22,9 @@ from nacpipe.errors import InputError, ParamsError
 from nacpipe.method.coverage import Edges, Source, layer_of, source_of
 from nacpipe.method.params import LayerParams
 from nacpipe.method.published import published_grid
+from nacpipe.method.term import Term, parse_term
 from nacpipe.scoring.states import held_layers
+from nacpipe.scoring.views import available_terms
 from nacpipe.tuning.space import FIELDS, Choice, Dimension, Given, Interval
 
 NAMED = ("auto", "paper", "wide", "terms")  # these take any layers
@@ -44,7 +46,7 @@ def read_spec(space: str, cache: Cache, layers: Sequence[str]) -> dict[str, Give
         ParamsError: the paper has no grid for this network, or a layer is not in the cache.
     """
     if space == "auto":
-        asked: Mapping[str, Given] = _terms(cache, layers)
+        asked: Mapping[str, Given] = _available(cache, layers)
     elif space == "paper":
         asked = {name: {} for name in layers or _default_layers(cache)}
     elif space == "wide":
@@ -76,8 +78,18 @@ def _default_layers(cache: Cache) -> list[str]:
     return [spec.name for spec in cache.header.layers]
 
 
+def _available(cache: Cache, layers: Sequence[str]) -> dict[str, Given]:
+    """Every term that the data allow; of a layer that is named with its source or view, these alone."""
+    wanted = [parse_term(name) for name in layers] or [Term(layer=name) for name in held_layers(cache)]
+    held = [term for term in wanted if term.layer not in held_layers(cache)]  # refused by name later
+    for term in available_terms(cache):
+        if any(one in (Term(layer=term.layer), term) for one in wanted):
+            held.append(term)
+    return {term.name: {"source": Choice((term.source,))} for term in held}
+
+
 def _terms(cache: Cache, layers: Sequence[str]) -> dict[str, Given]:
-    """Every term that the cache has images enough for."""
+    """Every layer once per source."""
     return {
         f"{layer_of(name)}:{source}": {"source": Choice((source,))}
         for name in layers or held_layers(cache)
