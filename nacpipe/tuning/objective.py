@@ -13,6 +13,7 @@ share; in closed form unless the space or the sampler says otherwise), `val_auro
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import FixedTrial, FrozenTrial, Trial
 
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.identity import VAL, bound_splits
@@ -85,6 +86,7 @@ class Objective:
                 )
             guide = self._energy()
         self.evaluator = Evaluator(self.scorer, self.val, guide)
+        self._scoring = threading.Lock()  # `n_jobs` of Optuna: a trial is scored on all cores, one at a time
         self.train_rows = self.cache["id/train"].rows
         self.space: Space = {
             name: measure_space(name, self.scorer.index, self.train_rows, given) for name, given in spec.items()
@@ -108,15 +110,17 @@ class Objective:
         """Return what a trial suggests, by parameter."""
         return distributions(self.recorded)
 
-    def __call__(self, trial: Trial) -> float | tuple[float, ...]:
+    def __call__(self, trial: Trial | FixedTrial) -> float | tuple[float, ...]:
         """Score one trial's parameters; see the module for the attributes that it gets."""
         layers = layers_from(suggest(trial, self.distributions), self.recorded)
         weights = attributes_of(trial).get("weights")  # of a sampler that tries these, or of a trial that is repeated
-        if weights is not None and set(weights) == set(layers) and any(share > 0 for share in weights.values()):
-            params = NacParams(layers={name: replace(layer, weight=weights[name]) for name, layer in layers.items()})
-        else:
-            params = self.weigh(NacParams(layers=layers)) if self.fits else NacParams(layers=layers)
-        metrics = self.measure(params)
+        params = NacParams(layers=layers)
+        with self._scoring:
+            if weights is not None and set(weights) == set(layers) and any(share > 0 for share in weights.values()):
+                params = NacParams(layers={name: replace(p, weight=weights[name]) for name, p in layers.items()})
+            elif self.fits:
+                params = self.weigh(params)
+            metrics = self.measure(params)
         trial.set_user_attr("weights", {name: layer.weight for name, layer in params.layers.items()})
         for name, value in metrics.to_attributes().items():
             trial.set_user_attr(name, value)

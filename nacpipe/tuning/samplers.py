@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -42,7 +44,9 @@ class _PositionSampler(BaseSampler):
         """Return the distributions of all parameters of the objective."""
         if self._objective is None or "fixed_params" in trial.system_attrs:  # enqueued by a person
             return {}
-        return self._objective.distributions
+        parameters = self._objective.distributions
+        whole = "position" in trial.user_attrs and parameters.keys() <= trial.params.keys()  # a repeated trial's
+        return {} if whole else parameters
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -105,6 +109,7 @@ class LayerwiseSampler(_PositionSampler):
         """
         super().__init__(objective, seed)
         self._learnt: set[int] = set()
+        self._learning = threading.Lock()  # `n_jobs` of Optuna
         if objective is None:
             return
         for name, layer in objective.space.items():
@@ -114,7 +119,8 @@ class LayerwiseSampler(_PositionSampler):
                     ' weights come in closed form (weight = "fit") or are fixed'
                 )
         chosen = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-        self._rule = LayerwiseRule(objective.space, chosen, objective.published)
+        self._make_rule = partial(LayerwiseRule, objective.space, chosen, objective.published)
+        self._rule, self._study_name = self._make_rule(), ""
 
     @property
     def opening(self) -> int:
@@ -124,12 +130,15 @@ class LayerwiseSampler(_PositionSampler):
     def _propose(self, study: Study, trial: FrozenTrial) -> Candidate:
         objective = self._objective
         assert objective is not None
-        for other in completed_trials(study):
-            if other.number not in self._learnt:
-                self._learnt.add(other.number)
-                key = trial_metrics(other).objective_key(objective.objective)
-                self._rule.learn(other.user_attrs.get("position"), objective.params(other), key)
-        return self._rule.propose(trial.user_attrs.get("position", trial.number))
+        with self._learning:
+            if study.study_name != self._study_name:
+                self._rule, self._study_name, self._learnt = self._make_rule(), study.study_name, set()
+            for other in completed_trials(study):
+                if other.number not in self._learnt:
+                    self._learnt.add(other.number)
+                    key = trial_metrics(other).objective_key(objective.objective)
+                    self._rule.learn(other.user_attrs.get("position"), objective.params(other), key)
+            return self._rule.propose(_position(trial))
 
 
 class GridSampler(_PositionSampler):
@@ -180,11 +189,11 @@ class GridSampler(_PositionSampler):
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """End `study.optimize` where this trial completes the grid."""
-        if state == TrialState.COMPLETE and trial.number + 1 >= self.size:
-            complete = self.complete(study) | {trial.user_attrs.get("position", trial.number)}
-            if len(complete) >= self.size:
-                with suppress(RuntimeError):  # in a loop of the caller's own
-                    study.stop()
+        if state != TrialState.COMPLETE or trial.number + 1 < self.size:
+            return
+        if len(self.complete(study) | ({trial.user_attrs.get("position")} - {None})) >= self.size:
+            with suppress(RuntimeError):  # in a loop of the caller's own
+                study.stop()
 
     def complete(self, study: Study) -> set[int]:
         """Return the positions that are complete."""
@@ -192,7 +201,7 @@ class GridSampler(_PositionSampler):
 
     def _propose(self, study: Study, trial: FrozenTrial) -> Candidate:
         assert self._objective is not None
-        position = trial.user_attrs.get("position", trial.number)
+        position = _position(trial)
         if position >= self.size:
             done = self.complete(study)
             open_positions = [number for number in range(self.size) if number not in done]
@@ -201,6 +210,11 @@ class GridSampler(_PositionSampler):
             position = (idle or open_positions or [position % self.size])[0]
         params = self.params(position)
         return Candidate(position=position, phase="grid", params=params, fit=True)  # weights are fields, or closed form
+
+
+def _position(trial: FrozenTrial) -> int:
+    """A trial's position; of one that is repeated and never got as far as to have one, the first's number."""
+    return int(trial.user_attrs.get("position", trial.system_attrs.get("failed_trial", trial.number)))
 
 
 def _positions(study: Study, *states: TrialState) -> set[int]:

@@ -40,7 +40,7 @@ class Search:
             InputError: the request makes no sense, or the sampler cannot search the space.
         """
         _check(request)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # a trial that fails is told by the error that it raises
         set_threads(request.threads)
         self.request = request
         self.objective = Objective(  # before the study is made: a layer that tells nothing is refused here
@@ -83,8 +83,8 @@ class Search:
         storage = open_storage(request.where, write=create)
         names = optuna.get_all_study_names(storage)
         for name in names:
-            attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
             if name == request.study_name or not backend(request.where):
+                attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
                 _check_bound(request, name, attributes, bound)
         if request.study_name in names:
             study = optuna.load_study(study_name=request.study_name, storage=storage)

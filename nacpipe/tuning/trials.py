@@ -14,7 +14,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.tuning.space import FIELDS, Choice, Dimension, Interval, LayerSpace, Space
@@ -50,7 +50,7 @@ def as_distribution(*dimensions: Dimension) -> BaseDistribution:
     return FloatDistribution(low, high, log=ranges[0].log)
 
 
-def suggest(trial: Trial, parameters: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+def suggest(trial: Trial | FixedTrial, parameters: Mapping[str, BaseDistribution]) -> dict[str, Any]:
     """Return a trial's value of every parameter, suggested by the study's sampler."""
     values: dict[str, Any] = {}
     for name, distribution in parameters.items():
@@ -64,8 +64,11 @@ def suggest(trial: Trial, parameters: Mapping[str, BaseDistribution]) -> dict[st
     return values
 
 
-def attributes_of(trial: Trial) -> dict[str, Any]:
+def attributes_of(trial: Trial | FixedTrial) -> dict[str, Any]:
     """Return a running trial's user attributes, those of its sampler too, which the trial itself does not see."""
+    if isinstance(trial, FixedTrial):
+        return dict(trial.user_attrs)
+    _ = trial.relative_params  # Optuna leaves the sampler out where every parameter has one value
     return trial.storage.get_trial_user_attrs(trial._trial_id)
 
 

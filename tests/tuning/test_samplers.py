@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nacpipe.tuning.strategy import Strategy
 
 from nacpipe.cache import Cache
 from nacpipe.errors import InputError, MissingExtra
@@ -20,9 +21,7 @@ from nacpipe.tuning.objective import DIRECTIONS, Objective, ValidationMetrics
 from nacpipe.tuning.request import Sampler, SearchRequest
 from nacpipe.tuning.samplers import Grid, OptunaSampler, make_asker
 from nacpipe.tuning.space import Choice, Interval, LayerSpace, Space
-from nacpipe.tuning.strategy import Strategy
 from nacpipe.tuning.study import Search
-from nacpipe.tuning.trials import trial_params
 
 Trials = list[tuple[list[float], dict[str, Any], dict[str, Any]]]
 
@@ -220,7 +219,7 @@ def test_interrupted_or_not_the_trials_are_the_same(
         assert trials_of(ask("stopped", trials=trials)) == expected[:trials]
     assert trials_of(ask("whole", seed=2)) != expected
 
-    assert all(inside(trial_params(trial, whole.space), whole.space) for trial in whole.completed())
+    assert all(inside(whole.objective.params(trial), whole.objective.space) for trial in whole.completed())
     assert {attributes["phase"] for _, _, attributes in expected} == {sampler}
     weights = [params["avgpool.weight"] for _, params, _ in expected]
     if space == "weights":
@@ -240,7 +239,7 @@ def test_two_objectives(small_cache: Cache, tmp_path: Path, sampler: Sampler) ->
     assert [d.name.lower() for d in search.study.directions] == DIRECTIONS["pareto"] == ["maximize", "minimize"]
     for trial in search.completed():
         assert trial.values == [trial.user_attrs["val_auroc"], trial.user_attrs["val_fpr95"]]
-        checks = search.measure(trial_params(trial, search.space))
+        checks = search.objective.measure(search.objective.params(trial))
         assert trial.values == [checks.val_auroc, checks.val_fpr95]
 
 
