@@ -234,7 +234,7 @@ def test_a_cache_without_subtrain(make_cache: Callable[..., Cache], tmp_path: Pa
 def test_time_is_up(
     whole: tuple[Search, SearchResult], small_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a clock that moves by a second at every look: at the start, twice before the first trial, in every trial and after it."""
+    """With a clock that moves by a second at every look: at the start, twice before the trials, twice in each."""
     looks = iter(range(10**6))
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: float(next(looks))))
