@@ -20,10 +20,10 @@ import pandas as pd
 
 from nacpipe.cache import open_cache
 from nacpipe.evaluation.tables import evaluate
-from nacpipe.tuning.objective import Objective
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.runner import run
 from nacpipe.tuning.study import Search
+from nacpipe.tuning.validation import ObjectiveName
 
 
 def means(frame: pd.DataFrame, method: str) -> tuple[float, float]:
@@ -46,7 +46,7 @@ def main() -> None:
             cache = open_cache(path)
             held = tuple(asked.layers or (spec.name for spec in cache.header.layers))
             all_layers = (*held, "logits")
-            rows: list[tuple[str, tuple[str, ...], str, Objective]] = [
+            rows: list[tuple[str, tuple[str, ...], str, ObjectiveName]] = [
                 (f"{path.stem}, {len(held)} layers", held, "auto", "auroc"),
                 (f"{path.stem}, {len(held)} layers and logits", all_layers, "auto", "auroc"),
                 (f"{path.stem}, {len(held)} layers and logits, wide", all_layers, "wide", "auroc"),

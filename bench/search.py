@@ -32,11 +32,11 @@ from nacpipe.cache import open_cache
 from nacpipe.evaluation.tables import evaluate
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.scoring.params_file import read_params
-from nacpipe.tuning.objective import ValidationMetrics
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.space import Interval
 from nacpipe.tuning.storage import open_storage
 from nacpipe.tuning.study import Search
+from nacpipe.tuning.validation import ValidationMetrics
 
 COLUMNS = "seed      seconds   on all cores   trials   val AUROC   FPR@95   subtrain AUROC    near     far   (%)"
 Times = tuple[float, float]
@@ -80,16 +80,16 @@ def run_search(cache: Path, seed: int, trials: int, folder: Path, compiled: Path
 def run_tpe(cache: Path, seed: int, seconds: float, folder: Path) -> Found:
     """Return the times, the trials and the best of joint TPE in this many seconds."""
     search = Search(SearchRequest(cache=cache, storage=str(folder / "ranges.log")))
-    middle = {name: ranges.params(np.full(3, 0.5)) for name, ranges in search.space.items()}
+    middle = {name: ranges.params(np.full(3, 0.5)) for name, ranges in search.objective.space.items()}
     best = NacParams(layers=middle)
-    reached = search.evaluator.measure(best)  # every layer is read and sorted by now
+    reached = search.objective.measure(best)  # every layer is read and sorted by now
     sampler, storage = optuna.samplers.TPESampler(seed=seed), open_storage(str(folder / f"tpe{seed}.log"))
     study = optuna.create_study(direction="maximize", sampler=sampler, storage=storage)
     trials, before = 0, clock(resource.RUSAGE_SELF)
     while time.perf_counter() - before[0] < seconds:
         trial = study.ask()
         layers = {}
-        for name, ranges in search.space.items():
+        for name, ranges in search.objective.space.items():
             chosen: dict[str, Any] = {}
             for field in ("bins", "saturation", "alpha"):
                 dimension = ranges.dimension(field, "product")
@@ -98,7 +98,7 @@ def run_tpe(cache: Path, seed: int, seconds: float, folder: Path) -> Found:
                 chosen[field] = suggest(f"{name}.{field}", dimension.low, dimension.high, log=True)
             layers[name] = LayerParams(**chosen, weight=trial.suggest_float(f"{name}.weight", 0.0, 1.0))
         params = NacParams(layers=layers)
-        checks = search.evaluator.measure(params)
+        checks = search.objective.measure(params)
         study.tell(trial, checks.val_auroc)
         trials += 1
         if checks.val_auroc > reached.val_auroc:

@@ -13,6 +13,7 @@ share; in closed form unless the space or the sampler says otherwise), `val_auro
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import FixedTrial, FrozenTrial, Trial
 
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.identity import VAL, bound_splits
@@ -84,6 +85,7 @@ class Objective:
         one_by_one = space == "auto"  # a term's index is dropped with the first trial of the next
         index = functools.lru_cache(1 if one_by_one else None)(index_from(self.cache, scored))
         self.scorer = Scorer(index, split_rows(self.cache, scored))
+        self._scoring = threading.Lock()  # `n_jobs` of Optuna: a trial is scored on all cores, one at a time
         self.guide = choose_guide(self.cache, tuple(scored), self.val)
         """The best plain score on the validation pair; None where the network gives no logits."""
         target = None
@@ -121,17 +123,18 @@ class Objective:
             return self.distributions
         return distributions({name: self.recorded[name] for name in terms})
 
-    def __call__(self, trial: Trial) -> float | tuple[float, ...]:
+    def __call__(self, trial: Trial | FixedTrial) -> float | tuple[float, ...]:
         """Score one trial's parameters; see the module for the attributes that it gets."""
         asked = attributes_of(trial)  # by a sampler of ours, or by a trial that is repeated
         terms = [name for name in asked.get("terms", self.recorded) if name in self.recorded]
         layers = layers_from(suggest(trial, self.parameters(terms)), {name: self.recorded[name] for name in terms})
-        weights = asked.get("weights")
-        if weights is not None and set(weights) == set(layers) and any(share > 0 for share in weights.values()):
-            params = NacParams(layers={name: replace(layer, weight=weights[name]) for name, layer in layers.items()})
-        else:
-            params = self.weigh(NacParams(layers=layers)) if self.fits else NacParams(layers=layers)
-        metrics = self.measure(params)
+        weights, params = asked.get("weights"), NacParams(layers=layers)
+        with self._scoring:
+            if weights is not None and set(weights) == set(layers) and any(share > 0 for share in weights.values()):
+                params = NacParams(layers={name: replace(p, weight=weights[name]) for name, p in layers.items()})
+            elif self.fits:
+                params = self.weigh(params)
+            metrics = self.measure(params)
         trial.set_user_attr("weights", {name: layer.weight for name, layer in params.layers.items()})
         for name, value in metrics.to_attributes().items():
             trial.set_user_attr(name, value)

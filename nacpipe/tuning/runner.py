@@ -11,11 +11,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
+import numpy as np
 import optuna
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
@@ -24,7 +25,7 @@ from nacpipe.tuning.request import SearchResult
 from nacpipe.tuning.samplers import GridSampler
 from nacpipe.tuning.storage import cause, is_server
 from nacpipe.tuning.study import Search, session_seconds
-from nacpipe.tuning.trials import completed_trials, trial_metrics
+from nacpipe.tuning.trials import NewTrials, trial_metrics
 
 Progress = Callable[[int, float], None]
 """Completed trials, the best value."""
@@ -86,12 +87,14 @@ class _Session:
         self._stored = search.study
         trials = search.study.get_trials(deepcopy=False)
         finished = sum(trial.state.is_finished() for trial in trials)
+        if is_server(search.request.where):  # commands that begin at once must not draw the same
+            finished = int(np.random.SeedSequence().generate_state(1)[0])
         self._sampler = search.make_sampler(finished)
         self._started, self._before = time.monotonic(), session_seconds(search.completed())
-        self._seen: set[int] = set()
-        self._position = 0
+        self._trials = NewTrials()
         self.best: tuple[float, ...] = ()
         self._value, self._stale = 0.0, 0
+        self._tried = False
         if is_server(search.request.where):
             self._study = search.study
             self._study.sampler = self._sampler
@@ -114,29 +117,41 @@ class _Session:
         callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = [self._finish]
         if self._study is self._stored and not isinstance(self._sampler, GridSampler):
             callbacks.append(MaxTrialsCallback(self._search.trials, states=(TrialState.COMPLETE,)))
-        self._study.optimize(self._try, timeout=timeout, callbacks=callbacks)
-        return self._why() or "timeout"
+        while True:
+            try:
+                self._study.optimize(self._try, timeout=timeout, callbacks=callbacks)
+                return self._why() or "timeout"
+            except ValueError:  # Optuna's, of a trial that cannot be told because another machine has ended it
+                if self._study is not self._stored or not self._tried:
+                    raise
+                self._learn()
+                if ended := self._why():
+                    return ended
 
     def _try(self, trial: optuna.Trial) -> float | tuple[float, ...]:
-        value = self._search.objective(trial)
-        trial.set_user_attr("seconds", self._before + time.monotonic() - self._started)
+        """Score a trial; its value plays no part where this machine was silent so long that another repeats it."""
+        self._tried = False
+        value: float | tuple[float, ...] = float("nan")
+        with suppress(UpdateFinishedTrialError):
+            value = self._search.objective(trial)
+            trial.set_user_attr("seconds", self._before + time.monotonic() - self._started)
+        self._tried = True
         return value
 
     def _finish(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Keep a finished trial, and stop where it was the last."""
+        self._tried = False
         if self._study is not self._stored:
             self._stored.add_trial(trial)
         self._learn()
+        self._progress(len(self._trials), self._value)
         if self._why():
             study.stop()
 
     def _learn(self) -> None:
         """See how many trials are complete, the best, and since when there is none better."""
         objective, opening = self._search.request.aim, getattr(self._sampler, "opening", 0)
-        for trial in completed_trials(self._study):
-            if trial.number in self._seen:
-                continue
-            self._seen.add(trial.number)
+        for trial in self._trials.read(self._study):
             metrics = trial_metrics(trial)
             key = metrics.objective_key(objective)
             better = key > self.best
@@ -144,7 +159,6 @@ class _Session:
                 self.best, self._value = key, metrics.values(objective)[0]
             early = trial.user_attrs.get("position", trial.number) < opening
             self._stale = 0 if better or early else self._stale + 1
-            self._progress(len(self._seen), self._value)
 
     def _why(self) -> str:
         """Return why it should end now; empty where it should not."""
@@ -159,7 +173,7 @@ class _Session:
 
     def _is_complete(self) -> bool:
         """Return whether the study has the trials asked for; of a grid, so many combinations."""
-        if len(self._seen) < self._search.trials:
+        if len(self._trials) < self._search.trials:
             return False
         if isinstance(self._sampler, GridSampler):  # on a server two machines may have tried the same
             return len(self._sampler.complete(self._study)) >= self._search.trials

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -21,7 +23,9 @@ from nacpipe.tuning.objective import Objective
 from nacpipe.tuning.request import SamplerName
 from nacpipe.tuning.space import Choice
 from nacpipe.tuning.termwise import TermwiseRule
-from nacpipe.tuning.trials import completed_trials, flatten, recorded_fields, trial_metrics
+from nacpipe.tuning.trials import NewTrials, flatten, recorded_fields, trial_metrics
+
+Rule = LayerwiseRule | TermwiseRule
 
 LARGE_GRID = 100_000  # combinations that are tried without being asked for by number
 
@@ -38,7 +42,6 @@ class _PositionSampler(BaseSampler):
     def __init__(self, objective: Objective | None, seed: int | None) -> None:
         self._objective = objective
         self._random = RandomSampler(seed)
-        self._learnt: set[int] = set()
         self._candidates: dict[int, Candidate] = {}
         """Trial's id → what it tries, from its beginning until its first parameter is suggested."""
 
@@ -47,6 +50,10 @@ class _PositionSampler(BaseSampler):
         if self._objective is None or "fixed_params" in trial.system_attrs:  # enqueued by a person
             return
         self._check(study)
+        if "position" in trial.user_attrs:
+            terms = trial.user_attrs.get("terms", self._objective.recorded)
+            if self._objective.parameters(terms).keys() <= trial.params.keys():  # repeated, with all its parameters
+                return
         candidate = self._propose(study, trial)
         self._candidates[trial._trial_id] = candidate
         attributes: dict[str, Any] = {"position": candidate.position, "phase": candidate.phase}
@@ -73,9 +80,9 @@ class _PositionSampler(BaseSampler):
         """
         self._check(study)
         candidate = self._candidates.pop(trial._trial_id, None)
-        return (
-            {} if candidate is None or self._objective is None else flatten(candidate.params, self._objective.recorded)
-        )
+        if candidate is None or self._objective is None:
+            return {}
+        return flatten(candidate.params, self._objective.recorded)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -95,22 +102,44 @@ class _PositionSampler(BaseSampler):
     def _propose(self, study: Study, trial: FrozenTrial) -> Candidate:
         raise NotImplementedError
 
-    def _learn(self, study: Study, rule: LayerwiseRule | TermwiseRule) -> None:
-        """Let a rule learn from the completed trials that it does not know."""
-        objective = self._objective
-        assert objective is not None
-        for trial in completed_trials(study):
-            if trial.number not in self._learnt:
-                self._learnt.add(trial.number)
-                key = trial_metrics(trial).objective_key(objective.objective)
-                rule.learn(trial.user_attrs.get("position"), objective.params(trial), key)
-
     def _check(self, study: Study) -> None:
         if self._objective is None or self._objective.objective != "pareto":
             self._raise_error_if_multi_objective(study)
 
 
-class LayerwiseSampler(_PositionSampler):
+class _LearningSampler(_PositionSampler):
+    """Samples by a rule, a function of the seed and of the completed trials of one study, whoever ran them."""
+
+    def __init__(self, objective: Objective | None, seed: int | None, make: Callable[[int], Rule]) -> None:
+        super().__init__(objective, seed)
+        chosen = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        self._make: Callable[[], Rule] = partial(make, chosen)
+        self._lock = threading.Lock()  # `n_jobs` of Optuna
+        self._study = ""
+        self._forget("")
+
+    def _forget(self, study: str) -> None:
+        self._study, self._trials = study, NewTrials()
+        if self._objective is not None:
+            self._rule = self._make()
+
+    def _propose(self, study: Study, trial: FrozenTrial) -> Candidate:
+        with self._lock:
+            self._learn(study)
+            return self._rule.propose(_position(trial))
+
+    def _learn(self, study: Study) -> None:
+        """Let the rule learn from the completed trials that it does not know."""
+        objective = self._objective
+        assert objective is not None
+        if study.study_name != self._study:
+            self._forget(study.study_name)
+        for trial in self._trials.read(study):
+            key = trial_metrics(trial).objective_key(objective.objective)
+            self._rule.learn(trial.user_attrs.get("position"), objective.params(trial), key)
+
+
+class LayerwiseSampler(_LearningSampler):
     """Layers one by one, then each anew among the others (layerwise.py): `nacpipe search`'s default sampler.
 
     It learns from the study's completed trials, whoever ran them, so a study that is continued in another process goes
@@ -127,29 +156,25 @@ class LayerwiseSampler(_PositionSampler):
         Raises:
             InputError: the space searches for weights, which this sampler leaves to their closed form.
         """
-        super().__init__(objective, seed)
-        if objective is None:
-            return
-        for name, layer in objective.space.items():
+        super().__init__(objective, seed, self._make_rule)
+        for name, layer in objective.space.items() if objective is not None else ():
             if layer.weight is not None and layer.weight.free:
                 raise InputError(
                     f"layer {name!r}: a weight to be searched needs another sampler, such as --sampler tpe; by default"
                     ' weights come in closed form (weight = "fit") or are fixed'
                 )
-        chosen = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-        self._rule = LayerwiseRule(objective.space, chosen, objective.published)
 
     @property
     def opening(self) -> int:
         """Positions before the first round; they do not count as trials without improvement."""
-        return 0 if self._objective is None else self._rule.opening
+        return 0 if self._objective is None else self._make_rule(0).opening
 
-    def _propose(self, study: Study, trial: FrozenTrial) -> Candidate:
-        self._learn(study, self._rule)
-        return self._rule.propose(trial.user_attrs.get("position", trial.number))
+    def _make_rule(self, seed: int) -> LayerwiseRule:
+        assert self._objective is not None
+        return LayerwiseRule(self._objective.space, seed, self._objective.published)
 
 
-class TermwiseSampler(_PositionSampler):
+class TermwiseSampler(_LearningSampler):
     """Terms one by one, then all together (termwise.py): the default sampler of the space `auto`.
 
     It learns from the study's completed trials, as `LayerwiseSampler` does.
@@ -165,26 +190,24 @@ class TermwiseSampler(_PositionSampler):
         Raises:
             InputError: the space has weights of its own; here they come in closed form.
         """
-        super().__init__(objective, seed)
+        super().__init__(objective, seed, self._make_rule)
         if not objective.fits:
             raise InputError('terms are weighed in closed form: leave out weight, or say weight = "fit"')
-        chosen = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-        self.rule = TermwiseRule(objective.space, chosen)
 
     @property
     def opening(self) -> int:
         """Positions of the first pass; they do not count as trials without improvement."""
-        return self.rule.first_pass
+        return self._make_rule(0).first_pass
 
     def together(self, study: Study) -> NacParams:
         """Return the best of every term, weighed in closed form."""
-        assert self._objective is not None
-        self._learn(study, self.rule)
-        return self._objective.weigh(self.rule.together())
+        assert self._objective is not None and isinstance(self._rule, TermwiseRule)
+        self._learn(study)
+        return self._objective.weigh(self._rule.together())
 
-    def _propose(self, study: Study, trial: FrozenTrial) -> Candidate:
-        self._learn(study, self.rule)
-        return self.rule.propose(trial.user_attrs.get("position", trial.number))
+    def _make_rule(self, seed: int) -> TermwiseRule:
+        assert self._objective is not None
+        return TermwiseRule(self._objective.space, seed)
 
 
 class GridSampler(_PositionSampler):
@@ -235,11 +258,11 @@ class GridSampler(_PositionSampler):
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """End `study.optimize` where this trial completes the grid."""
-        if state == TrialState.COMPLETE and trial.number + 1 >= self.size:
-            complete = self.complete(study) | {trial.user_attrs.get("position", trial.number)}
-            if len(complete) >= self.size:
-                with suppress(RuntimeError):  # in a loop of the caller's own
-                    study.stop()
+        if state != TrialState.COMPLETE or trial.number + 1 < self.size:
+            return
+        if len(self.complete(study) | ({trial.user_attrs.get("position")} - {None})) >= self.size:
+            with suppress(RuntimeError):  # in a loop of the caller's own
+                study.stop()
 
     def complete(self, study: Study) -> set[int]:
         """Return the positions that are complete."""
@@ -247,7 +270,7 @@ class GridSampler(_PositionSampler):
 
     def _propose(self, study: Study, trial: FrozenTrial) -> Candidate:
         assert self._objective is not None
-        position = trial.user_attrs.get("position", trial.number)
+        position = _position(trial)
         if position >= self.size:
             done = self.complete(study)
             open_positions = [number for number in range(self.size) if number not in done]
@@ -256,6 +279,11 @@ class GridSampler(_PositionSampler):
             position = (idle or open_positions or [position % self.size])[0]
         params = self.params(position)
         return Candidate(position=position, phase="grid", params=params, fit=True)  # weights are fields, or closed form
+
+
+def _position(trial: FrozenTrial) -> int:
+    """A trial's position; of one that is repeated and never got as far as to have one, the first's number."""
+    return int(trial.user_attrs.get("position", trial.system_attrs.get("failed_trial", trial.number)))
 
 
 def _positions(study: Study, *states: TrialState) -> set[int]:

@@ -42,7 +42,7 @@ class Search:
             InputError: the request makes no sense, or the sampler cannot search the space.
         """
         _check(request)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # a trial that fails is told by the error that it raises
         set_threads(request.threads)
         self.request = request
         self.objective = Objective(  # before the study is made: a layer that tells nothing is refused here
@@ -85,8 +85,8 @@ class Search:
         storage = open_storage(request.where, write=create)
         names = optuna.get_all_study_names(storage)
         for name in names:
-            attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
             if name == request.study_name or not backend(request.where):
+                attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
                 _check_bound(request, name, attributes, bound)
         if request.study_name in names:
             study = optuna.load_study(study_name=request.study_name, storage=storage)
@@ -228,7 +228,7 @@ def _trials(request: SearchRequest, sampler: BaseSampler) -> int:
         return min(request.trials, size or request.trials)
     if size is not None and size > LARGE_GRID:
         raise InputError(f"the grid has {size} combinations; say how many to try with --trials N")
-    return sampler.rule.first_pass if isinstance(sampler, TermwiseSampler) else size or DEFAULT_TRIALS
+    return sampler.opening if isinstance(sampler, TermwiseSampler) else size or DEFAULT_TRIALS
 
 
 def _what(identity: Mapping[str, Any]) -> str:

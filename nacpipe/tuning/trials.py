@@ -14,7 +14,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.tuning.space import FIELDS, Choice, Dimension, Interval, LayerSpace, Space
@@ -50,7 +50,7 @@ def as_distribution(*dimensions: Dimension) -> BaseDistribution:
     return FloatDistribution(low, high, log=ranges[0].log)
 
 
-def suggest(trial: Trial, parameters: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+def suggest(trial: Trial | FixedTrial, parameters: Mapping[str, BaseDistribution]) -> dict[str, Any]:
     """Return a trial's value of every parameter, suggested by the study's sampler."""
     values: dict[str, Any] = {}
     for name, distribution in parameters.items():
@@ -64,8 +64,11 @@ def suggest(trial: Trial, parameters: Mapping[str, BaseDistribution]) -> dict[st
     return values
 
 
-def attributes_of(trial: Trial) -> dict[str, Any]:
+def attributes_of(trial: Trial | FixedTrial) -> dict[str, Any]:
     """Return a running trial's user attributes, those of its sampler too, which the trial itself does not see."""
+    if isinstance(trial, FixedTrial):
+        return dict(trial.user_attrs)
+    _ = trial.relative_params  # Optuna leaves the sampler out where every parameter has one value
     return trial.storage.get_trial_user_attrs(trial._trial_id)
 
 
@@ -113,6 +116,30 @@ def completed_trials(study: Study) -> list[FrozenTrial]:
     """Return the trials of our objective that are complete, in the order of their numbers."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return [trial for trial in trials if "val_auroc" in trial.user_attrs]
+
+
+class NewTrials:
+    """Reads a study's completed trials of our objective again and again, each once."""
+
+    def __init__(self) -> None:
+        self._start = 0  # all trials before it are finished and were read
+        self._read: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+    def read(self, study: Study) -> list[FrozenTrial]:
+        """Return those that completed since the last reading, in the order of their numbers."""
+        trials = study.get_trials(deepcopy=False)
+        new = [
+            trial
+            for trial in trials[self._start :]
+            if trial.state == TrialState.COMPLETE and trial.number not in self._read and "val_auroc" in trial.user_attrs
+        ]
+        self._read.update(trial.number for trial in new)
+        while self._start < len(trials) and trials[self._start].state.is_finished():
+            self._start += 1
+        return new
 
 
 def best_trial(trials: Sequence[FrozenTrial], objective: ObjectiveName) -> FrozenTrial:

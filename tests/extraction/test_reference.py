@@ -174,7 +174,7 @@ def test_the_published_grid_gives_the_authors_trials_and_their_choice(
     result = run(search)
     found = {}
     for trial in search.completed():
-        layers = trial_params(trial, search.space).layers
+        layers = trial_params(trial, search.objective.space).layers
         found[tuple((p.bins, p.saturation, p.alpha) for p in layers.values())] = trial.user_attrs
     assert len(found) == len(known) == 256
     for trial in known:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from nacpipe.cache import Cache
+from nacpipe.cache import Cache, open_cache
 from nacpipe.cli import main
 from nacpipe.reporting.past import find_study
 
@@ -65,9 +65,32 @@ def test_why_it_cannot_be_looked_at(make_cache: Callable[..., Cache], tmp_path: 
     assert said.explanation is None
     assert said.reason.startswith(f"History and importances are left out, {study}: there is no completed trial")
     assert find_study(cache, "published").reason == "The parameters are the paper's; no search was made for them."
+    options = written["made_by"]["options"]
     for change, reason in (
         ({"study": "postgresql://nac:***@db/x"}, "nac-seed1 in postgresql://nac:***@db/x wants a password."),
-        ({"study_name": "other"}, "searched in a space of its own; nacpipe search --explain shows it."),
+        ({"options": None}, f"{study}: an earlier nacpipe's."),
+        ({"options": {**options, "sampel": 1}}, "the record of the search's options is damaged (SearchRequest."),
+        (
+            {"options": {**options, "study": "other"}},
+            f"there is no completed trial to explain; start with: nacpipe search {cache.path} --study other.",
+        ),
     ):
-        path.write_text(json.dumps({**written, "made_by": {**written["made_by"], **change}}))
-        assert find_study(cache, None).reason.endswith(reason)
+        made_by = {key: value for key, value in {**written["made_by"], **change}.items() if value is not None}
+        path.write_text(json.dumps({**written, "made_by": made_by}))
+        found = find_study(cache, None)
+        assert found.explanation is None
+        assert reason in found.reason
+
+
+def test_a_study_that_moved_with_its_cache_is_found(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
+    """Also where the search named the journal beside the cache itself, and a space file."""
+    (tmp_path / "before").mkdir()
+    cache = make_cache(tmp_path / "before" / "c.zarr")
+    (tmp_path / "s.toml").write_text("[default]\nbins = [20, 50]\n")
+    asked = ["--storage", f"{tmp_path}/before/c.study.log", "--space", f"{tmp_path}/s.toml", "--seed", "3"]
+    search(cache.path, "--trials", "3", *asked)
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = open_cache(tmp_path / "after" / "c.zarr")
+    found = find_study(moved, None)
+    assert found.reason == ""
+    assert found.command == f"nacpipe search {moved.path} --space {tmp_path}/s.toml --seed 3"

@@ -77,7 +77,7 @@ def search(cache: Cache, where: str, output: Path, *more: str) -> list[str]:
 
 def trials(where: str, study: str) -> list[int]:
     found = optuna.load_study(study_name=study, storage=open_storage(where)).get_trials(deepcopy=False)
-    return sorted(trial.user_attrs["number"] for trial in found)
+    return sorted(trial.user_attrs["position"] for trial in found)
 
 
 PLACES = ["{}/s.log", "sqlite:///{}/s.db", "sqlite+pysqlite:///{}/s.db"]

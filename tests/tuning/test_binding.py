@@ -64,7 +64,7 @@ def test_they_say_which_splits_they_are_bound_to(cache: Cache, val: str) -> None
     assert list(found.study.user_attrs["identity"]["splits"]) == ["id/train", "id/val", val]
     made_by = found.made_by()
     assert made_by["val"] == val
-    layers = tuple(found.layers)
+    layers = tuple(found.objective.layers)
     assert made_by["fingerprint"] == fingerprint(cache.search_identity(("id/train", "id/val", val), layers))
 
 
@@ -173,7 +173,7 @@ def test_older_parameters_are_taken(cache: Cache, tmp_path: Path, val: str, subt
     """They were bound to ood/val whatever --val was, and to id/subtrain where it was there."""
     found = search(cache, val=val)
     splits = ("id/train", *["id/subtrain"] * subtrain, "id/val", "ood/val")
-    bound = fingerprint(cache.search_identity(splits, tuple(found.layers)))
+    bound = fingerprint(cache.search_identity(splits, tuple(found.objective.layers)))
     beside = tmp_path / "c.params.json"
     params = read_params(beside)
     write_params(beside, params, made_by={**found.made_by(), "fingerprint": bound})

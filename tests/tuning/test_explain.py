@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 from collections.abc import Sequence
@@ -18,10 +17,10 @@ from nacpipe.errors import StudyError
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.tuning import runner as sweep
 from nacpipe.tuning.explain import FEW, HEIGHT, WIDTH, Explanation, explain
-from nacpipe.tuning.objective import Candidate, Objective, TrialResult, ValidationMetrics
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.study import Search
-from nacpipe.tuning.trials import distributions, to_trial
+from nacpipe.tuning.validation import ObjectiveName, ValidationMetrics
+from tests.tuning.trials import make_trial
 
 SPACE = """
 [default]
@@ -60,15 +59,7 @@ def add(search: Search, trials: Sequence[tuple[NacParams, float, float]]) -> Non
     for number, (params, auroc, fpr95) in enumerate(trials):
         checks = ValidationMetrics(val_auroc=auroc, val_fpr95=fpr95, subtrain_auroc=None)
         search.study.add_trial(
-            to_trial(
-                Candidate(number=number, phase=f"phase {number}", params=params),
-                TrialResult(params, checks),
-                datetime.datetime.now(),
-                seconds=number,
-                objective=search.request.objective,
-                space=search.space,
-                record=distributions(search.space),
-            )
+            make_trial(params, checks, search.request.objective, search.objective.space, phase=f"phase {number}")
         )
 
 
@@ -98,8 +89,18 @@ def test_frames_by_hand(small_cache: Cache, tmp_path: Path, objective: Any) -> N
     assert list(found.layers.columns) == ["layer", "weight", "alone", "without"]
     rest = {name: NacParams(layers={name: best.layers[name]}) for name in ("avgpool", "layer1")}
     assert found.layers.to_dict("records") == [
-        {"layer": "avgpool", "weight": 0.5, "alone": 0.65, "without": search.measure(rest["layer1"]).val_auroc},
-        {"layer": "layer1", "weight": 2.0, "alone": 0.55, "without": search.measure(rest["avgpool"]).val_auroc},
+        {
+            "layer": "avgpool",
+            "weight": 0.5,
+            "alone": 0.65,
+            "without": search.objective.measure(rest["layer1"]).val_auroc,
+        },
+        {
+            "layer": "layer1",
+            "weight": 2.0,
+            "alone": 0.55,
+            "without": search.objective.measure(rest["avgpool"]).val_auroc,
+        },
     ]
     assert found.layers["without"][0] != found.layers["without"][1]
 
@@ -146,7 +147,7 @@ def test_a_layer_that_has_all_the_weight(small_cache: Cache, tmp_path: Path) -> 
     search = open_search(small_cache, tmp_path)
     add(search, BY_HAND[:1])
     records = explain(search).to_json()["layers"]
-    alone = search.measure(NacParams(layers={"avgpool": BY_HAND[0][0].layers["avgpool"]})).val_auroc
+    alone = search.objective.measure(NacParams(layers={"avgpool": BY_HAND[0][0].layers["avgpool"]})).val_auroc
     assert records == [
         {"layer": "avgpool", "weight": 1.0, "alone": 0.60, "without": None},
         {"layer": "layer1", "weight": 0.0, "alone": None, "without": alone},
@@ -162,8 +163,7 @@ def test_weights_in_closed_form_are_found_anew(small_cache: Cache, tmp_path: Pat
     found = explain(search)
     for _, row in found.layers.iterrows():
         rest = NacParams(layers={n: p for n, p in result.params.layers.items() if n != row["layer"]})
-        proposal = Candidate(number=0, phase="", params=rest, fit=True)
-        assert row["without"] == search.evaluator.evaluate(proposal).checks.val_auroc
+        assert row["without"] == search.objective.measure(search.objective.weigh(rest)).val_auroc
         assert row["weight"] == result.params.layers[row["layer"]].weight
     assert found.parameters["place"].isna().all()
     assert not found.parameters["at_edge"].any()
@@ -232,7 +232,7 @@ def test_json_has_no_nan(small_cache: Cache, tmp_path: Path) -> None:
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 
-def picture(values: Sequence[float], objective: Objective = "auroc") -> list[str]:
+def picture(values: Sequence[float], objective: ObjectiveName = "auroc") -> list[str]:
     history = pd.DataFrame({"number": range(len(values)), "phase": "", "value": values})
     history["best"] = history["value"].cummin() if objective == "fpr95" else history["value"].cummax()
     nothing = pd.DataFrame()

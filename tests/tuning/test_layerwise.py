@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from nacpipe.tuning.strategy import LOCAL, REFINE, SETTLE, SPREAD, Strategy
 from numpy.typing import NDArray
 
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.tuning.objective import Candidate, ValidationMetrics
+from nacpipe.tuning.layerwise import LOCAL, REFINE, SETTLE, SPREAD, Candidate, LayerwiseRule
 from nacpipe.tuning.space import Choice, Interval, LayerSpace, with_weights
+from nacpipe.tuning.validation import ValidationMetrics
 
 
 def ranges(bins: tuple[int, int], saturation: tuple[int, int], alpha: tuple[float, float]) -> LayerSpace:
@@ -46,10 +46,6 @@ def final(proposal: Candidate) -> NacParams:
     return with_weights(proposal.params.layers, weigh(proposal.params)) if proposal.fit else proposal.params
 
 
-def checks(value: float) -> ValidationMetrics:
-    return ValidationMetrics(val_auroc=value, val_fpr95=-value, subtrain_auroc=None)
-
-
 def value_of(params: NacParams) -> float:
     """A smooth hill with its top, 0, at TARGET and equal weights."""
     total = 0.0
@@ -60,15 +56,15 @@ def value_of(params: NacParams) -> float:
 
 
 def run(
-    strategy: Strategy, trials: int, objective: Callable[[NacParams], float] = value_of
+    rule: LayerwiseRule, trials: int, objective: Callable[[NacParams], float] = value_of
 ) -> list[tuple[Candidate, NacParams, float]]:
     """Proposals, what was tried, and its value."""
     found = []
     for number in range(trials):
-        proposal = strategy.ask(number)
+        proposal = rule.propose(number)
         params = final(proposal)
         value = objective(params)
-        strategy.tell(number, params, checks(value))
+        rule.learn(number, params, (value,))
         found.append((proposal, params, value))
     return found
 
@@ -79,22 +75,22 @@ Whole = list[tuple[Candidate, NacParams, float]]
 @pytest.fixture(scope="module")
 def whole() -> Whole:
     """An uninterrupted search through all phases."""
-    return run(Strategy(SPACE, 7, published=PUBLISHED), TRIALS)
+    return run(LayerwiseRule(SPACE, 7, published=PUBLISHED), TRIALS)
 
 
-def test_going_on_after_any_trial_asks_what_the_uninterrupted_one_asks(whole: Whole) -> None:
+def test_going_on_after_any_trial_proposes_what_the_uninterrupted_one_proposes(whole: Whole) -> None:
     for told in range(TRIALS):
-        fresh = Strategy(SPACE, 7, published=PUBLISHED)
+        fresh = LayerwiseRule(SPACE, 7, published=PUBLISHED)
         for number, (_, params, value) in enumerate(whole[:told]):
-            fresh.tell(number, params, checks(value))
-        assert fresh.ask(told) == whole[told][0], f"after {told} trials"
+            fresh.learn(number, params, (value,))
+        assert fresh.propose(told) == whole[told][0], f"after {told} trials"
 
 
-def test_asking_twice_changes_nothing(whole: Whole) -> None:
-    strategy = Strategy(SPACE, 7, published=PUBLISHED)
+def test_proposing_twice_changes_nothing(whole: Whole) -> None:
+    rule = LayerwiseRule(SPACE, 7, published=PUBLISHED)
     for number, (proposal, params, value) in enumerate(whole):
-        assert strategy.ask(number) == strategy.ask(number) == proposal
-        strategy.tell(number, params, checks(value))
+        assert rule.propose(number) == rule.propose(number) == proposal
+        rule.learn(number, params, (value,))
 
 
 def test_phases_in_order_and_of_the_documented_length(whole: Whole) -> None:
@@ -104,7 +100,7 @@ def test_phases_in_order_and_of_the_documented_length(whole: Whole) -> None:
         + [f"round {name}" for name in ("avgpool", "layer3", "layer2", "avgpool") for _ in range(TURN)]
     )
     assert [proposal.phase for proposal, _, _ in whole] == expected
-    without = run(Strategy(SPACE, 7), 2)
+    without = run(LayerwiseRule(SPACE, 7), 2)
     assert [proposal.phase for proposal, _, _ in without] == ["layer avgpool"] * 2
     assert (SPREAD, REFINE, SETTLE, LOCAL) == (12, 12, 20, 24)
 
@@ -193,29 +189,29 @@ def test_parameters_stay_inside_their_ranges(whole: Whole) -> None:
 
 
 def test_the_best_is_remembered(whole: Whole) -> None:
-    strategy = Strategy(SPACE, 7, published=PUBLISHED)
-    found = run(strategy, TRIALS)
-    assert strategy.objective_key == (max(value for _, _, value in found),)
+    rule = LayerwiseRule(SPACE, 7, published=PUBLISHED)
+    found = run(rule, TRIALS)
+    assert rule.best_key == (max(value for _, _, value in found),)
     assert found == whole
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_hill_is_climbed(seed: int) -> None:
     """Top 0; points anywhere, all weights equal, lie around −0.45."""
-    found = [value for _, _, value in run(Strategy(SPACE, seed), TRIALS)]
+    found = [value for _, _, value in run(LayerwiseRule(SPACE, seed), TRIALS)]
     assert max(found) > -0.03
     assert max(found) > max(found[: 3 * ALONE])
     assert np.median(found[-LOCAL:]) > np.median(found[: 3 * ALONE])
 
 
 def test_seeds_differ() -> None:
-    first, second = (run(Strategy(SPACE, seed), 3) for seed in (1, 2))
+    first, second = (run(LayerwiseRule(SPACE, seed), 3) for seed in (1, 2))
     assert first[0] != second[0]
 
 
 def test_a_single_layer_is_searched_too() -> None:
     space = {"avgpool": SPACE["avgpool"]}
-    found = run(Strategy(space, 3), ALONE + 2 * TURN)
+    found = run(LayerwiseRule(space, 3), ALONE + 2 * TURN)
     assert [proposal.phase for proposal, _, _ in found] == ["layer avgpool"] * ALONE + ["round avgpool"] * 2 * TURN
     assert all(params.layers["avgpool"].weight == 1 for _, params, _ in found)
     assert max(value for _, _, value in found) > -0.005
@@ -224,33 +220,34 @@ def test_a_single_layer_is_searched_too() -> None:
 
 
 def test_equal_values_keep_the_first() -> None:
-    strategy = Strategy(SPACE, 1)
-    _, first, _ = run(strategy, 30, lambda _params: 0.5)[0]
-    assert strategy.objective_key == (0.5,)
-    assert strategy.best is not None
-    assert strategy.best.layers["avgpool"] == first.layers["avgpool"]
+    rule = LayerwiseRule(SPACE, 1)
+    _, first, _ = run(rule, 30, lambda _params: 0.5)[0]
+    assert rule.best_key == (0.5,)
+    assert rule.best is not None
+    assert rule.best.layers["avgpool"] == first.layers["avgpool"]
 
 
 def test_fpr95_is_climbed_downwards_and_among_equals_auroc() -> None:
-    strategy = Strategy(SPACE, 1, "fpr95")
-    params = final(strategy.ask(0))
+    rule = LayerwiseRule(SPACE, 1)
+    params = final(rule.propose(0))
     for number, (fpr, auroc) in enumerate([(0.5, 0.8), (0.4, 0.7), (0.4, 0.75), (0.45, 0.99)]):
-        strategy.tell(number, params, ValidationMetrics(val_auroc=auroc, val_fpr95=fpr, subtrain_auroc=None))
-    assert strategy.objective_key == (-0.4, 0.75)
+        metrics = ValidationMetrics(val_auroc=auroc, val_fpr95=fpr, subtrain_auroc=None)
+        rule.learn(number, params, metrics.objective_key("fpr95"))
+    assert rule.best_key == (-0.4, 0.75)
 
 
 @pytest.mark.parametrize("late", [1, 2, 5, 17])
-def test_several_workers_at_once_try_different_things_and_climb_too(late: int) -> None:
-    """Every trial is asked for when all but the `late` ones before it are told."""
-    strategy, waiting, values, seen = Strategy(SPACE, 7, published=PUBLISHED), [], [], []
+def test_several_processes_at_once_try_different_things_and_climb_too(late: int) -> None:
+    """Every trial is proposed when all but the `late` ones before it are learnt from."""
+    rule, waiting, values, seen = LayerwiseRule(SPACE, 7, published=PUBLISHED), [], [], []
     for number in range(TRIALS):
-        proposal = strategy.ask(number)
+        proposal = rule.propose(number)
         waiting.append((number, final(proposal)))
         seen.append(final(proposal))
         if len(waiting) > late:
             told, params = waiting.pop((number * 7) % len(waiting))  # in any order
             values.append(value_of(params))
-            strategy.tell(told, params, checks(values[-1]))
+            rule.learn(told, params, (values[-1],))
     assert max(values) > -0.03
     assert len({str(params) for params in seen}) > 0.98 * TRIALS
 
@@ -265,7 +262,7 @@ def test_choices_and_fixed_values_are_searched() -> None:
         source=Choice(("product", "gradient")),
     )
     found = run(
-        Strategy({"avgpool": fixed, "layer3": mixed}, 5), 2 * ALONE + 2 * TURN, lambda p: p.layers["layer3"].alpha
+        LayerwiseRule({"avgpool": fixed, "layer3": mixed}, 5), 2 * ALONE + 2 * TURN, lambda p: p.layers["layer3"].alpha
     )
     layers = [params.layers for _, params, _ in found]
     assert {(p["avgpool"].bins, p["avgpool"].saturation, p["avgpool"].alpha) for p in layers} == {(50, 5, 2.0)}
@@ -281,7 +278,7 @@ def test_weights_that_the_space_fixes_stay() -> None:
     space = {
         name: replace(SPACE[name], weight=Choice((weight,))) for name, weight in (("avgpool", 1.0), ("layer3", 3.0))
     }
-    found = run(Strategy(space, 2), 2 * ALONE + 2 * TURN, lambda p: float(p.layers["avgpool"].bins))
+    found = run(LayerwiseRule(space, 2), 2 * ALONE + 2 * TURN, lambda p: float(p.layers["avgpool"].bins))
     assert not any(proposal.fit for proposal, _, _ in found)
     for _, params, _ in found[2 * ALONE :]:
         assert [layer.weight for layer in params.layers.values()] == [0.25, 0.75]

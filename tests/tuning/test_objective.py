@@ -1,4 +1,4 @@
-"""What a trial is: its checks, its weights in closed form, and the network's output as a layer."""
+"""What a trial's value is: its metrics, its weights in closed form, the network's output as a layer, the callable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nacpipe.method.plain_scores import energy
 from nacpipe.scoring.coverage import fit_coverage, score_splits
 from nacpipe.scoring.states import check_layers, held_layers, read_source
 from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
-from nacpipe.tuning.objective import DIRECTIONS, Candidate, Evaluator, Objective, ValidationMetrics
+from nacpipe.tuning.validation import DIRECTIONS, Evaluator, ObjectiveName, ValidationMetrics
 from nacpipe.tuning.weights import fisher_weights, guided_target, target_weights
 
 SPLITS = ["id/subtrain", "id/val", "ood/val"]
@@ -53,7 +53,9 @@ CHECKS = ValidationMetrics(val_auroc=0.75, val_fpr95=0.5, subtrain_auroc=None, v
         ("guided", [0.25], (0.25,)),
     ],
 )
-def test_values_and_objective_key(objective: Objective, values: list[float], objective_key: tuple[float, ...]) -> None:
+def test_values_and_objective_key(
+    objective: ObjectiveName, values: list[float], objective_key: tuple[float, ...]
+) -> None:
     assert CHECKS.values(objective) == values
     assert CHECKS.objective_key(objective) == objective_key
     assert CHECKS.objective_key(objective) > ()
@@ -61,8 +63,8 @@ def test_values_and_objective_key(objective: Objective, values: list[float], obj
 
 
 @given(st.tuples(*[st.floats(0, 1)] * 4))
-def test_merit_orders_as_the_directions_do(four: tuple[float, float, float, float]) -> None:
-    """What is better in one value and no worse in the other has more merit, whatever is searched for."""
+def test_the_key_orders_as_the_directions_do(four: tuple[float, float, float, float]) -> None:
+    """What is better in one value and no worse in the other has no smaller key, whatever is searched for."""
     low, high = sorted(four[:2])
     small, large = sorted(four[2:])
     better = ValidationMetrics(val_auroc=high, val_fpr95=small, subtrain_auroc=None)
@@ -77,7 +79,7 @@ def test_of_equal_fpr95_the_higher_auroc() -> None:
     assert replace(CHECKS, val_auroc=0.99, val_fpr95=0.51).objective_key("fpr95") < CHECKS.objective_key("fpr95")
 
 
-# --- what a proposal comes to -----------------------------------------------------------------------------------------
+# --- metrics and weights ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ood", ["ood/val", "ood/far/textures"])
@@ -131,12 +133,7 @@ def test_weights_come_from_the_layer_scores(small_cache: Cache) -> None:
     assert [w.weight for w in weighed.values()] == pytest.approx(shares.tolist(), rel=1e-12)
     assert sum(w.weight for w in weighed.values()) == pytest.approx(1)
 
-    fitted = ours.evaluate(Candidate(number=3, phase="x", params=PARAMS, fit=True))
-    assert fitted.params.layers == weighed
-    assert fitted.checks == ours.measure(fitted.params)
-    kept = ours.evaluate(Candidate(number=3, phase="x", params=PARAMS))
-    assert (kept.params, kept.checks) == (PARAMS, ours.measure(PARAMS))
-    assert fitted.checks.val_auroc > kept.checks.val_auroc
+    assert ours.measure(NacParams(layers=weighed)).val_auroc > ours.measure(PARAMS).val_auroc
 
 
 # --- the network's output as a layer ----------------------------------------------------------------------------------
@@ -248,9 +245,10 @@ def test_the_guided_objective_is_the_correlation_with_its_target(small_cache: Ca
     rows = scorer.rows
     target = guided_target(own[rows["id/val"]], own[rows["ood/val"]])
     pair = np.r_[rows["id/val"], rows["ood/val"]]
-    outcome = Evaluator(scorer, "ood/val", own).evaluate(Candidate(number=0, phase="", params=TERMS, fit=True))
+    ours = Evaluator(scorer, "ood/val", own)
+    params = ours.weigh(TERMS)
     layers = np.stack(scorer.layer_scores(TERMS.layers))[:, pair]
     weights = target_weights(layers, target)
-    np.testing.assert_allclose([term.weight for term in outcome.params.layers.values()], weights, atol=1e-12)
-    assert outcome.checks.val_correlation == pytest.approx(np.corrcoef(weights @ layers, target)[0, 1])
+    np.testing.assert_allclose([term.weight for term in params.layers.values()], weights, atol=1e-12)
+    assert ours.measure(params).val_correlation == pytest.approx(np.corrcoef(weights @ layers, target)[0, 1])
     assert evaluator(small_cache).measure(TERMS).val_correlation is None

@@ -1,28 +1,31 @@
-"""Every combination once, and Optuna's samplers: the same trials from the same seed, however often interrupted."""
+"""The grid's combinations once each, LayerwiseSampler in a study, and Optuna's samplers by name."""
 
 from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.trial import TrialState
 
 from nacpipe.cache import Cache
 from nacpipe.errors import InputError, MissingExtra
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.tuning import runner as sweep
 from nacpipe.tuning import samplers
-from nacpipe.tuning.objective import DIRECTIONS, Objective, ValidationMetrics
-from nacpipe.tuning.request import Sampler, SearchRequest
-from nacpipe.tuning.samplers import Grid, OptunaSampler, make_asker
+from nacpipe.tuning.request import SamplerName, SearchRequest
+from nacpipe.tuning.samplers import GridSampler, LayerwiseSampler, make_sampler
 from nacpipe.tuning.space import Choice, Interval, LayerSpace, Space
-from nacpipe.tuning.strategy import Strategy
 from nacpipe.tuning.study import Search
-from nacpipe.tuning.trials import trial_params
+from nacpipe.tuning.trials import attributes_of, layers_from, suggest
+from nacpipe.tuning.validation import DIRECTIONS, ObjectiveName, ValidationMetrics
+from tests.tuning.trials import ask, make_trial, objective_of
 
 Trials = list[tuple[list[float], dict[str, Any], dict[str, Any]]]
 
@@ -39,8 +42,12 @@ def grid_space(*sizes: int) -> Space:
     return layers
 
 
-def asked(asker: Grid | OptunaSampler | Strategy, numbers: range) -> list[NacParams]:
-    return [asker.ask(number).params for number in numbers]
+def grid_of(*sizes: int, seed: int = 1) -> GridSampler:
+    return GridSampler(objective_of(grid_space(*sizes)), seed=seed)
+
+
+def asked(grid: GridSampler, numbers: range) -> list[NacParams]:
+    return [grid.params(number) for number in numbers]
 
 
 # --- a grid -----------------------------------------------------------------------------------------------------------
@@ -55,7 +62,6 @@ SIZES = [
 @pytest.mark.parametrize("seed", [0, 1, 2, 12345])
 def test_every_combination_once(sizes: tuple[int, ...], seed: int) -> None:
     """Against the plain product."""
-    space = grid_space(*sizes)
     layers = [
         [
             LayerParams(bins=bins, saturation=saturation, alpha=alpha)
@@ -66,28 +72,29 @@ def test_every_combination_once(sizes: tuple[int, ...], seed: int) -> None:
         for at in range(0, len(sizes), 3)
     ]
     everything = {tuple(enumerate(combination)) for combination in itertools.product(*layers)}
-    grid = Grid(space, seed)
+    grid = grid_of(*sizes, seed=seed)
     found = [tuple(enumerate(params.layers.values())) for params in asked(grid, range(len(everything)))]
     assert grid.size == len(everything) == len(found)
     assert set(found) == everything
-    assert asked(Grid(space, seed), range(len(everything))) == asked(grid, range(len(everything)))
+    assert asked(grid_of(*sizes, seed=seed), range(len(everything))) == asked(grid, range(len(everything)))
 
 
 @given(sizes=st.tuples(*[st.integers(1, 4)] * 6), seed=st.integers(0, 2**32))
 def test_no_combination_twice(sizes: tuple[int, ...], seed: int) -> None:
-    grid = Grid(grid_space(*sizes), seed)
-    assert grid.size is not None
+    grid = grid_of(*sizes, seed=seed)
     found = {repr(params) for params in asked(grid, range(grid.size))}
     assert len(found) == grid.size
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:
-    space = grid_space(2, 3, 2, 3, 4, 2)
-    orders = {repr(asked(Grid(space, seed), range(288))) for seed in range(8)}
+    orders = {repr(asked(grid_of(2, 3, 2, 3, 4, 2, seed=seed), range(288))) for seed in range(8)}
     assert len(orders) == 8
-    told = Grid(space, 1)
-    told.tell(0, told.ask(0).params, ValidationMetrics(val_auroc=0.5, val_fpr95=0.5, subtrain_auroc=None))
-    assert asked(told, range(288)) == asked(Grid(space, 1), range(288))
+    space = grid_space(2, 3, 2, 3, 4, 2)
+    sampler = grid_of(2, 3, 2, 3, 4, 2)
+    study = optuna.create_study(sampler=sampler)
+    metrics = ValidationMetrics(val_auroc=0.5, val_fpr95=0.5, subtrain_auroc=None)
+    study.add_trial(make_trial(sampler.params(0), metrics, "auroc", space, position=0))
+    assert [candidate.params for candidate in ask(sampler, range(288))] == asked(sampler, range(288))
 
 
 def test_a_grid_of_every_field() -> None:
@@ -99,17 +106,14 @@ def test_a_grid_of_every_field() -> None:
         edges=Choice(("log", "linear")),
         weight=Choice((1.0, 2.0, 0.5)),
     )
-    grid = Grid({"layer1": layer}, seed=3)
-    proposals = [grid.ask(number) for number in range(12)]
-    found = {(p.source, p.edges, p.weight) for p in (proposal.params.layers["layer1"] for proposal in proposals)}
+    grid = GridSampler(objective_of({"layer1": layer}), seed=3)
+    found = {(p.source, p.edges, p.weight) for p in (params.layers["layer1"] for params in asked(grid, range(12)))}
     assert grid.size == 12
     assert found == set(itertools.product(("product", "gradient"), ("log", "linear"), (1.0, 2.0, 0.5)))
-    assert not any(proposal.fit for proposal in proposals)
-    assert Grid(grid_space(2, 1, 1), 1).ask(0).fit
 
 
 def test_a_grid_of_more_combinations_than_a_machine_word_counts() -> None:
-    grid = Grid(grid_space(2000, 2000, 900, 2000, 2000, 900), seed=1)
+    grid = grid_of(2000, 2000, 900, 2000, 2000, 900)
     assert grid.size == (2000 * 2000 * 900) ** 2 > 2**63
     assert len({repr(params) for params in asked(grid, range(100))}) == 100
 
@@ -124,7 +128,7 @@ def test_a_grid_refuses_a_range(field: str) -> None:
         r" --sampler$"
     )
     with pytest.raises(InputError, match=message):
-        make_asker("grid", {"layer0": grid_space(1, 1, 1)["layer0"], "layer1": layer}, 1, "auroc")
+        make_sampler("grid", objective_of({"layer0": grid_space(1, 1, 1)["layer0"], "layer1": layer}), 1, 0)
 
 
 @pytest.mark.parametrize("weight", ["[0, 1]", "[1, 0, 2]", "{ low = 0, high = 1 }"])
@@ -142,6 +146,8 @@ def test_weights_are_recorded_whatever_their_order(small_cache: Cache, tmp_path:
     search = Search(request(small_cache, tmp_path, "grid", space=text, trials=None))
     sweep.run(search)
     found = {(t.params["avgpool.weight"], t.params["layer1.weight"]) for t in search.completed()}
+    kept = {tuple(t.user_attrs["weights"][name] for name in ("avgpool", "layer1")) for t in search.completed()}
+    assert kept == found
     assert found == set(itertools.product((5.0, 3.0, 0.5), repeat=2))
 
 
@@ -157,7 +163,13 @@ TRIALS = 20  # past the random start of tpe (10) and of cmaes (1); nsga2's (50, 
 
 
 def request(
-    cache: Cache, folder: Path, sampler: Sampler, *, space: str = "[default]", trials: int | None = TRIALS, **more: Any
+    cache: Cache,
+    folder: Path,
+    sampler: SamplerName,
+    *,
+    space: str = "[default]",
+    trials: int | None = TRIALS,
+    **more: Any,
 ) -> SearchRequest:
     path = folder / "space.toml"
     path.write_text(space)
@@ -168,7 +180,7 @@ def request(
 @pytest.fixture
 def short_generations(monkeypatch: pytest.MonkeyPatch) -> None:
     make = lambda seed: samplers.optuna.samplers.NSGAIISampler(seed=seed, population_size=6)  # noqa: E731
-    monkeypatch.setattr(samplers, "_SAMPLERS", {**samplers._SAMPLERS, "nsga2": make})
+    monkeypatch.setattr(samplers, "_OPTUNA", {**samplers._OPTUNA, "nsga2": make})
 
 
 def run(request: SearchRequest) -> Search:
@@ -205,42 +217,51 @@ def inside(params: NacParams, space: Space) -> bool:
         *(("cmaes", "auroc", "auto"), ("cmaes", "fpr95", "sources"), ("cmaes", "auroc", "weights")),
     ],
 )
-def test_interrupted_or_not_the_trials_are_the_same(
-    small_cache: Cache, tmp_path: Path, sampler: Sampler, objective: Objective, space: str
+def test_a_study_that_goes_on_has_the_trials_asked_for_and_repeats_none(
+    small_cache: Cache, tmp_path: Path, sampler: SamplerName, objective: ObjectiveName, space: str
 ) -> None:
-    def ask(folder: str, **more: Any) -> Search:
+    """Optuna's samplers begin anew, with random numbers that the study has not had."""
+
+    def search(folder: str, **more: Any) -> Search:
         (tmp_path / folder).mkdir(exist_ok=True)
         return run(request(small_cache, tmp_path / folder, sampler, space=SPACES[space], objective=objective, **more))
 
-    expected = trials_of(whole := ask("whole"))
+    expected = trials_of(whole := search("whole"))
     assert len(expected) == TRIALS
-    assert len({repr(params) for _, params, _ in expected}) > TRIALS / 2  # a cross of two may be one of them
-    assert trials_of(ask("again")) == expected
-    for trials in (1, 13, TRIALS):
-        assert trials_of(ask("stopped", trials=trials)) == expected[:trials]
-    assert trials_of(ask("whole", seed=2)) != expected
+    different = len({repr(params) for _, params, _ in expected})
+    assert different > TRIALS / 2  # a cross of two may be one of them
+    assert trials_of(search("again")) == expected
+    stopped = search("stopped", trials=1)
+    assert trials_of(stopped) == expected[:1]
+    for trials in (7, 13, TRIALS):
+        before = trials_of(Search(stopped.request))
+        found = trials_of(stopped := search("stopped", trials=trials))
+        assert (len(found), found[: len(before)]) == (trials, before)
+    assert len({repr(params) for _, params, _ in found}) >= (TRIALS / 2 if sampler == "nsga2" else TRIALS)
+    assert trials_of(search("whole", seed=2)) != expected
 
-    assert all(inside(trial_params(trial, whole.space), whole.space) for trial in whole.completed())
-    assert {attributes["phase"] for _, _, attributes in expected} == {sampler}
-    weights = [params["avgpool.weight"] for _, params, _ in expected]
+    for trial in [*whole.completed(), *stopped.completed()]:
+        assert inside(whole.objective.params(trial), whole.objective.space)
+        assert "phase" not in trial.user_attrs and "position" not in trial.user_attrs
+    weights = [attributes["weights"] for _, _, attributes in expected]
     if space == "weights":
-        assert len(set(weights)) > 5
+        assert weights == [{n: params[f"{n}.weight"] for n in ("avgpool", "layer1")} for _, params, _ in expected]
+        assert len({repr(shares) for shares in weights}) > 5
     else:
-        sums = [weight + params["layer1.weight"] for weight, (_, params, _) in zip(weights, expected, strict=True)]
-        assert sums == pytest.approx([1] * TRIALS)
+        assert [sum(shares.values()) for shares in weights] == pytest.approx([1] * TRIALS)
     if space == "sources":
         assert {params["layer1.source"] for _, params, _ in expected} == {"product", "activation", "gradient"}
 
 
 @pytest.mark.usefixtures("short_generations")
 @pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2"])
-def test_two_objectives(small_cache: Cache, tmp_path: Path, sampler: Sampler) -> None:
+def test_two_objectives(small_cache: Cache, tmp_path: Path, sampler: SamplerName) -> None:
     search = run(request(small_cache, tmp_path, sampler, objective="pareto", trials=15))
     assert search.study is not None
     assert [d.name.lower() for d in search.study.directions] == DIRECTIONS["pareto"] == ["maximize", "minimize"]
     for trial in search.completed():
         assert trial.values == [trial.user_attrs["val_auroc"], trial.user_attrs["val_fpr95"]]
-        checks = search.measure(trial_params(trial, search.space))
+        checks = search.objective.measure(search.objective.params(trial))
         assert trial.values == [checks.val_auroc, checks.val_fpr95]
 
 
@@ -258,42 +279,150 @@ def test_cmaes_is_an_extra(small_cache: Cache, tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "s.log").exists()
 
 
-@pytest.mark.parametrize("sampler", ["nsga2", "cmaes"])
-def test_every_trial_counts_for_its_sampler(sampler: Sampler) -> None:
-    """Alpha is kept inside its source's range; what was asked for is told all the same, not lost."""
-    apart = {"product": Interval(1e-3, 1e-1), "gradient": Interval(10.0, 1000.0)}
-    layer = LayerSpace(bins=Choice((20,)), saturation=Choice((5,)), alpha=apart, source=Choice(("product", "gradient")))
-    asker = OptunaSampler(sampler, {"layer1": layer}, 1, "auroc")
-    for number in range(20):
-        params = asker.ask(number).params
-        assert inside(params, {"layer1": layer})
-        asker.tell(number, params, ValidationMetrics(val_auroc=number / 20, val_fpr95=0.5, subtrain_auroc=None))
-    assert [trial.value for trial in asker._study.trials] == [number / 20 for number in range(20)]
-
-
-def test_what_another_process_tried_is_learnt_too() -> None:
-    asker = OptunaSampler("tpe", grid_space(3, 3, 3), 1, "auroc")
-    mine, theirs = asker.ask(0).params, asker.ask(1).params
-    assert mine != theirs
-    checks = ValidationMetrics(val_auroc=0.75, val_fpr95=0.5, subtrain_auroc=None)
-    asker.tell(0, theirs, checks)  # not what was asked for here
-    asker.tell(9, mine, checks)  # nor was this
-    done = [t.params for t in asker._study.trials if t.value == 0.75]
-    fields = ("bins", "saturation", "alpha")
-    flat = [{f"layer0.{name}": getattr(p.layers["layer0"], name) for name in fields} for p in (theirs, mine)]
-    assert [{name: params[name] for name in flat[0]} for params in done] == flat
-
-
 def test_a_weight_to_be_searched_is_not_for_the_default() -> None:
     fixed = grid_space(1, 1, 1)["layer0"]
     for weight in (Interval(0.5, 1, log=False), Choice((1.0, 2.0))):
         layer = LayerSpace(bins=fixed.bins, saturation=fixed.saturation, alpha=fixed.alpha, weight=weight)
         message = r"^layer 'layer1': a weight to be searched needs another sampler, such as --sampler tpe; by default"
         with pytest.raises(InputError, match=message):
-            make_asker("layers", {"layer1": layer}, 1, "auroc")
+            make_sampler("layers", objective_of({"layer1": layer}), 1, 0)
 
 
-def test_every_name_makes_its_asker() -> None:
-    kinds = {name: type(make_asker(name, grid_space(2, 2, 2), 1, "auroc")) for name in get_args(Sampler)}
-    assert kinds == {"layers": Strategy, "grid": Grid, **dict.fromkeys(OPTUNAS, OptunaSampler)}
-    assert [make_asker(n, grid_space(2, 2, 2), 1, "auroc").size for n in ("layers", "grid", "tpe")] == [None, 8, None]
+def test_every_name_makes_its_sampler() -> None:
+    kinds = {name: type(make_sampler(name, objective_of(grid_space(2, 2, 2)), 1, 0)) for name in get_args(SamplerName)}
+    assert kinds == {
+        "layers": LayerwiseSampler,
+        "grid": GridSampler,
+        "tpe": optuna.samplers.TPESampler,
+        "random": optuna.samplers.RandomSampler,
+        "nsga2": optuna.samplers.NSGAIISampler,
+        "cmaes": optuna.samplers.CmaEsSampler,
+    }
+
+
+# --- ours, in a study -------------------------------------------------------------------------------------------------
+
+
+def score(params: NacParams) -> ValidationMetrics:
+    """A made-up value that depends on every parameter."""
+    total = sum(layer.weight * (layer.bins * 7 + layer.saturation * 3) / 1000 for layer in params.layers.values())
+    return ValidationMetrics(val_auroc=total, val_fpr95=0.5, subtrain_auroc=None)
+
+
+def objective_with_values(space: Space) -> Any:
+    """An objective whose `__call__` is `score`; weights that nobody gives are equal."""
+    objective: Any = objective_of(space)
+
+    def call(trial: optuna.Trial) -> float:
+        layers = layers_from(suggest(trial, objective.distributions), space)
+        shares = attributes_of(trial).get("weights") or {name: 1 / len(layers) for name in layers}
+        params = NacParams(layers={name: replace(layer, weight=shares[name]) for name, layer in layers.items()})
+        metrics = score(params)
+        for key, value in {"weights": shares, **metrics.to_attributes()}.items():
+            trial.set_user_attr(key, value)
+        return metrics.val_auroc
+
+    objective.call = call
+    return objective
+
+
+RANGES: Space = {
+    name: LayerSpace(
+        bins=Interval(4, 400, whole=True), saturation=Interval(1, 50, whole=True), alpha={"product": Interval(0.1, 10)}
+    )
+    for name in ("layer0", "layer1")
+}
+
+
+def attempts(study: optuna.Study) -> list[tuple[Any, ...]]:
+    return [(t.params, t.value, t.user_attrs) for t in study.get_trials(states=(TrialState.COMPLETE,))]
+
+
+def test_a_sampler_is_one_studys_at_a_time() -> None:
+    objective = objective_with_values(RANGES)
+    sampler = LayerwiseSampler(objective, seed=3)
+    first, second = (optuna.create_study(direction="maximize", sampler=sampler) for _ in range(2))
+    first.optimize(objective.call, n_trials=60)
+    second.optimize(objective.call, n_trials=60)
+    assert attempts(first) == attempts(second)
+    other = optuna.create_study(direction="maximize", sampler=LayerwiseSampler(objective, seed=4))
+    other.optimize(objective.call, n_trials=60)
+    assert attempts(other) != attempts(first)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 23, 30, 59, 71])
+def test_another_process_goes_on_trial_for_trial(stop: int) -> None:
+    """A new sampler learns from the study's trials what the first one knew."""
+    objective = objective_with_values(RANGES)
+    whole = optuna.create_study(direction="maximize", sampler=LayerwiseSampler(objective, seed=3))
+    whole.optimize(objective.call, n_trials=80)
+    study = optuna.create_study(direction="maximize", sampler=LayerwiseSampler(objective, seed=3))
+    study.add_trials(whole.trials[:stop])
+    study.optimize(objective.call, n_trials=80 - stop)
+    assert attempts(study) == attempts(whole)
+
+
+@pytest.mark.parametrize("kind", [LayerwiseSampler, GridSampler])
+def test_a_space_of_single_values_has_positions_and_weights_too(kind: Any) -> None:
+    """Optuna asks a sampler for nothing then."""
+    objective = objective_with_values(grid_space(1, 1, 1, 1, 1, 1))
+    study = optuna.create_study(direction="maximize", sampler=kind(objective, seed=1))
+    study.optimize(objective.call, n_trials=30)  # the grid is complete after one
+    if kind is GridSampler:
+        assert [t.user_attrs["position"] for t in study.trials] == [0]
+    else:
+        shares = [list(t.user_attrs["weights"].values()) for t in study.trials]
+        assert shares[:24] == [[1.0, 0.0]] * 24 and shares[24:] == [[0.0, 1.0]] * 6
+
+
+def test_a_grid_ends_when_it_is_complete_whatever_failed() -> None:
+    """Numbers of failed trials, and of those that a person enqueued, are made up for at the end."""
+    objective = objective_with_values(grid_space(2, 3, 2))
+    sampler = GridSampler(objective, seed=1)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.enqueue_trial({"layer0.bins": 4, "layer0.saturation": 1, "layer0.alpha": 1.0})
+
+    def call(trial: optuna.Trial) -> float:
+        value = float(objective.call(trial))
+        return float("nan") if trial.number in (2, 3, 13) else value
+
+    study.optimize(call, n_trials=100)
+    completed = study.get_trials(states=(TrialState.COMPLETE,))
+    positions = [t.user_attrs["position"] for t in completed if "position" in t.user_attrs]
+    assert sorted(positions) == list(range(12))
+    assert len(study.trials) == 12 + 3 + 1
+    for trial in completed[1:]:
+        assert objective.params(trial).layers["layer0"] == replace(
+            sampler.params(trial.user_attrs["position"]).layers["layer0"], weight=1.0
+        )
+
+
+@pytest.mark.parametrize("kind", [LayerwiseSampler, GridSampler])
+@pytest.mark.parametrize("left", ["nothing", "some parameters", "all parameters"])
+def test_a_repeated_trial_keeps_its_position(kind: Any, left: str) -> None:
+    """As Optuna's RetryHeartbeatStaleTrialCallback enqueues it: with another number and what the first one had."""
+    space = RANGES if kind is LayerwiseSampler else grid_space(5, 5, 3, 5, 5, 3)
+    objective = objective_with_values(space)
+    whole = optuna.create_study(direction="maximize", sampler=kind(objective, seed=1))
+    whole.optimize(objective.call, n_trials=12)
+    study = optuna.create_study(direction="maximize", sampler=kind(objective, seed=1))
+    study.add_trials(whole.trials[:10])
+    stale = whole.trials[10]
+    names = {"nothing": [], "some parameters": list(stale.params)[:2], "all parameters": list(stale.params)}[left]
+    held = (
+        {} if left == "nothing" else {"user_attrs": {k: stale.user_attrs[k] for k in ("position", "phase", "weights")}}
+    )
+    study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))  # number 10
+    study.add_trial(
+        optuna.trial.create_trial(
+            state=TrialState.WAITING,
+            params={name: stale.params[name] for name in names},
+            distributions={name: stale.distributions[name] for name in names},
+            system_attrs={"failed_trial": 10, "retry_history": [10]},
+            user_attrs=held,
+        )
+    )
+    study.optimize(objective.call, n_trials=2)
+    assert study.trials[11].user_attrs["position"] == 10
+    assert (study.trials[11].params, study.trials[11].value) == (stale.params, stale.value)
+    assert study.trials[12].user_attrs["position"] == 12

@@ -15,9 +15,10 @@ from nacpipe.method import published
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.published import GRIDS, PUBLISHED
 from nacpipe.scoring.trial_scorer import index_from
-from nacpipe.tuning.samplers import Grid
+from nacpipe.tuning.samplers import GridSampler
 from nacpipe.tuning.space import Choice, Dimension, Given, Interval, LayerSpace, measure_space
 from nacpipe.tuning.space_file import MAX_BYTES, read_spec
+from tests.tuning.trials import objective_of
 
 FIELDS = "bins, alpha, saturation, source, edges, weight"
 
@@ -305,9 +306,9 @@ def test_sizes_of_the_papers_grids(key: tuple[str, str], combinations: int, fits
         bins, saturation, alpha = (Choice(values) for values in axes)
         given = {"bins": bins, "saturation": saturation, "alpha": alpha, "weight": Choice((1.0,))}
         space[name] = measure_space(name, lambda *_: pytest.fail("nothing is left to measure"), 1000, given)
-    everything = Grid(space, seed=1)
+    everything = GridSampler(objective_of(space), seed=1)
     assert everything.size == combinations
-    found = [dict(everything.ask(number).params.layers) for number in range(combinations)]
+    found = [dict(everything.params(number).layers) for number in range(combinations)]
     assert list(chosen) == list(grid)
     assert found.count(dict(chosen)) == 1
 

@@ -22,10 +22,9 @@ from nacpipe.method.plain_scores import energy
 from nacpipe.scoring.coverage import score_splits
 from nacpipe.scoring.params_file import read_params, write_params
 from nacpipe.tuning import runner as sweep
-from nacpipe.tuning.objective import Evaluator, ValidationMetrics
 from nacpipe.tuning.request import SearchRequest, SearchResult
 from nacpipe.tuning.study import Search
-from nacpipe.tuning.trials import trial_params
+from nacpipe.tuning.validation import Evaluator, ValidationMetrics
 
 TRIALS = 60  # through both layers alone and into the first round
 
@@ -69,14 +68,17 @@ def test_every_trial_says_what_it_was(whole: tuple[Search, SearchResult]) -> Non
     for trial in search.completed():
         expected = "layer avgpool" if trial.number < 24 else "layer layer1" if trial.number < 48 else "round avgpool"
         assert trial.user_attrs["phase"] == expected
-        checks = search.measure(trial_params(trial, search.space))
+        checks = search.objective.measure(search.objective.params(trial))
         assert trial.value == checks.val_auroc
-        assert trial.user_attrs["number"] == trial.number
+        assert trial.user_attrs["position"] == trial.number
+        assert sum(trial.user_attrs["weights"].values()) == pytest.approx(1)
+        if trial.number < 48:  # alone
+            assert trial.user_attrs["weights"] == {n: float(f"layer {n}" == expected) for n in ("avgpool", "layer1")}
         assert trial.user_attrs["val_auroc"] == checks.val_auroc
         assert trial.user_attrs["val_fpr95"] == checks.val_fpr95
         assert trial.user_attrs["subtrain_auroc"] == checks.subtrain_auroc
         assert set(trial.params) == {
-            f"{layer}.{field}" for layer in ("avgpool", "layer1") for field in ("bins", "alpha", "saturation", "weight")
+            f"{layer}.{field}" for layer in ("avgpool", "layer1") for field in ("bins", "alpha", "saturation")
         }
         assert trial.datetime_start is not None
         assert trial.datetime_complete is not None
@@ -88,7 +90,7 @@ def test_the_result_is_the_best_trial(whole: tuple[Search, SearchResult]) -> Non
     search, result = whole
     values = [trial.value or 0.0 for trial in search.completed()]
     first_best = search.completed()[int(np.argmax(values))]
-    assert result.params == trial_params(first_best, search.space)
+    assert result.params == search.objective.params(first_best)
     assert result.checks.val_auroc == max(values)
     assert result.alone["layer1"] == max(values[24:48])
     assert result.alone["avgpool"] >= max(values[:24])  # a later round may give it all the weight
@@ -101,8 +103,8 @@ def test_of_equal_trials_the_first_is_the_best(
     equal = ValidationMetrics(val_auroc=0.75, val_fpr95=0.5, subtrain_auroc=None)
     monkeypatch.setattr(Evaluator, "measure", lambda _evaluator, _params: equal)
     search, result = run(request_(small_cache, tmp_path, trials=5))
-    assert result.params == trial_params(search.completed()[0], search.space)
-    assert result.params != trial_params(search.completed()[1], search.space)
+    assert result.params == search.objective.params(search.completed()[0])
+    assert result.params != search.objective.params(search.completed()[1])
 
 
 def test_the_result_can_be_recomputed(whole: tuple[Search, SearchResult], small_cache: Cache) -> None:
@@ -194,9 +196,9 @@ def test_published_parameters_are_the_first_trial(
     monkeypatch.setitem(published.PUBLISHED, ("digits", "made_up"), params)
     search, _ = run(request_(small_cache, tmp_path, trials=3))
     assert [trial.user_attrs["phase"] for trial in search.completed()] == ["published"] + ["layer avgpool"] * 2
-    first = trial_params(search.completed()[0], search.space)
+    first = search.objective.params(search.completed()[0])
     assert first.layers == {name: replace(layer, weight=0.5) for name in ("avgpool", "layer1")}
-    assert search.completed()[0].value == search.measure(first).val_auroc
+    assert search.completed()[0].value == search.objective.measure(first).val_auroc
 
 
 def test_some_layers_only(small_cache: Cache, tmp_path: Path) -> None:
@@ -232,17 +234,17 @@ def test_a_cache_without_subtrain(make_cache: Callable[..., Cache], tmp_path: Pa
 def test_time_is_up(
     whole: tuple[Search, SearchResult], small_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a clock that moves by a second at every look: at the start, before every trial and after it."""
+    """With a clock that moves by a second at every look: at the start, twice before the trials, twice in each."""
     looks = iter(range(10**6))
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: float(next(looks))))
         _, result = run(request_(small_cache, tmp_path, timeout=5.0))
     assert result.ended == "timeout"
     assert result.trials == 2
-    assert result.seconds == 4
+    assert result.seconds == 5
     search, result = run(request_(small_cache, tmp_path, timeout=1e9))
     assert result.ended == "trials"
-    assert result.seconds > 4
+    assert result.seconds > 5
     assert trials_of(search) == trials_of(whole[0])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -15,20 +14,20 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial, TrialState
 
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.tuning.objective import DIRECTIONS, Candidate, Objective, TrialResult, ValidationMetrics
-from nacpipe.tuning.space import Choice, Interval, LayerSpace, Space
+from nacpipe.tuning.space import Choice, Interval, LayerSpace, Space, widen
 from nacpipe.tuning.trials import (
     as_distribution,
     best_trial,
+    completed_trials,
     distributions,
     flatten,
-    number_of,
     pareto_front,
     recorded_fields,
-    to_trial,
-    trial_checks,
+    trial_metrics,
     trial_params,
 )
+from nacpipe.tuning.validation import DIRECTIONS, ObjectiveName, ValidationMetrics
+from tests.tuning.trials import make_trial
 
 SPACE: Space = {
     "avgpool": LayerSpace(  # everything is searched
@@ -50,30 +49,15 @@ SPACE: Space = {
 }
 FIXED = LayerParams(bins=20, saturation=5, alpha=0.5, source="activation", edges="linear")
 CHECKS = ValidationMetrics(val_auroc=0.75, val_fpr95=0.5, subtrain_auroc=0.25)
-BEGUN = datetime.datetime(2024, 2, 29, 12, 0)
-
-
-def make(
-    params: NacParams, checks: ValidationMetrics = CHECKS, objective: Objective = "auroc", number: int = 7
-) -> FrozenTrial:
-    return to_trial(
-        Candidate(number=number, phase="somewhere", params=params),
-        TrialResult(params, checks),
-        BEGUN,
-        seconds=1.5,
-        objective=objective,
-        space=SPACE,
-        record=distributions(SPACE),
-    )
 
 
 # --- there and back ---------------------------------------------------------------------------------------------------
 
 
 def test_what_is_recorded() -> None:
-    """The fields that always are, and source and edges where there is a choice."""
-    assert recorded_fields(SPACE["avgpool"]) == ["bins", "alpha", "saturation", "source", "edges", "weight"]
-    assert recorded_fields(SPACE["layer1"]) == ["bins", "alpha", "saturation", "weight"]
+    """The fields that always are, and source, edges and weight where there is a choice; weights as an attribute."""
+    assert list(recorded_fields(SPACE["avgpool"])) == ["bins", "alpha", "saturation", "source", "edges", "weight"]
+    assert list(recorded_fields(SPACE["layer1"])) == ["bins", "alpha", "saturation"]
     first = LayerParams(bins=500, saturation=3, alpha=7.5, source="gradient", edges="linear", weight=2.5)
     expected = {
         "avgpool.bins": 500,
@@ -85,25 +69,19 @@ def test_what_is_recorded() -> None:
         "layer1.bins": 20,
         "layer1.alpha": 0.5,
         "layer1.saturation": 5,
-        "layer1.weight": 1.0,
     }
     params = NacParams(layers={"avgpool": first, "layer1": FIXED})
     assert flatten(params, SPACE) == expected
-    trial = make(params)
+    trial = make_trial(params, CHECKS, "auroc", SPACE)
     assert trial.params == expected
-    assert trial.state == TrialState.COMPLETE
-    assert trial.values == [0.75]
     assert trial.user_attrs == {
-        "number": 7,
-        "phase": "somewhere",
-        "seconds": 1.5,
+        "weights": {"avgpool": 2.5, "layer1": 1.0},
         "val_auroc": 0.75,
         "val_fpr95": 0.5,
         "subtrain_auroc": 0.25,
     }
-    assert trial.datetime_start == BEGUN
-    assert trial.datetime_complete is not None
-    assert abs(datetime.datetime.now() - trial.datetime_complete) < datetime.timedelta(minutes=1)
+    with_correlation = replace(CHECKS, val_correlation=0.125)
+    assert make_trial(params, with_correlation, "guided", SPACE).user_attrs["val_correlation"] == 0.125
 
 
 @given(
@@ -116,13 +94,16 @@ def test_what_is_recorded() -> None:
     subtrain=st.none() | st.floats(0, 1),
     objective=st.sampled_from(["auroc", "fpr95", "pareto"]),
 )
-def test_there_and_back(subtrain: float | None, objective: Objective, **fields: Any) -> None:
-    params = NacParams(layers={"avgpool": LayerParams(**fields), "layer1": FIXED})
+def test_there_and_back(subtrain: float | None, objective: ObjectiveName, **fields: Any) -> None:
+    """Alpha, suggested in the ranges of both sources, is kept inside its own source's."""
+    tried = NacParams(layers={"avgpool": LayerParams(**fields), "layer1": FIXED})
+    low, high = (0.1, 2.0) if fields["source"] == "product" else (1.0, 50.0)
+    kept = replace(tried.layers["avgpool"], alpha=min(max(fields["alpha"], low), high))
+    params = NacParams(layers={"avgpool": kept, "layer1": FIXED})
     checks = ValidationMetrics(val_auroc=0.875, val_fpr95=0.125, subtrain_auroc=subtrain)
-    trial = make(params, checks, objective, number=3)
+    trial = make_trial(tried, checks, objective, SPACE)
     assert trial_params(trial, SPACE) == params
-    assert trial_checks(trial) == checks
-    assert number_of(trial) == 3
+    assert trial_metrics(trial) == checks
     assert trial.values == {"auroc": [0.875], "fpr95": [0.125], "pareto": [0.875, 0.125]}[objective]
 
 
@@ -138,7 +119,6 @@ def test_distributions() -> None:
         "layer1.bins": CategoricalDistribution((20,)),
         "layer1.alpha": CategoricalDistribution((0.5,)),
         "layer1.saturation": CategoricalDistribution((5,)),
-        "layer1.weight": FloatDistribution(0.0, 1.0),
     }
     assert as_distribution(Choice((1.0, 2.0)), Choice((2.0, 3.0))) == CategoricalDistribution((1.0, 2.0, 3.0))
     assert as_distribution(Interval(0.0, 2.0, log=False)) == FloatDistribution(0.0, 2.0)
@@ -147,7 +127,10 @@ def test_distributions() -> None:
 @pytest.mark.parametrize("weights", [(5.0,), (5.0, 2.0), (2.0, 5.0), (0.5, 5.0, 1.0)])
 def test_weights_above_1_are_recorded(weights: tuple[float, ...]) -> None:
     space = {"layer1": replace(SPACE["layer1"], weight=Choice(weights))}
-    assert distributions(space)["layer1.weight"] == FloatDistribution(0.0, 5.0)
+    found = distributions(space).get("layer1.weight")
+    assert found == (CategoricalDistribution(weights) if len(weights) > 1 else None)  # a fixed one is no parameter
+    trial = make_trial(NacParams(layers={"layer1": replace(FIXED, weight=5.0)}), CHECKS, "auroc", space)
+    assert trial_params(trial, space).layers["layer1"].weight == 5.0
 
 
 def test_published_parameters_widen_what_is_recorded() -> None:
@@ -157,11 +140,10 @@ def test_published_parameters_widen_what_is_recorded() -> None:
         )
     }
     far = NacParams(layers={"layer1": LayerParams(bins=5000, saturation=1, alpha=1e-6)})
-    assert distributions(space, far) == {
+    assert distributions(widen(space, far)) == {
         "layer1.bins": IntDistribution(4, 5000, log=True),
         "layer1.alpha": FloatDistribution(1e-6, 2.0, log=True),
         "layer1.saturation": IntDistribution(1, 9, log=True),
-        "layer1.weight": FloatDistribution(0.0, 1.0),
     }
 
 
@@ -169,10 +151,11 @@ def test_published_parameters_widen_what_is_recorded() -> None:
 
 
 def measured(number: int, auroc: float, fpr95: float) -> FrozenTrial:
-    return optuna.trial.create_trial(
-        values=[auroc, fpr95],
-        user_attrs={"number": number, "val_auroc": auroc, "val_fpr95": fpr95, "subtrain_auroc": None},
+    trial = optuna.trial.create_trial(
+        values=[auroc, fpr95], user_attrs={"val_auroc": auroc, "val_fpr95": fpr95, "subtrain_auroc": None}
     )
+    trial.number = number
+    return trial
 
 
 def numbered(*points: tuple[float, float]) -> list[FrozenTrial]:
@@ -195,10 +178,10 @@ def numbered(*points: tuple[float, float]) -> list[FrozenTrial]:
 )
 def test_the_best_by_hand(points: list[tuple[float, float]], auroc: int, fpr95: int, pareto: int) -> None:
     trials = numbered(*points)
-    objectives: list[tuple[Objective, int]] = [("auroc", auroc), ("fpr95", fpr95), ("pareto", pareto)]
+    objectives: list[tuple[ObjectiveName, int]] = [("auroc", auroc), ("fpr95", fpr95), ("pareto", pareto)]
     for objective, number in objectives:
-        assert number_of(best_trial(trials, objective)) == number
-        assert number_of(best_trial(trials[::-1], objective)) == number  # whatever order they were completed in
+        assert best_trial(trials, objective).number == number
+        assert best_trial(trials[::-1], objective).number == number  # whatever order they were completed in
 
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=25)
@@ -213,7 +196,7 @@ def test_the_front_against_every_pair(points: list[tuple[int, int]]) -> None:
         return (a >= b and f <= g) and (a > b or f < g)
 
     unbeaten = [t for t in trials if not any(beats(other, t) for other in trials)]
-    firsts = [t for t in unbeaten if not any(o.values == t.values and number_of(o) < number_of(t) for o in unbeaten)]
+    firsts = [t for t in unbeaten if not any(o.values == t.values and o.number < t.number for o in unbeaten)]
     front = pareto_front(trials)
     assert front == sorted(firsts, key=lambda t: -t.values[0])
     assert [t.values[1] for t in front] == sorted(t.values[1] for t in front)[::-1]
@@ -222,13 +205,13 @@ def test_the_front_against_every_pair(points: list[tuple[int, int]]) -> None:
     study = optuna.create_study(directions=DIRECTIONS["pareto"])
     study.add_trials(trials)
     assert {tuple(t.values) for t in study.best_trials} == {tuple(t.values) for t in front}
-    assert number_of(best_trial(trials, "pareto")) in {number_of(t) for t in front}
+    assert best_trial(trials, "pareto").number in {t.number for t in front}
 
 
 @given(points=POINTS)
 def test_the_best_of_one_objective_is_optunas(points: list[tuple[int, int]]) -> None:
     trials = numbered(*points)
-    wanted: list[tuple[Objective, int]] = [("auroc", 0), ("fpr95", 1)]
+    wanted: list[tuple[ObjectiveName, int]] = [("auroc", 0), ("fpr95", 1)]
     for objective, which in wanted:
         study = optuna.create_study(directions=DIRECTIONS[objective])
         study.add_trials([optuna.trial.create_trial(value=t.values[which]) for t in trials])
@@ -240,4 +223,14 @@ def test_the_best_does_not_depend_on_the_units() -> None:
     points = [(0.9, 0.5), (0.7, 0.1), (0.85, 0.2), (0.75, 0.12)]
     for scale, shift in itertools.product((1.0, 0.01), (0.0, 0.05)):
         trials = numbered(*[(a * scale + shift, f) for a, f in points])
-        assert number_of(best_trial(trials, "pareto")) == 2
+        assert best_trial(trials, "pareto").number == 2
+
+
+def test_trials_of_others_are_none_of_ours() -> None:
+    """A person's trials in the study, failed ones and running ones are not learnt from."""
+    study = optuna.create_study(direction="maximize")
+    study.add_trial(optuna.trial.create_trial(value=1.0))
+    study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"val_auroc": 0.5}))
+    study.add_trial(optuna.trial.create_trial(value=0.5, user_attrs={"val_auroc": 0.5}))
+    study.ask()
+    assert [trial.number for trial in completed_trials(study)] == [2]
