@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,43 +135,19 @@ def make_requests(**asked: Any) -> list[ExtractRequest]:
         asked["model"] = "digits_cnn"
     if asked["cache"] is None:
         asked["cache"] = name_cache(benchmark.name, plain_name(asked["model"]))
-    command = _canonical(asked)
     checkpoint = asked["checkpoint"]
     if checkpoint is None or not checkpoint.is_dir():
-        return [ExtractRequest(command=command, **asked)]
+        return [ExtractRequest(**asked)]
     if not holds_runs(checkpoint):
-        return [ExtractRequest(command=command, **{**asked, "checkpoint": find_checkpoint(checkpoint)})]
+        return [ExtractRequest(**{**asked, "checkpoint": find_checkpoint(checkpoint)})]
     return [
-        ExtractRequest(
-            command=command, **{**asked, "checkpoint": file, "cache": _address(name_run(str(asked["cache"]), run))}
-        )
+        ExtractRequest(**{**asked, "checkpoint": file, "cache": _address(name_run(str(asked["cache"]), run))})
         for run, file in find_runs(checkpoint).items()
     ]
 
 
 def _address(cache: str) -> str | Path:
     return cache if is_url(cache) else Path(cache)
-
-
-def _canonical(asked: dict[str, Any]) -> str:
-    """The command that makes or finishes this cache, whatever splits were asked for this time."""
-    usual = {option.name: option.default for option in extract.params}
-    words = ["nacpipe", "extract", str(asked["benchmark"])]
-    for name, value in asked.items():
-        said_elsewhere = name in ("benchmark", "splits", "redo", "workers")
-        off = value is False and name != "channels_last"
-        if said_elsewhere or off or value in (None, (), usual.get(name)):
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if name == "poolings":
-            words += [word for layer, kind in value for word in ("--pooling", f"{layer}={kind}")]
-        elif name == "channels_last":
-            words.append(flag if value else "--contiguous")
-        elif value is True:
-            words.append(flag)
-        else:
-            words += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
-    return shlex.join(words)
 
 
 def extract_requests(requests: Sequence[ExtractRequest]) -> bool:

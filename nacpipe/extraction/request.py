@@ -1,4 +1,4 @@
-"""What someone asks of an extraction, and what the cache will say it was made from."""
+"""What to extract, and the header of the cache that is made of it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import nacpipe
 from nacpipe.benchmarks.toml import choose_root, open_benchmark
 from nacpipe.cache import Header, LayerSpec
 from nacpipe.cache.layout import ALL_BITS, BLOCK_ROWS
+from nacpipe.cache.options import ExtractOptions
 from nacpipe.cache.store import REMOTE_SHARD
 from nacpipe.errors import InputError
 from nacpipe.files import is_url
@@ -27,44 +28,17 @@ AUTOCAST: Mapping[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExtractRequest:
-    """What someone asks for."""
+class ExtractRequest(ExtractOptions):
+    """What to extract, where to, and what of it this run does."""
 
-    benchmark: str
-    model: str
     cache: str | Path
     """A folder, or a URL."""
-    checkpoint: Path | None = None
-    """A file, a folder with one checkpoint, or a name of published weights; None means the model's own."""
-    weights_transform: str | None = None
-    """Whose preparation of images: published weights' by their name, or `benchmark`; None chooses by the weights."""
-    layers: tuple[str, ...] = ()
-    """Aliases or module paths, or NAME=PATH; none means the model's default four."""
-    poolings: tuple[tuple[str, str], ...] = ()
-    """(layer, pooling): instead of the table's or the guessed one."""
-    data_root: Path | None = None
-    """None means the benchmark's own: data, or what its file says."""
-    train_images: int = 1000
-    train_seed: int = 1
-    batch_size: int = 128
-    device: str = "auto"
     splits: tuple[str, ...] = ()
     """Names; none means every split whose list is there."""
     redo: tuple[str, ...] = ()
     """Finished splits to drop and extract again."""
-    allow_truncated: bool = False
     workers: int = 2
     """Threads that decode images."""
-    autocast: str = "none"
-    """none or bf16: the type that the network runs in."""
-    channels_last: bool | None = None
-    """Memory format; None means on CUDA."""
-    mantissa_bits: int = ALL_BITS
-    """Bits of mantissa to keep of activations, gradients and features."""
-    block_rows: int | None = None
-    """Rows of a block of a new cache, a multiple of `batch_size`; None: about ten seconds of work, at most 512."""
-    shard_blocks: int | None = None
-    """Blocks in one stored object; None: one, and of a remote cache several."""
 
     @property
     def blocks_per_object(self) -> int:
@@ -76,7 +50,7 @@ class ExtractRequest:
         return device.type == "cuda" if self.channels_last is None else self.channels_last
 
     def check(self) -> None:
-        """Refuse numbers that make no sense.
+        """Refuse numbers outside their limits, and an unknown autocast.
 
         Raises:
             InputError: naming the option, the value and the limits.
@@ -93,14 +67,11 @@ class ExtractRequest:
                 f"autocast is {self.autocast!r}; known: {', '.join(AUTOCAST)} (in float16 most gradients would be 0)"
             )
 
-    command: str = ""
-    """The command line, remembered so that errors can name it."""
-
 
 def make_header(
     request: ExtractRequest, network: Network, layers: tuple[LayerSpec, ...], classes: int, features: int
 ) -> Header:
-    """Return a new cache's header: what it is made from, and what is worth knowing about it."""
+    """Return a new cache's header: its identity, and information that is shown and not compared."""
     benchmark, transform = open_benchmark(request.benchmark), network.transform
     return Header(
         identity={
@@ -128,7 +99,7 @@ def make_header(
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "checkpoint": network.model.unasked if request.checkpoint is None else request.checkpoint.name,
             "data_root": str(choose_root(benchmark, request.data_root)),
-            "command": request.command,
+            "options": request.to_json(),
             **({"no_classifier": network.no_classifier} if network.no_classifier else {}),
         },
         block_rows=request.block_rows or request.batch_size,
@@ -140,22 +111,22 @@ def make_header(
     )
 
 
-def choose_block_rows(batch_size: int, seconds: float, most: int = BLOCK_ROWS) -> int:
+def choose_block_rows(batch_size: int, seconds: float, limit: int = BLOCK_ROWS) -> int:
     """Return a new cache's rows of a block: 1, 2, 4, 8, … batches, within `BLOCK_ROWS` and `BLOCK_SECONDS`, or one.
 
     Args:
         batch_size: images of a batch.
         seconds: that a batch takes, times the blocks that are written at once; 0 where it is not known.
-        most: rows that a block can have.
+        limit: rows that a block can have at most.
     """
     batches = 1
-    while 2 * batches * batch_size <= min(most, BLOCK_ROWS) and 2 * batches * seconds <= BLOCK_SECONDS:
+    while 2 * batches * batch_size <= min(limit, BLOCK_ROWS) and 2 * batches * seconds <= BLOCK_SECONDS:
         batches *= 2
     return batches * batch_size
 
 
 def name_cache(benchmark: str, model: str) -> Path:
-    """Return where a cache goes when nobody says."""
+    """Return where a cache goes by default."""
     return Path("cache") / f"{benchmark}-{model}.zarr"
 
 
