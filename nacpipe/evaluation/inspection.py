@@ -232,15 +232,15 @@ def _bins(params: LayerParams, counts: NDArray[np.int32]) -> pd.DataFrame:
 
 
 def describe_layers(cache: Cache, split: str, params: NacParams | None = None, only: str | None = None) -> pd.DataFrame:
-    """Return one row per layer, or of one layer alone: what is dead, what is saturated, and which alphas make sense.
+    """Return one row per layer, or of one layer alone: dead neurons, zeros, a range of alpha, and saturated states.
 
     A layer that the parameters hold once per source has a row for each, `layer3:gradient`.
 
     Columns: layer, neurons, dead (neurons whose activation is 0 for every sample), zeros (share of products that are
     0), size (median |product| of those that are not), alpha_low and alpha_high (the range that `search` takes, from
     id/train). With parameters, of the layers they name: alpha, flat (share of states of non-zero sources within 0.01
-    of ½: bins there hold nearly everything) and saturated (share within 0.01 of 0 or 1). What has no value is NaN: of
-    a source of zeros, or of a cache without id/train.
+    of ½) and saturated (share within 0.01 of 0 or 1). A value is NaN where the source is 0 everywhere or the cache has
+    no id/train.
     """
     opened = cache[split]
     held = params.layers if params is not None else {}
@@ -317,10 +317,10 @@ def _alpha_range(term: str, training: Mapping[Source, Values]) -> tuple[float, f
 def value_histograms(
     cache: Cache, split: str, layer: str, params: LayerParams | None = None, bins: int = HISTOGRAM_BINS
 ) -> pd.DataFrame:
-    """Return how a layer's values are spread: value, from, to, count; rows of equal width per value.
+    """Return a histogram of each of a layer's values: value, from, to, count; rows of equal width per value.
 
-    From the 1st to the 99th percentile, so that one outlier does not press all others into one bar; `count` of the
-    first and last bar holds what lies beyond. States are over all of 0 … 1.
+    Rows cover the 1st to the 99th percentile; `count` of the first and of the last row includes the values beyond.
+    Rows of states cover 0 … 1.
     """
     return _histograms(_values_and_states(cache, split, layer, params), bins)
 

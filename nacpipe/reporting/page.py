@@ -1,6 +1,6 @@
-"""One HTML page that needs nothing but itself: text that is escaped, tables, pictures as data.
+"""One HTML page without other files: escaped text, tables, and figures as data URLs.
 
-Every function returns HTML and takes plain text; what is HTML already is called so.
+Functions take plain text and return HTML; an argument that is HTML already is named so.
 """
 
 from __future__ import annotations
