@@ -64,7 +64,7 @@ class Header:
     identity: Mapping[str, Any]
     """What must match: benchmark, architecture, family, weights' sha256, transform, dtype."""
     information: Mapping[str, Any]
-    """Versions, device, batch size, dates: shown, never compared."""
+    """Versions, device, dates, and `options` (`options.ExtractOptions`): shown, never compared."""
     block_rows: int
     """Rows of a block: the unit of writing, of resuming and of repair."""
     layers: tuple[LayerSpec, ...]
@@ -95,10 +95,11 @@ class Header:
 
     def arrays(self) -> dict[str, tuple[int, str]]:
         """Return a split's arrays but `blocks`: path in the split → (width, dtype); width 0 is one-dimensional."""
-        found = {f"{s.name}/{what}": (s.neurons, "float32") for s in self.layers for what in ("activation", "gradient")}
-        if self.features:
-            found["features"] = (self.features, "float32")
-        return {**found, "logits": (self.classes, "float32"), "label": (0, "int64"), "index": (0, "int64")}
+        states = {
+            f"{s.name}/{what}": (s.neurons, "float32") for s in self.layers for what in ("activation", "gradient")
+        }
+        features = {"features": (self.features, "float32")} if self.features else {}
+        return {**states, **features, "logits": (self.classes, "float32"), "label": (0, "int64"), "index": (0, "int64")}
 
     @property
     def most_block_rows(self) -> int:
@@ -290,8 +291,8 @@ def list_places(root: zarr.Group) -> list[str]:
     async def members(parent: str) -> list[str]:
         return [f"{parent}/{leaf}" async for leaf in root.store.list_dir(parent)]
 
-    found = [path for parent in (*SPLIT_PARENTS, "ood") for path in sync(members(parent)) if split_name(path)]
-    return sorted(found, key=split_order)
+    places = [path for parent in (*SPLIT_PARENTS, "ood") for path in sync(members(parent)) if split_name(path)]
+    return sorted(places, key=split_order)
 
 
 def find_splits(root: zarr.Group) -> list[str]:

@@ -266,21 +266,21 @@ class CacheWriter:
 
 
 def check_identity(path: str, stored: Header, wanted: Header) -> None:
-    """Refuse to mix what does not belong together; what an older cache does not say of itself is not compared.
+    """Refuse a cache that was made from something else; fields that an older cache lacks are not compared.
 
     Raises:
         IdentityError: naming every value that differs and what to do.
     """
-    there = stored.whole_identity()
-    if differences := diff(there, said_by(there, wanted.whole_identity())):
+    identity = stored.whole_identity()
+    if differences := diff(identity, said_by(identity, wanted.whole_identity())):
         raise IdentityError(
             f"{path} was made from something else: {'; '.join(differences)}. Give another --cache, or"
-            f" {_remedy(there, differences)}"
+            f" {_remedy(identity, differences)}"
         )
 
 
 def _remedy(stored: Mapping[str, Any], differences: Sequence[str]) -> str:
-    """What makes an identity the stored one again."""
+    """Return the options that make an identity equal to the stored one."""
     differ = {phrase.split(":")[0] for phrase in differences}
     arithmetic = stored.get("arithmetic", {})
     known = {
@@ -291,8 +291,8 @@ def _remedy(stored: Mapping[str, Any], differences: Sequence[str]) -> str:
     }
     if "arithmetic.device" in differ:
         differ.discard("arithmetic.memory_format")  # it follows the device
-    said = [text for key, text in known.items() if key in differ]
-    return ", ".join(said + ["the same options"] * bool(differ.difference(known)))
+    remedies = [text for key, text in known.items() if key in differ]
+    return ", ".join(remedies + ["the same options"] * bool(differ.difference(known)))
 
 
 def round_mantissa(values: NDArray[np.float32], mantissa_bits: int) -> NDArray[np.float32]:

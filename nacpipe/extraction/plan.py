@@ -1,6 +1,6 @@
-"""What extraction will do, as a value: what is there, what is missing, rows and bytes, where it goes on.
+"""The plan of an extraction: splits, rows and bytes, which blocks are written and which are missing.
 
-`--dry-run` prints it; `extract` obeys it.
+`--dry-run` prints it; `extract` carries it out.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Plan:
     """Whether a trial batch is to say how many rows a block has (extract.choose_blocks); here they are the most."""
     splits: tuple[SplitPlan, ...]
     notes: tuple[str, ...]
-    """What to say aloud: sets left out, lists that stand in for others."""
+    """What is printed before the run: sets that are left out, lists that are used in place of others."""
 
     def with_block_rows(self, block_rows: int) -> Plan:
         """Return the plan of a new cache with blocks of so many rows."""
@@ -166,15 +166,15 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         device = find_device(request.device, ranks.local, ranks.local_world)
         network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
     notes += [f"images are prepared by {network.prepared_by}: {network.transform.describe()}", *network.notes]
-    layers, classes, features, said = measure_layers(network, request.layers, request.poolings)
-    notes += said
+    layers, classes, features, layer_notes = measure_layers(network, request.layers, request.poolings)
+    notes += layer_notes
     header = make_header(request, network, layers, classes, features)
     exists = holds_cache(request.cache)
     if not exists:
         _check_block(request, header)
         if request.block_rows is None:
-            most = choose_block_rows(request.batch_size, 0.0, header.most_block_rows)
-            header = replace(header, block_rows=most)
+            limit = choose_block_rows(request.batch_size, 0.0, header.most_block_rows)
+            header = replace(header, block_rows=limit)
     if is_url(request.cache):
         open_store(request.cache, write=True)  # or refused
         notes.append(f"{request.cache}: two extractions into it at once are not kept apart, as in a folder; run one")
@@ -183,8 +183,8 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     if exists:
         cache = open_cache(request.cache)
         if dry:  # whatever weights and device there are
-            theirs = {k: v for k, v in cache.header.identity.items() if k in ("weights", "arithmetic")}
-            header = replace(header, identity={**header.identity, **theirs})
+            stored = {k: v for k, v in cache.header.identity.items() if k in ("weights", "arithmetic")}
+            header = replace(header, identity={**header.identity, **stored})
         check_identity(cache.path, cache.header, header)
         if not dry:
             _check_features(cache.path, cache.header, header, network)
@@ -241,7 +241,7 @@ def _check_block(request: ExtractRequest, header: Header) -> None:
 
 
 def _with_images(benchmark: Benchmark, sets: Sequence[ImageSet], notes: list[str]) -> list[ImageSet]:
-    """Leave out, and say so, optional sets without any image: lists come in one archive, images in many."""
+    """Leave out optional sets without any image, and add a note: lists come in one archive, images in many."""
     kept = []
     for images in sets:
         if benchmark.split(images.name).optional and len(images.missing()) == images.index.size:
@@ -252,7 +252,7 @@ def _with_images(benchmark: Benchmark, sets: Sequence[ImageSet], notes: list[str
 
 
 def _prepare(request: ExtractRequest, network: Network, layers: Sequence[LayerSpec]) -> tuple[Set[str], Set[str]]:
-    """Put the network in its memory format and try which layers are the classifier's input, and which overwritten."""
+    """Set the memory format; find the layers that are the classifier's input and those that are overwritten."""
     if request.channels_last_on(network.device):
         network.module.to(memory_format=torch.channels_last)
     side = network.transform.crop
@@ -264,7 +264,7 @@ def _prepare(request: ExtractRequest, network: Network, layers: Sequence[LayerSp
 
 
 def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
-    """Open the lists of the wanted splits; leave out, and say so, what nobody asked for by name and is not there."""
+    """Open the lists of the wanted splits; an optional one that is not there and not named is left out, with a note."""
     benchmark = open_benchmark(request.benchmark)
     root = choose_root(benchmark, request.data_root)
     sets: list[ImageSet] = []

@@ -15,7 +15,9 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, SplitView, reader, split
+from nacpipe.cache.validation import open_member
 from nacpipe.cli import main
+from nacpipe.method.coverage import Source
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.scoring.params_file import write_params
 
@@ -46,8 +48,7 @@ class Reads:
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """Count the rows that are read of each array, and how often Zarr opens a split or an array."""
     found = Reads()
-    read, open_member = SplitView.read, reader.open_member
-    marks = SplitView.marks
+    read, marks = SplitView.read, SplitView.marks
 
     def spy(self: SplitView, path: str, rows: slice = slice(None)) -> NDArray[Any]:
         found.rows[f"{self.name}/{path}"] += len(range(self.rows)[rows])
@@ -119,7 +120,7 @@ def test_a_layer(
     more: tuple[str, ...],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    source = "activation" if layer.endswith("activation") else "product"
+    source: Source = "activation" if layer.endswith("activation") else "product"
     write_params("p.json", NacParams(layers={layer: LayerParams(bins=20, saturation=5, alpha=0.5, source=source)}))
     arrays = {f"{name}/logits" for name in (split, "id/train")}
     if layer != "logits":
