@@ -1,10 +1,10 @@
 """The cache: one Zarr v3 group per network × benchmark × training run. Specified in cache/README.md at the top.
 
-These are the only rooms that know Zarr. `store` finds the objects, on a disk or at a server (`pages`: of the web).
-`layout` says what a store holds and `keys` what of it belongs there, `append` writes it block by block (`durable` waits
-for the disk, `lock` keeps others out), `read` opens it, a `split` at a time, whose arrays are sliced (`view`), `seal`
-sums it up. `form` says whether metadata are as specified, `verify` reads everything, `repair` mends what is damaged.
-`pending` ends what is left of it all with the process.
+Only this package imports Zarr. `address` opens a store on a disk or at a server (`store`; `pages` over http). `layout`
+has the names, shapes and codecs of a cache, `options` what it was extracted with, `keys` which objects belong to it.
+`writer` writes it block by block (`durability` waits for the disk, `lock` refuses a second writer), `reader` opens it,
+a `split` at a time, whose arrays are sliced (`array_view`). `digest` computes a split's seal, `validation` checks
+metadata, `verify` checks everything, `repair` mends damage. `pending` cancels unfinished reads when the process ends.
 """
 
 import atexit

@@ -30,7 +30,7 @@ ALL_BITS = 23  # of a float32's mantissa
 # Never a legal value, so that a chunk that is not there cannot be mistaken for data: zarr reads it as the fill value.
 MISSING_INT = np.iinfo(np.int64).min
 
-MAX_CHUNK_BYTES = 2**31 - 1  # Blosc's limit, and so the most that a crafted header can make a reader set aside
+MAX_CHUNK_BYTES = 2**31 - 1  # Blosc's limit; a crafted header cannot make a reader allocate more
 LIMITS = {  # of the root's numbers
     "block_rows": (1, 2**20),
     "classes": (1, 2**24),
@@ -73,7 +73,7 @@ class Header:
     features: int
     """Width of `features`, the input of the last linear layer; 0 where the network has none."""
     mantissa_bits: int = ALL_BITS
-    """Bits of the mantissa that activations, gradients and features keep; all 23 unless rounded to save room."""
+    """Bits of the mantissa that activations, gradients and features keep; all 23 unless rounded to save space."""
     shard_blocks: int = 1
     """Blocks in one stored object; a shard has one writer."""
 

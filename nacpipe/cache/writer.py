@@ -5,8 +5,8 @@
     killed here: k is     killed here: k is done,          killed here: seals anew
     written again         the next block is next
 
-A writer never reads rows back and never touches another block's chunks. Before a mark or a seal is written, what it
-vouches for is on the disk (fsync), so that a power cut is no worse than a kill.
+A writer does not read rows back and does not write another block's chunks. The arrays are on the disk (fsync) before
+their mark is written, and the marks before the seal, so that a power cut does no more harm than a kill.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class CacheWriter:
         Args:
             path: where it is.
             header: what it is made from.
-            first: False for a process that joins others: it creates nothing and tidies nothing up.
+            first: False for a process that joins others: it creates nothing and removes no leftovers.
 
         Raises:
             IdentityError: it was made from something else; the message says what differs.
@@ -130,14 +130,14 @@ class CacheWriter:
         with writing(self.path):
             group = self._group(name, {"rows": rows, "sealed": False, "digest": None, "images": dict(images)})
             for what, wanted in (("rows", rows), ("images", images)):
-                if (found := group.attrs.get(what)) != wanted:
+                if (stored := group.attrs.get(what)) != wanted:
                     raise CacheError(
-                        f"{self.path}: {name} has {found} {what}, not {wanted}; drop it first with --redo"
+                        f"{self.path}: {name} has {stored} {what}, not {wanted}; drop it first with --redo"
                         f" {shlex.quote(name)}"
                     )
             missing = [path for path in self.header.arrays() if not self._holds(f"{name}/{path}")]
             if missing:
-                self._remove(f"{name}/blocks")  # marks of arrays that are not there would be lies
+                self._remove(f"{name}/blocks")  # a mark says that all arrays of its block are written
             for path in missing:
                 if "/" in path:
                     group.require_group(path.split("/")[0])
@@ -220,7 +220,7 @@ class CacheWriter:
         self._sync(f"{name}/zarr.json")
 
     def drop(self, name: str) -> None:
-        """Remove a split: first its seal, then its marks, then the rest; a half-removed one is never trusted."""
+        """Remove a split: first its seal, then its marks, then its arrays, so that a half-removed one is not used."""
         if not self._holds(name):
             return
         with writing(self.path):

@@ -81,7 +81,7 @@ class Plan:
     exists: bool
     """Whether the cache is there already."""
     blocks_are_open: bool
-    """Whether a trial batch is to say how many rows a block has (extract.choose_blocks); here they are the most."""
+    """Whether a trial batch still sets the rows of a block (`pipeline.choose_blocks`); the header has the limit."""
     splits: tuple[SplitPlan, ...]
     notes: tuple[str, ...]
     """What is printed before the run: sets that are left out, lists that are used in place of others."""
