@@ -74,7 +74,6 @@ def build_request(root: Path, checkpoint: Path, cache: Path) -> ExtractRequest:
         batch_size=8,
         block_rows=16,
         device="cpu",
-        command="nacpipe extract cifar10 --again",
     )
 
 

@@ -2,7 +2,7 @@
 
     address, store, pages      from a path or URL to a Zarr store; requests to servers
     layout, keys               arrays and attributes of the format; which objects belong to a cache
-    identity                   what a cache was made from, and comparing it
+    identity, options          what a cache was made from, and comparing it; the options of its extraction
     writer, lock, durability   writing block by block, by one extraction at a time, with fsync
     reader, split, array_view  opening a cache, its splits, and slicing their arrays
     digest, validation         the digest that seals a split; checks of metadata against the format

@@ -64,7 +64,7 @@ class Header:
     identity: Mapping[str, Any]
     """The fields that must match: benchmark, architecture, family, weights' sha256, transform, dtype, …"""
     information: Mapping[str, Any]
-    """Versions, device, batch size, dates: shown, never compared."""
+    """Versions, device, dates, and `options` (`options.ExtractOptions`): shown, never compared."""
     block_rows: int
     """Rows of a block: the unit of writing, of resuming and of repair."""
     layers: tuple[LayerSpec, ...]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 from nacpipe.cache.address import open_store
 from nacpipe.cache.layout import Header, find_splits, is_there
+from nacpipe.cache.options import finishing_command
 from nacpipe.cache.split import SplitView
 from nacpipe.cache.validation import classifier_problems, open_member
 from nacpipe.errors import CacheError, FormatError, InputError, NacError
@@ -62,6 +61,7 @@ class Cache(Mapping[str, SplitView]):
         if odd := [name for name in self._names if escape_bytes(name) != name]:
             raise FormatError(f"{path}: the name of split {escape_bytes(odd[0])} is not UTF-8; rename its folder")
         self._checked: set[str] = set()
+        self._sealed: dict[str, SplitView] = {}  # opened once; what is not sealed still changes
 
     def __getitem__(self, name: str) -> SplitView:
         split = self.peek(name)
@@ -90,6 +90,8 @@ class Cache(Mapping[str, SplitView]):
         Raises:
             InputError: the cache has no such split.
         """
+        if name in self._sealed:
+            return self._sealed[name]
         if name not in self._names:
             held = ", ".join(self._names) or "none"
             close = difflib.get_close_matches(name, self._names, 1)
@@ -105,19 +107,14 @@ class Cache(Mapping[str, SplitView]):
             ) from error
         if not isinstance(group, zarr.Group):
             raise FormatError(f"{self.path}: {name} is an array, not a split")
-        return SplitView(self, name, group)
+        split = SplitView(self, name, group)
+        if split.sealed:
+            self._sealed[name] = split
+        return split
 
     def command(self) -> str:
-        """Return the command that made this cache, with its present path; the same command finishes it."""
-        words = ["nacpipe", "extract", "BENCHMARK"]
-        with contextlib.suppress(ValueError):  # an open quote
-            recorded = shlex.split(str(self.header.information.get("command")))
-            words = recorded if recorded[:2] == words[:2] else words  # the attribute may hold any text
-        if "--cache" in words[:-1]:
-            words[words.index("--cache") + 1] = self.path
-        else:
-            words += ["--cache", self.path]
-        return shlex.join(words)
+        """Return the command that made this cache, which also finishes it."""
+        return finishing_command(self.header.information, self.path)
 
     def classifier(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """Return the last linear layer's weight (classes, features) and bias (classes,), or None."""

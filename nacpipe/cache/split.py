@@ -45,6 +45,7 @@ class SplitView(Mapping[str, LayerView]):
         self.sealed: bool = bool(self.attributes.get("sealed"))
         self._cache = cache
         self._group = group
+        self._arrays: dict[str, zarr.Array[Any]] = {}  # opened once
 
     def __getitem__(self, layer: str) -> LayerView:
         try:
@@ -100,6 +101,8 @@ class SplitView(Mapping[str, LayerView]):
         Raises:
             CacheError: the array does not exist, or its metadata is damaged.
         """
+        if path in self._arrays:
+            return self._arrays[path]
         try:
             array = open_member(self._group, path)
         except KeyError:
@@ -108,6 +111,7 @@ class SplitView(Mapping[str, LayerView]):
             raise self._damaged(path, error) from error
         if not isinstance(array, zarr.Array):
             raise self._damaged(path, "it is a group, not an array")
+        self._arrays[path] = array
         return array
 
     def _view(self, path: str) -> ArrayView:

@@ -1,4 +1,7 @@
-"""The command line: options → records → one call → print. Wings are imported inside the commands."""
+"""The command line: options → records → one call of the library → print.
+
+A command imports what it needs when it runs, so that --help is fast.
+"""
 
 from nacpipe.cli.main import main
 

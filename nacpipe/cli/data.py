@@ -1,4 +1,4 @@
-"""`nacpipe data`: what images are there, fetching the others, cutting train lists."""
+"""`nacpipe data`: which images are there, the download of the others, and the cut of train lists."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def download(
 ) -> None:
     """Fetch OpenOOD's archives for BENCHMARK, unpack them, and check that every listed file is there.
 
-    What is complete is left alone; stopped at any moment, the same command goes on. Needs gdown: pip install
+    Complete archives are not fetched again; stopped at any moment, the same command goes on. Needs gdown: pip install
     'nacpipe[data]'. Lists are OpenOOD's of 2024-07-30; the older ones, which the authors of NAC-UE used, are
     benchmark_imglist_authors.
 
@@ -157,12 +157,12 @@ def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
             )
     if has_archives(benchmark.name):
         unlisted = ("id/subtrain", *unlisted_splits(benchmark, root))
-        lacking = [s.split for s in sets if not s.complete and s.split not in unlisted]
-        if lacking:
+        incomplete = [s.split for s in sets if not s.complete and s.split not in unlisted]
+        if incomplete:
             note(f"get what is missing: {command_line('data', 'download', benchmark.name, '--data-root', root)}")
         elif not next(s for s in sets if s.split == "id/subtrain").complete:
-            again = command_line("data", "split-train", benchmark.name, "--data-root", root)
-            note(f"make the list of id/subtrain: {again}")
+            command = command_line("data", "split-train", benchmark.name, "--data-root", root)
+            note(f"make the list of id/subtrain: {command}")
 
 
 def _print_downloads(plans: list[DownloadPlan]) -> None:

@@ -1,4 +1,4 @@
-"""`nacpipe evaluate`: how well NAC and the baselines tell ID from OOD."""
+"""`nacpipe evaluate`: tables of how well NAC and the baselines tell ID from OOD."""
 
 from __future__ import annotations
 
@@ -53,7 +53,11 @@ _SHOWN = {"fpr95": "FPR@95", "auroc": "AUROC", "aupr_in": "AUPR-IN", "aupr_out":
 @click.option(
     "--scores", metavar="FILE", type=click.Path(path_type=Path), help="Write every image's scores: .npz or .parquet."
 )
-@click.option("--published-results", is_flag=True, help="Show what papers report for this benchmark, marked as such.")
+@click.option(
+    "--published-results",
+    is_flag=True,
+    help="Add the results that papers report for this benchmark, marked as published.",
+)
 @output_options
 def evaluate(
     caches: tuple[str | Path, ...],
@@ -85,8 +89,8 @@ def evaluate(
     from nacpipe.evaluation.tables import add_published, tabulate
     from nacpipe.evaluation.training_runs import check_runs
 
-    for option, given in (("--published-results", published_results), ("--baselines", baselines)):
-        if against is not None and given:
+    for option, value in (("--published-results", published_results), ("--baselines", baselines)):
+        if against is not None and value:
             raise click.UsageError(f"Give --against or {option}, not both.")
     if resamples is not None and confidence is None and against is None:
         raise click.UsageError("--resamples is for --confidence and --against.")
@@ -121,7 +125,7 @@ def evaluate(
 def _score(
     caches: Sequence[Cache], choices: Sequence[str], baselines: Sequence[str], against: str | None
 ) -> tuple[list[ScoredCache], str | None]:
-    """Score every cache; also the name of the method to compare with."""
+    """Score every cache; return the scored caches and the name of the method to compare with."""
     from nacpipe.evaluation.method_scores import evaluated_splits, score_cache
     from nacpipe.scoring.params_file import find_params
 
@@ -148,7 +152,7 @@ def match_choices(choices: Sequence[str], caches: int) -> list[str | None]:
 
 
 def _method_name(text: str) -> str | None:
-    """The plain or further baseline of that name; None for a parameter file or `published`."""
+    """Return the baseline of that name as it is written; None for a parameter file or `published`."""
     from nacpipe.errors import InputError
     from nacpipe.evaluation.baselines import MORE_BASELINES, find_baseline
     from nacpipe.method.plain_scores import LOGIT_BASELINES
@@ -162,7 +166,7 @@ def _method_name(text: str) -> str | None:
 
 
 def score_baselines_named(cache: Cache, names: Sequence[str], splits: list[str]) -> Mapping[str, MethodScores]:
-    """Score these splits by further baselines."""
+    """Score these splits by the named baselines; none for no names."""
     from nacpipe.evaluation.baselines import score_baselines
 
     return score_baselines(cache, names, splits) if names else {}
@@ -206,7 +210,7 @@ def print_evaluation(frame: pd.DataFrame) -> None:
 
 
 def print_comparison(frame: pd.DataFrame) -> None:
-    """Print how two methods differ, in percent points, and whether that is more than chance."""
+    """Print how two methods differ, in percentage points, and whether that is more than chance."""
     names = frame["first"].iloc[0], frame["second"].iloc[0]
     for number, (task, rows) in enumerate(frame.groupby("task", sort=False)):
         click.echo(("\n" if number else "") + f"{_TITLES[str(task)]}: {names[0]} against {names[1]}; all in percent")

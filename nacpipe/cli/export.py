@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,26 +61,19 @@ def score_command(detector: Path, header: Header) -> str:
 
     A function in a file, timm's networks and a checkpoint's file are used only where a person names them.
     """
-    made, kept = str(header.identity.get("architecture")), header.information.get("checkpoint")
-    try:
-        asked = shlex.split(str(header.information.get("command") or ""))  # empty where no command made the cache
-    except ValueError:  # an open quote: it was not written by nacpipe
-        asked = []
-    model, checkpoint = (_value(asked, option) for option in ("--model", "--checkpoint"))
+    from nacpipe.cache.options import read_options
+
+    architecture = str(header.identity.get("architecture"))
+    options = read_options(header.information)  # None: the cache was not made by an extract that records them
     words = ["score", str(detector), "IMAGES"]
-    if made.startswith("timm:"):
-        words += ["--model", made]
+    if architecture.startswith("timm:"):
+        words += ["--model", architecture]
     elif header.identity.get("family") == "custom":
-        words += ["--model", model or (f"FOLDER/{made}" if ":" in made else "FILE.py:FUNCTION")]
-    if checkpoint is not None:
-        several = kept is not None and Path(checkpoint).name != kept  # a folder of training runs
-        words += ["--checkpoint", f"{checkpoint}/RUN/{kept}" if several else checkpoint]
-    elif not asked:
-        named = str(kept or "CHECKPOINT")
-        words += ["--checkpoint", f"FOLDER/{named}" if Path(named).suffix else named]
+        unknown = f"FOLDER/{architecture}" if ":" in architecture else "FILE.py:FUNCTION"
+        words += ["--model", unknown if options is None else options.model]
+    if options is None:
+        checkpoint = str(header.information.get("checkpoint") or "CHECKPOINT")
+        words += ["--checkpoint", f"FOLDER/{checkpoint}" if Path(checkpoint).suffix else checkpoint]
+    elif options.checkpoint is not None:
+        words += ["--checkpoint", str(options.checkpoint)]
     return command_line(*words)
-
-
-def _value(words: list[str], option: str) -> str | None:
-    """What stands behind an option."""
-    return words[words.index(option) + 1] if option in words[:-1] else None

@@ -1,8 +1,7 @@
-"""`nacpipe extract`: run the network once, write every layer's states to a cache."""
+"""`nacpipe extract`: run the network once and write every layer's states to a cache."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,7 @@ def _split_poolings(
 
 
 def extract_options(command: Any) -> Any:
-    """Add the options that say what to extract; `run` has them too."""
+    """Add the options of an extraction to a command: `extract` and `run`."""
     options = [
         click.argument("benchmark"),
         click.option("--model", metavar="NAME", help="The network (nacpipe models); for digits: digits_cnn."),
@@ -41,15 +40,15 @@ def extract_options(command: Any) -> Any:
                      help="The network's weights: a file, a folder with one, a name from nacpipe models, or a folder of"
                      " runs s0, s1, …: then a cache each."),
         click.option("--weights-transform", metavar="NAME",
-                     help="Prepare images as for these published weights (nacpipe models), or benchmark; default: told"
-                     " by the weights."),
+                     help="Prepare images as for these published weights (nacpipe models), or benchmark; default: as"
+                     " the weights need."),
         click.option("--layers", callback=split_layers, metavar="A,B",
                      help="Layers to tap, by alias or module path, NAME=PATH for another name; default: the paper's"
                      " four."),
         click.option("--pooling", "poolings", multiple=True, callback=_split_poolings, metavar="LAYER=KIND",
                      help="sum-nchw, sum-nhwc, sum-tokens, class-token or none; again for each layer."),
         click.option("--data-root", type=click.Path(path_type=Path),
-                     help="Folder with benchmark_imglist/ and the images; default: data, or what FILE.toml says."),
+                     help="Folder with benchmark_imglist/ and the images; default: data, or the root of FILE.toml."),
         click.option("--cache", type=Address(),
                      help="A folder or s3://…; default: cache/BENCHMARK-MODEL.zarr. Of several runs each adds -s0, …"
                      " before .zarr, or stands for {run}."),
@@ -59,7 +58,8 @@ def extract_options(command: Any) -> Any:
                      help="Seed of their choice."),
         click.option("--batch-size", type=int, default=128, show_default=True, help="Images at once."),
         click.option("--device", default="auto", show_default=True, help="cuda, mps, cpu, …"),
-        click.option("--splits", callback=split_names, metavar="A,B", help="Only these; default: all that are there."),
+        click.option("--splits", callback=split_names, metavar="A,B",
+                     help="Only these; default: all whose images are there."),
         click.option("--redo", callback=split_names, metavar="A,B",
                      help="Drop these finished splits and extract them again."),
         click.option("--allow-truncated", is_flag=True, help="Load truncated images as OpenOOD does."),
@@ -69,7 +69,7 @@ def extract_options(command: Any) -> Any:
                      help="Run the network in this type; states change in the third digit."),
         click.option("--channels-last/--contiguous", default=None, help="Default: channels last on CUDA."),
         click.option("--mantissa-bits", type=int, default=23, show_default=True,
-                     help="Mantissa bits to store; 10 need half the room."),
+                     help="Mantissa bits to store; 10 take half the space."),
         click.option("--block-rows", type=int, metavar="N",
                      help="Rows of a block of a new cache, a multiple of the batch; default: about ten seconds of work,"
                      " at most 512."),
@@ -104,15 +104,15 @@ def extract(dry_run: bool, as_json: bool, **asked: Any) -> None:
         print_plans([plan_extraction(request, dry=True) for request in requests], as_json)
         return
     if not extract_requests(requests):
-        return  # another process of the same torchrun says the rest
+        return  # another process of the same torchrun prints the result
     from nacpipe.cache import open_cache
     from nacpipe.cli.inspect import print_splits
     from nacpipe.evaluation.inspection import summarise_splits
 
     frames = {str(request.cache): summarise_splits(open_cache(request.cache)) for request in requests}
     if as_json:
-        made = [{"cache": cache, "splits": frame.to_dict("records")} for cache, frame in frames.items()]
-        print_json(made if len(made) > 1 else made[0])
+        results = [{"cache": cache, "splits": frame.to_dict("records")} for cache, frame in frames.items()]
+        print_json(results if len(results) > 1 else results[0])
         return
     for cache, frame in frames.items():
         if len(frames) > 1:
@@ -122,7 +122,12 @@ def extract(dry_run: bool, as_json: bool, **asked: Any) -> None:
 
 
 def make_requests(**asked: Any) -> list[ExtractRequest]:
-    """Fill in what depends on the benchmark, its network and the cache's place; one request for each training run."""
+    """Return the request of each training run, with the defaults that depend on the benchmark and its network.
+
+    Raises:
+        InputError: the benchmark is not known, or needs a network.
+        CheckpointError: the checkpoint is a folder that does not hold exactly one checkpoint of each run.
+    """
     from nacpipe.benchmarks.toml import open_benchmark
     from nacpipe.errors import InputError
     from nacpipe.extraction.request import ExtractRequest, name_cache
@@ -136,16 +141,13 @@ def make_requests(**asked: Any) -> list[ExtractRequest]:
         asked["model"] = "digits_cnn"
     if asked["cache"] is None:
         asked["cache"] = name_cache(benchmark.name, plain_name(asked["model"]))
-    command = _canonical(asked)
     checkpoint = asked["checkpoint"]
     if checkpoint is None or not checkpoint.is_dir():
-        return [ExtractRequest(command=command, **asked)]
+        return [ExtractRequest(**asked)]
     if not holds_runs(checkpoint):
-        return [ExtractRequest(command=command, **{**asked, "checkpoint": find_checkpoint(checkpoint)})]
+        return [ExtractRequest(**{**asked, "checkpoint": find_checkpoint(checkpoint)})]
     return [
-        ExtractRequest(
-            command=command, **{**asked, "checkpoint": file, "cache": _address(name_run(str(asked["cache"]), run))}
-        )
+        ExtractRequest(**{**asked, "checkpoint": file, "cache": _address(name_run(str(asked["cache"]), run))})
         for run, file in find_runs(checkpoint).items()
     ]
 
@@ -154,29 +156,8 @@ def _address(cache: str) -> str | Path:
     return cache if is_url(cache) else Path(cache)
 
 
-def _canonical(asked: dict[str, Any]) -> str:
-    """The command that makes or finishes this cache, whatever splits were asked for this time."""
-    usual = {option.name: option.default for option in extract.params}
-    words = ["nacpipe", "extract", str(asked["benchmark"])]
-    for name, value in asked.items():
-        said_elsewhere = name in ("benchmark", "splits", "redo", "workers")
-        off = value is False and name != "channels_last"
-        if said_elsewhere or off or value in (None, (), usual.get(name)):
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if name == "poolings":
-            words += [word for layer, kind in value for word in ("--pooling", f"{layer}={kind}")]
-        elif name == "channels_last":
-            words.append(flag if value else "--contiguous")
-        elif value is True:
-            words.append(flag)
-        else:
-            words += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
-    return shlex.join(words)
-
-
 def extract_requests(requests: Sequence[ExtractRequest]) -> bool:
-    """Plan and extract with progress on stderr; return whether this process is the one that speaks."""
+    """Plan and extract with progress on stderr; return whether this process is the one that prints the result."""
     from nacpipe.extraction.distributed import join_ranks, leave_ranks
 
     ranks = join_ranks()
@@ -202,27 +183,27 @@ def _extract_one(request: ExtractRequest, ranks: Ranks) -> None:
 
 
 def _progress(plan: Plan, ranks: Ranks) -> Progress:
-    """The first rank counts its share; alone, it counts on from what is there."""
+    """Return the progress of the first process's share; of a process alone, with what was done before."""
     todo = {split.images.name: plan.todo_of(split, ranks) for split in plan.splits if ranks.first and not split.sealed}
     before = {s.images.name: s.rows - todo[s.images.name] for s in plan.splits if ranks.alone and s.images.name in todo}
     return Progress("extract", {name: rows + before.get(name, 0) for name, rows in todo.items()}, before)
 
 
 def print_plans(plans: Sequence[Plan], as_json: bool) -> None:
-    """Print what would be done, cache by cache."""
+    """Print the plan of each cache."""
     for text in dict.fromkeys(text for plan in plans for text in plan.notes):
         note(text)
-    described = [_describe_plan(plan) for plan in plans]
+    values = [_plan_json(plan) for plan in plans]
     if as_json:
-        print_json(described if len(described) > 1 else described[0])
+        print_json(values if len(values) > 1 else values[0])
         return
-    for number, (plan, about) in enumerate(zip(plans, described, strict=True)):
+    for number, (plan, value) in enumerate(zip(plans, values, strict=True)):
         if number:
             click.echo("")
-        _print_plan(plan, about["splits"])
+        _print_plan(plan, value["splits"])
 
 
-def _describe_plan(plan: Plan) -> dict[str, Any]:
+def _plan_json(plan: Plan) -> dict[str, Any]:
     from nacpipe.extraction.plan import total_bytes
 
     rows = [
@@ -267,6 +248,6 @@ def _print_plan(plan: Plan, rows: Sequence[dict[str, Any]]) -> None:
     )
     click.echo(f"layers (neurons): {layers}; device {plan.request.device}, batches of {plan.request.batch_size}")
     click.echo(f"transform: {plan.network.transform.describe()}")
-    most = "at most " if plan.blocks_are_open else ""
+    at_most = "at most " if plan.blocks_are_open else ""
     why = ", about ten seconds of work: a trial batch is timed first" if plan.blocks_are_open else ""
-    click.echo(f"blocks of {most}{plan.header.block_rows} rows{why}")
+    click.echo(f"blocks of {at_most}{plan.header.block_rows} rows{why}")

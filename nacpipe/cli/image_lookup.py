@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,29 +16,64 @@ if TYPE_CHECKING:
 TILES = 25  # on either side
 
 
-def image_names(cache: Cache, split: str, index: list[int], data_root: Path | None) -> list[str]:
+def find_benchmark(cache: Cache, benchmark: str | None, data_root: Path | None) -> tuple[Benchmark, Path]:
+    """Return the benchmark that a cache was made from, and the folder where its images lie.
+
+    Args:
+        cache: the cache.
+        benchmark: a name or a TOML file; None: the one that the cache records.
+        data_root: None: the folder that the cache records.
+
+    Raises:
+        InputError: the cache does not say which benchmark it was made from, or that one is not there.
+    """
+    from nacpipe.benchmarks.toml import choose_root, open_benchmark
+    from nacpipe.cache.options import read_options
+    from nacpipe.errors import InputError
+
+    options, recorded_root = read_options(cache.header.information), cache.header.information.get("data_root")
+    name = benchmark or (str(cache.header.identity.get("benchmark")) if options is None else options.benchmark)
+    try:
+        opened = open_benchmark(name)
+    except InputError as error:
+        if benchmark is None:
+            error.add_note("say which benchmark it is with --benchmark NAME or --benchmark FILE.toml")
+        raise
+    return opened, choose_root(opened, data_root or (Path(str(recorded_root)) if recorded_root else None))
+
+
+def image_names(
+    cache: Cache, split: str, index: list[int], benchmark: str | None = None, data_root: Path | None = None
+) -> list[str]:
     """Return where images are: files, or LIST[POSITION] where they are not in files or their list is not at hand."""
     from nacpipe.benchmarks.lists import read_list
     from nacpipe.errors import InputError
 
     images = cache[split].images
-    listed = None
+    image_list = None
     try:
-        benchmark, root = _benchmark_of(cache, data_root)
-        asked = benchmark.split(split)
-        if not benchmark.packaged and asked.kind != "torchvision":
-            listed = read_list(benchmark, asked, root)
-            if listed is None:
+        opened, root = find_benchmark(cache, benchmark, data_root)
+        wanted = opened.split(split)
+        if not opened.packaged and wanted.kind != "torchvision":
+            image_list = read_list(opened, wanted, root)
+            if image_list is None:
                 note(f"the list of {split} is not below {root}; say where the data is with --data-root DIR")
     except InputError as error:
         note(error.one_line())
-    if listed is not None and listed.sha256 != images.get("sha256"):
-        note(f"{listed.path} is not the list that {split} was made from; paths are left out")
-        listed = None
-    return [f"{images.get('list')}[{row}]" if listed is None else str(listed.file(row)) for row in index]
+    if image_list is not None and image_list.sha256 != images.get("sha256"):
+        note(f"{image_list.path} is not the list that {split} was made from; paths are left out")
+        image_list = None
+    return [f"{images.get('list')}[{row}]" if image_list is None else str(image_list.file(row)) for row in index]
 
 
-def write_mosaic(path: Path, cache: Cache, split: str, ranked: pd.DataFrame, data_root: Path | None) -> None:
+def write_mosaic(
+    path: Path,
+    cache: Cache,
+    split: str,
+    ranked: pd.DataFrame,
+    benchmark: str | None = None,
+    data_root: Path | None = None,
+) -> None:
     """Write a picture of the 25 highest and the 25 lowest scored images of a split.
 
     Args:
@@ -47,10 +81,12 @@ def write_mosaic(path: Path, cache: Cache, split: str, ranked: pd.DataFrame, dat
         cache: the cache.
         split: the split's name.
         ranked: `inspection.rank_rows`'s frame.
-        data_root: where lists and images lie; None: where the cache was made from.
+        benchmark: as `find_benchmark` takes it.
+        data_root: as `find_benchmark` takes it.
 
     Raises:
         ImageError: the images are not at hand, or are others than those of the cache.
+        InputError: the cache does not say which benchmark it was made from, or that one is not there.
         MissingExtra: images need the extra `extract`.
     """
     from nacpipe.errors import ImageError
@@ -58,9 +94,9 @@ def write_mosaic(path: Path, cache: Cache, split: str, ranked: pd.DataFrame, dat
     from nacpipe.reporting.mosaic import draw_mosaic
 
     stored = cache[split].images
-    benchmark, root = _benchmark_of(cache, data_root)
+    opened, root = find_benchmark(cache, benchmark, data_root)
     count, seed = int(stored.get("images", 1)), int(stored.get("seed", 1))
-    images = open_images(benchmark, benchmark.split(split), root, train_images=count, train_seed=seed)
+    images = open_images(opened, opened.split(split), root, train_images=count, train_seed=seed)
     if images is None:
         raise ImageError(f"the images of {split} are not below {root}; say where they are with --data-root DIR")
     if images.sha256 != stored.get("sha256"):
@@ -69,14 +105,3 @@ def write_mosaic(path: Path, cache: Cache, split: str, ranked: pd.DataFrame, dat
     blocks = {f"{split}: highest scored": tiles[:TILES], "lowest scored": tiles[: -TILES - 1 : -1]}
     picture = draw_mosaic(images.open, blocks)
     picture.save(path)
-
-
-def _benchmark_of(cache: Cache, data_root: Path | None) -> tuple[Benchmark, Path]:
-    """The benchmark, a file of one's own too, and where its images lie."""
-    from nacpipe.benchmarks.toml import choose_root, open_benchmark
-
-    words = shlex.split(cache.command())
-    name = words[2] if words[:2] == ["nacpipe", "extract"] and len(words) > 2 else ""
-    benchmark = open_benchmark(name if name.endswith(".toml") else str(cache.header.identity.get("benchmark")))
-    made_from = cache.header.information.get("data_root")
-    return benchmark, choose_root(benchmark, data_root or (Path(str(made_from)) if made_from else None))

@@ -1,4 +1,4 @@
-"""`nacpipe inspect`: what a cache holds."""
+"""`nacpipe inspect`: what made a cache and what it holds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.output import Address, format_bytes, note, percent, print_json, print_table, printable, say
+from nacpipe.cli.output import Address, format_bytes, note, percent, print_json, print_line, print_table, printable
 from nacpipe.cli.text_plot import print_bars
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--mosaic", metavar="FILE", type=click.Path(path_type=Path), help="A picture of the 25 highest and lowest scored."
 )
+@click.option("--benchmark", metavar="NAME", help="Of the images, a name or FILE.toml; default: as extracted.")
 @click.option("--data-root", metavar="DIR", type=click.Path(path_type=Path), help="Of images; default: as extracted.")
 @click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the histograms: .svg or .png.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -43,11 +44,12 @@ def inspect(
     compare: str | Path | None,
     rows: int | None,
     mosaic: Path | None,
+    benchmark: str | None,
     data_root: Path | None,
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Print what made CACHE and what it holds; with SPLIT what its layers are like, with LAYER the states themselves.
+    """Print what made CACHE and what it holds; with SPLIT a row per layer, with LAYER the distribution of its values.
 
     \b
     nacpipe inspect cache/digits-digits_cnn.zarr
@@ -62,14 +64,14 @@ def inspect(
 
     if choice is not None and alpha is not None:
         raise click.UsageError("Give --params or --alpha, not both.")
-    ranks = rows is not None or mosaic is not None
-    if compare is not None and (ranks or choice is not None or alpha is not None):
+    scores_images = rows is not None or mosaic is not None
+    if compare is not None and (scores_images or choice is not None or alpha is not None):
         raise click.UsageError("--compare is for states; leave out --rows, --mosaic, --params and --alpha.")
-    if ranks and alpha is not None:
+    if scores_images and alpha is not None:
         raise click.UsageError("Scores need all parameters: --params, not --alpha.")
-    if split is None and (ranks or compare is not None):
+    if split is None and (scores_images or compare is not None):
         raise click.UsageError("Name a SPLIT for --rows, --mosaic and --compare.")
-    if plot is not None and (split is None or layer is None or ranks):
+    if plot is not None and (split is None or layer is None or scores_images):
         raise click.UsageError("--plot draws a layer: name SPLIT and LAYER, and leave out --rows and --mosaic.")
     for path in (mosaic, plot):
         if path is not None and path.suffix not in (".png", *([".svg"] if path == plot else [])):
@@ -79,8 +81,8 @@ def inspect(
     opened = open_cache(cache)
     if split is None:
         _inspect_cache(opened, as_json)
-    elif ranks:
-        _inspect_rows(opened, split, layer, choice, rows, mosaic, data_root, as_json)
+    elif scores_images:
+        _inspect_rows(opened, split, layer, choice, rows, mosaic, (benchmark, data_root), as_json)
     elif compare is not None:
         _compare(opened, open_cache(compare), split, layer, plot, as_json)
     elif layer is None:
@@ -96,8 +98,10 @@ def _inspect_cache(cache: Cache, as_json: bool) -> None:
     if as_json:
         print_json({**summary, "splits": frame.to_dict("records")})
         return
-    for key, value in (summary["identity"] | summary["information"]).items():
-        say(f"{key:<13} {value if isinstance(value, str | int) else json.dumps(value)}")
+    recorded = {**summary["identity"], **summary["information"]}
+    recorded.pop("options", None)  # the command has them
+    for key, value in {**recorded, "command": cache.command()}.items():
+        print_line(f"{key:<13} {value if isinstance(value, str | int) else json.dumps(value)}")
     click.echo("")
     print_table(
         ("layer", "module", "pooling", "neurons"),
@@ -139,7 +143,7 @@ def _inspect_split(cache: Cache, split: str, choice: str | None, as_json: bool) 
 
 
 def _print_layers(layers: pd.DataFrame, states: bool) -> None:
-    heads = ["layer", "neurons", "dead", "zeros %", "|product|", "alpha to try"]
+    columns = ["layer", "neurons", "dead", "zeros %", "|product|", "alpha to try"]
     rows = [
         [
             row.layer, str(row.neurons), str(row.dead), f"{100 * row.zeros:.1f}", _number(row.size),
@@ -148,7 +152,7 @@ def _print_layers(layers: pd.DataFrame, states: bool) -> None:
         ]
         for row in layers.itertuples()
     ]  # fmt: skip
-    print_table(heads + ["alpha", "flat %", "saturated %"] * states, rows)
+    print_table(columns + ["alpha", "flat %", "saturated %"] * states, rows)
     click.echo(
         "\ndead: activation 0 in every row; |product|: the median where it is not 0"
         + "; flat, saturated: states near ½, near 0 or 1" * states
@@ -158,14 +162,13 @@ def _print_layers(layers: pd.DataFrame, states: bool) -> None:
 def _inspect_layer(
     cache: Cache, split: str, layer: str, choice: str | None, alpha: float | None, plot: Path | None, as_json: bool
 ) -> None:
-    from nacpipe.evaluation.inspection import describe_bins, describe_layer, describe_layers, value_histograms
+    from nacpipe.evaluation.inspection import inspect_layer
     from nacpipe.method.coverage import source_of
-    from nacpipe.method.params import LayerParams, NacParams
-    from nacpipe.scoring.coverage import fit_coverage
+    from nacpipe.method.params import LayerParams
     from nacpipe.scoring.params_file import find_params
     from nacpipe.scoring.states import check_layers
 
-    params = bins = None
+    params = None
     check_layers(cache, [layer])  # both names are checked before anything is read
     cache[split]
     if choice is not None:
@@ -173,41 +176,44 @@ def _inspect_layer(
     elif alpha is not None:
         params = LayerParams(bins=50, saturation=50, alpha=alpha, source=source_of(layer))
         note(f"coverage with {params.bins} bins and saturation {params.saturation}; others with --params FILE")
-    if params is not None:
-        bins = describe_bins(fit_coverage(cache, NacParams(layers={layer: params})), layer)
-    values, histograms = describe_layer(cache, split, layer, params), value_histograms(cache, split, layer, params)
-    whole = describe_layers(cache, split, None if params is None else NacParams(layers={layer: params}), only=layer)
+    tables = inspect_layer(cache, split, layer, params)
     if plot is not None:
-        _plot(plot, {split: histograms}, layer)
+        _plot(plot, {split: tables.histograms}, layer)
     if as_json:
-        told = {"layer": whole.to_dict("records")[0], "values": values.to_dict("records")}
-        told["histograms"] = histograms.to_dict("records")
-        print_json({**told, "bins": None if bins is None else bins.to_dict("records")})
+        print_json(
+            {
+                "layer": tables.summary.to_dict("records")[0],
+                "values": tables.values.to_dict("records"),
+                "histograms": tables.histograms.to_dict("records"),
+                "bins": None if tables.bins is None else tables.bins.to_dict("records"),
+            }
+        )
         return
-    _print_layers(whole, states=params is not None)
+    _print_layers(tables.summary, states=params is not None)
     click.echo("")
-    _print_numbers(values)
-    for name, bars in histograms.groupby("value", sort=False):
+    _print_numbers(tables.values)
+    for name, bars in tables.histograms.groupby("value", sort=False):
         click.echo(
-            f"\n{name}" + ("" if name == "state" else ", 1st to 99th percentile; the ends hold what lies beyond")
+            f"\n{name}"
+            + ("" if name == "state" else ", 1st to 99th percentile; the first and last bar hold the others")
         )
         print_bars(bars["count"].tolist(), float(bars["from"].iloc[0]), float(bars["to"].iloc[-1]))
-    if bins is not None:
+    if (bins := tables.bins) is not None:
         click.echo(
-            f"\ncoverage from id/train, mean over neurons, of the {len(bins)} bins that hold any (--json has all)"
+            f"\ncoverage from id/train, mean over neurons, of the {len(bins)} bins that are not empty (--json has all)"
         )
         print_bars(bins["coverage"].tolist(), float(bins["from"].iloc[0]), float(bins["to"].iloc[-1]), top=1.0)
 
 
 def _params_of(params: NacParams, layer: str, choice: str | None) -> LayerParams:
-    """A layer's parameters with weight 1: a layer of weight 0 can be looked at too."""
+    """Return a layer's parameters with weight 1, so that a layer of weight 0 can be scored alone."""
     from nacpipe.errors import ParamsError
     from nacpipe.method.coverage import layer_of
 
     if layer not in params.layers:
-        named = "the parameter file" if choice is None else choice
+        file = "the parameter file" if choice is None else choice
         held = [name for name in params.layers if layer_of(name) == layer] or list(params.layers)
-        raise ParamsError(f"{named} has no parameters for layer {layer!r}; it has {', '.join(held)}")
+        raise ParamsError(f"{file} has no parameters for layer {layer!r}; it has {', '.join(held)}")
     return replace(params.layers[layer], weight=1.0)
 
 
@@ -218,7 +224,7 @@ def _inspect_rows(
     choice: str | None,
     rows: int | None,
     mosaic: Path | None,
-    data_root: Path | None,
+    images: tuple[str | None, Path | None],  # --benchmark, --data-root
     as_json: bool,
 ) -> None:
     from nacpipe.cli.image_lookup import image_names, write_mosaic
@@ -233,7 +239,7 @@ def _inspect_rows(
     ranked = rank_rows(cache, split, params)
     if rows is not None:
         shown = ranked if 2 * rows >= len(ranked) else ranked.iloc[[*range(rows), *range(-rows, 0)]]
-        shown = shown.assign(image=image_names(cache, split, shown["index"].tolist(), data_root))
+        shown = shown.assign(image=image_names(cache, split, shown["index"].tolist(), *images))
         if as_json:
             print_json(shown.to_dict("records"))
         else:
@@ -245,7 +251,7 @@ def _inspect_rows(
                 lines.insert(rows, [])
             print_table(("image", "score", "row", "label", "predicted"), lines)
     if mosaic is not None:
-        write_mosaic(mosaic, cache, split, ranked, data_root)
+        write_mosaic(mosaic, cache, split, ranked, *images)
         note(f"wrote {mosaic}")
 
 
@@ -254,16 +260,16 @@ def _compare(cache: Cache, other: Cache, split: str, layer: str | None, plot: Pa
     from nacpipe.method.coverage import layer_of
     from nacpipe.scoring.states import check_layers
 
-    for one in (cache, other):
+    for opened in (cache, other):
         if layer is not None:
-            check_layers(one, [layer])
+            check_layers(opened, [layer])
     frame = compare_splits(cache, other, split)
     if layer is not None:
         frame = frame[frame["layer"] == layer_of(layer)]
         if frame.empty:
             raise click.UsageError("--compare is for the network's layers; leave out LAYER logits.")
     if plot is not None and layer is not None:
-        _plot(plot, {one.path: value_histograms(one, split, layer) for one in (cache, other)}, layer)
+        _plot(plot, {opened.path: value_histograms(opened, split, layer) for opened in (cache, other)}, layer)
     if as_json:
         print_json({"agree": frame.attrs.get("agree"), "layers": frame.to_dict("records")})
         return

@@ -1,4 +1,4 @@
-"""The door: the group of commands, and where errors become one line and an exit code.
+"""The group of all commands. It turns an error into one line on stderr and an exit code.
 
 0 done · 1 a NacError or the operating system's refusal · 2 wrong usage · 130 interrupted
 """
@@ -32,21 +32,21 @@ from nacpipe.cli.verify import repair, verify
 from nacpipe.errors import NacError
 from nacpipe.text import command_line
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_EXTRACT = ("torch", "torchvision", "PIL")  # modules of the extra
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_EXTRACT_MODULES = ("torch", "torchvision", "PIL")  # of the extra `extract`
 
 
-class Door(click.Group):
-    """A group whose commands' errors are dressed."""
+class CommandGroup(click.Group):
+    """A group whose commands end with one line and an exit code where they fail."""
 
-    def main(self, args: Any = None, *rest: Any, **more: Any) -> Any:
-        """Run, remembering the command line: caches and messages name it as the way to go on."""
-        given = list(sys.argv[1:] if args is None else args)
-        with standard_streams(exits=more.get("standalone_mode", True)):
-            return super().main(given, *rest, obj=command_line(*given), **more)
+    def main(self, args: Any = None, *more_args: Any, **options: Any) -> Any:
+        """Run, and keep the command line as the context's `obj`: messages name it as the way to go on."""
+        words = list(sys.argv[1:] if args is None else args)
+        with standard_streams(exits=options.get("standalone_mode", True)):
+            return super().main(words, *more_args, obj=command_line(*words), **options)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; what goes wrong becomes one line on stderr and an exit code."""
+        """Run a command; an error becomes one line on stderr and an exit code."""
         interrupted: list[int] = []
 
         def interrupt(number: int, _frame: FrameType | None) -> None:
@@ -60,52 +60,52 @@ class Door(click.Group):
             sys.stdout.flush()
             return result
         except KeyboardInterrupt:
-            self._part(ctx)
+            _exit_interrupted(ctx)
         except Exception as error:
-            if interrupted:  # a library that was being imported made an error of its own of it
-                self._part(ctx)
-            if ctx.params.get("debug") or (dressed := _dress(error)) is None:
+            if interrupted:  # a library that was being imported raised an error of its own in place of it
+                _exit_interrupted(ctx)
+            if ctx.params.get("debug") or (described := _describe_error(error)) is None:
                 raise
-            line, code = dressed
+            line, code = described
             click.echo(printable(f"nacpipe: {line}".replace("\n", " ")), err=True)
             sys.exit(code)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by no Python code
 
-    @staticmethod
-    def _part(ctx: click.Context) -> NoReturn:
-        click.echo(f"\nnacpipe: interrupted; what was written is safe, go on with: {ctx.obj}", err=True)
-        sys.exit(130)
+
+def _exit_interrupted(ctx: click.Context) -> NoReturn:
+    click.echo(f"\nnacpipe: interrupted; what was written is safe, go on with: {ctx.obj}", err=True)
+    sys.exit(130)
 
 
-def _dress(error: Exception) -> tuple[str, int] | None:
-    """What a person is told and the exit code; None where the traceback is the better answer."""
+def _describe_error(error: Exception) -> tuple[str, int] | None:
+    """Return the line to print and the exit code; None where a traceback is to be shown."""
     match error:
         case NacError():
             return error.one_line(), 1
         case click.UsageError():
-            where = error.ctx.command_path if error.ctx else "nacpipe"
-            return f"{error.format_message()} See: {where} --help", 2
-        case ModuleNotFoundError() if str(error.name).split(".")[0] in _EXTRACT:
+            command = error.ctx.command_path if error.ctx else "nacpipe"
+            return f"{error.format_message()} See: {command} --help", 2
+        case ModuleNotFoundError() if str(error.name).split(".")[0] in _EXTRACT_MODULES:
             return f"this needs {error.name}; install it with: pip install 'nacpipe[extract]'", 1
         case BrokenPipeError():
             return None
         case MemoryError():
             return f"there is not enough memory for this ({error})" if str(error) else "there is not enough memory", 1
         case OSError():
-            safe = "; what was written is safe: free some space, and the same command goes on"
-            where = f": {error.filename}" if error.filename else ""
-            return f"{error.strerror or error}{where}{safe if error.errno in _FULL else ''}", 1
+            file = f": {error.filename}" if error.filename else ""
+            full = "; what was written is safe: make room, and the same command goes on"
+            return f"{error.strerror or error}{file}{full if error.errno in _DISK_FULL else ''}", 1
         case _:
             return None
 
 
-@click.command(cls=Door, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="nacpipe")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    """Tell which images a trained classifier should not be trusted on.
+    """Find the images on which a trained classifier should not be trusted.
 
     Neuron Activation Coverage (NAC-UE, ICLR 2024): extract a network's states once, search the parameters on the CPU,
     evaluate on out-of-distribution sets.

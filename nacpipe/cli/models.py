@@ -1,4 +1,4 @@
-"""`nacpipe models` and `nacpipe layers`: which networks there are, and where they can be tapped."""
+"""`nacpipe models` lists the known networks; `nacpipe layers` lists the layers of one that can be tapped."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ def layers(model: str, benchmark: str | None, as_json: bool) -> None:
 
     row = find_model(model)
     network = blank_network(row, open_benchmark(benchmark or row.benchmark), None)
-    found = list_layers(network)
+    tappable = list_layers(network)
     if as_json:
-        print_json([{**asdict(layer), "default": layer.name in row.default} for layer in found])
+        print_json([{**asdict(layer), "default": layer.name in row.default} for layer in tappable])
         return
     print_table(
         ("layer", "module", "output", "pooling", "neurons", ""),
@@ -104,7 +104,7 @@ def layers(model: str, benchmark: str | None, as_json: bool) -> None:
                 str(layer.neurons),
                 _remark(layer),
             )
-            for layer in found
+            for layer in tappable
         ],
         left=4,
     )
@@ -113,7 +113,7 @@ def layers(model: str, benchmark: str | None, as_json: bool) -> None:
 
 
 def _remark(layer: Tappable) -> str:
-    """What to know before it is tapped: that it runs several times, or must have another name in a cache."""
+    """A remark on a layer that runs several times, or whose name a cache cannot have."""
     from nacpipe.cache.layout import RESERVED, free_name
 
     remarks = [f"the last of {layer.runs} runs"] if layer.runs > 1 else []

@@ -1,4 +1,4 @@
-"""What people see: tables on stdout, progress and notes on stderr."""
+"""Results on stdout: tables, JSON, CSV; progress and notes on stderr."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLEAR = "\r\x1b[K"
 
 
 class Address(click.Path):
-    """A cache: a folder, or a URL as it is, which a Path would lose a slash of."""
+    """A cache: a folder as a Path, or a URL as text, of which a Path would lose a slash."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -46,12 +46,12 @@ def split_layers(_ctx: click.Context, _param: click.Parameter, value: str | None
 
 
 def note(text: str) -> None:
-    """Say something to a person, beside the result."""
+    """Print a line to stderr."""
     click.echo(printable(text), err=True)
 
 
-def say(text: str) -> None:
-    """Print a line of the result in which foreign names may stand; a line end in one is none on the terminal."""
+def print_line(text: str) -> None:
+    """Print a line of the result; control characters and line ends of foreign names are printed as escapes."""
     click.echo(printable(text).replace("\n", "\\x0a"))
 
 
@@ -70,7 +70,7 @@ def print_csv(text: str) -> None:
 
 
 def _to_json(value: Any) -> Any:
-    """JSON has no NaN or infinity: null; and no bytes of a file name."""
+    """A value that JSON can hold: NaN and infinity are null, bytes of a file name that are no UTF-8 are escapes."""
     if isinstance(value, dict):
         return {escape_bytes(key): _to_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -81,7 +81,7 @@ def _to_json(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """Make control characters of foreign names visible."""
+    """Return text with control characters, which a foreign name may hold, as escapes."""
     return "".join(c if c.isprintable() or c == "\n" else escape(c) for c in text)
 
 
@@ -91,7 +91,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int
     widths = [max(len(row[i]) for row in [columns, *rows] if row) for i in range(len(columns))]
     for row in [columns, *rows]:
         cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))]
-        say("  ".join(cells).rstrip())
+        print_line("  ".join(cells).rstrip())
 
 
 def _fit(cells: Sequence[str]) -> list[str]:
@@ -100,7 +100,7 @@ def _fit(cells: Sequence[str]) -> list[str]:
 
 
 def print_frame(frame: pd.DataFrame, output: str) -> None:
-    """Print a frame as json (a list of rows), csv or markdown; what is missing is null, or an empty cell."""
+    """Print a frame as json (a list of rows), csv or markdown; a missing value is null or an empty cell."""
     if output == "json":
         print_json(frame.astype(object).where(frame.notna(), None).to_dict("records"))
     elif output == "csv":
@@ -111,13 +111,13 @@ def print_frame(frame: pd.DataFrame, output: str) -> None:
         click.echo("| " + " | ".join(frame.columns) + " |")
         click.echo("|" + "|".join(" --- " for _ in frame.columns) + "|")
         for row in cells:
-            say("| " + " | ".join(row) + " |")
+            print_line("| " + " | ".join(row) + " |")
 
 
 def params_option(command: Any) -> Any:
     """Add --params to a command of several caches, as `choices`."""
-    said = "A file, or published; default: what search left beside X.zarr. Once for all caches, or once for each."
-    return click.option("--params", "choices", metavar="FILE", multiple=True, help=said)(command)
+    text = "A file, or published; default: X.params.json beside X.zarr. Once for all caches, or once for each."
+    return click.option("--params", "choices", metavar="FILE", multiple=True, help=text)(command)
 
 
 def output_options(command: Any) -> Any:
@@ -128,12 +128,12 @@ def output_options(command: Any) -> Any:
 
 
 def percent(value: float | None, digits: int = 2) -> str:
-    """0.12345 → 12.35; what is not there is a dash."""
+    """Return a fraction in percent: 0.12345 → 12.35; None and NaN → –."""
     return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
 
 
 def format_bytes(count: int) -> str:
-    """12345678 → 11.8 MiB."""
+    """Return a number of bytes as text: 12345678 → 11.8 MiB."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":
@@ -147,7 +147,7 @@ def _cell(value: Any) -> str:
 
 
 class Progress:
-    """How far a command is, on stderr: a line that is written over on a terminal, elsewhere a line a minute.
+    """Progress on stderr: on a terminal one line that is written over, elsewhere a line a minute.
 
     extract id/train 512/1000  total 512/9345  35/s  4:12 left
     search 812/2000  best 98.21 %  310/s  0:04 left
@@ -157,22 +157,22 @@ class Progress:
         """Count up to these totals.
 
         Args:
-            verb: what is done.
-            totals: part → how much there is of it; one part may have no name. None at all: nothing is shown.
+            verb: the first word of the line.
+            totals: part → how much there is to do of it; a single part may have an empty name. Empty: nothing is shown.
             done: part → how much of it was done before.
         """
         self._verb, self._totals, self._done = verb, dict(totals), dict.fromkeys(totals, 0) | dict(done or {})
         self._terminal = sys.stderr.isatty()
-        self._before = self.done
+        self._done_before = self.done
         self._started = self._shown = time.monotonic()
 
     @property
     def done(self) -> int:
-        """How much is done of all parts."""
+        """How much of all parts together is done."""
         return sum(self._done.values())
 
     def step(self, count: int, part: str = "", more: str = "") -> None:
-        """Count on, and show it where it is time to: on a terminal at once, but no more than ten times a second."""
+        """Add to a part, and show the line: on a terminal at most ten times a second, elsewhere once a minute."""
         if not self._totals:
             return
         self._done[part] += count
@@ -181,16 +181,16 @@ class Progress:
         if not ended and now - self._shown < (REDRAW if self._terminal else MINUTE):
             return
         self._shown = now
-        rate = (self.done - self._before) / max(now - self._started, 1e-9)
-        left = max(total - self.done, 0) / max(rate, 1e-9)
+        rate = (self.done - self._done_before) / max(now - self._started, 1e-9)
+        seconds_left = max(total - self.done, 0) / max(rate, 1e-9)
         words = [f"{self._verb} {part}".rstrip() + f" {self._done[part]}/{self._totals[part]}"]
         words += [f"total {self.done}/{total}"] * (len(self._totals) > 1) + [more] * bool(more)
-        line = printable("  ".join([*words, f"{rate:.{0 if rate >= 10 else 1}f}/s", f"{_clock(left)} left"]))
+        line = printable("  ".join([*words, f"{rate:.{0 if rate >= 10 else 1}f}/s", f"{_clock(seconds_left)} left"]))
         sys.stderr.write(f"{CLEAR}{line}" + "\n" * ended if self._terminal else f"{line}\n")
         sys.stderr.flush()
 
     def note(self, text: str) -> None:
-        """Say something to a person in the middle of it."""
+        """Print a line to stderr above the progress."""
         if self._terminal and self._totals:
             sys.stderr.write(CLEAR)
         note(text)
@@ -198,6 +198,6 @@ class Progress:
 
 def _clock(seconds: float) -> str:
     """125.0 → 2:05; an hour and more with hours."""
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, whole_seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{hours}:{minutes:02d}:{whole_seconds:02d}" if hours else f"{minutes}:{whole_seconds:02d}"

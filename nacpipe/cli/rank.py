@@ -1,4 +1,4 @@
-"""`nacpipe rank`: which checkpoint covers most (NAC-ME)."""
+"""`nacpipe rank`: the checkpoints of a training run by covered area (NAC-ME)."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def rank(
 ) -> None:
     """Rank the checkpoints of a training run, a CACHE each in the order of training, by their covered area (NAC-ME).
 
-    No OOD data are needed. A checkpoint that classifies no image correctly is never chosen; where none does, the exit
-    code is 1. Where accuracies on held-out domains are known, a second table compares the choice with
-    the oracle's, the last checkpoint and that of the best validation accuracy; they play no part in the choice.
+    No OOD data are needed. A checkpoint that classifies no image correctly is never chosen; where all are such, the
+    exit code is 1. Where accuracies on held-out domains are known, a second table compares the choice with the
+    oracle's, the last checkpoint and that of the best validation accuracy; the accuracies play no part in the choice.
 
     \b
     nacpipe rank run/step-*.zarr
@@ -53,34 +53,34 @@ def rank(
     from nacpipe.method.params import LayerParams
 
     params = LayerParams(bins=bins, saturation=saturation, alpha=alpha, edges="linear")
-    given = None if accuracies is None else read_accuracies(accuracies)
+    held_out = None if accuracies is None else read_accuracies(accuracies)
     opened = [open_cache(cache) for cache in caches]
-    found = rank_checkpoints(opened, layer=layer, params=params, split=split, accuracies=given)
+    ranking = rank_checkpoints(opened, layer=layer, params=params, split=split, accuracies=held_out)
     if output == "csv":
-        print_frame(found.checkpoints, "csv")
+        print_frame(ranking.checkpoints, "csv")
     elif output == "json":
-        selections = None if found.selections is None else found.selections.to_dict("records")
-        checkpoints = found.checkpoints.to_dict("records")
-        choice = {"layer": found.layer, "chosen": found.chosen, "reason": found.reason}
+        selections = None if ranking.selections is None else ranking.selections.to_dict("records")
+        checkpoints = ranking.checkpoints.to_dict("records")
+        choice = {"layer": ranking.layer, "chosen": ranking.chosen, "reason": ranking.reason}
         print_json({**choice, "checkpoints": checkpoints, "selections": selections})
     else:
-        _print(found)
-    if found.chosen is None:
-        raise InputError(f"no checkpoint is chosen: {found.reason}")
+        _print(ranking)
+    if ranking.chosen is None:
+        raise InputError(f"no checkpoint is chosen: {ranking.reason}")
 
 
-def _print(found: Ranking) -> None:
-    """Print the areas, the choice and how it is judged."""
+def _print(ranking: Ranking) -> None:
+    """Print the areas, the chosen checkpoint, and how the choice compares with other ways to select."""
     rows = [
         [
             str(name),
-            *(_cell(column, value) for column, value in zip(found.checkpoints.columns[1:], values, strict=True)),
+            *(_cell(column, value) for column, value in zip(ranking.checkpoints.columns[1:], values, strict=True)),
         ]
-        for name, *values in found.checkpoints.itertuples(index=False)
+        for name, *values in ranking.checkpoints.itertuples(index=False)
     ]
-    print_table([column.replace("_", " ") for column in found.checkpoints.columns], rows)
-    click.echo(f"\nlargest covered area of {found.layer}: {found.chosen or 'none'}")
-    if found.selections is None:
+    print_table([column.replace("_", " ") for column in ranking.checkpoints.columns], rows)
+    click.echo(f"\nlargest covered area of {ranking.layer}: {ranking.chosen or 'none'}")
+    if ranking.selections is None:
         note("no accuracies on held-out domains are known; give them with --accuracies FILE to judge the choice")
         return
     click.echo("")
@@ -93,7 +93,7 @@ def _print(found: Ranking) -> None:
                 percent(float(r.test_in)),
                 percent(float(r.correlation)),
             )
-            for r in found.selections.itertuples()
+            for r in ranking.selections.itertuples()
         ],
         left=2,
     )

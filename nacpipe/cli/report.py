@@ -1,4 +1,4 @@
-"""`nacpipe report`: one page to look at."""
+"""`nacpipe report`: results, figures and provenance on one HTML page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nacpipe.cli.output import Address, note, params_option, split_names
     "--output", required=True, metavar="FILE", type=click.Path(path_type=Path), help="The page: one HTML file."
 )
 @click.option(
-    "--figures", metavar="DIR", type=click.Path(path_type=Path), help="Write every picture as SVG and PNG too."
+    "--figures", metavar="DIR", type=click.Path(path_type=Path), help="Write every figure as SVG and PNG too."
 )
 @params_option
 @click.option("--baselines", metavar="NAMES", callback=split_names, help="all, or some by name, as of evaluate.")
@@ -29,7 +29,7 @@ def report(
     choices: tuple[str, ...],
     baselines: tuple[str, ...],
 ) -> None:
-    """Write one page about CACHE: tables, scores, ROC curves, coverage, the search, and where it all came from.
+    """Write one page about CACHE: tables, scores, ROC curves, coverage, the search, and what made it.
 
     Several caches are training runs of one network: mean ± standard deviation, and a section for each. The page is one
     file that needs no network and no scripts; it can be printed.
@@ -41,7 +41,7 @@ def report(
     """
     from nacpipe.cache import open_cache
     from nacpipe.errors import MissingExtra
-    from nacpipe.evaluation.method_scores import evaluated_splits, score_cache
+    from nacpipe.evaluation.method_scores import evaluated_splits
     from nacpipe.evaluation.tables import tabulate
     from nacpipe.evaluation.training_runs import check_runs
     from nacpipe.files import check_writable, write_whole
@@ -58,18 +58,18 @@ def report(
         figures.mkdir(parents=True, exist_ok=True)
     opened = [open_cache(path) for path in caches]
     check_runs(opened)
-    chapters = []
+    reports = []
     for cache, choice in zip(opened, match_choices(choices, len(opened)), strict=True):
         params = find_params(cache, choice, note)
-        run = score_cache(cache, params, more=score_baselines_named(cache, baselines, evaluated_splits(cache)))
-        chapters.append(read_cache_report(cache, params, run, choice))
-    frame = tabulate([chapter.run for chapter in chapters])
-    drawn = [draw_cache_report(chapter) for chapter in chapters]
-    write_whole(output, render_report(chapters, frame, ctx.obj, drawn).encode())
+        more = score_baselines_named(cache, baselines, evaluated_splits(cache))
+        reports.append(read_cache_report(cache, params, more=more, choice=choice))
+    frame = tabulate([report.run for report in reports])
+    drawn = [draw_cache_report(report) for report in reports]
+    write_whole(output, render_report(reports, frame, ctx.obj, drawn).encode())
     note(f"wrote {output}")
     if figures is not None:
         for number, groups in enumerate(drawn, 1):
-            for pictures in groups.values():
-                for name, figure in pictures.items():
+            for group in groups.values():
+                for name, figure in group.items():
                     write_figure(figures, name if len(drawn) == 1 else f"run{number}-{name}", figure)
         note(f"wrote {figures}")

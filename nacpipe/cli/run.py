@@ -40,8 +40,8 @@ def run(trials: int | None, seed: int, **asked: Any) -> None:
         )
     if is_url(requests[0].cache):
         raise InputError(
-            f"{requests[0].cache} is no folder, beside which search would leave its files; type extract, search and"
-            " evaluate one by one, with --storage and --output"
+            f"{requests[0].cache} is not a folder on this machine, beside which search could write its files; run"
+            " extract, search and evaluate one by one, with --storage and --output"
         )
     extract_requests(requests)
     request = requests[0]

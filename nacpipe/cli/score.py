@@ -1,4 +1,4 @@
-"""`nacpipe score`: what a detector says of images."""
+"""`nacpipe score`: the score of images under an exported detector."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def score(
 ) -> None:
     """Print the score of IMAGES, files or folders, and whether DETECTOR flags them as OOD.
 
-    The larger a score, the more an image is like the training data. Images that cannot be read are named, the others
-    are scored, and the command fails at its end.
+    The larger a score, the more an image is like the training data. Images that cannot be read are named and the others
+    are scored; the exit code is then 1.
 
     \b
     nacpipe score digits.safetensors scans/ one.png

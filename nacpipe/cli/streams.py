@@ -1,4 +1,4 @@
-"""stdout and stderr as a command finds them: closed, without a reader, or of an encoding that lacks characters."""
+"""stdout and stderr that take any text, also where they are closed, have no reader, or lack characters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from nacpipe.text import escape
 
-# What is drawn and typeset, in ASCII; a picture is written in one piece, so that it is of one kind throughout.
+# Plots and typography in ASCII; a plot is written in one piece, so that it is either all blocks or all ASCII.
 _PLAIN = str.maketrans(
     dict(zip("▁▂▃▄▅▆▇█─━│┤└●·−–×→", "..::||##-=||+o.--x>", strict=True))
     | {"…": "...", "±": "+-", "≥": ">=", "≤": "<=", "∞": "inf", "½": "1/2"}
@@ -20,10 +20,10 @@ _PLAIN = str.maketrans(
 class Terminal:
     """A standard stream that takes any text: characters that its encoding lacks are replaced.
 
-    What cannot be written to stderr is dropped, and so is everything where the stream is closed: the command goes on.
+    Text that stderr does not take is dropped, and so is all text where the stream is closed: the command goes on.
     """
 
-    encoding, errors = "utf-8", "strict"  # of what it takes; click writes around a stream of ASCII
+    encoding, errors = "utf-8", "strict"  # what write() takes; click would not use a stream of ASCII
 
     def __init__(self, stream: Any, *, drops: bool) -> None:
         """Write to a stream, which may be None or closed."""
@@ -50,19 +50,19 @@ class Terminal:
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what was written."""
+        """Flush the stream."""
         if self._stream is not None:
             with suppress(*self._dropped):
                 self._stream.flush()
 
     def isatty(self) -> bool:
-        """Return whether a person looks at it."""
+        """Return whether the stream is a terminal."""
         with suppress(AttributeError, ValueError):
             return bool(self._stream.isatty())
         return False
 
     def write_bytes(self, content: bytes) -> None:
-        """Write bytes as they are, whatever the encoding; to a stream without bytes, as the text that they are."""
+        """Write bytes whatever the stream's encoding; to a stream that takes text alone, decode them as UTF-8."""
         buffer = getattr(self._stream, "buffer", None)
         if buffer is None:
             self.write(content.decode())
@@ -72,7 +72,7 @@ class Terminal:
         buffer.flush()
 
     def drain(self) -> None:
-        """Leave nothing that Python would fail to write when it exits, with an exit code of its own."""
+        """Flush, or discard what cannot be written: Python would fail on it at exit, with an exit code of its own."""
         try:
             self._stream.flush()
         except (AttributeError, ValueError):  # closed
@@ -101,22 +101,22 @@ def _can_encode(text: str, encoding: str) -> bool:
 def standard_streams(exits: bool) -> Iterator[None]:
     """Let a command write to stdout and stderr whatever they are; `exits`: Python exits after it."""
     _open_closed_files()
-    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
-    ours = {
+    previous = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    terminals = {
         name: Terminal(stream, drops=name == "stderr")
-        for name, stream in before.items()
+        for name, stream in previous.items()
         if not isinstance(stream, Terminal)  # a command in another thread
     }
-    for name, terminal in ours.items():
+    for name, terminal in terminals.items():
         setattr(sys, name, terminal)
     try:
         yield
     finally:
-        for name, terminal in ours.items():
+        for name, terminal in terminals.items():
             if exits:
                 terminal.drain()
-            if getattr(sys, name) is terminal:  # click leaves one of its own where a pipe is broken
-                setattr(sys, name, before[name])
+            if getattr(sys, name) is terminal:  # click sets a stream of its own where a pipe is broken
+                setattr(sys, name, previous[name])
 
 
 def _open_closed_files() -> None:

@@ -1,4 +1,4 @@
-"""Pictures in text."""
+"""Bar plots in text."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from itertools import pairwise
 
 import click
 
-WIDTH, HEIGHT = 64, 5  # of a picture, in characters
+WIDTH, HEIGHT = 64, 5  # of a plot, in characters
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
 def print_bars(heights: Sequence[float], low: float, high: float, top: float | None = None) -> None:
     """Print bars side by side over the range from low to high, at most 64: of more, neighbours are averaged.
 
-    What is above 0 is seen, be it ever so little. `top` is the value of a full bar; the greatest where there is none.
+    A height above 0 is at least an eighth of a line. `top` is the value of a full bar; None: the greatest height.
     """
     bars = squeeze(heights, WIDTH)
     peak = max(bars) if top is None else top
@@ -25,7 +25,7 @@ def print_bars(heights: Sequence[float], low: float, high: float, top: float | N
     ]
     ends = f"{low:.4g}", f"{high:.4g}"
     lines += [f"  {'─' * len(bars)}", f"  {ends[0]} {ends[1].rjust(max(len(bars) - len(ends[0]) - 1, 1))}"]
-    click.echo("\n".join(lines))  # in one piece: where the terminal lacks blocks, all is drawn in ASCII
+    click.echo("\n".join(lines))  # in one piece: where the terminal lacks block characters, the whole plot is ASCII
 
 
 def squeeze(heights: Sequence[float], width: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""`nacpipe verify` and `nacpipe repair`: what of a cache is damaged, and what can be done about it."""
+"""`nacpipe verify` names the damage of a cache; `nacpipe repair` prepares damaged rows to be computed again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.output import Address, Progress, note, print_json, print_table, say
+from nacpipe.cli.output import Address, Progress, note, print_json, print_line, print_table
 from nacpipe.text import command_line
 
 if TYPE_CHECKING:
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from nacpipe.cache.verify import Damage
 
 
-SHOWN = 10  # names of foreign files
+SHOWN = 10  # names of foreign files that are printed
 
 
 @click.command()
 @click.argument("cache", type=Address())
-@click.option("--format", "form_only", is_flag=True, help="Check the form alone: metadata, no chunk is read.")
+@click.option("--format", "metadata_only", is_flag=True, help="Check metadata alone; no chunk is read.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(cache: str | Path, form_only: bool, as_json: bool) -> None:
+def verify(cache: str | Path, metadata_only: bool, as_json: bool) -> None:
     """Read everything in CACHE and name each damaged chunk: split, array and rows. Exit code 1 where there is any.
 
-    Metadata must be as cache/README.md has it, every chunk must match its checksum, every split its seal. Files that do
-    not belong to the cache are named too; they are no damage.
+    Metadata must be as cache/README.md specifies, every chunk must match its checksum, every split its seal. Files that
+    do not belong to the cache are named too; they are not damage.
 
     \b
     nacpipe verify cache/digits-digits_cnn.zarr
@@ -38,17 +38,17 @@ def verify(cache: str | Path, form_only: bool, as_json: bool) -> None:
     from nacpipe.errors import CacheError
 
     opened = open_cache(cache)
-    damage = check_metadata(opened) if form_only else verify_cache(opened, _progress(opened, "verify"))
+    damage = check_metadata(opened) if metadata_only else verify_cache(opened, _progress(opened, "verify"))
     foreign = foreign_files(opened)
     unfinished = [name for name in opened if not opened.peek(name).sealed]
     if as_json:
-        found = [asdict(d) | {"rows": d.rows and [d.rows.start, d.rows.stop - 1]} for d in damage]
-        print_json({"cache": opened.path, "splits": len(opened), "damage": found, "foreign": foreign})
+        damaged = [asdict(d) | {"rows": d.rows and [d.rows.start, d.rows.stop - 1]} for d in damage]
+        print_json({"cache": opened.path, "splits": len(opened), "damage": damaged, "foreign": foreign})
     elif damage:
         print_table(("split", "array", "block", "rows", "what"), [_cells(d) for d in damage], left=5)
     else:
-        rest = f", {len(unfinished)} of them not finished" if unfinished else ""
-        say(f"{opened.path}: {len(opened)} splits, {'of the right form' if form_only else 'whole'}{rest}")
+        but = f", {len(unfinished)} of them not finished" if unfinished else ""
+        print_line(f"{opened.path}: {len(opened)} splits, {'of the right form' if metadata_only else 'whole'}{but}")
     if foreign:
         more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
         note(f"not part of the cache, and left alone: {', '.join(foreign[:SHOWN])}{more}")
@@ -61,9 +61,9 @@ def verify(cache: str | Path, form_only: bool, as_json: bool) -> None:
 @click.command()
 @click.argument("cache", type=Address())
 def repair(cache: str | Path) -> None:
-    """Mend CACHE: damaged metadata at once; damaged rows lose their marks, and the same extract computes just those.
+    """Mend CACHE: damaged metadata at once; damaged rows lose their marks, so that an extract computes just those.
 
-    Printed is the command that does.
+    The command of that extract is printed.
 
     \b
     nacpipe repair cache/digits-digits_cnn.zarr
@@ -71,11 +71,11 @@ def repair(cache: str | Path) -> None:
     from nacpipe.cache import open_cache
     from nacpipe.cache.repair import repair_cache
 
-    done = repair_cache(cache)
-    for line in done or [f"{cache}: whole, nothing was done"]:
+    repaired = repair_cache(cache)
+    for line in repaired or [f"{cache}: whole, nothing was done"]:
         note(line)
-    if any(line.endswith(" again") for line in done):
-        say(open_cache(cache).command())
+    if any(line.endswith(" again") for line in repaired):
+        print_line(open_cache(cache).command())
 
 
 def _progress(cache: Cache, verb: str) -> Any:

@@ -1,26 +1,37 @@
-"""Looking at a cache: what made it, what it holds, how its states are distributed, and which images are typical."""
+"""Tables about a cache: what made it, what it holds, how its states are distributed, which images are typical."""
 
 from __future__ import annotations
 
 import math
-from itertools import chain
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from nacpipe.cache import Cache
+from nacpipe.cache import Cache, SplitView
 from nacpipe.errors import IdentityError, ValuesError
-from nacpipe.method.coverage import bin_edges, coverage_table, layer_of, source_of
+from nacpipe.method.counting import count_sorted
+from nacpipe.method.coverage import (
+    Source,
+    bin_edges,
+    coverage_table,
+    layer_of,
+    product_borders,
+    select_source,
+    source_of,
+)
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.method.sorted_index import index_columns, sort_columns
 from nacpipe.scoring.alpha_range import measure_alpha
 from nacpipe.scoring.coverage import Coverage, fit_coverage
-from nacpipe.scoring.states import check_layers, has_classes, read_states
-from nacpipe.scoring.trial_scorer import index_from
+from nacpipe.scoring.states import PIECE, check_layers, has_classes, read_states
 
 QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 HISTOGRAM_BINS = 64
+Values = NDArray[np.floating]  # (rows, neurons)
 
 
 def summarise_cache(cache: Cache) -> dict[str, Any]:
@@ -60,15 +71,61 @@ def summarise_splits(cache: Cache, only: str | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["split", "rows", "done", "sealed", "raw_bytes", "stored_bytes", "list"])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerInspection:
+    """Everything that `nacpipe inspect CACHE SPLIT LAYER` shows of a layer, from one read of each array."""
+
+    summary: pd.DataFrame
+    """`describe_layers`' row of the layer."""
+    values: pd.DataFrame
+    """`describe_layer`'s frame."""
+    histograms: pd.DataFrame
+    """`value_histograms`' frame."""
+    bins: pd.DataFrame | None
+    """`describe_bins`' frame; None without parameters."""
+
+
+def inspect_layer(cache: Cache, split: str, layer: str, params: LayerParams | None = None) -> LayerInspection:
+    """Return all tables of one layer of a split.
+
+    Args:
+        cache: the cache.
+        split: the split's name.
+        layer: a layer, or a layer's source such as `layer3:gradient`.
+        params: of the layer, for its states and coverage.
+
+    Raises:
+        ParamsError: the layer is not in the cache.
+        InputError: the split is not in the cache.
+        CacheError: the split, or with parameters id/train, is not there or not finished.
+    """
+    check_layers(cache, [layer])
+    values = _read_values(cache[split], layer)
+    if params is not None:
+        cache["id/train"]  # refuses a cache without it: there would be no coverage
+    sources = {source_of(layer)} | ({params.source} if params is not None else set())
+    training = _read_training(cache, split, layer, sources, values)
+    row = _layer_row(layer, values, training, params)
+    if params is not None:
+        values["state"] = _states(values, params)
+    return LayerInspection(
+        summary=pd.DataFrame([row]),
+        values=_distributions(values),
+        histograms=_histograms(values, HISTOGRAM_BINS),
+        bins=None if params is None else _bins(params, _count(training, layer, params)),
+    )
+
+
 def describe_layer(cache: Cache, split: str, layer: str, params: LayerParams | None = None) -> pd.DataFrame:
     """Return the distribution of a layer's activation, gradient and product over all samples and neurons of a split.
 
     Columns: value, zeros (share), nan (count, infinities too), then quantiles q0 … q100. With parameters a row for the
     states themselves, sigmoid(alpha · source), too.
     """
-    check_layers(cache, [layer])
-    cache[split]  # refuses a split that is not there
-    values = _read_values(cache, split, layer, params)
+    return _distributions(_values_and_states(cache, split, layer, params))
+
+
+def _distributions(values: Mapping[str, Values]) -> pd.DataFrame:
     rows = []
     for name, array in values.items():
         finite = array[np.isfinite(array)]
@@ -84,19 +141,68 @@ def describe_layer(cache: Cache, split: str, layer: str, params: LayerParams | N
     return pd.DataFrame(rows)
 
 
-def _read_values(
-    cache: Cache, split: str, layer: str, params: LayerParams | None = None
-) -> dict[str, NDArray[np.floating]]:
-    """Activation, gradient, product, and with parameters the states of all samples and neurons, (rows, neurons)."""
-    activation, gradient = read_states(cache[split], layer)
+def _values_and_states(cache: Cache, split: str, layer: str, params: LayerParams | None) -> dict[str, Values]:
+    """The values of `_read_values`, and with parameters the states; the layer is checked first."""
+    check_layers(cache, [layer])
+    values = _read_values(cache[split], layer)
+    return values if params is None else {**values, "state": _states(values, params)}
+
+
+def _read_values(split: SplitView, layer: str) -> dict[str, Values]:
+    """Activation, gradient and product of all samples and neurons, (rows, neurons) each."""
+    activation, gradient = read_states(split, layer)
     assert activation is not None
     assert gradient is not None
-    with np.errstate(over="ignore", invalid="ignore"):  # a look at infinities is what this is for
-        values: dict[str, NDArray[np.floating]] = {"activation": activation, "gradient": gradient}
-        values["product"] = activation * gradient
-        if params is not None:
-            values["state"] = 1.0 / (1.0 + np.exp(-params.alpha * values[params.source].astype(np.float64)))
-    return values
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities are shown, not refused
+        return {"activation": activation, "gradient": gradient, "product": activation * gradient}
+
+
+def _states(values: Mapping[str, Values], params: LayerParams) -> Values:
+    with np.errstate(over="ignore", invalid="ignore"):
+        states: Values = 1.0 / (1.0 + np.exp(-params.alpha * values[params.source].astype(np.float64)))
+    return states
+
+
+def _read_training(
+    cache: Cache, split: str, layer: str, sources: Set[Source], values: Mapping[str, Values]
+) -> dict[Source, Values]:
+    """Source → its values in id/train, (samples, neurons); empty where id/train has none.
+
+    Args:
+        cache: the cache.
+        split: the split that was read already.
+        layer: the layer.
+        sources: what to return.
+        values: that split's; they are those of id/train where it is that split.
+    """
+    if "id/train" not in cache or not cache.peek("id/train").sealed:
+        return {}
+    if split == "id/train":
+        return {source: values[source] for source in sources}
+    training, needed = cache["id/train"], next(iter(sources)) if len(sources) == 1 else "product"
+    parts: dict[Source, list[Values]] = {source: [] for source in sources}
+    for start in range(0, training.rows, PIECE):  # a product's two arrays are never held whole
+        rows = slice(start, min(start + PIECE, training.rows))
+        try:
+            activation, gradient = read_states(training, layer, needed, rows)
+        except ValuesError:  # logits that are no numbers
+            return {}
+        with np.errstate(over="ignore", invalid="ignore"):
+            for source in sources:
+                parts[source].append(select_source(activation, gradient, source))  # type: ignore[arg-type]
+    return {source: np.concatenate(pieces) for source, pieces in parts.items()}
+
+
+def _count(training: Mapping[Source, Values], layer: str, params: LayerParams) -> NDArray[np.int32]:
+    """Training samples per neuron and bin, (neurons, bins - 1)."""
+    values = training.get(params.source)
+    if values is None or not np.isfinite(values).all():
+        raise ValuesError(
+            f"layer {layer_of(layer)!r}, split id/train: NaN or infinity among the values of {params.source}; extract"
+            " the split again with --redo id/train"
+        )
+    borders = product_borders(bin_edges(params.bins, params.edges), params.alpha)
+    return count_sorted(sort_columns(values.astype(np.float32, copy=False)), borders)
 
 
 def describe_bins(coverage: Coverage, layer: str) -> pd.DataFrame:
@@ -106,9 +212,12 @@ def describe_bins(coverage: Coverage, layer: str) -> pd.DataFrame:
     neurons (share whose bin is not empty).
     """
     fitted = coverage.layers[layer]
-    edges = bin_edges(fitted.params.bins, fitted.params.edges)
-    counts: NDArray[np.int32] = fitted.counts
-    table = coverage_table(counts, fitted.params.saturation)
+    return _bins(fitted.params, fitted.counts)
+
+
+def _bins(params: LayerParams, counts: NDArray[np.int32]) -> pd.DataFrame:
+    edges = bin_edges(params.bins, params.edges)
+    table = coverage_table(counts, params.saturation)
     frame = pd.DataFrame(
         {
             "bin": np.arange(counts.shape[1]),
@@ -123,67 +232,84 @@ def describe_bins(coverage: Coverage, layer: str) -> pd.DataFrame:
 
 
 def describe_layers(cache: Cache, split: str, params: NacParams | None = None, only: str | None = None) -> pd.DataFrame:
-    """Return one row per layer, or of one layer alone: what is dead, what is saturated, and which alphas make sense.
+    """Return one row per layer, or of one layer alone: dead neurons, zeros, a range of alpha, and saturated states.
 
     A layer that the parameters hold once per source has a row for each, `layer3:gradient`.
 
     Columns: layer, neurons, dead (neurons whose activation is 0 for every sample), zeros (share of products that are
     0), size (median |product| of those that are not), alpha_low and alpha_high (the range that `search` takes, from
     id/train). With parameters, of the layers they name: alpha, flat (share of states of non-zero sources within 0.01
-    of ½: the bins there tell nothing apart) and saturated (share within 0.01 of 0 or 1). Layers that have no value are
-    NaN: a source of zeros, or a cache without id/train.
+    of ½) and saturated (share within 0.01 of 0 or 1). A value is NaN where the source is 0 everywhere or the cache has
+    no id/train.
     """
     opened = cache[split]
+    held = params.layers if params is not None else {}
     rows = []
-    terms = list(params.layers) if params is not None else []
-    names = [[term for term in terms if layer_of(term) == name] or [name] for name in opened]
-    for name in [only] if only else chain.from_iterable(names):
-        values = _read_values(cache, split, name)
-        product = values["product"]
-        size = np.abs(product[np.isfinite(product) & (product != 0)])
-        low, high = suggest_alpha(cache, name)
-        row = {
-            "layer": name,
-            "neurons": product.shape[1],
-            "dead": dead_neurons(values["activation"]).size,
-            "zeros": float((product == 0).mean()),
-            "size": float(np.median(size)) if size.size else math.nan,
-            "alpha_low": low,
-            "alpha_high": high,
-            "alpha": math.nan,
-            "flat": math.nan,
-            "saturated": math.nan,
-        }
-        if params is not None and name in params.layers:
-            layer = params.layers[name]
-            source = values[layer.source]
-            flat, saturated = state_shares(source, layer.alpha)
-            row |= {"alpha": layer.alpha, "flat": flat, "saturated": saturated}
-        rows.append(row)
+    for layer in [layer_of(only)] if only else list(opened):
+        terms = [only] if only else [term for term in held if layer_of(term) == layer] or [layer]
+        values = _read_values(opened, layer)
+        training = _read_training(cache, split, layer, {source_of(term) for term in terms}, values)
+        rows += [_layer_row(term, values, training, held.get(term)) for term in terms]
     return pd.DataFrame(rows)
 
 
-def dead_neurons(activation: NDArray[np.float32]) -> NDArray[np.int64]:  # (rows, neurons)
+def _layer_row(
+    term: str,
+    values: Mapping[str, Values],
+    training: Mapping[Source, Values],
+    params: LayerParams | None,
+) -> dict[str, Any]:
+    """One row of `describe_layers`."""
+    low, high = _alpha_range(term, training)
+    row = {**_sizes(values), "alpha_low": low, "alpha_high": high}
+    alpha = flat = saturated = math.nan
+    if params is not None:
+        alpha = params.alpha
+        flat, saturated = state_shares(values[params.source], alpha)
+    return {"layer": term, **row, "alpha": alpha, "flat": flat, "saturated": saturated}
+
+
+def _sizes(values: Mapping[str, Values]) -> dict[str, Any]:
+    """Neurons, dead neurons, the share of products that are 0, and the median size of the others."""
+    product = values["product"]
+    size = np.abs(product[np.isfinite(product) & (product != 0)])
+    return {
+        "neurons": product.shape[1],
+        "dead": dead_neurons(values["activation"]).size,
+        "zeros": float((product == 0).mean()),
+        "size": float(np.median(size)) if size.size else math.nan,
+    }
+
+
+def dead_neurons(activation: NDArray[np.floating]) -> NDArray[np.int64]:  # (rows, neurons)
     """Return the neurons whose activation is 0 for every sample, ascending."""
     return np.flatnonzero((activation == 0).all(axis=0)).astype(np.int64)
 
 
-def state_shares(source: NDArray[np.float32], alpha: float) -> tuple[float, float]:
+def state_shares(source: NDArray[np.floating], alpha: float) -> tuple[float, float]:
     """Return the shares of states within 0.01 of ½ and within 0.01 of 0 or 1, among finite sources that are not 0."""
-    told = source[np.isfinite(source) & (source != 0)].astype(np.float64)
-    if told.size == 0:
+    nonzero = source[np.isfinite(source) & (source != 0)].astype(np.float64)
+    if nonzero.size == 0:
         return math.nan, math.nan
-    away = np.abs(alpha * told)  # sigmoid(away) is as far from ½ as the state
+    away = np.abs(alpha * nonzero)  # sigmoid(away) is as far from ½ as the state
     flat, saturated = (math.log(state / (1 - state)) for state in (0.51, 0.99))
     return float((away < flat).mean()), float((away > saturated).mean())
 
 
 def suggest_alpha(cache: Cache, layer: str) -> tuple[float, float]:
     """Return the range of alpha that `search` takes for a layer; NaN where id/train is not there or all 0."""
-    if "id/train" not in cache or not cache.peek("id/train").sealed:
+    return _alpha_range(layer, _read_training(cache, "", layer, {source_of(layer)}, {}))
+
+
+def _alpha_range(term: str, training: Mapping[Source, Values]) -> tuple[float, float]:
+    """The range of alpha of a term, given its training values; NaN where there are none, or all are 0."""
+    source = source_of(term)
+    values = training.get(source)
+    if values is None or not np.isfinite(values).all():
         return math.nan, math.nan
+    columns = values.astype(np.float32, copy=False)
     try:
-        return measure_alpha(layer, source_of(layer), index_from(cache, ["id/train"])(layer, source_of(layer)))
+        return measure_alpha(term, source, index_columns(columns, columns[:0]))  # nothing is scored
     except ValuesError:
         return math.nan, math.nan
 
@@ -191,15 +317,17 @@ def suggest_alpha(cache: Cache, layer: str) -> tuple[float, float]:
 def value_histograms(
     cache: Cache, split: str, layer: str, params: LayerParams | None = None, bins: int = HISTOGRAM_BINS
 ) -> pd.DataFrame:
-    """Return how a layer's values are spread: value, from, to, count; rows of equal width per value.
+    """Return a histogram of each of a layer's values: value, from, to, count; rows of equal width per value.
 
-    From the 1st to the 99th percentile, so that one outlier does not press all others into one bar; `count` of the
-    first and last bar holds what lies beyond. States are over all of 0 … 1.
+    Rows cover the 1st to the 99th percentile; `count` of the first and of the last row includes the values beyond.
+    Rows of states cover 0 … 1.
     """
-    check_layers(cache, [layer])
-    cache[split]
+    return _histograms(_values_and_states(cache, split, layer, params), bins)
+
+
+def _histograms(values: Mapping[str, Values], bins: int) -> pd.DataFrame:
     rows = []
-    for name, array in _read_values(cache, split, layer, params).items():
+    for name, array in values.items():
         finite = array[np.isfinite(array)].astype(np.float64)
         if finite.size == 0:
             continue
@@ -233,28 +361,36 @@ def compare_splits(cache: Cache, other: Cache, split: str) -> pd.DataFrame:
             f"{split} of {cache.path} and of {other.path} hold other images ({ours.images.get('list')},"
             f" {theirs.images.get('list')}); compare caches of the same benchmark"
         )
-    described = [describe_layers(one, split).set_index("layer") for one in (cache, other)]
+    rows = []
+    for layer in [name for name in ours if name in theirs]:
+        values, other_values = _read_values(ours, layer), _read_values(theirs, layer)
+        sizes, other_sizes = _sizes(values), _sizes(other_values)
+        rows.append(
+            {
+                "layer": layer,
+                **sizes,
+                **{f"{name}_other": value for name, value in other_sizes.items()},
+                "ratio": other_sizes["size"] / sizes["size"],
+                "alike": _correlation(values["activation"], other_values["activation"]),
+            }
+        )
     columns = ["neurons", "dead", "zeros", "size"]
-    frame = described[0][columns].join(described[1][columns].add_suffix("_other"), how="inner")
-    frame["ratio"] = frame["size_other"] / frame["size"]
-    frame["alike"] = [
-        _correlation(ours.read(f"{layer}/activation"), theirs.read(f"{layer}/activation")) for layer in frame.index
-    ]
-    frame = frame.reset_index()
+    columns = ["layer", *columns, *(f"{name}_other" for name in columns), "ratio", "alike"]
+    frame = pd.DataFrame(rows, columns=columns)
     if has_classes(cache) and has_classes(other):
         choices = [view.read("logits").argmax(axis=1) for view in (ours, theirs)]
         frame.attrs["agree"] = float((choices[0] == choices[1]).mean())
     return frame
 
 
-def _correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+def _correlation(first: Values, second: Values) -> float:
     """The mean over neurons of the correlation over rows; neurons without any spread on a side are left out."""
     if first.shape != second.shape:
         return math.nan
     a, b = (x.astype(np.float64) - x.mean(axis=0, dtype=np.float64) for x in (first, second))
     spread = np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
-    told = spread > 0
-    return float(((a * b).sum(axis=0)[told] / spread[told]).mean()) if told.any() else math.nan
+    varies = spread > 0
+    return float(((a * b).sum(axis=0)[varies] / spread[varies]).mean()) if varies.any() else math.nan
 
 
 def rank_rows(cache: Cache, split: str, params: NacParams) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from nacpipe.method.metrics import find_wrong_labels
 from nacpipe.method.outputs import OF_PROBABILITIES, as_logits, why_no_logits
 from nacpipe.method.params import NacParams
 from nacpipe.method.plain_scores import LOGIT_BASELINES
-from nacpipe.scoring.coverage import fit_coverage
+from nacpipe.scoring.coverage import Coverage, fit_coverage
 from nacpipe.scoring.states import has_classes, has_logits, outputs_of
 from nacpipe.text import label_set, why_reserved
 
@@ -68,7 +68,7 @@ def evaluated_splits(cache: Cache) -> list[str]:
 
 def score_cache(
     cache: Cache,
-    params: NacParams | Mapping[str, NacParams] | None,
+    params: NacParams | Coverage | Mapping[str, NacParams] | None,
     *,
     more: Mapping[str, MethodScores] | None = None,
 ) -> ScoredCache:
@@ -76,7 +76,8 @@ def score_cache(
 
     Args:
         cache: a cache with id/test and at least one finished near or far set.
-        params: NAC's parameters; several sets by name, `{"NAC": …, "NAC (published)": …}`; None for none.
+        params: NAC's parameters, or the coverage that was fitted under them; several sets of parameters by name,
+            `{"NAC": …, "NAC (published)": …}`; None for none.
         more: further methods that have scored `evaluated_splits(cache)`, as nacpipe.evaluation.baselines gives them.
 
     Raises:
@@ -84,10 +85,10 @@ def score_cache(
         ParamsError: a layer is not in the cache.
     """
     splits = evaluated_splits(cache)
-    named = {"NAC": params} if isinstance(params, NacParams) else (params or {})
+    named = {"NAC": params} if isinstance(params, NacParams | Coverage) else (params or {})
     coverages: dict[str, MethodScores] = {}
     for name, chosen in named.items():
-        coverage = fit_coverage(cache, chosen)
+        coverage = chosen if isinstance(chosen, Coverage) else fit_coverage(cache, chosen)
         coverages[name] = MethodScores(
             scores={split: coverage.score(cache[split]) for split in splits},
             fitted_on="id/train",

@@ -1,4 +1,4 @@
-"""Every image's scores in a file, for whoever wants to look at images or compute something else."""
+"""A file of every image's scores."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def save_scores(path: Path, caches: Sequence[Cache], runs: Sequence[ScoredCache]
 
     `.npz`: arrays named SPLIT/index (position in the image list), SPLIT/label (−1 for OOD) and SPLIT/METHOD, each
     (rows,); of several caches CACHE/SPLIT/…. `.parquet`: one row per image with columns cache, split, index, label and
-    one per method. A method without scores of a split is left out of the one and null in the other; so is a split that
-    is not finished, which has none.
+    one per method. A method without scores of a split is left out of an `.npz` and null in a `.parquet` file. A split
+    that is not finished is in neither.
 
     Raises:
         InputError: the file cannot be written.

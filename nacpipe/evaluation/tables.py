@@ -1,4 +1,4 @@
-"""Scores → tables: per set and on the means, over runs as mean ± standard deviation, and who ranks first.
+"""Scores → tables: per set and on the means, over runs as mean ± standard deviation, and the ranks of methods.
 
 A row is one task, OOD set (or a group's mean) and method. A cell that cannot be computed is NaN and its row's `reason`
 says why; a mean over sets of which one is empty is empty too.
@@ -34,7 +34,7 @@ def tabulate(runs: Sequence[ScoredCache]) -> pd.DataFrame:
     aupr_out, accuracy (of the network on the task's ID samples), n_id, n_ood, fitted_on (the split that the method
     learned from; empty for none), n_fitted (images), reason (why metrics are empty). Of several runs: `runs` and a
     `_std` beside each metric and the accuracy; a group's mean is taken per run, so its deviation is that of the means.
-    All metrics are fractions; `attrs["note"]` says what else must be known.
+    All metrics are fractions; `attrs["note"]` holds the notes of the scored caches.
     """
     tables = [pd.DataFrame(_rows(run), columns=list(COLUMNS)) for run in runs]
     frame = tables[0] if len(tables) == 1 else _over_runs(tables, [run.path for run in runs])
@@ -47,13 +47,13 @@ def _rows(run: ScoredCache) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for task, id_splits in run.tasks().items():
         n_id = sum(run.rows[split] for split in id_splits)
-        told = all(split in run.correct for split in id_splits)
-        accuracy = sum(run.correct[split] for split in id_splits) / n_id if told else math.nan
+        classified = all(split in run.correct for split in id_splits)
+        accuracy = sum(run.correct[split] for split in id_splits) / n_id if classified else math.nan
         for group in ("near", "far"):
             sets = [name for name in run.ood_sets() if name.startswith(f"ood/{group}/")]
             cells = {name: [_cell(method, id_splits, split) for split in sets] for name, method in run.methods.items()}
-            lines = [(name, *line) for name, found in cells.items() for line in zip(sets, found, strict=True)]
-            lines += [(name, "mean", _mean(found, sets)) for name, found in cells.items() if sets]
+            lines = [(name, *line) for name, values in cells.items() for line in zip(sets, values, strict=True)]
+            lines += [(name, "mean", _mean(values, sets)) for name, values in cells.items() if sets]
             for name, dataset, cell in lines:
                 label = dataset if dataset == "mean" else label_set(dataset)
                 row = {"task": task, "group": group, "dataset": label, "method": name, **cell}
@@ -89,9 +89,10 @@ def _over_runs(tables: list[pd.DataFrame], paths: list[str]) -> pd.DataFrame:
         frame[f"{metric}_std"] = values.std(axis=0, ddof=0)
     reasons = []
     for row in range(len(frame)):
-        said = {path: table["reason"].iloc[row] for path, table in zip(paths, tables, strict=True)}
-        distinct = set(said.values())
-        reasons.append(distinct.pop() if len(distinct) == 1 else "; ".join(f"{p}: {r}" for p, r in said.items() if r))
+        by_path = {path: table["reason"].iloc[row] for path, table in zip(paths, tables, strict=True)}
+        distinct = set(by_path.values())
+        joined = "; ".join(f"{path}: {reason}" for path, reason in by_path.items() if reason)
+        reasons.append(distinct.pop() if len(distinct) == 1 else joined)
     frame["reason"] = reasons
     frame["n_fitted"] = np.stack([table["n_fitted"].to_numpy() for table in tables]).min(axis=0)
     frame["runs"] = len(tables)
@@ -102,15 +103,15 @@ def _over_runs(tables: list[pd.DataFrame], paths: list[str]) -> pd.DataFrame:
 def add_published(frame: pd.DataFrame, benchmark: str) -> pd.DataFrame:
     """Return the table with the published results below, told apart by a column `source` (measured, published).
 
-    Published rows have what was printed in the papers and nothing else; they are for another network's weights and
-    images, and `verdicts` never ranks them.
+    Published rows hold the numbers printed in the papers alone; they are of other weights and images, and `verdicts`
+    does not rank them.
 
     Raises:
         InputError: none are known for this benchmark.
     """
     rows = [asdict(result) for result in published_results(benchmark)]
-    said = {"task": "ood", "fitted_on": "", "reason": f"published, {NETWORKS[benchmark]}", "source": "published"}
-    published = pd.DataFrame(rows).astype(dict.fromkeys(("fpr95", "fpr95_std", "auroc_std"), float)).assign(**said)
+    columns = {"task": "ood", "fitted_on": "", "reason": f"published, {NETWORKS[benchmark]}", "source": "published"}
+    published = pd.DataFrame(rows).astype(dict.fromkeys(("fpr95", "fpr95_std", "auroc_std"), float)).assign(**columns)
     whole = pd.concat([frame.assign(source="measured"), published])
     for column in ("n_id", "n_ood", "n_fitted", "runs"):
         if column in whole:
@@ -122,16 +123,16 @@ def add_published(frame: pd.DataFrame, benchmark: str) -> pd.DataFrame:
 
 
 def verdicts(frame: pd.DataFrame) -> list[str]:
-    """Return one sentence per task and group: where NAC, or else the best method, ranks by mean AUROC."""
+    """Return one sentence per task and group: the rank of NAC, or else of the best method, by mean AUROC."""
     sentences = []
     measured = frame if "source" not in frame else frame[frame["source"] == "measured"]
     for (task, group), rows in measured[measured["dataset"] == "mean"].groupby(["task", "group"], sort=False):
-        told = rows[rows["auroc"].notna()].sort_values("auroc", ascending=False, kind="stable")
-        if told.empty:
+        ranked = rows[rows["auroc"].notna()].sort_values("auroc", ascending=False, kind="stable")
+        if ranked.empty:
             continue
         where = f"{group}-OOD" if task == "ood" else f"{group}-OOD, full spectrum"
-        values = told["auroc"].to_numpy()
-        names = told["method"].tolist()
+        values = ranked["auroc"].to_numpy()
+        names = ranked["method"].tolist()
         place = next((i for i, name in enumerate(names) if name.startswith("NAC")), 0)
         rank = int((values > values[place]).sum()) + 1
         shared = "shares" if int((values == values[place]).sum()) > 1 else "ranks"
@@ -153,23 +154,24 @@ def ordinal(rank: int) -> str:
 def footnotes(frame: pd.DataFrame) -> list[str]:
     """Return what each method was fitted on, and why cells are empty, one line each."""
     measured = frame if "source" not in frame else frame[frame["source"] == "measured"]
-    fitted: dict[str, list[str]] = {}
+    methods_by_split: dict[str, list[str]] = {}
     for row in measured.drop_duplicates("method").itertuples():
         if row.n_fitted:
-            fitted.setdefault(f"{row.fitted_on} ({row.n_fitted} images)", []).append(row.method)
-    lines = [f"fitted on {what}: {', '.join(methods)}" for what, methods in fitted.items()]
-    empty: dict[str, list[str]] = {}
+            methods_by_split.setdefault(f"{row.fitted_on} ({row.n_fitted} images)", []).append(row.method)
+    lines = [f"fitted on {split}: {', '.join(methods)}" for split, methods in methods_by_split.items()]
+    methods_by_reason: dict[str, list[str]] = {}
     for row in measured[(measured["reason"] != "") & (measured["dataset"] != "mean")].itertuples():
-        which = empty.setdefault(row.reason, [])
-        if row.method not in which:
-            which.append(row.method)
-    return lines + [f"empty: {', '.join(methods)}: {reason}" for reason, methods in empty.items()]
+        methods = methods_by_reason.setdefault(row.reason, [])
+        if row.method not in methods:
+            methods.append(row.method)
+    return lines + [f"empty: {', '.join(methods)}: {reason}" for reason, methods in methods_by_reason.items()]
 
 
 def evaluate(cache: Cache, params: NacParams | None, *, more: Mapping[str, MethodScores] | None = None) -> pd.DataFrame:
     """Return one row per task, OOD set and method, and one per group's mean; `tables.tabulate` names the columns.
 
-    Where the network gives features and not logits (CIDER, NPOS), what needs logits is NaN, and `reason` says why.
+    Where the network gives features and not logits (CIDER, NPOS), metrics of methods that need logits are NaN, and
+    `reason` says why.
 
     Args:
         cache: a cache with id/test and at least one finished near or far set.

@@ -13,7 +13,7 @@ from nacpipe.evaluation.method_scores import table_splits
 
 
 def check_runs(caches: Sequence[Cache]) -> None:
-    """Refuse caches whose means would mix what does not belong together.
+    """Refuse caches that are not training runs of one network on one benchmark.
 
     Raises:
         IdentityError: two differ in more than their weights, or hold the same weights; the message says what differs.
@@ -25,18 +25,20 @@ def check_runs(caches: Sequence[Cache]) -> None:
                 f"{first.path} (stored) and {second.path} (now) differ in more than their weights: "
                 + "; ".join(differences)
             )
-    seen: dict[str, str] = {}
+    path_by_weights: dict[str, str] = {}
     for cache in caches:
         weights = str(cache.header.identity.get("weights"))
-        if weights in seen:
-            raise IdentityError(f"{seen[weights]} and {cache.path} hold the same weights: they are one run, not two")
-        seen[weights] = cache.path
+        if weights in path_by_weights:
+            raise IdentityError(
+                f"{path_by_weights[weights]} and {cache.path} hold the same weights: they are one run, not two"
+            )
+        path_by_weights[weights] = cache.path
 
 
 def _common(cache: Cache) -> dict[str, Any]:
-    """What runs have in common: the identity without the weights, and the images of every split in a table.
+    """Return what runs must share: the identity without weights and arithmetic, and the images of a table's splits.
 
-    Weights differ, so it does not matter that one run's values are of a GPU and another's of a CPU.
+    Runs differ in their weights, so one may have been extracted on a GPU and another on a CPU.
     """
     layers = tuple(spec.name for spec in cache.header.layers)
     splits = ("id/train", "id/val", *table_splits(cache))

@@ -17,6 +17,7 @@ import nacpipe
 from nacpipe.benchmarks.toml import choose_root, open_benchmark
 from nacpipe.cache import Header, LayerSpec
 from nacpipe.cache.layout import ALL_BITS, BLOCK_ROWS
+from nacpipe.cache.options import ExtractOptions
 from nacpipe.cache.store import REMOTE_SHARD
 from nacpipe.errors import InputError
 from nacpipe.files import is_url
@@ -27,44 +28,17 @@ AUTOCAST: Mapping[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExtractRequest:
-    """The options of an extraction."""
+class ExtractRequest(ExtractOptions):
+    """The options of an extraction, its address, and the splits that this run writes."""
 
-    benchmark: str
-    model: str
     cache: str | Path
     """A folder, or a URL."""
-    checkpoint: Path | None = None
-    """A file, a folder with one checkpoint, or a name of published weights; None: the model's default weights."""
-    weights_transform: str | None = None
-    """The name of published weights, or `benchmark`, whose transform is used; None chooses by the weights."""
-    layers: tuple[str, ...] = ()
-    """Aliases or module paths, or NAME=PATH; empty: the model's default layers."""
-    poolings: tuple[tuple[str, str], ...] = ()
-    """(layer, pooling), in place of the table's or the guessed ones."""
-    data_root: Path | None = None
-    """None: the benchmark's own, which is `data` or the one in its file."""
-    train_images: int = 1000
-    train_seed: int = 1
-    batch_size: int = 128
-    device: str = "auto"
     splits: tuple[str, ...] = ()
     """Names; empty: every split whose list exists."""
     redo: tuple[str, ...] = ()
     """Finished splits to drop and extract again."""
-    allow_truncated: bool = False
     workers: int = 2
     """Threads that decode images."""
-    autocast: str = "none"
-    """none or bf16: the type that the network runs in."""
-    channels_last: bool | None = None
-    """Whether the memory format is channels last; None: on CUDA."""
-    mantissa_bits: int = ALL_BITS
-    """Bits of mantissa of stored activations, gradients and features."""
-    block_rows: int | None = None
-    """Rows of a block of a new cache, a multiple of `batch_size`; None: about ten seconds of work, at most 512."""
-    shard_blocks: int | None = None
-    """Blocks in one stored object; None: one, in a remote cache several."""
 
     @property
     def blocks_per_object(self) -> int:
@@ -76,7 +50,7 @@ class ExtractRequest:
         return device.type == "cuda" if self.channels_last is None else self.channels_last
 
     def check(self) -> None:
-        """Refuse numbers outside their limits.
+        """Refuse numbers outside their limits, and an unknown autocast.
 
         Raises:
             InputError: naming the option, the value and the limits.
@@ -92,9 +66,6 @@ class ExtractRequest:
             raise InputError(
                 f"autocast is {self.autocast!r}; known: {', '.join(AUTOCAST)} (in float16 most gradients would be 0)"
             )
-
-    command: str = ""
-    """The command line, stored so that errors can name it."""
 
 
 def make_header(
@@ -128,7 +99,7 @@ def make_header(
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "checkpoint": network.model.default_weights if request.checkpoint is None else request.checkpoint.name,
             "data_root": str(choose_root(benchmark, request.data_root)),
-            "command": request.command,
+            "options": request.to_json(),
             **({"no_classifier": network.no_classifier} if network.no_classifier else {}),
         },
         block_rows=request.block_rows or request.batch_size,

@@ -1,1 +1,1 @@
-"""What people look at: the report, its figures, pictures of images."""
+"""The HTML report, its figures, and mosaics of images."""

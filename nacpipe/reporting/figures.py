@@ -1,4 +1,4 @@
-"""The report's pictures, one small panel each so that they stay readable on a phone.
+"""The report's figures: one small panel each, which a phone can show.
 
 Drawn on bare `Figure` objects: no window, no state shared with other users of matplotlib.
 """
@@ -86,8 +86,8 @@ def draw_coverage(layer: str, fitted: FittedTerm) -> Figure:
         neuron = order[(0, order.size // 2, -1)[number]]
         axes.stairs(table[neuron], edges, color=OTHERS[number], linewidth=0.7, label=f"neuron {neuron}, {place}")
     axes.stairs(mean, edges, color=INSIDE, linewidth=1.8, label="mean of all")
-    seen = np.flatnonzero(mean >= 0.01 * mean.max())  # a steep layer's states fill all bins, a flat one's few about ½
-    low, high = edges[seen[0]], min(edges[seen[-1] + 1], 1.0)
+    covered = np.flatnonzero(mean >= 0.01 * mean.max())  # with a small alpha few bins about ½ hold all states
+    low, high = edges[covered[0]], min(edges[covered[-1] + 1], 1.0)
     axes.set(xlim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), ylim=(0, None))
     axes.locator_params(axis="x", nbins=5)
     return _with_legend(figure, axes, 2)
@@ -116,21 +116,23 @@ def draw_weights(weights: Mapping[str, float]) -> Figure:
 
 
 def draw_importances(parameters: pd.DataFrame) -> Figure:
-    """Draw what `explain` measured of every parameter that has an importance, the greatest first."""
-    told = parameters[parameters["importance"].notna()].sort_values("importance", ascending=False, kind="stable")
-    bars = [(f"{row.layer} {row.parameter}", 100 * row.importance) for row in told.head(12).itertuples()]
+    """Draw the importances of `explain`, the twelve greatest, in descending order."""
+    known = parameters[parameters["importance"].notna()].sort_values("importance", ascending=False, kind="stable")
+    bars = [(f"{row.layer} {row.parameter}", 100 * row.importance) for row in known.head(12).itertuples()]
     return _draw_bars(bars, "importances in the search", "share, %")
 
 
-def draw_history(found: Explanation) -> Figure:
+def draw_history(explanation: Explanation) -> Figure:
     """Draw every trial's value and the best so far, in percent."""
-    figure, axes = _panel("the search", "trial", f"{SHOWN[found.objective]}, %")
-    values, best = 100 * found.history["value"].to_numpy(float), 100 * found.history["best"].to_numpy(float)
-    axes.plot(found.history["number"], values, ".", color=OTHERS[3], markersize=2, rasterized=True, label="trial")
-    axes.plot(found.history["number"], best, color=INSIDE, linewidth=1.5, drawstyle="steps-post", label="best so far")
-    low, high = np.quantile(values, [0.1, 1.0] if found.maximize else [0.0, 0.9]).tolist()  # failures lie far off
-    room = 0.05 * (high - low) or 1.0
-    axes.set_ylim(low - room, high + room)
+    figure, axes = _panel("the search", "trial", f"{SHOWN[explanation.objective]}, %")
+    values, best = (100 * explanation.history[name].to_numpy(float) for name in ("value", "best"))
+    axes.plot(explanation.history["number"], values, ".", color=OTHERS[3], markersize=2, rasterized=True, label="trial")
+    axes.plot(
+        explanation.history["number"], best, color=INSIDE, linewidth=1.5, drawstyle="steps-post", label="best so far"
+    )
+    low, high = np.quantile(values, [0.1, 1.0] if explanation.maximize else [0.0, 0.9]).tolist()  # failures lie far off
+    margin = 0.05 * (high - low) or 1.0
+    axes.set_ylim(low - margin, high + margin)
     return _with_legend(figure, axes, 2)
 
 
@@ -159,7 +161,7 @@ def _panel(title: str, across: str, up: str, height: float = SIZE[1]) -> tuple[F
 
 
 def _with_legend(figure: Figure, axes: Axes, columns: int, *, backwards: bool = False) -> Figure:
-    """Below the panel, where it hides nothing."""
+    """Add the legend below the panel."""
     handles, labels = axes.get_legend_handles_labels()
     step = -1 if backwards else 1
     with rc_context(STYLE):

@@ -1,4 +1,4 @@
-"""Many small images in one picture, block beside block."""
+"""A picture of many small images, in blocks side by side."""
 
 from __future__ import annotations
 

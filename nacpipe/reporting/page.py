@@ -1,6 +1,6 @@
-"""One HTML page that needs nothing but itself: text that is escaped, tables, pictures as data.
+"""One HTML page without other files: escaped text, tables, and figures as data URLs.
 
-Every function returns HTML and takes plain text; what is HTML already is called so.
+Functions take plain text and return HTML; an argument that is HTML already is named so.
 """
 
 from __future__ import annotations
@@ -99,14 +99,14 @@ def table(
 
 
 def side_by_side(parts: Iterable[str]) -> str:
-    """Return parts that are HTML beside each other where there is room, else below each other."""
+    """Return parts that are HTML side by side where the page is wide enough, else below each other."""
     return f'<div class="pair">{"".join(parts)}</div>'
 
 
-def panels(pictures: Iterable[tuple[str, bytes]]) -> str:
-    """Return pictures side by side, as many as fit: (what it shows, SVG)."""
+def panels(svgs: Iterable[tuple[str, bytes]]) -> str:
+    """Return figures side by side, as many as fit: (text in place of the figure, SVG)."""
     figures = []
-    for text, svg in pictures:
+    for text, svg in svgs:
         data = base64.b64encode(svg).decode()
         figures.append(f'<figure><img alt="{escape(text)}" src="data:image/svg+xml;base64,{data}"></figure>')
     return f'<div class="panels">\n{chr(10).join(figures)}\n</div>'

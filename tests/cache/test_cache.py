@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
+from nacpipe.cache.options import ExtractOptions
 from nacpipe.errors import CacheError, InputError
 
 HEADER = Header(
     identity={"architecture": "tiny", "weights": "a" * 64, "transform": {"crop": 28}},
-    information={"command": "nacpipe extract digits --cache here"},
+    information={"options": ExtractOptions(benchmark="digits", model="digits_cnn").to_json()},
     block_rows=16,
     layers=(
         LayerSpec(name="avgpool", path="avgpool", pooling="sum-nchw", neurons=6),
@@ -144,7 +145,8 @@ def test_an_unfinished_split_is_refused_but_can_be_looked_at(tmp_path: Path) -> 
     write(tmp_path / "c.zarr", draw(), blocks=(0, 2), seal=False)
     cache = open_cache(tmp_path / "c.zarr")
     message = (
-        r"c\.zarr: id/val is not finished \(2 of 3 blocks\); finish it with: nacpipe extract .* --cache .*c\.zarr$"
+        r"c\.zarr: id/val is not finished \(2 of 3 blocks\); finish it with:"
+        r" nacpipe extract digits --model digits_cnn --cache .*c\.zarr$"
     )
     with pytest.raises(CacheError, match=message):
         cache["id/val"]
@@ -245,7 +247,8 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     write(path, draw())
     cache = open_cache(path)
     message = (
-        r"^split 'id/test' is not in .*c\.zarr; it holds id/val; add it with: nacpipe extract digits --cache .*c\.zarr$"
+        r"^split 'id/test' is not in .*c\.zarr; it holds id/val; add it with:"
+        r" nacpipe extract digits --model digits_cnn --cache .*c\.zarr$"
     )
     with pytest.raises(InputError, match=message):
         cache["id/test"]

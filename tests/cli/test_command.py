@@ -1,25 +1,130 @@
-"""The command that messages name as the way to make or finish a cache."""
+"""The record of an extract's options, and the command that messages name as the way to make or finish a cache."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nacpipe.cli.extract import _canonical, extract
+import pytest
 
-USUAL: dict[str, Any] = {o.name: o.default for o in extract.params if o.name and isinstance(o.default, int | str)}
-USUAL |= {"allow_truncated": False, "channels_last": None, "layers": (), "splits": (), "redo": (), "poolings": ()}
-ASKED = {"benchmark": "cifar10", "model": "resnet20", "checkpoint": Path("a b.th"), "cache": Path("c.zarr")}
+from nacpipe.cache.options import ExtractOptions, finishing_command, format_command, read_options
+from nacpipe.cli.extract import extract
+from nacpipe.extraction.request import ExtractRequest
+
+OPTIONS = ExtractOptions(benchmark="cifar10", model="resnet20", checkpoint=Path("a b.th"))
+OTHERS: dict[str, Any] = {  # every option away from its default
+    "weights_transform": "benchmark",
+    "layers": ("avgpool", "x.1"),
+    "poolings": (("x.1", "none"), ("avgpool", "sum-nchw")),
+    "data_root": Path("my data"),
+    "train_images": 50,
+    "train_seed": 2,
+    "batch_size": 64,
+    "device": "cpu",
+    "allow_truncated": True,
+    "autocast": "bf16",
+    "channels_last": False,
+    "mantissa_bits": 10,
+    "block_rows": 128,
+    "shard_blocks": 4,
+}
+ALL = ExtractOptions(benchmark="cifar10", model="resnet20", checkpoint=Path("a b.th"), **OTHERS)
 
 
-def test_it_names_what_the_cache_is_made_from_and_not_this_times_splits() -> None:
-    found = _canonical({**ASKED, **USUAL, "splits": ("id/val",), "redo": ("id/val",)})
-    assert found == "nacpipe extract cifar10 --model resnet20 --checkpoint 'a b.th' --cache c.zarr"
+def test_what_is_as_usual_is_left_out() -> None:
+    command = format_command(OPTIONS, "my caches/c.zarr")
+    assert command == "nacpipe extract cifar10 --model resnet20 --checkpoint 'a b.th' --cache 'my caches/c.zarr'"
 
 
-def test_it_names_what_is_not_as_usual() -> None:
-    more = {"train_images": 50, "layers": ("avgpool", "x.1"), "poolings": (("x.1", "none"),), "channels_last": False}
-    found = _canonical({**ASKED, **more, "allow_truncated": True, "batch_size": 128})
-    assert found.split(" c.zarr ")[1] == (
-        "--train-images 50 --layers avgpool,x.1 --pooling x.1=none --contiguous --allow-truncated"
+def test_every_option_is_in_the_command() -> None:
+    assert format_command(ALL, "c.zarr").removeprefix(format_command(OPTIONS, "").split(" --cache")[0]) == (
+        " --weights-transform benchmark --layers avgpool,x.1 --pooling x.1=none --pooling avgpool=sum-nchw"
+        " --data-root 'my data' --train-images 50 --train-seed 2 --batch-size 64 --device cpu --allow-truncated"
+        " --autocast bf16 --contiguous --mantissa-bits 10 --block-rows 128 --shard-blocks 4 --cache c.zarr"
     )
+    on = ExtractOptions(benchmark="digits", model="digits_cnn", channels_last=True)
+    assert format_command(on, "c.zarr").endswith("--model digits_cnn --channels-last --cache c.zarr")
+
+
+def test_the_command_line_has_the_record_s_options_and_defaults() -> None:
+    given = extract.make_context("extract", ["digits"]).params
+    made_up = ("benchmark", "model", "cache")  # given, or filled in by make_requests
+    usual = {field.name: field.default for field in fields(ExtractRequest) if field.name not in made_up}
+    assert {name: value for name, value in given.items() if name not in (*made_up, "dry_run", "as_json")} == usual
+
+
+@pytest.mark.parametrize("options", [OPTIONS, ALL])
+def test_a_record_and_its_json_are_the_same(options: ExtractOptions) -> None:
+    assert ExtractOptions.from_json(options.to_json()) == options
+    assert read_options({"options": options.to_json()}) == options
+    assert finishing_command({"options": options.to_json()}, "c.zarr") == format_command(options, "c.zarr")
+
+
+def test_a_request_s_record_is_without_its_address_and_this_run_s_splits() -> None:
+    request = ExtractRequest(
+        benchmark="digits",
+        model="digits_cnn",
+        cache="https://me:secret@host/c.zarr",
+        splits=("id/val",),
+        redo=("id/val",),
+        workers=5,
+    )
+    assert request.to_json() == ExtractOptions(benchmark="digits", model="digits_cnn").to_json()
+    assert request.to_json() == {
+        "benchmark": "digits",
+        "model": "digits_cnn",
+        "checkpoint": None,
+        "weights_transform": None,
+        "layers": [],
+        "poolings": [],
+        "data_root": None,
+        "train_images": 1000,
+        "train_seed": 1,
+        "batch_size": 128,
+        "device": "auto",
+        "allow_truncated": False,
+        "autocast": "none",
+        "channels_last": None,
+        "mantissa_bits": 23,
+        "block_rows": None,
+        "shard_blocks": None,
+    }
+
+
+def test_an_earlier_cache_s_command_is_printed_as_it_is() -> None:
+    command = "nacpipe extract digits --model digits_cnn --cache 'my caches/c.zarr'"
+    assert finishing_command({"command": command}, "/now/here.zarr") == command
+    assert read_options({"command": command}) is None
+
+
+UNKNOWN = "nacpipe extract BENCHMARK --cache 'a b.zarr'"
+
+
+@pytest.mark.parametrize(
+    "information",
+    [
+        {},
+        {"command": ""},
+        {"command": 7},
+        {"command": None},
+        {"command": "an open ' quote"},
+        {"command": "rm -rf /"},
+        {"command": "nacpipe extract digits; rm -rf /"},
+        {"command": "nacpipe extract $(rm -rf /)"},
+        {"command": "nacpipe repair c.zarr"},
+        {"options": None},
+        {"options": []},
+        {"options": {"benchmark": "digits"}},
+        {"options": {**ALL.to_json(), "benchmark": 3}},
+        {"options": {**ALL.to_json(), "train_images": True}},
+        {"options": {**ALL.to_json(), "data_root": 3}},
+        {"options": {**ALL.to_json(), "layers": "avgpool"}},
+        {"options": {**ALL.to_json(), "poolings": [["a"]]}},
+        {"options": {**ALL.to_json(), "poolings": [3]}},
+        {"options": {**ALL.to_json(), "of_a_later_nacpipe": 1}},
+    ],
+)
+def test_what_nacpipe_did_not_write_is_not_printed(information: dict[str, Any]) -> None:
+    assert read_options(information) is None
+    assert finishing_command(information, "a b.zarr") == UNKNOWN

@@ -21,6 +21,7 @@ from PIL import Image
 
 from nacpipe.benchmarks.digits import load_set
 from nacpipe.cache import Header, open_cache
+from nacpipe.cache.options import ExtractOptions
 from nacpipe.cli import main
 from nacpipe.cli.export import score_command
 from nacpipe.detector.file import read_detector, write_detector
@@ -216,26 +217,38 @@ def test_the_next_line_of_the_packaged_network_is_short(place: Path, tmp_path: P
     assert done.stderr.splitlines()[-1] == f"next: nacpipe score {tmp_path}/d IMAGES"
 
 
+def made_with(**options: Any) -> dict[str, Any]:
+    return ExtractOptions(benchmark="cifar10", **options).to_json()
+
+
 @pytest.mark.parametrize(
     ("identity", "information", "more"),
     [
         (  # one of a folder of runs
             {"architecture": "resnet20", "family": "resnet"},
-            {"command": "nacpipe extract cifar10 --model resnet20 --checkpoint results", "checkpoint": "best.ckpt"},
-            "--checkpoint results/RUN/best.ckpt",
+            {"options": made_with(model="resnet20", checkpoint=Path("my results/s0/best.ckpt")),
+             "checkpoint": "best.ckpt"},
+            "--checkpoint 'my results/s0/best.ckpt'",
         ),
         (
             {"architecture": "resnet18", "family": "resnet"},
-            {"command": "nacpipe extract imagenet --model resnet18 --checkpoint IMAGENET1K_V1",
-             "checkpoint": "IMAGENET1K_V1"},
+            {"options": made_with(model="resnet18", checkpoint=Path("IMAGENET1K_V1")), "checkpoint": "IMAGENET1K_V1"},
             "--checkpoint IMAGENET1K_V1",
         ),
         (
             {"architecture": "timm:resnet10t", "family": "timm"},
-            {"command": "nacpipe extract imagenet --model timm:resnet10t", "checkpoint": "pretrained"},
+            {"options": made_with(model="timm:resnet10t"), "checkpoint": "pretrained"},
             "--model timm:resnet10t",
         ),
-        # Made from Python: no command was given.
+        (
+            {"architecture": "own.py:net", "family": "custom"},
+            {"options": made_with(model="nets/own.py:net"), "checkpoint": "own.py:net"},
+            "--model nets/own.py:net",
+        ),
+        # Made from Python, or by an earlier nacpipe, which kept its options as a command alone.
+        ({"architecture": "resnet20", "family": "resnet"},
+         {"command": "nacpipe extract cifar10 --model resnet20 --checkpoint results/a.th", "checkpoint": "a.th"},
+         "--checkpoint FOLDER/a.th"),
         ({"architecture": "resnet20", "family": "resnet"}, {"command": "", "checkpoint": "a.th"},
          "--checkpoint FOLDER/a.th"),
         ({"architecture": "digits_cnn", "family": "digits"}, {"checkpoint": "packaged"}, "--checkpoint packaged"),
@@ -247,7 +260,7 @@ def test_the_next_line_of_the_packaged_network_is_short(place: Path, tmp_path: P
     ],
 )  # fmt: skip
 def test_what_the_next_line_knows_of_the_network(
-    identity: dict[str, str], information: dict[str, str], more: str
+    identity: dict[str, str], information: dict[str, Any], more: str
 ) -> None:
     header = Header(identity=identity, information=information, block_rows=1, layers=(), classes=2, features=0)
     assert score_command(Path("d"), header) == f"nacpipe score d IMAGES {more}"

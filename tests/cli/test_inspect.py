@@ -169,6 +169,28 @@ def test_images_that_are_not_at_hand(cache: str, place: Path, tmp_path: Path) ->
     assert not (tmp_path / "m.png").exists()
 
 
+def test_a_cache_that_does_not_record_its_benchmarks_file(
+    make_cache: Callable[..., Cache], place: Path, tmp_path: Path
+) -> None:
+    """An earlier nacpipe kept a benchmark of one's own by its name, and its file in a command alone."""
+    cache = make_cache(tmp_path / "c.zarr", identity={"benchmark": "mine"}).path
+    write_params(tmp_path / "c.params.json", PARAMS)
+    rows = ["id/val", "--rows", "1", "--json"]
+    hint = "; say which benchmark it is with --benchmark NAME or --benchmark FILE.toml\n"
+    done = nacpipe(cache, *rows)
+    assert re.fullmatch(r"id_val.txt\[\d+\]", json.loads(done.stdout)[0]["image"])
+    assert done.stderr.startswith("benchmark 'mine' is not known")
+    assert done.stderr.endswith(hint)
+    done = nacpipe(cache, "id/val", "--mosaic", str(tmp_path / "m.png"))
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith("nacpipe: benchmark 'mine' is not known")
+    assert done.stderr.endswith(hint)
+    done = nacpipe(cache, *rows, "--benchmark", "cifar10", "--data-root", str(place / "data"))
+    assert done.stderr.endswith("val_cifar10.txt is not the list that id/val was made from; paths are left out\n")
+    done = nacpipe(cache, *rows, "--benchmark", "nosuch.toml")
+    assert done.stderr == "benchmark file nosuch.toml is not there\n"
+
+
 def test_a_mosaic(cache: str, place: Path, tmp_path: Path) -> None:
     done = nacpipe(cache, "id/val", "--mosaic", str(tmp_path / "m.png"), "--data-root", str(place / "data"))
     assert (done.exit_code, done.stdout) == (0, ""), done.stderr

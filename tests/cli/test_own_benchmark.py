@@ -18,7 +18,9 @@ from torchvision import transforms
 
 from nacpipe.benchmarks.synthetic import make_synthetic
 from nacpipe.cache import open_cache
+from nacpipe.cache.options import read_options
 from nacpipe.cli import main
+from nacpipe.cli.image_lookup import find_benchmark
 from nacpipe.method.metrics import detect
 from nacpipe.networks.models import find_model
 from nacpipe.scoring.coverage import score_splits
@@ -101,6 +103,11 @@ def test_the_page_runs_as_it_stands(place: Path) -> None:
     assert {name: cache[name].rows for name in cache} == ROWS
     assert cache.header.identity["benchmark"] == "shapes"
     assert cache.header.information["data_root"] == "pictures"
+    options = read_options(cache.header.information)
+    assert options is not None
+    assert (options.benchmark, options.model, options.checkpoint) == ("shapes.toml", "resnet20", Path("shapes.pth"))
+    benchmark, root = find_benchmark(cache, None, None)
+    assert (benchmark.name, root) == ("shapes", Path("pictures"))
     assert sorted(np.asarray(cache["csid/blurred"].label).tolist()) == [0] * 4 + [2] * 4
     assert cache["id/test"].label.tolist() == [i % 3 for i in range(15)]
     assert set(cache["ood/far/noise"].label.tolist()) == {-1}

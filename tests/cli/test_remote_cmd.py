@@ -122,7 +122,7 @@ def test_extract_writes_there_in_shards_and_says_what_is_not_guarded(proxy: Prox
     assert list(made) == ["id/val", "ood/near/letters"]
     assert made.header.shard_blocks == 8
     assert made["id/val"].array("logits").shards == (8 * made.header.block_rows, 10)
-    assert made.command() == f"nacpipe extract digits --batch-size 16 --cache {url} --model digits_cnn"
+    assert made.command() == f"nacpipe extract digits --model digits_cnn --batch-size 16 --cache {url}"
     again = nacpipe(*words)
     assert again.exit_code == 0, again.output
 

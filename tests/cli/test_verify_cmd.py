@@ -64,7 +64,7 @@ def test_damage_is_named_and_exits_with_1(damaged: Path) -> None:
 
 def test_repair_prints_the_command_that_computes_what_is_missing(damaged: Path, small_cache: Cache) -> None:
     done = nacpipe("repair", "c.zarr")
-    assert (done.exit_code, done.stdout) == (0, small_cache.command().replace(small_cache.path, "c.zarr") + "\n")
+    assert (done.exit_code, done.stdout) == (0, small_cache.command() + "\n")
     assert done.stderr == "id/val: block 1, rows 16 to 31, is to be computed again\n"
     assert nacpipe("verify", "c.zarr").exit_code == 0
 

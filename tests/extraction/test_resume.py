@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,11 @@ def test_bad_image_stops_and_keeps_what_was_done(request_: ExtractRequest, root:
     finally:
         bad.write_bytes(good)
     assert open_cache(request_.cache).peek("id/val").marks().tolist() == [True, True, False]
-    with pytest.raises(CacheError, match=r"finish it with: nacpipe extract cifar10 --again --cache .*c\.zarr$"):
+    command = (
+        f"nacpipe extract cifar10 --model resnet20 --checkpoint {request_.checkpoint} --data-root {root}"
+        f" --train-images 45 --batch-size 8 --device cpu --block-rows 16 --cache {request_.cache}"
+    )
+    with pytest.raises(CacheError, match=f"finish it with: {re.escape(command)}$"):
         open_cache(request_.cache)["id/val"]
 
 

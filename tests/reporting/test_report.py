@@ -182,10 +182,9 @@ def test_foreign_names_are_text(make_cache: Callable[..., Cache], tmp_path: Path
     cache = make_cache(
         tmp_path / "c.zarr", rows={f"ood/far/{evil.replace('/', '|')}": 20}, identity={"architecture": evil}
     )
-    run = score_cache(cache, PARAMS)
     write_params(tmp_path / "c.params.json", PARAMS)
-    chapter = read_cache_report(cache, PARAMS, run)
-    page = Reader(render_report([chapter], tabulate([run]), f"nacpipe {evil}", [draw_cache_report(chapter)]))
+    report = read_cache_report(cache, PARAMS)
+    page = Reader(render_report([report], tabulate([report.run]), f"nacpipe {evil}", [draw_cache_report(report)]))
     assert "script" not in page.tags
     assert page.text.count(evil) >= 3  # title, heading, command
 
@@ -215,12 +214,11 @@ def test_a_set_that_is_not_finished_has_no_picture_and_empty_cells(
     content["attributes"].update(sealed=False, digest=None)
     file.write_text(json.dumps(content))
     cache = open_cache(tmp_path / "c.zarr")
-    run = score_cache(cache, PARAMS)
     write_params(tmp_path / "c.params.json", PARAMS)
-    chapter = read_cache_report(cache, PARAMS, run)
-    drawn = draw_cache_report(chapter)
+    report = read_cache_report(cache, PARAMS)
+    drawn = draw_cache_report(report)
     assert [*drawn["Scores"], *drawn["ROC curves"]] == ["scores-near-letters", "roc-near-letters"]
-    page = Reader(render_report([chapter], tabulate([run]), "nacpipe report", [drawn]))
+    page = Reader(render_report([report], tabulate([report.run]), "nacpipe report", [drawn]))
     far = [table for table in page.tables if table[0][0] == "far"]
     assert [set(row[1:]) for table in far for row in table[1:]] == [{"–"}] * 8
     assert "ID test images, which the network classifies" in page.text
@@ -253,7 +251,7 @@ def test_no_more_curves_than_can_be_told_apart(place: Path) -> None:
     noise = {split: np.random.RandomState(0).randn(rows) for split, rows in run.rows.items()}
     good = {split: noise[split] - 9.0 * split.startswith("ood/") for split in run.rows}
     more = {f"noise {n}": MethodScores(scores=noise) for n in range(4)} | {"good": MethodScores(scores=good)}
-    drawn = draw_cache_report(read_cache_report(cache, PARAMS, score_cache(cache, PARAMS, more=more)))
+    drawn = draw_cache_report(read_cache_report(cache, PARAMS, more=more))
     for figure in drawn["ROC curves"].values():
         assert len(figure.axes[0].lines) == 1 + 6  # and the diagonal
         labels = [text.get_text() for text in figure.legends[0].texts]
