@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
 from nacpipe.files import is_url
-from tests.once import once
 
 pytest_plugins = ["tests.cifar_root", "tests.s3"]  # a data root, weights, a finished extraction; an S3 endpoint
 
@@ -128,6 +127,7 @@ ROWS = {  # neither a whole number of blocks nor all the same
 @pytest.fixture(scope="session")
 def make_cache(common: Path) -> Callable[..., Cache]:
     """The function `build_cache`, but what was built once is copied."""
+    from tests.once import once  # here: bench/corrupt.py loads this file from elsewhere
 
     def make(
         path: str | Path,

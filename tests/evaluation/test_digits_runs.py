@@ -20,7 +20,7 @@ from nacpipe.evaluation.tables import evaluate, evaluate_runs
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.scoring.params_file import write_params
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]  # a network is trained
 
 SPLITS = "id/train,id/test,csid/digits8x8,ood/near/letters,ood/far/faces"
 PARAMS = NacParams(

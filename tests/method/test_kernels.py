@@ -1,9 +1,13 @@
-"""The compiled loops give the oracle's bins, whatever the values, the bins and the number of threads."""
+"""The compiled loops give the oracle's bins, whatever the values, the bins and the number of threads.
+
+What a layer is filled with is found in three ways, which keep one contract (`each_fill`): by the index of a search, row
+by row as scoring does, and in plain torch as a detector on a GPU does.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -16,11 +20,14 @@ from numpy.typing import NDArray
 
 from nacpipe.method.counting import count_sorted, fill_ranked, fill_rows
 from nacpipe.method.coverage import bin_edges, coverage_table, layer_score, product_borders
+from nacpipe.method.params import LayerParams
 from nacpipe.method.sorted_index import index_columns, sort_columns
 from nacpipe.method.threads import get_threads, set_threads
 from tests import oracle
 
 Products = NDArray[np.float32]  # (samples, neurons)
+Borders = NDArray[np.float32]  # (bins,)
+Fill = Callable[[Products, Products, Borders, int], NDArray[np.int64]]
 
 BINS = st.sampled_from([4, 5, 50, 1001])
 KINDS = st.sampled_from(["log", "linear"])
@@ -62,15 +69,34 @@ def one_thread_unless_told() -> Iterator[None]:
     set_threads(None)
 
 
-def fill(train: Products, queries: Products, borders: NDArray[np.float32], saturation: int) -> NDArray[np.int64]:
-    """What one layer is filled with."""
+def fill(train: Products, queries: Products, borders: Borders, saturation: int) -> NDArray[np.int64]:
+    """What one layer is filled with, by the index."""
     (entry_sum,) = fill_ranked([(index_columns(train, queries), borders, saturation)])
     return entry_sum
 
 
+def fill_by_rows(train: Products, queries: Products, borders: Borders, saturation: int) -> NDArray[np.int64]:
+    return fill_rows(queries, borders, count_sorted(sort_columns(train), borders), saturation)
+
+
+def fill_in_torch(train: Products, queries: Products, borders: Borders, saturation: int) -> NDArray[np.int64]:
+    torch = pytest.importorskip("torch")
+    from nacpipe.detector.file import ExportedLayer
+    from nacpipe.detector.module import Lookup
+
+    counts = count_sorted(sort_columns(train), borders)
+    params = LayerParams(bins=borders.size, saturation=saturation, alpha=1.0)  # the borders are what counts
+    layer = ExportedLayer(name="a", path="a", pooling="none", params=params, borders=borders, counts=counts)
+    return Lookup(layer).on_device(torch.from_numpy(queries))
+
+
+each_fill = pytest.mark.parametrize("fill", [fill, fill_by_rows, fill_in_torch])
+
+
+@each_fill
 @given(products(30), products(20), BINS, KINDS, ALPHAS, SATURATIONS)
 def test_bins_counts_and_scores_are_the_oracles(
-    train: Products, queries: Products, bins: int, kind: str, alpha: float, saturation: int
+    fill: Fill, train: Products, queries: Products, bins: int, kind: str, alpha: float, saturation: int
 ) -> None:
     edges = oracle.bin_edges(bins, kind)
     for table in (train, queries):
@@ -83,24 +109,22 @@ def test_bins_counts_and_scores_are_the_oracles(
     found = count_sorted(sort_columns(train), borders)
     np.testing.assert_array_equal(found, counts)
     entry_sum = [sum(min(counts[i, k], saturation) for i, k in enumerate(sample)) for sample in query_bins]
-    np.testing.assert_array_equal(fill_rows(queries, borders, found, saturation), entry_sum)
     np.testing.assert_array_equal(fill(train, queries, borders, saturation), entry_sum)
     score = layer_score(fill(train, queries, borders, saturation), 3, saturation)
     np.testing.assert_allclose(score, oracle.layer_score(oracle.table(counts, saturation), query_bins), rtol=1e-13)
 
 
 @given(products(25), products(25), BINS, KINDS, ALPHAS, SATURATIONS)
-def test_ranked_and_plain_rows_fill_alike_even_on_the_borders(
+def test_all_ways_fill_alike_even_on_the_borders(
     train: Products, queries: Products, bins: int, kind: str, alpha: float, saturation: int
 ) -> None:
     borders = product_borders(bin_edges(bins, kind), alpha)  # type: ignore[arg-type]
     on_borders = borders[np.isfinite(borders)][:20]
     queries = np.concatenate([queries, np.repeat(on_borders[:, None], 3, axis=1)])
     train = np.concatenate([train, np.nextafter(queries, np.float32(-np.inf)), queries])
-    counts = count_sorted(sort_columns(train), borders)
-    np.testing.assert_array_equal(
-        fill(train, queries, borders, saturation), fill_rows(queries, borders, counts, saturation)
-    )
+    by_index = fill(train, queries, borders, saturation)
+    for other in (fill_by_rows, fill_in_torch):
+        np.testing.assert_array_equal(other(train, queries, borders, saturation), by_index)
     # A border belongs to the bin above it, the number just below to the bin below: here one neuron for each border.
     k = np.flatnonzero(np.isfinite(borders))
     pairs = np.stack([np.nextafter(borders[k], np.float32(-np.inf)), borders[k]], axis=1)
@@ -127,8 +151,11 @@ def test_counts_add_over_splits(train: Products, cut: int, bins: int, alpha: flo
     assert (whole.sum(axis=1) == len(train)).all()
 
 
+@each_fill
 @given(products(30), products(10), BINS, ALPHAS)
-def test_scores_fall_as_saturation_rises(train: Products, queries: Products, bins: int, alpha: float) -> None:
+def test_scores_fall_as_saturation_rises(
+    fill: Fill, train: Products, queries: Products, bins: int, alpha: float
+) -> None:
     borders = product_borders(bin_edges(bins), alpha)
     scores = [layer_score(fill(train, queries, borders, r), 3, r) for r in (1, 2, 5, 50, 5000)]
     for lower, higher in itertools.pairwise(scores):
@@ -153,7 +180,8 @@ def test_twice_alpha_on_half_the_products_gives_the_same_bins(
     )
 
 
-def test_fill_is_the_sum_of_the_table_by_hand() -> None:
+@each_fill
+def test_fill_is_the_sum_of_the_table_by_hand(fill: Fill) -> None:
     """Products 1, 2, 2, 3 of one neuron and 0 of the other; borders at −∞, 0, 2, +∞."""
     train = np.array([[1, 0], [2, 0], [2, 0], [3, 0]], np.float32)
     queries = np.array([[5, 0], [-1, 0.0], [0, -1], [2, -0.0]], np.float32)
@@ -227,16 +255,18 @@ def test_an_index_holds_its_training_samples(n_train: int, n_query: int) -> None
     np.testing.assert_array_equal(made.columns.ascending, np.sort(np.concatenate([train, queries]), axis=0).T)
 
 
-def test_no_samples_are_filled_with_nothing() -> None:
+@each_fill
+def test_no_samples_are_filled_with_nothing(fill: Fill) -> None:
     train, none = np.ones((3, 2), np.float32), np.empty((0, 2), np.float32)
     borders = product_borders(bin_edges(10), 1.0)
     assert fill(train, none, borders, 5).tolist() == []
     assert fill(none, train, borders, 5).tolist() == [0, 0, 0]
 
 
+@each_fill
 @pytest.mark.parametrize("n_train", [1, 15, 16, 17, 50, 255, 256, 257])
 @pytest.mark.parametrize("n_query", [1, 15, 16, 31, 32, 33, 300, 4096])
-def test_rows_that_end_anywhere_in_a_line(n_train: int, n_query: int) -> None:
+def test_rows_that_end_anywhere_in_a_line(fill: Fill, n_train: int, n_query: int) -> None:
     """Values go by lines of sixteen, lines by trees of sixteen, entries by stretches of 32; none need be full."""
     random = np.random.RandomState(n_train * 100 + n_query)
     train, queries = (random.randint(-4, 5, (n, 7)).astype(np.float32) for n in (n_train, n_query))
@@ -264,9 +294,10 @@ def test_a_tree_finds_what_searchsorted_finds(samples: int) -> None:
     np.testing.assert_array_equal(count_sorted(columns, borders.astype(np.float32)), np.diff(below))
 
 
+@each_fill
 @pytest.mark.parametrize("saturation", [65_535, 65_536, 10**6])
 @pytest.mark.parametrize("n_train", [65_535, 65_536, 70_000])
-def test_counts_that_sixteen_bits_do_not_hold(n_train: int, saturation: int) -> None:
+def test_counts_that_sixteen_bits_do_not_hold(fill: Fill, n_train: int, saturation: int) -> None:
     train, queries = np.ones((n_train, 5), np.float32), np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0]], np.float32)
     borders = np.array([-np.inf, 0, 1, 2, np.inf], np.float32)
     most = min(n_train, saturation)
