@@ -289,11 +289,9 @@ def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
         else:
             path = list_path(benchmark, split, root)
             what = "folder of images" if split.kind == "folders" else "image list"
-            made = (
-                "; or let ood/val be made from id/val: docs/own-benchmark.md"
-                if split.name == "ood/val" and not split.synthetic
-                else ""
-            )
+            made = ""
+            if split.name == "ood/val" and not split.synthetic:
+                made = ", or have it made from id/val: [ood.val] synthetic = true in a benchmark file of your own"
             raise ImageError(
                 f"{split.name}: there is no {what} {path}; say where the data is with --data-root DIR{made}"
             )
