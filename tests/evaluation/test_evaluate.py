@@ -18,6 +18,7 @@ from nacpipe.cache import Cache, SplitView, open_cache
 from nacpipe.cache.identity import bound_splits, fingerprint
 from nacpipe.cli import main
 from nacpipe.errors import InputError, ParamsError
+from nacpipe.evaluation import method_scores
 from nacpipe.evaluation.bootstrap import add_confidence, compare_methods
 from nacpipe.evaluation.method_scores import score_cache
 from nacpipe.evaluation.score_files import save_scores
