@@ -51,18 +51,21 @@ class Scorer:
     a weighted sum.
     """
 
-    def __init__(self, index: IndexOf, rows: Mapping[str, slice], remember: int = REMEMBER_BYTES) -> None:
+    def __init__(
+        self, index: IndexOf, rows: Mapping[str, slice], remember: int = REMEMBER_BYTES, *, one_by_one: bool = False
+    ) -> None:
         """Score from these indexes.
 
         Args:
             index: layer and source → sorted columns.
             rows: split → its samples' places in the index.
             remember: bytes of layer scores that are kept.
+            one_by_one: never use two indexes at once, where `index` does not keep them.
         """
         self.index = index
         self.rows = dict(rows)
         self._remembered: OrderedDict[tuple[str, LayerParams], NDArray[np.float64]] = OrderedDict()
-        self._room = remember
+        self._room, self._one_by_one = remember, one_by_one
 
     def layer_scores(self, layers: Mapping[str, LayerParams]) -> list[NDArray[np.float64]]:
         """Return each layer's scores of all splits, (samples,); weights play no part."""
@@ -70,9 +73,10 @@ class Scorer:
         found = {key: self._remembered[key] for key in keys if key in self._remembered}
         new = [key for key in keys if key not in found]
         if new:
-            asked = [self._ask(layer, params) for layer, params in new]
-            for key, (index, _, saturation), entry_sum in zip(new, asked, fill_ranked(asked), strict=True):
-                found[key] = layer_score(entry_sum, index.neurons, saturation)
+            for keys_at_once in ([key] for key in new) if self._one_by_one else [new]:
+                asked = [self._ask(layer, params) for layer, params in keys_at_once]
+                for key, (index, _, saturation), entry_sum in zip(keys_at_once, asked, fill_ranked(asked), strict=True):
+                    found[key] = layer_score(entry_sum, index.neurons, saturation)
         for key in keys:
             self._remembered[key] = found[key]
             self._remembered.move_to_end(key)

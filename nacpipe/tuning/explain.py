@@ -15,7 +15,6 @@ from nacpipe.errors import StudyError
 from nacpipe.method.params import NacParams
 from nacpipe.tuning.space import Choice, Interval, LayerSpace
 from nacpipe.tuning.study import Search
-from nacpipe.tuning.trials import best_trial
 from nacpipe.tuning.validation import SHOWN, ObjectiveName
 
 EDGE = 0.02  # of a range: a best value this near its end asks for a wider range
@@ -88,7 +87,6 @@ def explain(search: Search) -> Explanation:
     objective = search.request.aim
     if search.study is None or not trials:
         raise StudyError(f"there is no completed trial to explain; start with: {search.command()}")
-    best = best_trial(trials, objective)
     history = pd.DataFrame(
         {
             "number": [trial.number for trial in trials],
@@ -97,7 +95,7 @@ def explain(search: Search) -> Explanation:
         }
     )
     history["best"] = history["value"].cummin() if objective == "fpr95" else history["value"].cummax()
-    params = search.objective.params(best)
+    params = search.choose(trials)
     return Explanation(
         parameters=_parameters(search, trials, params),
         layers=_layers(search, trials, params),
@@ -137,21 +135,33 @@ def _searched(layer: LayerSpace) -> list[str]:
 
 
 def _importances(search: Search, trials: Sequence[FrozenTrial]) -> dict[str, float]:
+    """Parameter → its share; where terms were tried alone, among that term's trials and parameters."""
+    groups: dict[tuple[str, ...], list[FrozenTrial]] = {}
+    for trial in trials:
+        groups.setdefault(tuple(trial.user_attrs["weights"]), []).append(trial)
+    shares: dict[str, float] = {}
+    for terms, of_terms in sorted(groups.items(), key=lambda item: -len(item[0])):
+        names = [f"{name}.{field}" for name in terms for field in _searched(search.objective.space[name])]
+        shares |= _importances_of(search, of_terms, names)
+    return shares
+
+
+def _importances_of(search: Search, trials: Sequence[FrozenTrial], names: list[str]) -> dict[str, float]:
     """Parameter → its share; empty where there are too few trials, or all are equally good."""
-    if len(trials) < FEW:
+    if len(trials) < FEW or not names:
         return {}
     sign = -1.0 if search.request.aim == "fpr95" else 1.0
-    keys = {t.number: sign * _value(t) for t in trials}
-    if len(set(keys.values())) == 1:
+    if len({_value(trial) for trial in trials}) == 1:
         return {}
     ours = optuna.create_study(direction="maximize")  # without others' trials, with one value each
     for trial in trials:
         ours.add_trial(
-            optuna.trial.create_trial(value=keys[trial.number], params=trial.params, distributions=trial.distributions)
+            optuna.trial.create_trial(
+                value=sign * _value(trial), params=trial.params, distributions=trial.distributions
+            )
         )
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    names = [f"{name}.{field}" for name, layer in search.objective.space.items() for field in _searched(layer)]
-    return dict(optuna.importance.get_param_importances(ours, evaluator=evaluator, params=names)) if names else {}
+    return dict(optuna.importance.get_param_importances(ours, evaluator=evaluator, params=names))
 
 
 def _layers(search: Search, trials: Sequence[FrozenTrial], params: NacParams) -> pd.DataFrame:

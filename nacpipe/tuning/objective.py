@@ -84,7 +84,7 @@ class Objective:
         scored = [*[SUBTRAIN] * with_subtrain, *self.splits[1:]]
         one_by_one = space == "auto"  # a term's index is dropped with the first trial of the next
         index = functools.lru_cache(1 if one_by_one else None)(index_from(self.cache, scored))
-        self.scorer = Scorer(index, split_rows(self.cache, scored))
+        self.scorer = Scorer(index, split_rows(self.cache, scored), one_by_one=one_by_one)
         self._scoring = threading.Lock()  # `n_jobs` of Optuna: a trial is scored on all cores, one at a time
         self.guide = choose_guide(self.cache, tuple(scored), self.val)
         """The best plain score on the validation pair; None where the network gives no logits."""

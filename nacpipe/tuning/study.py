@@ -125,7 +125,7 @@ class Search:
                 f" start or go on with: {self.command()}"
             )
         guide, measured = self.objective.guide, self.objective.measure_guide()
-        params = self._choose(trials)
+        params = self.choose(trials)
         return SearchResult(
             params=params,
             checks=self.objective.measure(params),
@@ -155,8 +155,8 @@ class Search:
         kept = dict(self.study.user_attrs.get("cross_validated", {}))
         return CrossValidation(**kept) if kept.pop("trials", None) == len(trials) else None
 
-    def _choose(self, trials: Sequence[FrozenTrial]) -> NacParams:
-        """The best trial's parameters; of terms that were tried alone, the best of each together."""
+    def choose(self, trials: Sequence[FrozenTrial]) -> NacParams:
+        """Return the best trial's parameters; of terms that were tried alone, the best of each together."""
         sampler = self.make_sampler(0)
         if isinstance(sampler, TermwiseSampler) and self.study is not None:
             return sampler.together(self.study)

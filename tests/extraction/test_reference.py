@@ -192,7 +192,9 @@ def test_the_default_search_finds_what_it_promises(
     extracted: Cache, tmp_path: Path, layers: tuple[str, ...], least: float
 ) -> None:
     """bench/search.py repeats it for five seeds, with the time it takes."""
-    search = Search(SearchRequest(cache=Path(extracted.path), layers=layers, storage=str(tmp_path / "s.log")))
+    search = Search(
+        SearchRequest(cache=Path(extracted.path), space="paper", layers=layers, storage=str(tmp_path / "s.log"))
+    )
     result = run(search)
     assert result.checks.val_auroc >= least
     assert result.trials == 2000

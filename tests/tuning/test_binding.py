@@ -31,7 +31,7 @@ def cache(small_cache: Cache, tmp_path: Path) -> Cache:
 
 def search(cache: Cache, **more: Any) -> Search:
     """Search, and leave the parameters beside the cache, as the command does."""
-    found = Search(SearchRequest(cache=Path(cache.path), **{"trials": TRIALS, **more}))
+    found = Search(SearchRequest(cache=Path(cache.path), **{"space": "paper", "trials": TRIALS, **more}))
     result = sweep.run(found)
     write_params(cache.path.replace(".zarr", ".params.json"), result.params, made_by=found.made_by())
     return found
@@ -98,7 +98,11 @@ def test_a_set_that_nothing_is_chosen_by_may_come_and_go(
     measured = [trial.user_attrs["subtrain_auroc"] is not None for trial in after.completed()]
     assert measured == [change != "add"] * TRIALS + [change in ("add", "replace")] * 2
     # Nothing is chosen by it: the trials are those of a search that never saw a change.
-    whole = Search(SearchRequest(cache=Path(cache.path), trials=TRIALS + 2, val=val, storage=str(tmp_path / "w.log")))
+    whole = Search(
+        SearchRequest(
+            cache=Path(cache.path), space="paper", trials=TRIALS + 2, val=val, storage=str(tmp_path / "w.log")
+        )
+    )
     sweep.run(whole)
     assert [trial.params for trial in whole.completed()] == [trial.params for trial in after.completed()]
 
@@ -124,7 +128,7 @@ def test_another_set_that_they_were_chosen_by_is_refused(cache: Cache, val: str,
         r" --storage FILE$"
     )
     with pytest.raises(StudyError, match=message):
-        Search(SearchRequest(cache=Path(cache.path), trials=TRIALS, val=val))
+        Search(SearchRequest(cache=Path(cache.path), space="paper", trials=TRIALS, val=val))
     again = f"nacpipe search {cache.path}" + ("" if val == "ood/val" else f" --val {val}")
     with pytest.raises(
         ParamsError, match=rf"was found on other states than those of .* now; search again with: {again}, or"

@@ -45,7 +45,9 @@ def check(study: optuna.Study, objective: nacpipe.Objective) -> None:
 
 def ours(small_cache: Cache, folder: Path, trials: int, **more: Any) -> Search:
     """A search of our own, to compare with."""
-    search = Search(SearchRequest(cache=small_cache.path, storage=str(folder / "ours.log"), trials=trials, **more))
+    search = Search(
+        SearchRequest(cache=small_cache.path, space="paper", storage=str(folder / "ours.log"), trials=trials, **more)
+    )
     runner.run(search)
     return search
 
@@ -186,7 +188,7 @@ def test_a_study_of_ours_is_optunas(small_cache: Cache, tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["{}/ours.log", "sqlite:///{}/ours.db"])
 def test_the_optuna_command_opens_it(small_cache: Cache, tmp_path: Path, where: str) -> None:
     url = where.format(tmp_path)
-    search = Search(SearchRequest(cache=small_cache.path, storage=url, trials=5))
+    search = Search(SearchRequest(cache=small_cache.path, space="paper", storage=url, trials=5))
     runner.run(search)
 
     def tool(*words: str) -> Any:

@@ -18,7 +18,7 @@ from nacpipe.tuning.validation import Evaluator, ValidationMetrics
 
 
 def request_(cache: Cache, folder: Path, **more: Any) -> SearchRequest:
-    return SearchRequest(**{"cache": Path(cache.path), "storage": str(folder / "s.log"), **more})
+    return SearchRequest(**{"cache": Path(cache.path), "space": "paper", "storage": str(folder / "s.log"), **more})
 
 
 def made_up(values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,9 @@ Trials = list[tuple[float | None, dict[str, Any], dict[str, Any]]]
 
 
 def request_(cache: Cache, where: object, **more: Any) -> SearchRequest:
-    return SearchRequest(**{"cache": Path(cache.path), "storage": str(where), "trials": TRIALS, **more})
+    return SearchRequest(
+        **{"cache": Path(cache.path), "space": "paper", "storage": str(where), "trials": TRIALS, **more}
+    )
 
 
 def trials_of(search: Search) -> Trials:

@@ -30,7 +30,9 @@ TRIALS = 60  # through both layers alone and into the first round
 
 
 def request_(cache: Cache, folder: Path, **more: Any) -> SearchRequest:
-    return SearchRequest(**{"cache": Path(cache.path), "storage": str(folder / "s.log"), "trials": TRIALS, **more})
+    return SearchRequest(
+        **{"cache": Path(cache.path), "space": "paper", "storage": str(folder / "s.log"), "trials": TRIALS, **more}
+    )
 
 
 def trials_of(search: Search) -> list[tuple[float | None, dict[str, Any], dict[str, Any]]]:
