@@ -7,6 +7,7 @@ import os
 # Before numpy and torch are imported, here and in the processes that tests start: xdist's workers share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
 import hashlib
 import importlib.util
 import json
@@ -39,6 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for fixture in MARKERS.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(MARKERS[fixture])
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later garbage collection: it stays until the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

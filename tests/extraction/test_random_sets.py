@@ -47,6 +47,7 @@ def net():
 """
 
 
+@pytest.mark.slow
 def test_400_images_extracted_five_times_are_the_same_bytes(tmp_path: Path) -> None:
     (tmp_path / "noise.toml").write_text(TOML)
     (tmp_path / "net.py").write_text(NET)

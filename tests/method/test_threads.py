@@ -118,8 +118,8 @@ use()  # the parent's threads are still there
     "in_child",
     [
         "use()",
-        "threads.set_threads(2); use()",
-        "threads.set_threads(1); use()",
+        pytest.param("threads.set_threads(2); use()", marks=pytest.mark.slow),
+        pytest.param("threads.set_threads(1); use()", marks=pytest.mark.slow),
         "child = os.fork(); use(); (os.waitpid(child, 0)[1] and os._exit(7)) if child else None",  # a grandchild too
     ],
 )
@@ -139,6 +139,7 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
     assert python(code, tmp_path) == "[None, None, None, None]\n"
 
 
+@pytest.mark.slow
 def test_loops_run_where_no_thread_can_be_started(tmp_path: Path) -> None:
     """While Python exits, and where the system allows no more threads."""
     code = """

@@ -45,12 +45,19 @@ def test_known_hashes_are_torchvisions(name: str) -> None:
     assert published_sha256("https://x.org/net-without.pth") == ""
 
 
-@pytest.fixture
-def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A made-up file that holds, by its hash, Swin-T's published weights; and its row knows that hash."""
-    file = tmp_path / "my own name.pth"
+@pytest.fixture(scope="module")
+def published_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of ResNet-18; nothing may change them."""
+    file = tmp_path_factory.mktemp("published") / "my own name.pth"
     torch.manual_seed(0)
     torch.save(find_model("resnet18").build(10).state_dict(), file)
+    return file
+
+
+@pytest.fixture
+def published(published_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A made-up file that holds, by its hash, Swin-T's published weights; and its row knows that hash."""
+    file = published_file
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     rows = {}
     for row, weights in (("resnet18", "IMAGENET1K_V1"), ("resnet50", "IMAGENET1K_V2")):

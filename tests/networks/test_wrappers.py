@@ -161,6 +161,7 @@ def test_a_network_inside_another_is_said_to_be_the_one(detector_file: Path) -> 
         nacpipe.load_detector(detector_file, nn.DataParallel(DigitsCNN()))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's, of dynamo
 def test_a_detector_can_be_compiled_itself(cache: Cache, detector_file: Path) -> None:
     batch = to_inputs(load_set("val")[0][:128])
@@ -205,7 +206,9 @@ def inside():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("function", ["compiled", "parallel", "in_place", "inside"])
+@pytest.mark.parametrize(
+    "function", [pytest.param("compiled", marks=pytest.mark.slow), "parallel", "in_place", "inside"]
+)
 def test_extraction_of_a_wrapped_network_is_that_of_the_network(tmp_path: Path, function: str) -> None:
     (tmp_path / "net.py").write_text(FILE)
     request = ExtractRequest(
