@@ -85,6 +85,39 @@ def score_layer(
     return layer_score(table(counts, saturation), bins_of(states(products, alpha), borders))
 
 
+def score_by_class(
+    train: NDArray[np.float32],  # (n_train, neurons)
+    train_groups: Sequence[int],  # (n_train,)
+    products: NDArray[np.float32],  # (samples, neurons)
+    groups: Sequence[int],  # (samples,)
+    **params: Any,
+) -> Floats:
+    """Every sample scored among the training samples of its own group alone; 0 where there are none."""
+    scores = []
+    for sample, group in zip(products, groups, strict=True):
+        own = np.array([x for x, g in zip(train, train_groups, strict=True) if g == group]).reshape(-1, train.shape[1])
+        scores.append(score_layer(own, sample[None], **params)[0])
+    return np.array(scores)
+
+
+def components(
+    train: NDArray[np.float32],  # (n_train, neurons)
+    values: NDArray[np.float32],  # (samples, neurons)
+) -> Floats:  # (samples, components)
+    """(x − mean) V / spread from the singular value decomposition; directions of no spread left out.
+
+    The largest entry of each direction is positive.
+    """
+    mean = train.astype(np.float64).mean(axis=0)
+    _, sizes, directions = np.linalg.svd(train.astype(np.float64) - mean, full_matrices=False)
+    columns = []
+    for size, direction in zip(sizes, directions, strict=True):
+        if size > 1e-5 * sizes[0]:
+            sign = 1.0 if direction[np.abs(direction).argmax()] > 0 else -1.0
+            columns.append((values.astype(np.float64) - mean) @ (sign * direction) / (size / math.sqrt(len(train) - 1)))
+    return np.stack(columns, axis=1)
+
+
 def weighted_score(layer_scores: Sequence[Floats], weights: Sequence[float]) -> Floats:
     """Σ_layers weight · layer score, weights normalised to sum 1."""
     total = math.fsum(weights)

@@ -123,7 +123,7 @@ def _components(arrays: Arrays, count: int) -> Components:
 
 def _array(arrays: Arrays, what: str) -> NDArray[Any]:
     if (array := arrays.get(what)) is None:
-        raise DetectorError(f"its {what} are not there")
+        raise DetectorError(f"its {what} {'are' if what.endswith('s') else 'is'} not there")
     return array
 
 

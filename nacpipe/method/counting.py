@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nacpipe.method.loops import GROUP, STRETCH, add_entries, find_places, walk_grouped_rows, walk_rows
-from nacpipe.method.sorted_index import GroupedIndex, LayerIndex, SortedColumns, sort_columns
+from nacpipe.method.loops import GROUP, STRETCH, add_entries, count_runs, find_places, walk_grouped_rows, walk_rows
+from nacpipe.method.sorted_index import GroupedIndex, LayerIndex, SortedColumns
 from nacpipe.method.threads import get_threads, run_in_parts
 
 VALUES_PER_THREAD = 1 << 12  # fewer are looked up sooner than another thread wakes
@@ -144,9 +144,7 @@ def count_groups(
     borders: NDArray[np.float32],  # (bins,)
 ) -> SparseCounts:
     """Return how many training samples of each group fall in each bin."""
-    parts = [
-        SparseCounts.of(count_sorted(sort_columns(train[train_groups == group]), borders)) for group in range(groups)
-    ]
+    parts = [_count_group(train[train_groups == group], borders) for group in range(groups)]
     offsets = np.cumsum([0, *(part.counts.size for part in parts)])
     return SparseCounts(
         starts=np.concatenate([[0], *(part.starts[1:] + start for part, start in zip(parts, offsets, strict=False))]),
@@ -154,6 +152,16 @@ def count_groups(
         counts=np.concatenate([part.counts for part in parts]),
         neurons=train.shape[1],
     )
+
+
+def _count_group(train: NDArray[np.float32], borders: NDArray[np.float32]) -> SparseCounts:
+    """The same of one group's samples (samples, neurons)."""
+    neurons = train.shape[1]
+    starts = np.zeros(neurons + 1, np.int64)
+    bins, counts = np.empty(train.size, np.int32), np.empty(train.size, np.int32)
+    count_runs(np.sort(np.ascontiguousarray(train.T), axis=1), borders, starts, bins, counts)
+    stored = slice(starts[-1])
+    return SparseCounts(starts=starts, bins=bins[stored].copy(), counts=counts[stored].copy(), neurons=neurons)
 
 
 def fill_grouped_rows(

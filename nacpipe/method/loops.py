@@ -258,6 +258,21 @@ def walk_grouped_rows(products, borders, starts, bins, counts, groups, saturatio
 
 
 @_compiled(nogil=True)
+def count_runs(ascending, borders, starts, bins, counts):  # type: ignore[no-untyped-def]
+    """Each neuron's counts above 0, one behind the other; starts[i + 1] = where neuron i's end."""
+    stored = 0
+    for neuron in range(ascending.shape[0]):
+        last = -1
+        for x in ascending[neuron]:
+            k = _find_bin(borders, x)
+            if k != last:
+                bins[stored], counts[stored] = k, 0
+                stored, last = stored + 1, k
+            counts[stored - 1] += 1
+        starts[neuron + 1] = stored
+
+
+@_compiled(nogil=True)
 def merge(train, queries, ascending, train_bits):  # type: ignore[no-untyped-def]
     """Two ascending rows per neuron become one, and the marks say which came from where."""
     for neuron in range(train.shape[0]):

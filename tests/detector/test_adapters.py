@@ -89,6 +89,17 @@ def test_counts_are_the_caches(cache: Cache, place: Path, network: nn.Module) ->
     )
 
 
+def test_views_are_counted_as_the_cache_does(cache: Cache, network: nn.Module) -> None:
+    """Without a cache, groups of classes and components come from the same images."""
+    layer = LayerParams(bins=24, saturation=5, alpha=0.4)
+    names = ("avgpool:by_class", "avgpool:components", "logits:by_class", "avgpool")
+    params = NacParams(layers=dict.fromkeys(names, layer))
+    fitted = fit_detector(network, params, (x for x, _ in batches(cache, "id/train")), {})
+    images = next(batches(cache, "id/val"))[0]
+    expected = score_splits(cache, params, ["id/val"])["id/val"][: len(images)]
+    np.testing.assert_array_equal(fitted(images).score.numpy(), expected)
+
+
 class Pausing(nn.Module):
     """A network in which a pass stops halfway, until another thread has been through or cannot be."""
 

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
+from nacpipe.detector import export
 from nacpipe.detector.export import choose_threshold, export_detector
 from nacpipe.detector.file import Exported, read_detector, write_detector
 from nacpipe.errors import DetectorError, InputError, ParamsError, ValuesError
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.scoring.coverage import score_splits
+from nacpipe.scoring.coverage import fit_coverage, score_splits
 from nacpipe.scoring.states import read_source
 from tests import oracle
 
@@ -140,3 +141,59 @@ def test_a_layer_once_per_source(small_cache: Cache) -> None:
     for one in exported.terms:
         alone = export_detector(small_cache, NacParams(layers={"layer1": one.params})).terms[0]
         np.testing.assert_array_equal(one.counts, alone.counts)
+
+
+VIEWS = NacParams(
+    layers={
+        "layer1": LayerParams(bins=9, saturation=2, alpha=1.0),
+        "avgpool:by_class": LayerParams(bins=200, saturation=2, alpha=1.0),
+        "avgpool:gradient:by_class": LayerParams(bins=4, saturation=2, alpha=1.0, source="gradient"),
+        "layer1:components": LayerParams(bins=9, saturation=2, alpha=1.0),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def classes(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """300 training images of three classes: each is a group."""
+    return make_cache(tmp_path_factory.mktemp("classes") / "c.zarr", rows={"id/train": 300})
+
+
+def test_views_are_written_and_read(classes: Cache, tmp_path: Path) -> None:
+    exported = export_detector(classes, VIEWS)
+    arrays = exported.to_arrays()
+    assert arrays["class_groups"].tolist() == [0, 1, 2]
+    assert arrays["avgpool:by_class/starts"].shape == (3 * 6 + 1,)  # 199 bins, few of them filled
+    assert arrays["avgpool:gradient:by_class/counts"].shape == (3 * 6, 3)  # 3 bins: smaller as they are
+    assert arrays["layer1:components/matrix"].shape == (4, 4)
+    write_detector(tmp_path / "d", exported)
+    found = read_detector(tmp_path / "d")
+    assert found.to_json() == exported.to_json()
+    assert [tap.name for tap in found.taps] == ["layer1", "avgpool"]
+    coverage = fit_coverage(classes, VIEWS)
+    for fitted in found.terms:
+        values = read_source(classes["ood/val"], fitted.term.layer, fitted.term.source)
+        logits = classes["ood/val"].read("logits")
+        np.testing.assert_array_equal(fitted.score(values, logits), coverage.layers[fitted.name].score(values, logits))
+        np.testing.assert_array_equal(fitted.counts, coverage.layers[fitted.name].counts)
+
+
+@pytest.mark.parametrize("name", ["avgpool", "avgpool:by_class"])
+def test_counts_are_stored_in_the_smaller_form(classes: Cache, name: str) -> None:
+    for bins in (4, 5000):
+        params = NacParams(layers={name: LayerParams(bins=bins, saturation=2, alpha=1.0)})
+        arrays = export_detector(classes, params).to_arrays()
+        assert (f"{name}/starts" in arrays) == (bins == 5000)
+        stored = sum(array.nbytes for key, array in arrays.items() if not key.endswith("borders"))
+        assert stored < 25_000
+
+
+def test_a_detector_that_is_too_large_is_not_exported(classes: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "MAX_BYTES", 1_000)
+    message = (
+        r"c\.zarr cannot be exported: its arrays have 0 MB, at most 0 are written; the largest term is"
+        r" 'avgpool:by_class' with 0 MB of 300 training images in 200 bins; give that term fewer bins or weight 0 in a"
+        r" copy of the parameters, and export again with --params COPY$"
+    )
+    with pytest.raises(DetectorError, match=message):
+        export_detector(classes, VIEWS)

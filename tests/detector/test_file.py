@@ -191,6 +191,116 @@ def test_what_is_wrong_is_named(spoil: Callable[[Any, Any], None], message: str,
     assert len(raised.value.one_line()) < 600
 
 
+# --- version 2 --------------------------------------------------------------------------------------------------------
+
+TERM_PARAMS = GOOD["layers"][0]["params"]
+VIEWS: dict[str, Any] = {
+    **NEW,
+    "train_rows": 5,
+    "taps": [{"name": "a", "path": "a", "pooling": "none", "neurons": 2}],
+    "terms": [
+        {"name": "a:by_class", "params": TERM_PARAMS},
+        {"name": "a:components", "params": TERM_PARAMS},
+        {"name": "logits", "params": TERM_PARAMS},
+    ],
+}
+
+
+def view_arrays() -> dict[str, Any]:
+    """Two groups of 3 and 2 images, two neurons; one component of two neurons; three logits."""
+    borders = np.array([-INF, 0, 1, INF], np.float32)
+    return {
+        "class_groups": np.array([0, 1, 1], np.int32),
+        "a:by_class/borders": borders,
+        "a:by_class/counts": np.array([3, 1, 2, 2, 1, 1], np.uint8),
+        "a:by_class/starts": np.array([0, 1, 3, 4, 6], np.uint8),
+        "a:by_class/bins": np.array([2, 0, 1, 1, 0, 2], np.uint8),
+        "a:components/borders": borders,
+        "a:components/counts": np.array([[5, 0, 0]], np.uint8),
+        "a:components/mean": np.array([0.5, 1.0], np.float32),
+        "a:components/matrix": np.array([[2.0], [1.0]], np.float32),
+        "logits/borders": borders,
+        "logits/counts": np.array([[5, 0, 0], [0, 5, 0], [0, 0, 5]], np.uint8),
+    }
+
+
+def test_views_are_read() -> None:
+    exported = Exported.from_json(VIEWS, view_arrays())
+    by_class, components, logits = exported.terms
+    assert by_class.counts.tolist() == [[0, 2, 3], [2, 2, 1]]
+    assert [fitted.neurons for fitted in exported.terms] == [2, 2, 3]
+    # values (−1, 0.5) are in bins 0 and 1: group 0 has 0 and 2 there, group 1 has 0 and 0
+    values = np.array([[-1.0, 0.5]] * 2, np.float32)
+    assert by_class.sum_entries(values, np.eye(3, dtype=np.float32)[[0, 2]]).tolist() == [2, 0]
+    assert components.sum_entries(np.array([[0.0, 0.0], [0.5, 1.5]], np.float32)).tolist() == [2, 0]  # −2 and 0.5
+    assert logits.groups is None
+    assert exported.to_json() == VIEWS
+    again = Exported.from_json(exported.to_json(), exported.to_arrays())
+    assert again.terms[0].counts.tolist() == by_class.counts.tolist()
+
+
+WRONG_VIEWS = [
+    (change("taps", None), "its taps are None, not a list"),
+    (change("taps", []), "term 'a:by_class': its layer is not among the taps"),
+    (change("taps.0.more", 1), "a tap is not {name, path, pooling, neurons}"),
+    (change("taps.0.neurons", 3), "term 'a:by_class' is of 2 neurons; its layer has 3"),
+    (change("taps", [VIEWS["taps"][0]] * 2), "two of its taps have one name"),
+    (change("taps", [*VIEWS["taps"], {**VIEWS["taps"][0], "name": "b"}]), "tap 'b' is of no term"),
+    (change("outputs", 4), "term 'logits' is of 3 neurons; its layer has 4"),
+    (change("terms", []), "it has no terms"),
+    (change("terms.0.more", 1), "a term is not {name, params}"),
+    (change("terms.0.name", "a:product:by_clas"), "term 'a:product:by_clas' has the view 'by_clas'; known: plain, by_"),
+    (change("classes", 4), r"class_groups are int32 \(3,\); wanted: int32 \(4,\), a group for every class"),
+    (array("class_groups", np.array([0, 1, 64], np.int32)), "class_groups are not all from 0 to 63"),
+    (array("class_groups", np.array([0, -1, 1], np.int32)), "class_groups are not all from 0 to 63"),
+    (array("class_groups", np.array([0, 1, 2], np.int32)), "counts have 4 rows, not as many for each of 3 groups"),
+    (lambda _, found: found.pop("class_groups"), "'a:by_class': it is counted by class, and there are no class_groups"),
+    (lambda _, found: found.pop("a:by_class/bins"), "layer 'a:by_class': its bins are not there"),
+    (array("a:by_class/starts", np.array([0, 1, 3, 4, 5], np.uint8)), "starts do not ascend from 0 to the 6 counts"),
+    (array("a:by_class/starts", np.array([0, 3, 1, 4, 6], np.uint8)), "starts do not ascend"),
+    (array("a:by_class/starts", np.array([[0, 6]], np.uint8)), r"starts are uint8 \(1, 2\); wanted"),
+    (array("a:by_class/bins", np.array([2, 0, 1, 1, 0, 3], np.uint8)), "bins do not ascend from 0 to at most 2 in"),
+    (array("a:by_class/bins", np.array([2, 1, 1, 1, 0, 2], np.uint8)), "bins do not ascend"),
+    (array("a:by_class/bins", np.array([2, 0, 1, 1, 0, -1], np.int32)), "bins do not ascend"),
+    (array("a:by_class/counts", np.array([3, 1, 2, 2, 2, 0], np.uint8)), "counts are not 6 numbers above 0"),
+    (array("a:by_class/counts", np.array([3, 1, 2, 2, 1], np.uint8)), "counts are not 6 numbers above 0"),
+    (
+        array("a:by_class/counts", np.array([3, 1, 1, 2, 1, 2], np.uint8)),
+        "a group's neurons add up to different numbers",
+    ),
+    (change("train_rows", 6), "layer 'a:by_class': the counts of neuron 0 add up to 5; 6 samples were counted"),
+    (lambda _, found: found.pop("a:components/mean"), "layer 'a:components': its mean is not there"),
+    (array("a:components/mean", np.zeros(3, np.float32)), r"mean is float32 \(3,\); wanted: float32 \(2,\)"),
+    (
+        array("a:components/matrix", np.zeros((2, 2), np.float32)),
+        r"matrix is float32 \(2, 2\); wanted: float32 \(2, 1\)",
+    ),
+    (array("a:components/matrix", np.full((2, 1), NAN, np.float32)), "matrix is not finite"),
+    (array("logits/mean", np.zeros(3, np.float32)), "layer 'logits': it has a mean or a matrix, which only components"),
+    (array("b/mean", np.zeros(3, np.float32)), "array 'b/mean' belongs to no term"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), WRONG_VIEWS, ids=[message[:40] for _, message in WRONG_VIEWS])
+def test_what_is_wrong_in_version_2_is_named(spoil: Callable[[Any, Any], None], message: str, tmp_path: Path) -> None:
+    data, found = copy.deepcopy(VIEWS), view_arrays()
+    spoil(data, found)
+    with pytest.raises(DetectorError, match=message):
+        Exported.from_json(data, found)
+
+
+def test_version_1_has_no_views() -> None:
+    data = copy.deepcopy(GOOD)
+    data["layers"][0]["name"] = "avgpool:components"
+    found = {key.replace("avgpool", "avgpool:components"): value for key, value in arrays().items()}
+    found |= {
+        "avgpool:components/mean": np.zeros(2, np.float32),
+        "avgpool:components/matrix": np.eye(2, dtype=np.float32),
+    }
+    with pytest.raises(DetectorError, match=r"^layer 'avgpool:components': version 1 has no views$"):
+        Exported.from_json(data, found)
+
+
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 

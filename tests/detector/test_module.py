@@ -33,9 +33,11 @@ from nacpipe.extraction.request import ExtractRequest
 from nacpipe.method.fitted_term import fit_term
 from nacpipe.method.metrics import auroc
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.method.term import parse_term
 from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
 from nacpipe.networks.taps import Taps
+from nacpipe.scoring.term_scorer import TermScorer
 from tests import oracle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -297,6 +299,58 @@ def test_a_layer_once_per_source_scores_as_the_cache_does(digits: Case) -> None:
     write_detector(digits.file.with_name("terms.safetensors"), export_detector(digits.cache, params))
     detector = load_detector(digits.file.with_name("terms.safetensors"), digits.network())
     np.testing.assert_array_equal(run(detector, digits.images("id/val"), 128), expected)
+
+
+VIEWS = (
+    "avgpool:by_class",
+    "avgpool:activation:by_class",
+    "logits:by_class",
+    "avgpool:components",
+    "logits:components",
+)
+
+
+def view_params(cache: Cache, name: str) -> LayerParams:
+    """Steep enough that scores differ."""
+    term = parse_term(name)
+    alpha = TermScorer(cache, [term], ["id/val"]).alpha_range(term)[1] / 10
+    return LayerParams(bins=60, saturation=40, alpha=alpha, source=term.source)
+
+
+@pytest.mark.parametrize("term", VIEWS)
+def test_every_view_scores_as_the_cache_does(digits: Case, term: str, tmp_path: Path) -> None:
+    params = NacParams(layers={term: view_params(digits.cache, term)})
+    write_detector(tmp_path / "d", export_detector(digits.cache, params))
+    detector = load_detector(tmp_path / "d", digits.network())
+    for split in ("id/val", "ood/val"):
+        expected = nacpipe.score_splits(digits.cache, params, [split])[split]
+        assert np.unique(expected).size > 40  # they could differ
+        np.testing.assert_array_equal(run(detector, digits.images(split), 128), expected)
+
+
+def test_views_together_score_as_the_cache_does_in_groups_of_classes(place: Path) -> None:
+    """800 training images of 10 classes make 8 groups."""
+    request = ExtractRequest(
+        benchmark="digits", model="digits_cnn", cache=place / "g.zarr", device="cpu", splits=SPLITS, train_images=800
+    )
+    extract(plan_extraction(request))
+    cache = open_cache(request.cache)
+    params = NacParams(
+        layers={"layer3": LayerParams(bins=9, saturation=4, alpha=0.1)} | {t: view_params(cache, t) for t in VIEWS}
+    )
+    exported = export_detector(cache, params)
+    groups = next(fitted.groups for fitted in exported.terms if fitted.groups is not None)
+    assert (groups.count, len(set(groups.group_of.tolist()))) == (8, 8)
+    write_detector(place / "g.safetensors", exported)
+    case = Case(request, cache, params, exported, place / "g.safetensors")
+    detector = load_detector(case.file, case.network())
+    for split in ("id/val", "ood/val"):
+        np.testing.assert_array_equal(run(detector, case.images(split), 128), case.cached(split))
+    broken = case.images("id/val")[:8].clone()
+    broken[3, 0, 5, 5] = float("nan")
+    found = detector(broken)
+    assert torch.isnan(found.score).tolist() == [i == 3 for i in range(8)]
+    assert found.is_ood[3]
 
 
 def forbid_backward(monkeypatch: pytest.MonkeyPatch) -> None:
