@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 
 import numpy as np
@@ -37,15 +37,19 @@ def run(search: Search, progress: Progress = lambda done, best: None) -> SearchR
     Raises:
         StudyError: the storage went away.
     """
-    with _stopping() as signals:
+    with _stopping() as signals, _silent_heartbeat():
         session = _Session(search, progress, signals)
         try:
             ended = session.run()
         except KeyboardInterrupt:
             ended = "interrupted"
-        except StorageInternalError as error:
+        except (StorageInternalError, UnboundLocalError) as error:
+            # Optuna's `_run_trial` names a variable that it has not set where a trial cannot be read back.
+            reason = error if isinstance(error, StorageInternalError) else error.__context__
+            if not isinstance(reason, StorageInternalError):
+                raise
             raise StudyError(
-                f"the study's storage went away: {cause(error)}; go on with: {search.command()}"
+                f"the study's storage went away: {cause(reason)}; go on with: {search.command()}"
             ) from error
     if ended == "interrupted" and not session.best:
         raise KeyboardInterrupt  # there is nothing to report
@@ -76,6 +80,22 @@ def _stopping() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by no Python code
+
+
+@contextmanager
+def _silent_heartbeat() -> Iterator[None]:
+    """Let the thread of Optuna's heartbeat print nothing when a server goes away: the trial itself fails too."""
+    previous = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not issubclass(args.exc_type, StorageInternalError):
+            previous(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = previous
 
 
 class _Session:
@@ -121,7 +141,7 @@ class _Session:
             try:
                 self._study.optimize(self._try, timeout=timeout, callbacks=callbacks)
                 return self._why() or "timeout"
-            except ValueError:  # Optuna's, of a trial that cannot be told because another machine has ended it
+            except (ValueError, AssertionError):  # Optuna's, of a trial that another machine has ended
                 if self._study is not self._stored or not self._tried:
                     raise
                 self._learn()
@@ -129,12 +149,14 @@ class _Session:
                     return ended
 
     def _try(self, trial: optuna.Trial) -> float | tuple[float, ...]:
-        """Score a trial; its value plays no part where this machine was silent so long that another repeats it."""
+        """Score a trial; nothing comes of it where this machine was silent so long that another repeats it."""
         self._tried = False
-        value: float | tuple[float, ...] = float("nan")
-        with suppress(UpdateFinishedTrialError):
+        try:
             value = self._search.objective(trial)
             trial.set_user_attr("seconds", self._before + time.monotonic() - self._started)
+        except UpdateFinishedTrialError:
+            self._tried = True
+            raise
         self._tried = True
         return value
 
