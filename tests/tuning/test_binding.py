@@ -121,7 +121,7 @@ def test_another_set_that_they_were_chosen_by_is_refused(cache: Cache, val: str,
     beside = cache.path.replace(".zarr", ".params.json")
     kept = read_params(beside)
     cache = replace_split(cache, changed, "ood/far/textures")
-    study = "nac-seed1" if val == "ood/val" else f"nac-{val.replace('/', '-')}-seed1"
+    study = "nac-paper-seed1" if val == "ood/val" else f"nac-paper-{val.replace('/', '-')}-seed1"
     message = (
         rf"^study {study} in .*c\.study\.log was made with another cache than .*c\.zarr: splits\.{changed}\.list:"
         rf" stored .*, now other\.txt; splits\.{changed}\.sha256: stored \w{{8}}…, now cccccccc…\. Give another"

@@ -243,9 +243,9 @@ def test_the_guided_objective_is_the_correlation_with_its_target(small_cache: Ca
     own = np.concatenate([energy(small_cache[name].read("logits")) for name in SPLITS])
     scorer = Scorer(index_from(small_cache, SPLITS), split_rows(small_cache, SPLITS))
     rows = scorer.rows
-    target = guided_target(own[rows["id/val"]], own[rows["ood/val"]])
     pair = np.r_[rows["id/val"], rows["ood/val"]]
-    ours = Evaluator(scorer, "ood/val", own)
+    target = guided_target(small_cache["id/val"].rows, small_cache["ood/val"].rows, own[pair])
+    ours = Evaluator(scorer, "ood/val", target)
     params = ours.weigh(TERMS)
     layers = np.stack(scorer.layer_scores(TERMS.layers))[:, pair]
     weights = target_weights(layers, target)

@@ -31,7 +31,7 @@ BY_HAND = {
 
 @pytest.fixture(scope="module")
 def objective(small_cache: Cache) -> nacpipe.Objective:
-    return nacpipe.Objective(small_cache.path)
+    return nacpipe.Objective(small_cache.path, space="paper")
 
 
 def check(study: optuna.Study, objective: nacpipe.Objective) -> None:
@@ -139,7 +139,7 @@ def test_a_fixed_trial_is_scored(objective: nacpipe.Objective) -> None:
 
 
 def test_two_values(small_cache: Cache) -> None:
-    objective = nacpipe.Objective(small_cache, objective="pareto")
+    objective = nacpipe.Objective(small_cache, objective="pareto", space="paper")
     assert objective.directions == ["maximize", "minimize"]
     for sampler in (nacpipe.LayerwiseSampler(objective, seed=1), optuna.samplers.NSGAIISampler(seed=1)):
         study = optuna.create_study(directions=objective.directions, sampler=sampler)
@@ -157,7 +157,7 @@ def test_a_grid_of_a_persons_own(small_cache: Cache, tmp_path: Path) -> None:
     assert len(study.trials) == 4
     assert tried == {(20, 0.1), (20, 0.5), (50, 0.1), (50, 0.5)}
     with pytest.raises(InputError, match=r"^a grid needs values, and avgpool\.bins is a range"):
-        nacpipe.GridSampler(nacpipe.Objective(small_cache))
+        nacpipe.GridSampler(nacpipe.Objective(small_cache, space="paper"))
 
 
 def test_an_objective_of_what_is_not_there(small_cache: Cache) -> None:
@@ -173,7 +173,7 @@ def test_an_objective_of_what_is_not_there(small_cache: Cache) -> None:
 def test_a_study_of_ours_is_optunas(small_cache: Cache, tmp_path: Path) -> None:
     search = ours(small_cache, tmp_path, 30)
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "ours.log")))
-    study = optuna.load_study(study_name="nac-seed1", storage=storage)
+    study = optuna.load_study(study_name="nac-paper-seed1", storage=storage)
     assert [trial.params for trial in study.trials] == [trial.params for trial in search.completed()]
     assert search.objective.params(study.best_trial).layers.keys() == {"avgpool", "layer1"}
     importances = optuna.importance.get_param_importances(
@@ -198,11 +198,11 @@ def test_the_optuna_command_opens_it(small_cache: Cache, tmp_path: Path, where: 
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    assert [study["name"] for study in tool("studies")] == ["nac-seed1"]
-    shown = tool("trials", "--study-name", "nac-seed1")
+    assert [study["name"] for study in tool("studies")] == ["nac-paper-seed1"]
+    shown = tool("trials", "--study-name", "nac-paper-seed1")
     expected = search.completed()
     assert [row["number"] for row in shown] == [0, 1, 2, 3, 4]
     assert [row["value"] for row in shown] == [trial.value for trial in expected]
     assert [row["params"]["avgpool.bins"] for row in shown] == [trial.params["avgpool.bins"] for trial in expected]
-    assert tool("best-trial", "--study-name", "nac-seed1")["value"] == max(trial.value or 0 for trial in expected)
+    assert tool("best-trial", "--study-name", "nac-paper-seed1")["value"] == max(trial.value or 0 for trial in expected)
     assert open_storage(url).get_n_trials(search.study._study_id) == 5  # type: ignore[union-attr]

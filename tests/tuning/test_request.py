@@ -11,16 +11,17 @@ from nacpipe.tuning.request import SearchRequest, SearchResult, ValidationMetric
 
 
 @pytest.mark.parametrize(
-    ("subtrain", "energys", "expected"),
+    ("subtrain", "guides", "expected"),
     [(0.40, 0.44, True), (0.42, 0.44, False), (0.44, 0.44, False), (0.5, 0.3, False), (None, 0.44, False),
      (0.3, None, False)],
 )  # fmt: skip
-def test_the_overfitting_warning(subtrain: float | None, energys: float | None, expected: bool) -> None:
+def test_the_overfitting_warning(subtrain: float | None, guides: float | None, expected: bool) -> None:
     result = SearchResult(
         params=NacParams(layers={"avgpool": LayerParams(bins=4, saturation=1, alpha=1.0)}),
         checks=ValidationMetrics(val_auroc=0.9, val_fpr95=0.1, subtrain_auroc=subtrain),
-        energy_subtrain=energys,
-        energy_val=0.8,
+        guide=None if guides is None else "GEN",
+        guide_subtrain=guides,
+        guide_val=0.8,
         alone={},
         trials=1,
         seconds=1.23456,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nacpipe.cache import Cache
@@ -77,11 +78,11 @@ def test_another_validation_split(small_cache: Cache, tmp_path: Path) -> None:
     search = Search(request_(small_cache, tmp_path, val="ood/near/letters", trials=30))
     result = run(search)
     assert list(search.objective.scorer.rows) == ["id/subtrain", "id/val", "ood/near/letters"]
-    assert search.request.study_name == "nac-ood-near-letters-seed1"
+    assert search.request.study_name == "nac-paper-ood-near-letters-seed1"
     assert search.made_by()["val"] == "ood/near/letters"
     usual = run(Search(request_(small_cache, tmp_path, trials=30)))  # the same file, another study
     assert result.checks != usual.checks
-    assert search.command().endswith(f"--trials 30 --val ood/near/letters --storage {tmp_path}/s.log")
+    assert search.command().endswith(f"--trials 30 --space paper --val ood/near/letters --storage {tmp_path}/s.log")
 
 
 def test_fpr95_is_searched_for(small_cache: Cache, tmp_path: Path) -> None:
@@ -144,7 +145,13 @@ def test_the_guided_objective_takes_the_trial_that_correlates_most(small_cache: 
     assert result.params == search.objective.params(best)
 
 
-def test_features_have_no_energy_to_learn_from(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
+def test_features_have_no_plain_score_to_learn_from(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
+    """The target is ID or OOD alone then."""
     cache = make_cache(tmp_path / "f.zarr", identity={"outputs": "features"})
-    with pytest.raises(InputError, match=r"f\.zarr holds features, not logits: without Energy, search for auroc$"):
-        Search(request_(cache, tmp_path, objective="guided"))
+    search = Search(request_(cache, tmp_path, objective="guided", trials=3))
+    result = run(search)
+    assert (search.objective.guide, result.guide, result.guide_val) == (None, None, None)
+    scorer = search.objective.scorer
+    pair = [scorer.scores(result.params)[scorer.rows[name]] for name in ("id/val", "ood/val")]
+    target = np.repeat([1.0, -1.0], [len(side) for side in pair])
+    assert result.checks.val_correlation == pytest.approx(np.corrcoef(np.concatenate(pair), target)[0, 1])

@@ -20,7 +20,7 @@ from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.tuning import runner as sweep
 from nacpipe.tuning import samplers
 from nacpipe.tuning.request import SamplerName, SearchRequest
-from nacpipe.tuning.samplers import GridSampler, LayerwiseSampler, make_sampler
+from nacpipe.tuning.samplers import GridSampler, LayerwiseSampler, TermwiseSampler, make_sampler
 from nacpipe.tuning.space import Choice, Interval, LayerSpace, Space
 from nacpipe.tuning.study import Search
 from nacpipe.tuning.trials import attributes_of, layers_from, suggest
@@ -291,6 +291,7 @@ def test_a_weight_to_be_searched_is_not_for_the_default() -> None:
 def test_every_name_makes_its_sampler() -> None:
     kinds = {name: type(make_sampler(name, objective_of(grid_space(2, 2, 2)), 1, 0)) for name in get_args(SamplerName)}
     assert kinds == {
+        "terms": TermwiseSampler,
         "layers": LayerwiseSampler,
         "grid": GridSampler,
         "tpe": optuna.samplers.TPESampler,

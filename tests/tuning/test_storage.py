@@ -198,7 +198,7 @@ def test_a_study_of_another_cache_is_refused(small_cache: Cache, other: Cache, j
     where = tmp_path / "s.log"
     shutil.copy(journal, where)
     message = (
-        r"^study nac-seed1 in .*s\.log was made with another cache than .*other\.zarr:"
+        r"^study nac-paper-seed1 in .*s\.log was made with another cache than .*other\.zarr:"
         r" weights: stored [0-9a-f]{8}…, now 01234567…\. Give another --storage FILE$"
     )
     for more in ({}, {"seed": 2}, {"study": "mine"}):  # in one file, one cache's studies
@@ -227,9 +227,9 @@ def test_the_same_cache_with_other_layers_is_a_neighbour(small_cache: Cache, jou
     with pytest.raises(StudyError, match=message):
         Search(request_(small_cache, where, layers=("layer1",)))
     search = run(request_(small_cache, where, layers=("layer1",), study="one", trials=3))
-    assert search.made_by()["study_name"] == "one-seed1"
+    assert search.made_by()["study_name"] == "one-paper-seed1"
     assert len(Search(request_(small_cache, where)).completed()) == TRIALS
-    assert optuna.get_all_study_names(open_storage(str(where))) == ["nac-seed1", "one-seed1"]
+    assert optuna.get_all_study_names(open_storage(str(where))) == ["nac-paper-seed1", "one-paper-seed1"]
 
 
 @pytest.mark.parametrize("split", ["id/train", "id/val", "ood/val"])
@@ -251,7 +251,7 @@ def test_an_unfinished_split_is_refused(small_cache: Cache, tmp_path: Path, spli
 def test_looking_at_a_study_that_is_not_there(small_cache: Cache, tmp_path: Path) -> None:
     search = Search(request_(small_cache, tmp_path / "s.log"), create=False)
     assert search.completed() == []
-    message = r"^there is no study nac-seed1 in .*s\.log yet; start it with: nacpipe search "
+    message = r"^there is no study nac-paper-seed1 in .*s\.log yet; start it with: nacpipe search "
     with pytest.raises(StudyError, match=message):
         search.result("stopped")
     assert not list(tmp_path.iterdir())
@@ -259,7 +259,7 @@ def test_looking_at_a_study_that_is_not_there(small_cache: Cache, tmp_path: Path
 
 def test_a_study_without_trials_is_looked_at(small_cache: Cache, tmp_path: Path) -> None:
     search = Search(request_(small_cache, tmp_path / "s.log"))
-    message = r"^there is no completed trial of nac-seed1 in .*s\.log; start or go on with: nacpipe search "
+    message = r"^there is no completed trial of nac-paper-seed1 in .*s\.log; start or go on with: nacpipe search "
     with pytest.raises(StudyError, match=message):
         search.result("stopped")
 

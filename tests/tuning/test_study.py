@@ -18,8 +18,8 @@ from nacpipe.errors import InputError, ParamsError
 from nacpipe.method import published
 from nacpipe.method.metrics import auroc, detect
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.method.plain_scores import energy
 from nacpipe.scoring.coverage import score_splits
+from nacpipe.scoring.guide import PLAIN
 from nacpipe.scoring.params_file import read_params, write_params
 from nacpipe.tuning import runner as sweep
 from nacpipe.tuning.request import SearchRequest, SearchResult
@@ -116,9 +116,12 @@ def test_the_result_can_be_recomputed(whole: tuple[Search, SearchResult], small_
     found = detect(scores["id/val"], scores["ood/val"])
     assert (result.checks.val_auroc, result.checks.val_fpr95) == (found.auroc, found.fpr95)
     assert result.checks.subtrain_auroc == detect(scores["id/val"], scores["id/subtrain"]).auroc
-    own = {name: energy(np.asarray(small_cache[name].logits[:])) for name in scores}
-    assert result.energy_val == auroc(own["id/val"], own["ood/val"])
-    assert result.energy_subtrain == auroc(own["id/val"], own["id/subtrain"])
+    logits = {name: np.asarray(small_cache[name].logits[:]) for name in scores}
+    plain = [{name: score(array) for name, array in logits.items()} for score in PLAIN.values()]
+    own = max(plain, key=lambda scores: auroc(scores["id/val"], scores["ood/val"]))
+    assert PLAIN[result.guide or ""] is [*PLAIN.values()][plain.index(own)]
+    assert result.guide_val == auroc(own["id/val"], own["ood/val"])
+    assert result.guide_subtrain == auroc(own["id/val"], own["id/subtrain"])
 
 
 def test_the_search_beats_its_first_points(whole: tuple[Search, SearchResult]) -> None:
@@ -135,14 +138,14 @@ def test_params_json_holds_the_result(whole: tuple[Search, SearchResult], tmp_pa
     stored = json.loads((tmp_path / "p.json").read_text())
     assert stored["result"] == result.to_json()
     assert list(stored["result"]) == [
-        *("val_auroc", "val_fpr95", "subtrain_auroc", "energy_val_auroc", "energy_subtrain_auroc", "overfits"),
+        *("val_auroc", "val_fpr95", "subtrain_auroc", "guide", "guide_val_auroc", "guide_subtrain_auroc", "overfits"),
         *("alone", "trials", "seconds", "seed", "ended"),
     ]
     assert stored["result"]["trials"] == TRIALS
     made_by = stored["made_by"]
     assert made_by["cache"] == str(search.request.cache)
     assert made_by["study"] == search.request.where
-    assert made_by["study_name"] == "nac-seed1"
+    assert made_by["study_name"] == "nac-paper-seed1"
     assert len(made_by["fingerprint"]) == 64
     assert set(made_by["space"]) == {"avgpool", "layer1"}
 
@@ -175,7 +178,7 @@ def test_another_seed_is_another_study_in_the_same_file(
     second, result = run(request_(small_cache, tmp_path, trials=5, seed=2))
     assert result.seed == 2
     assert trials_of(second) != trials_of(first)
-    assert second.made_by()["study_name"] == "nac-seed2"
+    assert second.made_by()["study_name"] == "nac-paper-seed2"
     again, _ = run(request_(small_cache, tmp_path, trials=8))
     assert trials_of(again) == trials_of(whole[0])[:8]
 
@@ -225,7 +228,7 @@ def test_a_cache_without_subtrain(make_cache: Callable[..., Cache], tmp_path: Pa
     search, result = run(request_(cache, tmp_path, trials=5))
     assert all(trial.user_attrs["subtrain_auroc"] is None for trial in search.completed())
     assert result.checks.subtrain_auroc is None
-    assert result.energy_subtrain is None
+    assert result.guide_subtrain is None
     assert not result.overfits
     assert result.to_json()["subtrain_auroc"] is None
 

@@ -116,9 +116,10 @@ def test_no_other_direction_separates_better(seed: int) -> None:
 def test_the_guided_target_by_hand() -> None:
     """ID or OOD is ±1 already; the energies 3, 1, 1, −1 have mean 1 and spread √2."""
     hard, soft = np.array([1, 1, -1, -1]), np.array([2, 0, 0, -2]) / np.sqrt(2)
-    found = guided_target(np.array([3.0, 1.0]), np.array([1.0, -1.0]))
+    found = guided_target(2, 2, np.array([3.0, 1.0, 1.0, -1.0]))
     np.testing.assert_allclose(found, hard + TEACHER * soft)
-    np.testing.assert_allclose(guided_target(np.full(2, 4.0), np.full(2, 4.0)), hard)  # Energy tells nothing
+    np.testing.assert_allclose(guided_target(2, 2, np.full(4, 4.0)), hard)  # the guide tells nothing
+    np.testing.assert_allclose(guided_target(2, 2), hard)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from nacpipe.method.params import NacParams
 from nacpipe.tuning.layerwise import Candidate
 from nacpipe.tuning.objective import Objective
 from nacpipe.tuning.samplers import GridSampler, LayerwiseSampler
-from nacpipe.tuning.space import Space
+from nacpipe.tuning.space import Space, fits_weights
 from nacpipe.tuning.trials import distributions, flatten, trial_params
 from nacpipe.tuning.validation import ObjectiveName, ValidationMetrics
 
@@ -23,6 +23,8 @@ def objective_of(space: Space, objective: ObjectiveName = "auroc", published: Na
     found = SimpleNamespace(space=space, recorded=space, objective=objective, published=published)
     found.distributions = distributions(space)
     found.params = lambda trial: trial_params(trial, space)
+    found.parameters = lambda terms: distributions({name: space[name] for name in terms})
+    found.fits = fits_weights(space)
     return cast(Objective, found)
 
 
