@@ -3,7 +3,8 @@
     fit_NAME(training) ──▶ score(samples) ──▶ (samples,) float64, larger = more like the training data
 
 A fit raises InputError where these images cannot give a detector; scores that cannot be computed are NaN or infinite.
-Detectors on features are in feature_distances.py and feature_shaping.py, OpenMax is in openmax.py.
+Detectors on features are in distances.py, neighbourhoods.py and shaping.py; GradNorm, OpenMax and WeiPer have files of
+their own.
 """
 
 from __future__ import annotations

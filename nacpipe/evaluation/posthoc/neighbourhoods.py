@@ -44,10 +44,10 @@ def fit_cfood(training: Training) -> Score:
         in reach    0.1    0.3   …  1.2 %
                                      ▲ −κ is the score
     """
-    images = len(training.label)
-    bank = _directions(training.samples.features)
-    if images > CFOOD_IMAGES:
-        bank = bank[np.random.RandomState(CFOOD_SEED).permutation(images)[:CFOOD_IMAGES]]
+    features = training.samples.features
+    if len(features) > CFOOD_IMAGES:
+        features = features[np.random.RandomState(CFOOD_SEED).permutation(len(features))[:CFOOD_IMAGES]]
+    bank = _directions(features)
     shares, places = cfood_grid(len(bank))
     reach = np.empty((len(bank), len(places)))
     step = max(1, 2**22 // len(bank))
