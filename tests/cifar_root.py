@@ -89,8 +89,16 @@ def digits_cache(common: Path) -> Path:
     from nacpipe.extraction.request import ExtractRequest
 
     def build(path: Path) -> None:
-        splits = ("id/train", "id/val", "ood/val")
-        _extract(ExtractRequest(benchmark="digits", model="digits_cnn", cache=path, device="cpu", splits=splits))
+        _extract(
+            ExtractRequest(
+                benchmark="digits",
+                model="digits_cnn",
+                cache=path,
+                device="cpu",
+                splits=("id/train", "id/val", "ood/val"),
+                command=f"nacpipe extract digits --cache {path}",
+            )
+        )
 
     return once(common / "digits.zarr", build)
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
@@ -167,7 +167,7 @@ def test_twice_alpha_on_half_the_products_gives_the_same_bins(
     train: Products, queries: Products, bins: int, kind: str, alpha: float
 ) -> None:
     for table in (train, queries):
-        assume((np.abs(table[table != 0]) > 1e-30).all())  # halving a denormal would round
+        table[np.abs(table) <= 1e-30] = 0.0  # halving a denormal would round
     edges = bin_edges(bins, kind)  # type: ignore[arg-type]
     borders, half_borders = product_borders(edges, alpha), product_borders(edges, 2 * alpha)
     counts, half_counts = (
