@@ -72,13 +72,10 @@ class TermwiseRule:
                 self._best[name] = (*entry, layer)
 
     def together(self) -> NacParams:
-        """Return the best of every term; the middle of its ranges where a term was not tried."""
-        return NacParams(
-            layers={
-                name: self._best[name][2] if name in self._best else space.params(np.full(len(space.free), 0.5))
-                for name, space in self.space.items()
-            }
-        )
+        """Return the best of every term that was tried; where none was, the middle of all ranges."""
+        layers = {name: self._best[name][2] for name in self.space if name in self._best}
+        middle = {name: space.params(np.full(len(space.free), 0.5)) for name, space in self.space.items()}
+        return NacParams(layers=layers or middle)
 
     def _look_for(self, name: str, step: int) -> LayerParams:
         space = self.space[name]

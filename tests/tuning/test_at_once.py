@@ -222,7 +222,7 @@ def test_every_way_to_name_sqlite_is_searched_and_looked_at(small_cache: Cache, 
     assert done.exit_code == 0, done.output
     assert [path.name for path in folder.iterdir()] == ["s.db"]
     shown = CliRunner().invoke(main, [*command, "--status"])
-    assert (shown.exit_code, shown.stderr.startswith("3 of 901 trials; go on with: ")) == (0, True), shown.output
+    assert (shown.exit_code, shown.stderr.startswith("3 of 1081 trials; go on with: ")) == (0, True), shown.output
 
 
 @pytest.mark.parametrize(

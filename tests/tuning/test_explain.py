@@ -59,7 +59,7 @@ def add(search: Search, trials: Sequence[tuple[NacParams, float, float]]) -> Non
     for number, (params, auroc, fpr95) in enumerate(trials):
         checks = ValidationMetrics(val_auroc=auroc, val_fpr95=fpr95, subtrain_auroc=None)
         search.study.add_trial(
-            make_trial(params, checks, search.request.objective, search.objective.space, phase=f"phase {number}")
+            make_trial(params, checks, search.request.aim, search.objective.space, phase=f"phase {number}")
         )
 
 

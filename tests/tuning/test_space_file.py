@@ -78,7 +78,7 @@ def test_what_is_not_named_is_as_in_auto(read: Read, small_cache: Cache) -> None
     both: dict[str, Given] = {"avgpool": {}, "layer1": {}}
     for text in ("", "[default]", "[layers]", '[default]\nweight = "fit"', "# nothing\n"):
         assert read(text) == both
-    assert read_spec("auto", small_cache, ()) == both
+    assert read_spec("paper", small_cache, ()) == both
     assert read('[layers.layer1]\nweight = "fit"') == {"layer1": {}}
 
 
@@ -104,8 +104,8 @@ def test_weights_may_go_back_to_fit(read: Read) -> None:
 def test_layers_come_in_the_order_of_the_cache(read: Read, small_cache: Cache) -> None:
     assert list(read("[layers.logits]\n[layers.layer1]\n[layers.avgpool]")) == ["avgpool", "layer1", "logits"]
     assert list(read("[default]", "logits", "layer1")) == ["layer1", "logits"]
-    assert list(read_spec("auto", small_cache, ("logits", "avgpool", "logits"))) == ["avgpool", "logits"]
-    assert list(read_spec("auto", small_cache, ("nope", "avgpool"))) == ["avgpool", "nope"]  # refused elsewhere
+    assert list(read_spec("paper", small_cache, ("logits", "avgpool", "logits"))) == ["avgpool", "logits"]
+    assert list(read_spec("paper", small_cache, ("nope", "avgpool"))) == ["avgpool", "nope"]  # refused elsewhere
 
 
 def test_some_layers_of_a_space(read: Read, tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_file_that_is_too_large_is_not_cut(read: Read) -> None:
 
 def test_files_that_are_not_there(small_cache: Cache, tmp_path: Path) -> None:
     path = tmp_path / "no.toml"
-    message = rf"^there is no space file {path}; name a file, or --space auto, wide, terms or published$"
+    message = rf"^there is no space file {path}; name a file, or --space auto, paper, wide, terms or published$"
     with pytest.raises(InputError, match=message):
         read_spec(str(path), small_cache, ())
     with pytest.raises(InputError, match=rf"^the space file {tmp_path} cannot be read: .*Is a directory"):
