@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 from nacpipe.cache import Cache
 from nacpipe.errors import IdentityError, ValuesError
-from nacpipe.method.coverage import bin_edges, coverage_table, layer_of, source_of
+from nacpipe.method.coverage import bin_edges, layer_of, source_of
+from nacpipe.method.fitted_term import find_components
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.method.term import view_of
 from nacpipe.scoring.alpha_range import measure_alpha
 from nacpipe.scoring.coverage import Coverage, fit_coverage
-from nacpipe.scoring.states import check_layers, has_classes, read_states
+from nacpipe.scoring.states import check_layers, has_classes, read_layer, read_states
 from nacpipe.scoring.trial_scorer import index_from
 
 QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
@@ -103,12 +105,13 @@ def describe_bins(coverage: Coverage, layer: str) -> pd.DataFrame:
     """Return one row per bin of a layer that any training sample fell in.
 
     Columns: bin, from and to (states), count (training samples, mean over neurons), coverage (mean over neurons),
-    neurons (share whose bin is not empty).
+    neurons (share whose bin is not empty). Of a term by class, counts are of all groups together and coverage is the
+    mean of theirs.
     """
     fitted = coverage.layers[layer]
     edges = bin_edges(fitted.params.bins, fitted.params.edges)
     counts: NDArray[np.int32] = fitted.counts
-    table = coverage_table(counts, fitted.params.saturation)
+    table = fitted.coverage
     frame = pd.DataFrame(
         {
             "bin": np.arange(counts.shape[1]),
@@ -125,7 +128,8 @@ def describe_bins(coverage: Coverage, layer: str) -> pd.DataFrame:
 def describe_layers(cache: Cache, split: str, params: NacParams | None = None, only: str | None = None) -> pd.DataFrame:
     """Return one row per layer, or of one layer alone: what is dead, what is saturated, and which alphas make sense.
 
-    A layer that the parameters hold once per source has a row for each, `layer3:gradient`.
+    A layer that the parameters hold in several terms has a row for each, `layer3:gradient`; alpha, flat and saturated
+    of a term of components are of its components.
 
     Columns: layer, neurons, dead (neurons whose activation is 0 for every sample), zeros (share of products that are
     0), size (median |product| of those that are not), alpha_low and alpha_high (the range that `search` takes, from
@@ -157,6 +161,9 @@ def describe_layers(cache: Cache, split: str, params: NacParams | None = None, o
         if params is not None and name in params.layers:
             layer = params.layers[name]
             source = values[layer.source]
+            if view_of(name) == "components":
+                train = read_layer([cache["id/train"]], name, layer.source)
+                source = find_components(name, train).project(np.asarray(source, np.float32))
             flat, saturated = state_shares(source, layer.alpha)
             row |= {"alpha": layer.alpha, "flat": flat, "saturated": saturated}
         rows.append(row)
