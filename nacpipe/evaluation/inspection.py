@@ -23,8 +23,10 @@ from nacpipe.method.coverage import (
     select_source,
     source_of,
 )
+from nacpipe.method.fitted_term import find_components
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.sorted_index import index_columns, sort_columns
+from nacpipe.method.term import view_of
 from nacpipe.scoring.alpha_range import measure_alpha
 from nacpipe.scoring.coverage import Coverage, fit_coverage
 from nacpipe.scoring.states import PIECE, check_layers, has_classes, read_states
@@ -112,7 +114,7 @@ def inspect_layer(cache: Cache, split: str, layer: str, params: LayerParams | No
         summary=pd.DataFrame([row]),
         values=_distributions(values),
         histograms=_histograms(values, HISTOGRAM_BINS),
-        bins=None if params is None else _bins(params, _count(training, layer, params)),
+        bins=None if params is None else _layer_bins(cache, layer, params, training),
     )
 
 
@@ -193,6 +195,14 @@ def _read_training(
     return {source: np.concatenate(pieces) for source, pieces in parts.items()}
 
 
+def _layer_bins(cache: Cache, layer: str, params: LayerParams, training: Mapping[Source, Values]) -> pd.DataFrame:
+    """`describe_bins` of one term; a plain one is counted from the values that were read already."""
+    if view_of(layer) != "plain":
+        return describe_bins(fit_coverage(cache, NacParams(layers={layer: params})), layer)
+    counts = _count(training, layer, params)
+    return _bins(params, counts, coverage_table(counts, params.saturation))
+
+
 def _count(training: Mapping[Source, Values], layer: str, params: LayerParams) -> NDArray[np.int32]:
     """Training samples per neuron and bin, (neurons, bins - 1)."""
     values = training.get(params.source)
@@ -209,15 +219,15 @@ def describe_bins(coverage: Coverage, layer: str) -> pd.DataFrame:
     """Return one row per bin of a layer that any training sample fell in.
 
     Columns: bin, from and to (states), count (training samples, mean over neurons), coverage (mean over neurons),
-    neurons (share whose bin is not empty).
+    neurons (share whose bin is not empty). Of a term by class, counts are of all groups together and coverage is the
+    mean of theirs.
     """
     fitted = coverage.layers[layer]
-    return _bins(fitted.params, fitted.counts)
+    return _bins(fitted.params, fitted.counts, fitted.coverage)
 
 
-def _bins(params: LayerParams, counts: NDArray[np.int32]) -> pd.DataFrame:
+def _bins(params: LayerParams, counts: NDArray[np.int32], table: NDArray[np.floating]) -> pd.DataFrame:
     edges = bin_edges(params.bins, params.edges)
-    table = coverage_table(counts, params.saturation)
     frame = pd.DataFrame(
         {
             "bin": np.arange(counts.shape[1]),
@@ -234,7 +244,8 @@ def _bins(params: LayerParams, counts: NDArray[np.int32]) -> pd.DataFrame:
 def describe_layers(cache: Cache, split: str, params: NacParams | None = None, only: str | None = None) -> pd.DataFrame:
     """Return one row per layer, or of one layer alone: dead neurons, zeros, a range of alpha, and saturated states.
 
-    A layer that the parameters hold once per source has a row for each, `layer3:gradient`.
+    A layer that the parameters hold in several terms has a row for each, `layer3:gradient`; alpha, flat and saturated
+    of a term of components are of its components.
 
     Columns: layer, neurons, dead (neurons whose activation is 0 for every sample), zeros (share of products that are
     0), size (median |product| of those that are not), alpha_low and alpha_high (the range that `search` takes, from
@@ -264,8 +275,11 @@ def _layer_row(
     row = {**_sizes(values), "alpha_low": low, "alpha_high": high}
     alpha = flat = saturated = math.nan
     if params is not None:
-        alpha = params.alpha
-        flat, saturated = state_shares(values[params.source], alpha)
+        alpha, source = params.alpha, values[params.source]
+        if view_of(term) == "components" and params.source in training:
+            components = find_components(term, training[params.source].astype(np.float32, copy=False))
+            source = components.project(source.astype(np.float32, copy=False))
+        flat, saturated = state_shares(source, alpha)
     return {"layer": term, **row, "alpha": alpha, "flat": flat, "saturated": saturated}
 
 
@@ -309,6 +323,8 @@ def _alpha_range(term: str, training: Mapping[Source, Values]) -> tuple[float, f
         return math.nan, math.nan
     columns = values.astype(np.float32, copy=False)
     try:
+        if view_of(term) == "components":
+            columns = find_components(term, columns).project(columns)
         return measure_alpha(term, source, index_columns(columns, columns[:0]))  # nothing is scored
     except ValuesError:
         return math.nan, math.nan

@@ -110,6 +110,11 @@ class SparseCounts:
     """(stored,), above 0."""
     neurons: int
 
+    @property
+    def groups(self) -> int:
+        """Groups, those without a training sample too."""
+        return (self.starts.size - 1) // self.neurons
+
     @classmethod
     def of(cls, dense: NDArray[np.int32]) -> SparseCounts:  # (rows, bins − 1)
         """Return the same counts as those of one group."""
@@ -129,11 +134,13 @@ class SparseCounts:
         total = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
         return np.diff(total[self.starts])
 
-    def sum_groups(self, bins: int) -> NDArray[np.int32]:
-        """Return the counts of all groups together, (neurons, bins − 1)."""
+    def sum_groups(self, bins: int, most: int = 2**31 - 1) -> NDArray[np.int32]:
+        """Return Σ over groups of min(count, most), (neurons, bins − 1)."""
         neuron = np.repeat(np.arange(self.starts.size - 1) % self.neurons, np.diff(self.starts))
         places = neuron * (bins - 1) + self.bins
-        total = np.bincount(places, self.counts, self.neurons * (bins - 1))  # float64, exact for whole numbers
+        total = np.bincount(
+            places, np.minimum(self.counts, most), self.neurons * (bins - 1)
+        )  # float64, exact for whole numbers
         return total.astype(np.int32).reshape(self.neurons, bins - 1)
 
 

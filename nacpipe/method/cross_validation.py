@@ -67,17 +67,18 @@ def cross_validate(
 
     A fold that holds out, or leaves, one side alone is left out.
     """
+    splits = [(held, np.setdiff1d(np.arange(is_id.size), held)) for held in folds]
+    splits = [pair for pair in splits if all(is_id[rows].any() and not is_id[rows].all() for rows in pair)]
+    if not splits:
+        return float("nan")
+    targets = [_target(is_id, plain, kept) for _, kept in splits]
+    trials = _best_trials(scores, is_id.size, [kept for _, kept in splits], targets)  # (terms, folds)
     reached = []
-    for held in folds:
-        kept = np.setdiff1d(np.arange(is_id.size), held)
-        if any(is_id[rows].all() or not is_id[rows].any() for rows in (held, kept)):
-            continue
-        trials, weights = choose_terms(
-            [term[:, kept] for term in scores], is_id[kept], {name: values[kept] for name, values in plain.items()}
-        )
-        combined = np.stack([term[trial, held] for term, trial in zip(scores, trials, strict=True)], axis=1) @ weights
+    for (held, kept), target, best in zip(splits, targets, trials.T, strict=True):
+        chosen = np.stack([term[trial] for term, trial in zip(scores, best, strict=True)], axis=1)
+        combined = chosen[held] @ ridge_weights(chosen[kept], target)
         reached.append(auroc(combined[is_id[held]], combined[~is_id[held]]))
-    return float(np.mean(reached)) if reached else float("nan")
+    return float(np.mean(reached))
 
 
 def choose_terms(
@@ -86,20 +87,42 @@ def choose_terms(
     plain: Mapping[str, Floats],  # plain score → (images,)
 ) -> tuple[list[int], Floats]:
     """Return each term's best trial, the first of equals, and the terms' weights, (terms,)."""
-    guide = choose_guide(plain, is_id)
-    target = guided_target(is_id, None if guide is None else guide.scores)
-    trials = [int(correlate(term, target).argmax()) for term in scores]
-    best = np.stack([term[trial] for term, trial in zip(scores, trials, strict=True)], axis=1)
-    return trials, ridge_weights(best, target)
+    everything = np.arange(is_id.size)
+    target = _target(is_id, plain, everything)
+    trials = _best_trials(scores, is_id.size, [everything], [target])[:, 0].tolist()
+    chosen = np.stack([term[trial] for term, trial in zip(scores, trials, strict=True)], axis=1)
+    return trials, ridge_weights(chosen, target)
+
+
+def _target(is_id: NDArray[np.bool_], plain: Mapping[str, Floats], kept: Rows) -> Floats:
+    """The guided target of some images, with the guide chosen on them, (kept,)."""
+    guide = choose_guide({name: values[kept] for name, values in plain.items()}, is_id[kept])
+    return guided_target(is_id[kept], None if guide is None else guide.scores)
+
+
+def _best_trials(
+    scores: Sequence[NDArray[np.floating]], images: int, kept: Sequence[Rows], targets: Sequence[Floats]
+) -> NDArray[np.intp]:
+    """Each term's trial with the highest correlation with each fold's target, (terms, folds)."""
+    inside, wanted = np.zeros((images, len(kept))), np.zeros((images, len(kept)))
+    for fold, (rows, target) in enumerate(zip(kept, targets, strict=True)):
+        inside[rows, fold] = 1.0
+        wanted[rows, fold] = target
+    return np.stack([correlate(term, wanted, inside).argmax(axis=0) for term in scores])
 
 
 def correlate(
     scores: NDArray[np.floating],  # (trials, images)
-    target: Floats,  # (images,)
+    targets: Floats,  # (images, folds), of mean 0 among the fold's images and 0 for the others
+    inside: Floats,  # (images, folds): 1 for the fold's images, 0 for the others
 ) -> Floats:
-    """Return each trial's correlation with the target, (trials,); 0 where all its scores are the same."""
+    """Return each trial's correlation with each target, (trials, folds); 0 where all its scores are the same.
+
+    All folds at once, as products of matrices.
+    """
     centred = scores - scores.mean(axis=1, dtype=np.float64, keepdims=True)
-    away = target - target.mean()
-    spread = np.sqrt((centred**2).sum(axis=1) * (away**2).sum())
-    flat = np.ptp(scores, axis=1) == 0
-    return np.where(flat, 0.0, centred @ away / np.where(spread > 0, spread, 1.0))
+    squares = centred**2 @ inside
+    spread = squares - (centred @ inside) ** 2 / inside.sum(axis=0)
+    flat = spread <= 1e-12 * squares + 1e-300  # rounding alone
+    size = np.sqrt(np.where(flat, 1.0, spread) * (targets**2).sum(axis=0))
+    return np.where(flat, 0.0, centred @ targets / size)

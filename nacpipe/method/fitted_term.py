@@ -11,7 +11,7 @@ from nacpipe.errors import ValuesError
 from nacpipe.method.class_groups import ClassGroups
 from nacpipe.method.components import Components, fit_components
 from nacpipe.method.counting import SparseCounts, count_groups, count_sorted, fill_grouped_rows, fill_rows
-from nacpipe.method.coverage import bin_edges, layer_score, product_borders
+from nacpipe.method.coverage import bin_edges, coverage_table, layer_score, product_borders
 from nacpipe.method.params import LayerParams, term_of
 from nacpipe.method.sorted_index import sort_columns
 from nacpipe.method.term import Term
@@ -42,6 +42,14 @@ class FittedTerm:
     def counts(self) -> NDArray[np.int32]:
         """Training samples per bin, (neurons, bins − 1); of all groups together."""
         return self.table.sum_groups(self.params.bins) if isinstance(self.table, SparseCounts) else self.table
+
+    @property
+    def coverage(self) -> NDArray[np.float64]:
+        """The coverage table, (neurons, bins − 1); of `by_class` the mean of all groups' tables."""
+        if not isinstance(self.table, SparseCounts):
+            return coverage_table(self.table, self.params.saturation)
+        entry_sum = self.table.sum_groups(self.params.bins, self.params.saturation)
+        return entry_sum / float(self.table.groups * self.params.saturation)
 
     @property
     def counted(self) -> int:

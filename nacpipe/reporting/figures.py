@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from nacpipe.method.coverage import bin_edges, coverage_table
+from nacpipe.method.coverage import bin_edges
 from nacpipe.method.fitted_term import FittedTerm
 from nacpipe.method.metrics import roc_curve
 from nacpipe.text import escape_bytes
@@ -79,7 +79,7 @@ def draw_coverage(layer: str, fitted: FittedTerm) -> Figure:
     """
     figure, axes = _panel(f"{layer}: {fitted.counted} neurons", "state", "coverage")
     edges = bin_edges(fitted.params.bins, fitted.params.edges)
-    table = coverage_table(fitted.counts, fitted.params.saturation)  # (neurons, bins - 1)
+    table = fitted.coverage  # (neurons, bins - 1)
     mean = table.mean(axis=0)
     order = np.argsort(table.mean(axis=1), kind="stable")
     for number, place in enumerate(("least", "middle", "greatest")):

@@ -169,14 +169,15 @@ def test_poolings_and_logits(cache: Cache, network: nn.Module) -> None:
         }
     )
     images = [x for x, _ in batches(cache, "id/val")]
-    looked = {look.fitted.name: look.fitted for look in fit_detector(network, params, images, {})._lookups}
-    assert (looked["layer3"].pooling, looked["layer3"].counts.shape) == ("sum-nchw", (64, 8))
-    assert (looked["logits"].pooling, looked["logits"].counts.shape) == ("none", (10, 8))
+    detector = fit_detector(network, params, images, {})
+    looked = {look.fitted.name: look.fitted for look in detector._lookups}
+    assert looked["layer3"].counts.shape == (64, 8)
+    assert [(tap.name, tap.pooling) for tap in detector._specs] == [("layer3", "sum-nchw")]  # logits need no tap
+    assert looked["logits"].counts.shape == (10, 8)
     assert looked["logits"].counts.sum(axis=1).tolist() == [500] * 10
-    looked = {
-        look.fitted.name: look.fitted for look in fit_detector(network, params, images, {"layer3": "sum-nhwc"})._lookups
-    }
-    assert (looked["layer3"].pooling, looked["layer3"].counts.shape) == ("sum-nhwc", (7, 8))
+    detector = fit_detector(network, params, images, {"layer3": "sum-nhwc"})
+    assert [(tap.name, tap.pooling, tap.neurons) for tap in detector._specs] == [("layer3", "sum-nhwc", 7)]
+    assert detector._lookups[0].fitted.counts.shape == (7, 8)
 
 
 def test_what_cannot_be_counted_is_refused(network: nn.Module) -> None:

@@ -142,7 +142,27 @@ def test_clusters_are_held_out_whole() -> None:
 def test_correlations_by_hand() -> None:
     target = np.array([1.0, 1.0, -1.0, -1.0])
     trials = np.array([[2.0, 2.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0], [1.0, 0.0, 0.0, 0.0]])
-    np.testing.assert_allclose(correlate(trials, target), [1.0, -1.0, 0.0, 1 / math.sqrt(3)], atol=1e-12)
+    everything, expected = np.ones((4, 1)), [1.0, -1.0, 0.0, 1 / math.sqrt(3)]
+    np.testing.assert_allclose(correlate(trials, target[:, None], everything)[:, 0], expected, atol=1e-12)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_correlations_of_folds_are_numpys(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    trials, target = 0.9 + 0.01 * random.normal(size=(6, 30)), random.normal(size=30)
+    trials[5] = 0.3
+    inside = np.zeros((30, 3))
+    targets = np.zeros((30, 3))
+    for fold in range(3):
+        rows = random.permutation(30)[:20]
+        inside[rows, fold] = 1.0
+        targets[rows, fold] = target[rows] - target[rows].mean()
+    found = correlate(trials, targets, inside)
+    for fold in range(3):
+        rows = inside[:, fold] == 1
+        expected = [np.corrcoef(trial[rows], target[rows])[0, 1] for trial in trials[:5]]
+        np.testing.assert_allclose(found[:5, fold], expected, atol=1e-9)
+    assert found[5].tolist() == [0.0] * 3
 
 
 def test_each_terms_best_trial_and_weights() -> None:

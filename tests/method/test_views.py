@@ -102,6 +102,17 @@ def test_one_group_is_the_plain_view() -> None:
     plain = fit_term("a", params, train)
     np.testing.assert_array_equal(by_class.score(queries, np.zeros((40, 3), np.float32)), plain.score(queries))
     np.testing.assert_array_equal(by_class.counts, plain.counts)
+    np.testing.assert_array_equal(by_class.coverage, plain.coverage)
+
+
+def test_coverage_by_class_is_the_mean_of_the_groups() -> None:
+    """Three values in one bin of group 0, one of them in group 1; saturation 2: full, half, and nothing elsewhere."""
+    train = np.array([[5.0]] * 4, np.float32)
+    two = ClassGroups(group_of=np.arange(2, dtype=np.int32), count=2)
+    params = LayerParams(bins=4, saturation=2, alpha=1.0)
+    fitted = fit_term("a:by_class", params, train, groups=two, train_groups=np.array([0, 0, 0, 1], np.int32))
+    assert fitted.counts.tolist() == [[0, 4, 0]]
+    assert fitted.coverage.tolist() == [[0.0, 0.75, 0.0]]
 
 
 def test_counts_of_batches_add_up() -> None:
