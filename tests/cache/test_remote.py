@@ -14,7 +14,7 @@ import pytest
 from zarr.core.buffer import cpu
 from zarr.core.sync import sync
 
-from nacpipe.cache import Cache, CacheWriter, SplitView, open_cache, store
+from nacpipe.cache import Cache, CacheWriter, SplitView, address, open_cache, store
 from nacpipe.cache.keys import list_keys
 from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.repair import repair_cache
@@ -149,7 +149,7 @@ def test_a_split_is_dropped(proxy: Proxy, url: str, here: Cache) -> None:
 
 def test_a_changed_object_is_found(proxy: Proxy, url: str, here: Cache) -> None:
     there = copy(here, url, "id/val")
-    changed = store.open_store(url, write=True)
+    changed = address.open_store(url, write=True)
     assert isinstance(changed, store.RemoteStore)
     for path, what in (("id/val/logits/c/0/0", b"1234"), ("id/val/label/c/1", b"5678")):
         obstore.put(changed.store, path, what)
@@ -162,9 +162,9 @@ def test_a_changed_object_is_found(proxy: Proxy, url: str, here: Cache) -> None:
 
 
 def test_a_damaged_cache_is_repaired_and_its_rows_alone_written_again(proxy: Proxy, url: str, here: Cache) -> None:
-    """A chunk, metadata, a mark, the root's attributes, and what does not belong there."""
+    """A chunk, metadata, a mark, a chunk beyond the rows; a split's attributes, the root's."""
     copy(here, url, "id/val", "ood/near/letters")
-    objects = store.Objects(url)
+    objects = address.Objects(url)
 
     def flip(key: str, place: int) -> None:
         content = bytearray(objects.read(key) or b"")
@@ -183,14 +183,14 @@ def test_a_damaged_cache_is_repaired_and_its_rows_alone_written_again(proxy: Pro
         ("ood/near/letters", "blocks", 0),
     ]
     flip("zarr.json", 150)
-    with pytest.raises(FormatError, match=f"^{url}"):
-        open_cache(url)
+    with pytest.raises(FormatError, match=f"^{url}.*; repair does not change a root: put back a copy of its zarr.json"):
+        repair_cache(url)
+    flip("zarr.json", 150)
     assert sorted(repair_cache(url)) == [
         "id/val/label: metadata written anew",
         "id/val: block 1, rows 16 to 31, is to be computed again",
-        "ood/near/letters/label/c/9, which does not belong there, is removed",
+        "ood/near/letters/label/c/9 is a chunk beyond the last row: it is removed",
         "ood/near/letters: the mark of block 0 written anew",
-        "the root's attributes: one bit mended",
     ]
     split = here["id/val"]
     assert open_cache(url).peek("id/val").marks().tolist() == [True, False, True]
@@ -200,13 +200,19 @@ def test_a_damaged_cache_is_repaired_and_its_rows_alone_written_again(proxy: Pro
     writer.seal("id/val")
     assert verify_cache(open_cache(url)) == []
     assert_alike(here, open_cache(url))
+    flip("ood/near/letters/zarr.json", 3)
+    (done,) = repair_cache(url)
+    assert done.startswith("ood/near/letters: zarr.json is damaged (JSONDecodeError: ")
+    assert done.endswith("); the split is dropped and is to be extracted again")
+    assert [key for key in list_keys(objects.store) if key.startswith("ood/near/letters")] == []
+    assert_alike(here, copy(here, url, "ood/near/letters"))
 
 
 def test_a_repair_loses_no_fault_of_the_server(proxy: Proxy, url: str, here: Cache) -> None:
     """One request in five fails, and what is taken is the damaged block's mark alone."""
     there = copy(here, url, "id/val")
-    store.Objects(url).replace("id/val/logits/c/2/0", b"12345678")
-    store.Objects(url).replace("classifier/bias/c/0", b"12345678")
+    address.Objects(url).replace("id/val/logits/c/2/0", b"12345678")
+    address.Objects(url).replace("classifier/bias/c/0", b"12345678")
     proxy.share, proxy.slow = 0.2, 0.03
     assert repair_cache(url) == [
         "classifier: is to be written again",
@@ -316,7 +322,7 @@ def test_no_folder_is_made_for_a_url(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_a_store_survives_a_pickle(proxy: Proxy, url: str, here: Cache) -> None:
     copy(here, url)
-    again = pickle.loads(pickle.dumps(store.open_store(url)))
+    again = pickle.loads(pickle.dumps(address.open_store(url)))
     assert (again.url, again.read_only) == (url, True)
     assert sync(again.exists("zarr.json"))
 
@@ -324,7 +330,7 @@ def test_a_store_survives_a_pickle(proxy: Proxy, url: str, here: Cache) -> None:
 def test_foreign_objects_stay_and_are_named(proxy: Proxy, url: str, here: Cache) -> None:
     """The split's own objects alone are removed, one by one."""
     copy(here, url, "id/val")
-    objects = store.open_store(url, write=True)
+    objects = address.open_store(url, write=True)
     assert isinstance(objects, store.RemoteStore)
     foreign = ["id/val/logits/c/notes.txt", "id/val/notes.txt", "notes.txt"]
     for key in foreign:
