@@ -1,7 +1,7 @@
 """Repairing a cache: what follows from the header is written again, the rest is left to the next extract.
 
 rows          their blocks lose their marks, the split its seal: extract computes exactly these again
-metadata      of arrays, groups and marks of a sealed split: written anew, since the header and the rows determine them
+metadata      of arrays, groups and marks of a sealed split: rewritten, since the header and the rows determine them
 attributes    of a split, or a seal that does not fit: the split is dropped; nothing says what was there
 classifier    removed: extract writes it again
 root          refused: everything else is determined by it
@@ -82,7 +82,7 @@ def _repair(cache: Cache, objects: Objects, damage: Sequence[Damage]) -> Iterato
         if split == "":
             for group in (d.array for d in found):
                 objects.replace(f"{group}/zarr.json", expected_objects(cache.header, 1)["zarr.json"])
-                yield f"{group}: metadata written anew"
+                yield f"{group}: metadata rewritten"
         elif split == "classifier":
             remove_own(objects.store, cache.header, "classifier")
             yield "classifier: is to be written again"
@@ -107,12 +107,12 @@ def _repair_split(cache: Cache, objects: Objects, name: str, found: Sequence[Dam
     elif arrays := [d.array for d in found if d.block is None]:
         for array in dict.fromkeys(arrays):
             objects.replace(f"{name}/{array}/zarr.json", expected[f"{array}/zarr.json"])
-            yield f"{name}/{array}: metadata written anew"
+            yield f"{name}/{array}: metadata rewritten"
     else:
         for d in found:
             if d.array == "blocks" and d.block not in blocks:
                 objects.replace(f"{name}/blocks/c/{d.block}", expected["blocks/c/0"])
-                yield f"{name}: the mark of block {d.block} written anew"
+                yield f"{name}: the mark of block {d.block} rewritten"
         if damaged:
             _take_marks(cache, objects, name, damaged)
         for block, rows in blocks.items():

@@ -61,9 +61,11 @@ def verify(cache: str | Path, metadata_only: bool, as_json: bool) -> None:
 @click.command()
 @click.argument("cache", type=Address())
 def repair(cache: str | Path) -> None:
-    """Mend CACHE: damaged metadata at once; damaged rows lose their marks, so that an extract computes just those.
+    """Repair CACHE and print the command that computes what is missing then.
 
-    The command of that extract is printed.
+    Damaged rows lose their marks, so that the same extract computes exactly those. Metadata of arrays are rewritten.
+    A split whose attributes are damaged is dropped, and that is said. A damaged root is refused. Foreign files are left
+    alone. A repair that was stopped can be run again.
 
     \b
     nacpipe repair cache/digits-digits_cnn.zarr

@@ -13,8 +13,9 @@ share; in closed form unless the space or the sampler says otherwise), `val_auro
 from __future__ import annotations
 
 import functools
+import math
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,18 +28,19 @@ from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.identity import VAL, bound_splits
 from nacpipe.errors import InputError, ParamsError
 from nacpipe.method.class_groups import count_groups_for
+from nacpipe.method.cross_validation import cluster_folds, cross_validate, image_folds
+from nacpipe.method.guide import choose_guide, guided_target, score_plainly
+from nacpipe.method.metrics import auroc
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.method.plain_scores import PLAIN_SCORES
 from nacpipe.method.published import published_params
 from nacpipe.method.term import view_of
-from nacpipe.scoring.guide import choose_guide
-from nacpipe.scoring.states import check_layers
+from nacpipe.scoring.states import check_layers, has_logits
 from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
-from nacpipe.tuning.cross_validation import CrossValidation, cross_validate
 from nacpipe.tuning.space import Space, fits_weights, measure_space, widen, with_weights
 from nacpipe.tuning.space_file import read_spec
 from nacpipe.tuning.trials import attributes_of, distributions, layers_from, suggest, trial_params
-from nacpipe.tuning.validation import DIRECTIONS, Evaluator, ObjectiveName, ValidationMetrics
-from nacpipe.tuning.weights import guided_target
+from nacpipe.tuning.validation import DIRECTIONS, CrossValidation, Evaluator, ObjectiveName, ValidationMetrics
 
 SUBTRAIN = "id/subtrain"  # on which overfitting shows
 
@@ -86,12 +88,16 @@ class Objective:
         index = functools.lru_cache(1 if one_by_one else None)(index_from(self.cache, scored))
         self.scorer = Scorer(index, split_rows(self.cache, scored), one_by_one=one_by_one)
         self._scoring = threading.Lock()  # `n_jobs` of Optuna: a trial is scored on all cores, one at a time
-        self.guide = choose_guide(self.cache, tuple(scored), self.val)
+        id_rows, ood_rows = (self.cache[name].rows for name in ("id/val", self.val))
+        self._is_id = np.repeat([True, False], [id_rows, ood_rows])
+        self._plain: dict[str, NDArray[np.float64]] = {}
+        if has_logits(self.cache):
+            self._plain = score_plainly(self._read_logits(("id/val", self.val)))
+        self.guide = choose_guide(self._plain, self._is_id)
         """The best plain score on the validation pair; None where the network gives no logits."""
         target = None
         if self.objective == "guided":
-            id_rows, ood_rows = (self.cache[name].rows for name in ("id/val", self.val))
-            target = guided_target(id_rows, ood_rows, self._pair_of_guide())
+            target = guided_target(self._is_id, None if self.guide is None else self.guide.scores)
         self.evaluator = Evaluator(self.scorer, self.val, target)
         self.train_rows = self.cache["id/train"].rows
         train_index = index_from(self.cache, ()) if one_by_one else index
@@ -157,7 +163,7 @@ class Objective:
         """Return the same metrics of the best plain score; None where the network gives no logits."""
         if self.guide is None:
             return None
-        return self.evaluator.check(np.concatenate([self.guide.scores[name] for name in self.scorer.rows]))
+        return self.evaluator.check(PLAIN_SCORES[self.guide.name](self._read_logits(self.scorer.rows)))
 
     def cross_validate(self, trials: Sequence[FrozenTrial]) -> CrossValidation | None:
         """Return how the choice among these trials of single terms does on samples that it was not made by.
@@ -179,20 +185,34 @@ class Objective:
             scores.append(
                 np.stack([np.concatenate([one[rows] for rows in pair]).astype(np.float32) for one in of_trials])
             )
-        outputs = self.cache[self.val].read("logits")
-        rows = pair[0].stop - pair[0].start
-        return cross_validate(scores, rows, outputs.argmax(axis=1), self._pair_of_guide())
+        predicted = self._read_logits(("id/val", self.val)).argmax(axis=1)
+        values = {
+            name: cross_validate(scores, self._is_id, self._plain, folds)
+            for name, folds in (
+                ("images", image_folds(self._is_id)),
+                ("clusters", cluster_folds(self._is_id, predicted)),
+            )
+        }
+        if math.isnan(values["clusters"]):  # all are predicted as one class
+            values["clusters"] = values["images"]
+        return CrossValidation(**values, guide=self._guide_on(image_folds(self._is_id)))
+
+    def _guide_on(self, folds: Sequence[NDArray[np.intp]]) -> float | None:
+        """The guide's mean AUROC over folds."""
+        if self.guide is None:
+            return None
+        sides = [(self.guide.scores[rows], self._is_id[rows]) for rows in folds]
+        return float(np.mean([auroc(scores[is_id], scores[~is_id]) for scores, is_id in sides]))
+
+    def _read_logits(self, splits: Iterable[str]) -> NDArray[np.float32]:
+        """Those of several splits, one behind the other, (samples, classes)."""
+        return np.concatenate([self.cache[name].read("logits") for name in splits])
 
     def _counted(self, name: str) -> int:
         """The samples that a bin can count at most, or nearly so: of id/train, by class twice a group's mean."""
         if view_of(name) != "by_class":
             return self.train_rows
         return 2 * self.train_rows // count_groups_for(self.train_rows, self.cache.header.classes)
-
-    def _pair_of_guide(self) -> NDArray[np.float64] | None:
-        if self.guide is None:
-            return None
-        return np.concatenate([self.guide.scores[name] for name in ("id/val", self.val)])
 
 
 def _check_val(cache: Cache, val: str) -> str:

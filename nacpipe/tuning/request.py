@@ -11,12 +11,12 @@ from typing import Any, Literal
 from nacpipe.errors import ParamsError
 from nacpipe.files import beside_cache
 from nacpipe.method.params import NacParams
-from nacpipe.tuning.cross_validation import GAP, CrossValidation
-from nacpipe.tuning.validation import ObjectiveName, ValidationMetrics
+from nacpipe.tuning.validation import CrossValidation, ObjectiveName, ValidationMetrics
 
 SamplerName = Literal["terms", "layers", "tpe", "random", "grid", "nsga2", "cmaes"]
 DEFAULT_TRIALS = 2000
 
+GAP = 0.015  # fitted minus cross-validated AUROC from which a result is warned of
 OVERFIT_POINTS = (
     0.03  # below the best plain score's id/val-against-id/subtrain AUROC: NAC knows its training data too well
 )

@@ -20,14 +20,13 @@ from nacpipe.method.coverage import layer_of
 from nacpipe.method.params import NacParams
 from nacpipe.method.threads import set_threads
 from nacpipe.text import command_line, escape_bytes
-from nacpipe.tuning.cross_validation import CrossValidation
 from nacpipe.tuning.objective import SUBTRAIN, Objective
 from nacpipe.tuning.request import DEFAULT_TRIALS, SearchRequest, SearchResult
 from nacpipe.tuning.samplers import LARGE_GRID, GridSampler, TermwiseSampler, make_sampler
 from nacpipe.tuning.space import to_json
 from nacpipe.tuning.storage import backend, is_there, open_storage, opening
 from nacpipe.tuning.trials import best_trial, completed_trials, pareto_front
-from nacpipe.tuning.validation import DIRECTIONS
+from nacpipe.tuning.validation import DIRECTIONS, CrossValidation
 
 
 class Search:

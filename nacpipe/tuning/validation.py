@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from nacpipe.method.metrics import auroc, fpr95
 from nacpipe.method.params import NacParams
+from nacpipe.method.weights import ridge_weights
 from nacpipe.scoring.trial_scorer import Scorer
 from nacpipe.tuning.space import with_weights
-from nacpipe.tuning.weights import fisher_weights, target_weights
+from nacpipe.tuning.weights import fisher_weights
 
 ObjectiveName = Literal["auroc", "fpr95", "pareto", "guided"]
 DIRECTIONS: dict[ObjectiveName, list[Literal["minimize", "maximize"]]] = {
@@ -67,6 +68,25 @@ class ValidationMetrics:
         return (-self.val_fpr95, self.val_auroc) if objective == "fpr95" else (self.val_auroc - self.val_fpr95 / 4,)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossValidation:
+    """AUROC of id/val against the OOD validation split where nothing is chosen by the samples that are scored.
+
+    Means over the folds of `method.cross_validation`, fractions.
+    """
+
+    images: float
+    """NAC's, over folds of images."""
+    clusters: float
+    """NAC's, over folds of classes that the OOD split is predicted as."""
+    guide: float | None
+    """The best plain score's, over the folds of images; None where there is none."""
+
+    def to_json(self) -> dict[str, float | None]:
+        """Return the record as params.json holds it."""
+        return {"images": self.images, "clusters": self.clusters, "guide": self.guide}
+
+
 class Evaluator:
     """Parameters → validation metrics, from indexed states."""
 
@@ -83,7 +103,7 @@ class Evaluator:
         if self._target is None:
             weights = fisher_weights(id_scores, ood_scores)
         else:
-            weights = target_weights(np.concatenate([id_scores, ood_scores], axis=1), self._target)
+            weights = ridge_weights(np.concatenate([id_scores, ood_scores], axis=1).T, self._target)
         return with_weights(params.layers, weights)
 
     def measure(self, params: NacParams) -> ValidationMetrics:

@@ -143,7 +143,7 @@ def test_a_chunk_that_the_format_could_have_written_is_still_damage(path: Path, 
     (path / "id/val" / key).write_bytes(b"12345")
     with pytest.raises(CacheError, match="id/val is not what was sealed"):
         open_cache(path)["id/val"]
-    assert repair_cache(path) == [f"id/val/{key}, which does not belong there, is removed"]
+    assert repair_cache(path) == [f"id/val/{key} is a chunk beyond the last row: it is removed"]
     assert verify_cache(open_cache(path)) == []
     assert foreign(path).keys() == {*FILES, *FOLDERS}
 

@@ -76,7 +76,10 @@ def test_sealing_verifying_and_repairing_read_shards_in_pieces(written: Path) ->
     shard.write_bytes((written / "id/val/wide/gradient/c/0/0").read_bytes())  # whole, and not what was sealed
     done: list[str] = []
     assert peak(lambda: done.extend(repair_cache(written))) < bound
-    assert done == ["id/val: no telling which rows are not those that were sealed; all of it is to be computed again"]
+    assert done == [
+        "id/val: is not what was sealed, though every chunk is whole: files or attributes were changed or exchanged;"
+        " the split is dropped and is to be extracted again"
+    ]
 
 
 class Counting(WrapperStore[MemoryStore]):

@@ -100,13 +100,13 @@ def test_a_changed_object_is_found(place: str, here: Cache) -> None:
 
 
 def test_a_damaged_cache_is_repaired_and_its_rows_alone_written_again(place: str, here: Cache) -> None:
-    """A chunk, metadata, a mark, the root's attributes, and what does not belong there."""
+    """A chunk, metadata, a mark, a chunk beyond the rows; a split's attributes, the root's."""
     copy_splits(here, place, "id/val", "ood/near/letters")
     objects = address.Objects(place)
 
-    def flip(key: str, place: int) -> None:
+    def flip(key: str, offset: int) -> None:
         content = bytearray(objects.read(key) or b"")
-        content[place] ^= 1
+        content[offset] ^= 1
         objects.replace(key, bytes(content))
 
     assert repair_cache(place) == []
@@ -121,14 +121,16 @@ def test_a_damaged_cache_is_repaired_and_its_rows_alone_written_again(place: str
         ("ood/near/letters", "blocks", 0),
     ]
     flip("zarr.json", 150)
-    with pytest.raises(FormatError, match=f"^{place}"):
-        open_cache(place)
+    with pytest.raises(
+        FormatError, match=f"^{place}.*; repair does not change a root: put back a copy of its zarr.json"
+    ):
+        repair_cache(place)
+    flip("zarr.json", 150)
     assert sorted(repair_cache(place)) == [
-        "id/val/label: metadata written anew",
+        "id/val/label: metadata rewritten",
         "id/val: block 1, rows 16 to 31, is to be computed again",
-        "ood/near/letters/label/c/9, which does not belong there, is removed",
-        "ood/near/letters: the mark of block 0 written anew",
-        "the root's attributes: one bit mended",
+        "ood/near/letters/label/c/9 is a chunk beyond the last row: it is removed",
+        "ood/near/letters: the mark of block 0 rewritten",
     ]
     split = here["id/val"]
     assert open_cache(place).peek("id/val").marks().tolist() == [True, False, True]
@@ -138,6 +140,12 @@ def test_a_damaged_cache_is_repaired_and_its_rows_alone_written_again(place: str
     writer.seal("id/val")
     assert verify_cache(open_cache(place)) == []
     assert_alike(here, open_cache(place))
+    flip("ood/near/letters/zarr.json", 3)
+    (done,) = repair_cache(place)
+    assert done.startswith("ood/near/letters: zarr.json is damaged (JSONDecodeError: ")
+    assert done.endswith("); the split is dropped and is to be extracted again")
+    assert [key for key in list_keys(objects.store) if key.startswith("ood/near/letters")] == []
+    assert_alike(here, copy_splits(here, place, "ood/near/letters"))
 
 
 def test_foreign_objects_stay_and_are_named(place: str, here: Cache) -> None:

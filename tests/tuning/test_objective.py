@@ -16,14 +16,16 @@ from numpy.typing import NDArray
 from nacpipe.cache import Cache
 from nacpipe.errors import ParamsError
 from nacpipe.method.coverage import Source, logits_gradient
+from nacpipe.method.guide import guided_target
 from nacpipe.method.metrics import auroc, fpr95
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.plain_scores import energy
+from nacpipe.method.weights import ridge_weights
 from nacpipe.scoring.coverage import fit_coverage, score_splits
 from nacpipe.scoring.states import check_layers, held_layers, read_source
 from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
 from nacpipe.tuning.validation import DIRECTIONS, Evaluator, ObjectiveName, ValidationMetrics
-from nacpipe.tuning.weights import fisher_weights, guided_target, target_weights
+from nacpipe.tuning.weights import fisher_weights
 
 SPLITS = ["id/subtrain", "id/val", "ood/val"]
 PARAMS = NacParams(
@@ -244,11 +246,11 @@ def test_the_guided_objective_is_the_correlation_with_its_target(small_cache: Ca
     scorer = Scorer(index_from(small_cache, SPLITS), split_rows(small_cache, SPLITS))
     rows = scorer.rows
     pair = np.r_[rows["id/val"], rows["ood/val"]]
-    target = guided_target(small_cache["id/val"].rows, small_cache["ood/val"].rows, own[pair])
+    target = guided_target(np.arange(pair.size) < small_cache["id/val"].rows, own[pair])
     ours = Evaluator(scorer, "ood/val", target)
     params = ours.weigh(TERMS)
     layers = np.stack(scorer.layer_scores(TERMS.layers))[:, pair]
-    weights = target_weights(layers, target)
+    weights = ridge_weights(layers.T, target)
     np.testing.assert_allclose([term.weight for term in params.layers.values()], weights, atol=1e-12)
     assert ours.measure(params).val_correlation == pytest.approx(np.corrcoef(weights @ layers, target)[0, 1])
     assert evaluator(small_cache).measure(TERMS).val_correlation is None

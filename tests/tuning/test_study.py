@@ -18,8 +18,8 @@ from nacpipe.errors import InputError, ParamsError
 from nacpipe.method import published
 from nacpipe.method.metrics import auroc, detect
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.method.plain_scores import PLAIN_SCORES
 from nacpipe.scoring.coverage import score_splits
-from nacpipe.scoring.guide import PLAIN
 from nacpipe.scoring.params_file import read_params, write_params
 from nacpipe.tuning import runner as sweep
 from nacpipe.tuning.request import SearchRequest, SearchResult
@@ -117,9 +117,9 @@ def test_the_result_can_be_recomputed(whole: tuple[Search, SearchResult], small_
     assert (result.checks.val_auroc, result.checks.val_fpr95) == (found.auroc, found.fpr95)
     assert result.checks.subtrain_auroc == detect(scores["id/val"], scores["id/subtrain"]).auroc
     logits = {name: np.asarray(small_cache[name].logits[:]) for name in scores}
-    plain = [{name: score(array) for name, array in logits.items()} for score in PLAIN.values()]
+    plain = [{name: score(array) for name, array in logits.items()} for score in PLAIN_SCORES.values()]
     own = max(plain, key=lambda scores: auroc(scores["id/val"], scores["ood/val"]))
-    assert PLAIN[result.guide or ""] is [*PLAIN.values()][plain.index(own)]
+    assert PLAIN_SCORES[result.guide or ""] is [*PLAIN_SCORES.values()][plain.index(own)]
     assert result.guide_val == auroc(own["id/val"], own["ood/val"])
     assert result.guide_subtrain == auroc(own["id/val"], own["id/subtrain"])
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from nacpipe.tuning.weights import RIDGE, TEACHER, fisher_weights, guided_target, target_weights
+from nacpipe.tuning.weights import fisher_weights
 
 Scores = NDArray[np.float64]  # (layers, samples)
 
@@ -111,37 +109,3 @@ def test_no_other_direction_separates_better(seed: int) -> None:
 
     best = ratio(fisher_weights(id_scores, ood))
     assert best >= max(ratio(np.array([share, 1 - share])) for share in np.linspace(0, 1, 1001)) * (1 - 1e-5)
-
-
-def test_the_guided_target_by_hand() -> None:
-    """ID or OOD is ±1 already; the energies 3, 1, 1, −1 have mean 1 and spread √2."""
-    hard, soft = np.array([1, 1, -1, -1]), np.array([2, 0, 0, -2]) / np.sqrt(2)
-    found = guided_target(2, 2, np.array([3.0, 1.0, 1.0, -1.0]))
-    np.testing.assert_allclose(found, hard + TEACHER * soft)
-    np.testing.assert_allclose(guided_target(2, 2, np.full(4, 4.0)), hard)  # the guide tells nothing
-    np.testing.assert_allclose(guided_target(2, 2), hard)
-
-
-@pytest.mark.parametrize(
-    ("target", "expected"),
-    [((3, 1), (0.75, 0.25)), ((1, 0), (1, 0)), ((1, -2), (1, 0))],  # the last: the second would be negative
-)
-def test_weights_for_a_target_are_those_it_is_made_of(target: Sequence[float], expected: Sequence[float]) -> None:
-    found = target_weights(APART + 5, np.array(target) @ APART)
-    np.testing.assert_allclose(found, expected, atol=1e-12)
-
-
-def test_ridge_shares_a_weight_among_equal_layers() -> None:
-    """Correlation ρ between two layers: (1 + λ)a + ρb = g₁, ρa + (1 + λ)b = g₂."""
-    scores = np.vstack([APART[0], APART[0] + 0.5 * APART[1]])  # variances 1 and 1.25, covariance 1
-    target = 2 * APART[0] + APART[1]  # covariances 2 and 2.5
-    expected = np.linalg.solve([[1 + RIDGE, 1], [1, 1.25 * (1 + RIDGE)]], [2, 2.5])
-    np.testing.assert_allclose(target_weights(scores, target), expected / expected.sum(), rtol=1e-6)
-
-
-def test_what_rounding_leaves_of_a_constant_layer_is_no_signal() -> None:
-    """0.3, 800 times, is centred to some 1e-16: noise over noise would be a weight."""
-    random = np.random.default_rng(0)
-    target = random.normal(size=800)
-    scores = np.stack([np.full(800, 0.3), target + random.normal(size=800), np.full(800, 0.1), np.zeros(800)])
-    np.testing.assert_allclose(target_weights(scores, target), [0, 1, 0, 0], atol=1e-9)
