@@ -17,6 +17,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,7 +102,7 @@ class Objective:
         """The space of the study's parameters: `space`, widened to hold the published parameters too."""
 
     @property
-    def directions(self) -> list[str]:
+    def directions(self) -> list[Literal["minimize", "maximize"]]:
         """Return what `optuna.create_study` is given: maximize or minimize, of each value."""
         return list(DIRECTIONS[self.objective])
 

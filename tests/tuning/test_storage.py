@@ -79,7 +79,7 @@ def test_every_trial_is_one_line(journal: Path) -> None:
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     trials = [line for line in lines if "datetime_complete" in line]
     assert len(trials) == TRIALS
-    assert len(lines) - TRIALS == 7  # the study and its six attributes
+    assert len(lines) - TRIALS == 8  # the study and its seven attributes
 
 
 @pytest.mark.parametrize("line", [0, 1, 3, 4, 5, 20, 34, -1])
