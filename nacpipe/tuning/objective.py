@@ -18,6 +18,7 @@ import threading
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,7 +115,7 @@ class Objective:
         """The space of the study's parameters: `space`, widened to hold the published parameters too."""
 
     @property
-    def directions(self) -> list[str]:
+    def directions(self) -> list[Literal["minimize", "maximize"]]:
         """Return what `optuna.create_study` is given: maximize or minimize, of each value."""
         return list(DIRECTIONS[self.objective])
 

@@ -55,7 +55,7 @@ def ours(small_cache: Cache, folder: Path, trials: int, **more: Any) -> Search:
 def test_tpe_with_callbacks(objective: nacpipe.Objective) -> None:
     seen: list[int] = []
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=1))
-    callbacks = [lambda _study, trial: seen.append(trial.number), MaxTrialsCallback(15)]
+    callbacks: list[Any] = [lambda _study, trial: seen.append(trial.number), MaxTrialsCallback(15)]
     study.optimize(objective, n_trials=100, callbacks=callbacks)
     assert seen == list(range(15))
     assert len({repr(trial.params) for trial in study.trials}) == 15

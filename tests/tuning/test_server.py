@@ -159,7 +159,7 @@ def test_four_commands_two_killed_one_begun_anew(
     assert result.checks == alone[1].checks
     times = sorted(t for trial in trials for t in (trial.datetime_start, trial.datetime_complete) if t)
     gaps = [(later - earlier).total_seconds() for earlier, later in itertools.pairwise(times)]
-    assert max(gaps) < HEARTBEAT
+    assert max(gaps) < 2 * HEARTBEAT  # after which a silent trial is repeated
 
 
 def test_the_default_search_is_shared_too(small_cache: Cache, postgres: str, tmp_path: Path) -> None:
@@ -302,16 +302,18 @@ def test_an_error_of_the_objective_is_not_taken_for_silence(
 def test_an_interrupted_command_loses_no_completed_trial(small_cache: Cache, postgres: str, grid: Path) -> None:
     """Whenever the signal comes: the trial is finished, the command ends and says how to go on."""
     request = request_(small_cache, postgres, grid)
-    for trials in (3, 9):
+    before = 0
+    for _ in range(2):
         command = start_grid(request, small_cache)
-        wait_for(request, trials)
+        wait_for(request, before + 3)
         command.send_signal(signal.SIGINT)
         _, errors = command.communicate(timeout=PATIENCE)
         assert command.returncode == 130, errors
         assert errors.splitlines()[-1].startswith("nacpipe: interrupted; what was written is safe, go on with: ")
-        assert trials_of(request) == completed(request)
-    found = run(Search(request_(small_cache, postgres, grid, trials=30)))
-    assert found.trials >= 30
+        before = len(completed(request))
+        assert len(trials_of(request)) == before
+    found = run(Search(request_(small_cache, postgres, grid, trials=before + 5)))
+    assert found.trials == before + 5
     assert [t.user_attrs["position"] for t in completed(request)] == list(range(found.trials))
 
 
