@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nacpipe.scoring.coverage import score_splits
     from nacpipe.scoring.params_file import read_params, write_params
     from nacpipe.tuning.objective import Objective
-    from nacpipe.tuning.samplers import GridSampler, LayerwiseSampler
+    from nacpipe.tuning.samplers import GridSampler, LayerwiseSampler, TermwiseSampler
 
 __version__ = "0.1.0"
 
@@ -49,6 +49,7 @@ _HOMES = {
     "Objective": "nacpipe.tuning.objective",
     "LayerwiseSampler": "nacpipe.tuning.samplers",
     "GridSampler": "nacpipe.tuning.samplers",
+    "TermwiseSampler": "nacpipe.tuning.samplers",
 }
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "NacError",
     "NacParams",
     "Objective",
+    "TermwiseSampler",
     "__version__",
     "add_confidence",
     "compare_methods",

@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 from zarr.storage import LocalStore
 
-from nacpipe.cache import Cache, CacheWriter, address, open_cache
+from nacpipe.cache import Cache, CacheWriter, open_cache
+from nacpipe.cache.durability import replace_file
 from nacpipe.cache.repair import repair_cache
 from nacpipe.cache.verify import Damage, check_metadata, verify_cache
 from nacpipe.cli import main
@@ -345,7 +346,7 @@ def killed_at(step: int) -> Iterator[list[str]]:
             raise Killed
         done.append(key)
 
-    replace, delete = address.replace_file, LocalStore.delete
+    replace, delete = replace_file, LocalStore.delete
 
     def replacing(file: Path, content: bytes) -> None:
         allow(str(file))
@@ -356,7 +357,7 @@ def killed_at(step: int) -> Iterator[list[str]]:
         await delete(store, key)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(address, "replace_file", replacing)
+        patch.setattr("nacpipe.cache.address.replace_file", replacing)
         patch.setattr(LocalStore, "delete", deleting)
         yield done
 
