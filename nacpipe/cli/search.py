@@ -168,7 +168,7 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
             for name, p in result.params.layers.items()
         ]
         extra = [field for field in ("source", "edges") if _chosen(search, field)]
-        print_table(("layer", "bins", "saturation", "alpha", "weight", "alone, AUROC %", *extra), rows)
+        print_table(("term", "bins", "saturation", "alpha", "weight", "alone, AUROC %", *extra), rows)
         checks = result.checks
         guide = "" if result.guide is None else f" ({result.guide} {percent(result.guide_val)} %)"
         click.echo(
