@@ -38,7 +38,7 @@ from nacpipe.method.published import published_params
 from nacpipe.method.term import view_of
 from nacpipe.scoring.states import check_layers, has_logits
 from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
-from nacpipe.tuning.space import Space, fits_weights, measure_space, widen, with_weights
+from nacpipe.tuning.space import BINS, Given, Interval, Space, fits_weights, measure_space, widen, with_weights
 from nacpipe.tuning.space_file import read_spec
 from nacpipe.tuning.trials import attributes_of, distributions, layers_from, suggest, trial_params
 from nacpipe.tuning.validation import DIRECTIONS, CrossValidation, Evaluator, ObjectiveName, ValidationMetrics
@@ -103,7 +103,8 @@ class Objective:
         self.train_rows = self.cache["id/train"].rows
         train_index = index_from(self.cache, ()) if one_by_one else index
         self.space: Space = {
-            name: measure_space(name, train_index, self._counted(name), given) for name, given in spec.items()
+            name: measure_space(name, train_index, self._counted(name), {**self._few_bins(name), **given})
+            for name, given in spec.items()
         }
         self.fits = fits_weights(self.space)
         if not self.fits and all(layer.weights()[0] == 0 for layer in self.space.values()):
@@ -208,6 +209,12 @@ class Objective:
     def _read_logits(self, splits: Iterable[str]) -> NDArray[np.float32]:
         """Those of several splits, one behind the other, (samples, classes)."""
         return np.concatenate([self.cache[name].read("logits") for name in splits])
+
+    def _few_bins(self, name: str) -> Given:
+        """By class: at most ten bins per image that a group has on average, beyond which nearly all are empty."""
+        if view_of(name) != "by_class":
+            return {}
+        return {"bins": Interval(BINS[0], min(5 * self._counted(name), BINS[1]), whole=True)}
 
     def _counted(self, name: str) -> int:
         """The samples that a bin can count at most, or nearly so: of id/train, by class twice a group's mean."""
