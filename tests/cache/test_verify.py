@@ -400,7 +400,7 @@ def little(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFa
     [
         (damage_a_chunk, [0, 1, 2]),
         (damage_metadata, [0, 1, 2, 3, 4]),
-        (exchange_chunks, [0, 1, 2, 7, 38]),  # the attributes, the marks' metadata, marks, the rest
+        (exchange_chunks, [0, 1, 2, 5, 6, 38]),  # attributes, metadata of marks, marks, first rows, the last
         (change_rows, [1, 3, 20]),
         (lose_rows_of_an_unfinished_split, [0, 1, 2]),
     ],
