@@ -24,7 +24,6 @@ from nacpipe.cli import main
 from nacpipe.cli import output as show
 from nacpipe.cli.output import Progress
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -231,7 +230,8 @@ def test_an_interrupt_on_a_terminal_leaves_a_clean_line(small_cache: Cache, tmp_
     assert rest == [
         "wrote c.params.json",
         "",
-        "nacpipe: interrupted; what was written is safe, go on with: nacpipe search c.zarr --space paper --trials 1000000",
+        "nacpipe: interrupted; what was written is safe, go on with:"
+        " nacpipe search c.zarr --space paper --trials 1000000",
     ]
 
 
