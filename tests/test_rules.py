@@ -24,6 +24,7 @@ STAGES = sorted((ROOT / "stages").glob("*.py"))
 HEAVY = {
     *("zarr", "numcodecs", "obstore", "torch", "torchvision", "safetensors", "PIL", "mlxtend", "sklearn", "skimage"),
     *("pytorch_ood", "matplotlib", "gdown", "optuna", "sqlalchemy", "cmaes", "pandas", "pyarrow", "numba", "llvmlite"),
+    *("jinja2", "tqdm"),
 }
 
 

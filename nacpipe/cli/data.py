@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,7 +92,8 @@ def download(
         lists = read_lists(opened, root)
         _print_downloads([plan_download(opened, archive, lists, root, results, mirror) for archive in archives])
         return
-    problems = download_archives(opened, archives, root, results, mirror=mirror, note=note, progress=_Unpacking())
+    with _Unpacking() as progress:
+        problems = download_archives(opened, archives, root, results, mirror=mirror, note=note, progress=progress)
     print_status(opened, root, as_json=False)
     if problems:
         raise DownloadError("; ".join(problems))
@@ -171,13 +173,13 @@ def _print_downloads(plans: list[DownloadPlan]) -> None:
     note("sizes are not known before an archive is fetched")
 
 
-class _Unpacking:
+class _Unpacking(ExitStack):
     """Progress over archives that come one after another, each with its own total."""
 
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
+    _bar: Progress | None = None
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None or done < self._bar.done:
-            self._bar = Progress("unpack", {"bytes": total})
+            self.close()
+            self._bar = self.enter_context(Progress("unpack", {"bytes": total}, unit="B"))
         self._bar.step(done - self._bar.done, "bytes")

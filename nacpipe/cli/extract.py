@@ -178,8 +178,8 @@ def _extract_one(request: ExtractRequest, ranks: Ranks) -> None:
     for text in plan.notes if ranks.first else ():
         note(text)
     plan = choose_blocks(plan, ranks, note)
-    progress = _progress(plan, ranks)
-    run_plan(plan, lambda split, rows: progress.step(rows, split), ranks, progress.note)
+    with _progress(plan, ranks) as progress:
+        run_plan(plan, lambda split, rows: progress.step(rows, split), ranks, progress.note)
 
 
 def _progress(plan: Plan, ranks: Ranks) -> Progress:

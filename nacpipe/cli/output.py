@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 REDRAW, MINUTE = 0.1, 60.0  # seconds between two lines of progress, on a terminal and elsewhere
-CLEAR = "\r\x1b[K"
 
 
 class Address(click.Path):
@@ -147,24 +147,51 @@ def _cell(value: Any) -> str:
 
 
 class Progress:
-    """Progress on stderr: on a terminal one line that is written over, elsewhere a line a minute.
+    """Progress on stderr: on a terminal tqdm's bar, elsewhere a line a minute. A context manager, which ends the bar.
 
+    extract id/train 512/1000:   5%|▃         | 512/9345 [00:14<04:12, 35.02it/s]
     extract id/train 512/1000  total 512/9345  35/s  4:12 left
-    search 812/2000  best 98.21 %  310/s  0:04 left
     """
 
-    def __init__(self, verb: str, totals: Mapping[str, int], done: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, verb: str, totals: Mapping[str, int], done: Mapping[str, int] | None = None, unit: str = "it"
+    ) -> None:
         """Count up to these totals.
 
         Args:
             verb: the first word of the line.
             totals: part → how much there is to do of it; a single part may have an empty name. Empty: nothing is shown.
             done: part → how much of it was done before.
+            unit: what the bar counts; B (bytes) is shown as k, M, G.
         """
         self._verb, self._totals, self._done = verb, dict(totals), dict.fromkeys(totals, 0) | dict(done or {})
-        self._terminal = sys.stderr.isatty()
-        self._done_before = self.done
+        self._total, self._done_before = sum(totals.values()), self.done
         self._started = self._shown = time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm  # 0.1 s
+
+            self._bar = tqdm(
+                desc=verb,
+                total=self._total,
+                initial=self.done,
+                disable=self.done >= self._total,
+                file=sys.stderr,
+                mininterval=REDRAW,
+                miniters=1,  # a step that is slower than those before is shown too
+                smoothing=0,  # the mean rate, as without a terminal
+                dynamic_ncols=True,
+                ascii=" ▁▂▃▄▅▆▇█",  # characters that `streams` can replace
+                unit=unit,
+                unit_scale=unit == "B",
+            )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
     @property
     def done(self) -> int:
@@ -172,28 +199,33 @@ class Progress:
         return sum(self._done.values())
 
     def step(self, count: int, part: str = "", more: str = "") -> None:
-        """Add to a part, and show the line: on a terminal at most ten times a second, elsewhere once a minute."""
+        """Add to a part, and show it: on a terminal at most ten times a second, elsewhere once a minute."""
         if not self._totals:
             return
         self._done[part] += count
-        now, total = time.monotonic(), sum(self._totals.values())
-        ended = self._terminal and self.done >= total
-        if not ended and now - self._shown < (REDRAW if self._terminal else MINUTE):
+        several = len(self._totals) > 1
+        name = f"{self._verb} {part}".rstrip()
+        counted = f"{name} {self._done[part]}/{self._totals[part]}"
+        if self._bar is not None:
+            self._bar.set_description_str(printable(counted if several else name), refresh=False)
+            self._bar.set_postfix_str(more, refresh=False)
+            self._bar.update(count)
+            if self.done >= self._total:
+                self._bar.close()
+            return
+        now = time.monotonic()
+        if now - self._shown < MINUTE:
             return
         self._shown = now
         rate = (self.done - self._done_before) / max(now - self._started, 1e-9)
-        seconds_left = max(total - self.done, 0) / max(rate, 1e-9)
-        words = [f"{self._verb} {part}".rstrip() + f" {self._done[part]}/{self._totals[part]}"]
-        words += [f"total {self.done}/{total}"] * (len(self._totals) > 1) + [more] * bool(more)
-        line = printable("  ".join([*words, f"{rate:.{0 if rate >= 10 else 1}f}/s", f"{_clock(seconds_left)} left"]))
-        sys.stderr.write(f"{CLEAR}{line}" + "\n" * ended if self._terminal else f"{line}\n")
-        sys.stderr.flush()
+        seconds_left = max(self._total - self.done, 0) / max(rate, 1e-9)
+        words = [counted, *[f"total {self.done}/{self._total}"] * several, *[more] * bool(more)]
+        note("  ".join([*words, f"{rate:.{0 if rate >= 10 else 1}f}/s", f"{_clock(seconds_left)} left"]))
 
     def note(self, text: str) -> None:
         """Print a line to stderr above the progress."""
-        if self._terminal and self._totals:
-            sys.stderr.write(CLEAR)
-        note(text)
+        with nullcontext() if self._bar is None else self._bar.external_write_mode(sys.stderr):
+            note(text)
 
 
 def _clock(seconds: float) -> str:

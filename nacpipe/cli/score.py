@@ -57,25 +57,26 @@ def score(
     ready = prepare(detector, model, checkpoint, device)
     for text in ready.notes:
         note(text)
-    progress = Progress("score", {"": len(paths)})
     broken: list[str] = []
 
-    def rows() -> Iterator[ScoredImage]:
-        for row in score_images(ready, paths, batch_size, workers, progress.note):
-            progress.step(1)
-            if row.error is not None:
-                broken.append(row.error)
-                progress.note(row.error)
-            yield row
+    with Progress("score", {"": len(paths)}) as progress:
 
-    if output == "csv":
-        print_csv(_csv_line(_COLUMNS))
-        for row in rows():
-            print_csv(_csv_line(asdict(row).values()))
-    elif output == "json":
-        print_json([asdict(row) for row in rows()])
-    else:
-        print_table(_COLUMNS[:-1], [_cells(row) for row in rows()])
+        def rows() -> Iterator[ScoredImage]:
+            for row in score_images(ready, paths, batch_size, workers, progress.note):
+                progress.step(1)
+                if row.error is not None:
+                    broken.append(row.error)
+                    progress.note(row.error)
+                yield row
+
+        if output == "csv":
+            print_csv(_csv_line(_COLUMNS))
+            for row in rows():
+                print_csv(_csv_line(asdict(row).values()))
+        elif output == "json":
+            print_json([asdict(row) for row in rows()])
+        else:
+            print_table(_COLUMNS[:-1], [_cells(row) for row in rows()])
     if broken:
         raise ImageError(f"{len(broken)} of {len(paths)} images could not be scored; the first: {broken[0]}")
 

@@ -122,12 +122,8 @@ def _run(search: Search) -> SearchResult:
         note(f"{request.val} is a test set: what is found on it says nothing about how well NAC does there")
     shown = SHOWN[request.aim]
     best = {"auroc": "best", "pareto": shown}.get(request.aim, f"best {shown}")
-    progress = Progress("search", {"": search.trials}, {"": done})
-
-    def show(told: int, value: float) -> None:
-        progress.step(told - progress.done, more=f"{best} {100 * value:.2f} %")
-
-    return run(search, show)
+    with Progress("search", {"": search.trials}, {"": done}, unit="trial") as progress:
+        return run(search, lambda told, value: progress.step(told - progress.done, more=f"{best} {100 * value:.2f} %"))
 
 
 def _where_to(search: Search, result: SearchResult) -> Path:

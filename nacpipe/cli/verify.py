@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -38,7 +38,11 @@ def verify(cache: str | Path, metadata_only: bool, as_json: bool) -> None:
     from nacpipe.errors import CacheError
 
     opened = open_cache(cache)
-    damage = check_metadata(opened) if metadata_only else verify_cache(opened, _progress(opened, "verify"))
+    if metadata_only:
+        damage = check_metadata(opened)
+    else:
+        with Progress("verify", {name: _rows(opened, name) for name in opened}) as progress:
+            damage = verify_cache(opened, lambda split, rows: progress.step(rows, split))
     foreign = foreign_files(opened)
     unfinished = [name for name in opened if not opened.peek(name).sealed]
     if as_json:
@@ -78,11 +82,6 @@ def repair(cache: str | Path) -> None:
         note(line)
     if any(line.endswith(" again") for line in repaired):
         print_line(open_cache(cache).command())
-
-
-def _progress(cache: Cache, verb: str) -> Any:
-    progress = Progress(verb, {name: _rows(cache, name) for name in cache})
-    return lambda split, rows: progress.step(rows, split)
 
 
 def _rows(cache: Cache, name: str) -> int:

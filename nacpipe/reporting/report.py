@@ -1,11 +1,12 @@
 """One page about one cache, or about several training runs: how good NAC is, and why.
 
 read_cache_report ──▶ draw_cache_report ──▶ render_report
-cache → numbers        → figures             → HTML (page.py)
+cache → numbers        → figures             → HTML (report.html.j2)
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from nacpipe.cache import Cache
@@ -32,10 +34,10 @@ from nacpipe.reporting.figures import (
     draw_weights,
     to_svg,
 )
-from nacpipe.reporting.page import commands, heading, panels, paragraph, render_page, side_by_side, table
 from nacpipe.reporting.past import PastStudy, find_study
 from nacpipe.scoring.coverage import Coverage, fit_coverage
 from nacpipe.scoring.states import has_logits
+from nacpipe.text import escape_bytes
 from nacpipe.tuning.request import OVERFIT_POINTS
 
 OTHER_CURVES = 5  # beside NAC's, in a figure
@@ -146,15 +148,17 @@ def _best(pairs: Mapping[str, tuple[Scores, Scores]]) -> dict[str, tuple[Scores,
     return {name: scores for name, scores in pairs.items() if name == "NAC" or name in others[:OTHER_CURVES]}
 
 
-_CAPTIONS = {
-    "Scores": "NAC's score of every image; larger = more like the training data.",
-    "ROC curves": "How many OOD images a detector flags, over how many ID images it flags wrongly: NAC, and of the"
-    " others the five with the greatest AUROC.",
-    "Coverage": "How much of the training data each bin of states has seen, min(count / saturation, 1). A state is"
-    " sigmoid(alpha × product), ½ where a neuron is silent, or that of the activation or gradient alone.",
-    "Layers and search": "Shares of the layers in the score. The greatest importances of the search: how"
-    " unlike the best tenth of the trials are to all (PED-ANOVA).",
-}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table of the page, as text."""
+
+    columns: Sequence[str]
+    """Headings; a line break parts what stands above each other."""
+    rows: Sequence[Sequence[str]]
+    bold: frozenset[tuple[int, int]] = frozenset()
+    """(row, column) of the cells that stand out."""
+    kind: str = ""
+    """`left` where the cells are words, `text` where they may be long."""
 
 
 def render_report(
@@ -163,7 +167,7 @@ def render_report(
     command: str,
     figures: Sequence[Mapping[str, Mapping[str, Figure]]],
 ) -> str:
-    """Return the page.
+    """Return the page, which needs no other file; names and messages are escaped.
 
     Args:
         reports: of each cache.
@@ -172,45 +176,61 @@ def render_report(
         figures: of each cache, `draw_cache_report`'s.
     """
     identity = reports[0].cache.header.identity
-    title = f"{identity.get('architecture')} on {identity.get('benchmark')}"
     several = len(reports) > 1
-    parts = [heading(1, title), *_summary(reports, frame)]
-    parts += [
-        heading(2, f"Results of {len(reports)} training runs, mean ± standard deviation" if several else "Results")
-    ]
-    parts += _results(frame)
-    for number, (report, groups) in enumerate(zip(reports, figures, strict=True)):
-        if several:
-            parts.append(heading(2, f"Run {number + 1}: {report.cache.path}"))
-        for name, group in groups.items():
-            parts += [heading(3 if several else 2, name), paragraph(_CAPTIONS[name], "soft")]
-            parts.append(panels((f"{name}: {figure.axes[0].get_title()}", to_svg(figure)) for figure in group.values()))
-            if name == "Layers and search":
-                parts += _search(report)
-        parts += _provenance(report, 3 if several else 2)
     earlier = dict.fromkeys(line for report in reports for line in (report.cache.command(), report.study.command))
-    parts += [heading(2, "Commands that made this"), commands([*filter(None, earlier), command])]
-    return render_page(f"nacpipe: {title}", parts)
+    environment = Environment(
+        loader=PackageLoader("nacpipe", "reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        title=f"{identity.get('architecture')} on {identity.get('benchmark')}",
+        summary=_summary(reports, frame),
+        verdicts=[
+            *(f"{text[0].upper()}{text[1:]}." for text in verdicts(frame)),
+            *(_overfitting(report, several) for report in reports),
+        ],
+        note=frame.attrs.get("note"),
+        tasks=_results(frame),
+        footnotes=footnotes(frame),
+        runs=[_run(report, groups) for report, groups in zip(reports, figures, strict=True)],
+        commands=[*filter(None, earlier), command],
+    )
+    return escape_bytes(page)
 
 
-def _summary(reports: Sequence[CacheReport], frame: pd.DataFrame) -> list[str]:
+def _run(report: CacheReport, groups: Mapping[str, Mapping[str, Figure]]) -> dict[str, Any]:
+    """What the page shows of one cache."""
+    return {
+        "path": report.cache.path,
+        "figures": {
+            name: [
+                (f"{name}: {figure.axes[0].get_title()}", base64.b64encode(to_svg(figure)).decode())
+                for figure in group.values()
+            ]
+            for name, group in groups.items()
+        },
+        "layers": _layers(report),
+        "reason": report.study.reason,
+        "checks": _checks(report),
+        "provenance": _provenance(report),
+    }
+
+
+def _summary(reports: Sequence[CacheReport], frame: pd.DataFrame) -> str:
     run = reports[0].run
     accuracy = frame["accuracy"].iloc[0]
     known = accuracy == accuracy
     classified = f", which the network classifies with an accuracy of {_percent(accuracy)} %" if known else ""
     sets = len(set(run.ood_sets()).difference(run.unfinished))
-    lines = [
-        paragraph(
-            f"Neuron activation coverage (NAC-UE) and {len(run.methods) - 1} other methods tell"
-            f" {run.rows['id/test']} ID test images{classified}, from {sets} OOD set{'s' * (sets > 1)}."
-            + (f" Means over {len(reports)} training runs." if len(reports) > 1 else "")
-        )
-    ]
-    lines += [paragraph(f"{text[0].upper()}{text[1:]}.", "verdict") for text in verdicts(frame)]
-    lines += [paragraph(_overfitting(report, len(reports) > 1), "verdict") for report in reports]
-    if note := frame.attrs.get("note"):
-        lines.append(paragraph(note, "soft"))
-    return lines
+    return (
+        f"Neuron activation coverage (NAC-UE) and {len(run.methods) - 1} other methods tell"
+        f" {run.rows['id/test']} ID test images{classified}, from {sets} OOD set{'s' * (sets > 1)}."
+        + (f" Means over {len(reports)} training runs." if len(reports) > 1 else "")
+    )
 
 
 def _overfitting(report: CacheReport, named: bool) -> str:
@@ -228,23 +248,19 @@ def _overfitting(report: CacheReport, named: bool) -> str:
     return f"{text}; Energy's {_percent(energy_auroc)} %): {warning if overfits else 'no sign of overfitting.'}"
 
 
-def _results(frame: pd.DataFrame) -> list[str]:
-    parts = []
+def _results(frame: pd.DataFrame) -> list[tuple[str, list[list[Table]]]]:
+    """Of each task its heading, and of each group the tables that stand side by side."""
+    tasks = []
     for task, rows in frame.groupby("task", sort=False):
         first = rows.iloc[0]
         accuracy = f"accuracy {_cell(first, 'accuracy')} %, " if first["accuracy"] == first["accuracy"] else ""
-        parts.append(heading(3, f"{TASKS[str(task)]} ({first['n_id']} images, {accuracy}all in percent)"))
-        for group, block in rows.groupby("group", sort=False):
-            parts.append(side_by_side(_score_table(block, str(group), metrics) for metrics in PAIRS))
-    parts.append(
-        paragraph(
-            "Bold: the best of its column, to the digits shown. Means over the sets of a group are unweighted.", "soft"
-        )
-    )
-    return parts + [paragraph(line, "soft") for line in footnotes(frame)]
+        heading = f"{TASKS[str(task)]} ({first['n_id']} images, {accuracy}all in percent)"
+        groups = rows.groupby("group", sort=False)
+        tasks.append((heading, [[_score_table(block, str(name), pair) for pair in PAIRS] for name, block in groups]))
+    return tasks
 
 
-def _score_table(block: pd.DataFrame, group: str, metrics: Sequence[str]) -> str:
+def _score_table(block: pd.DataFrame, group: str, metrics: Sequence[str]) -> Table:
     """Methods below each other, sets and their metrics side by side, the mean last."""
     methods = list(dict.fromkeys(block["method"]))
     datasets = list(dict.fromkeys(block["dataset"]))
@@ -259,10 +275,10 @@ def _score_table(block: pd.DataFrame, group: str, metrics: Sequence[str]) -> str
             bold |= {(row, place + 1) for row, value in enumerate(values) if _percent(value) == _percent(best)}
     rows = [[m, *(_cell(cells[m, dataset], metric) for dataset, metric in columns)] for m in methods]
     headings = [f"{f'{group} mean' if name == 'mean' else name}\n{NAMES[metric]}" for name, metric in columns]
-    return table([group, *headings], rows, frozenset(bold))
+    return Table(columns=[group, *headings], rows=rows, bold=frozenset(bold))
 
 
-def _search(report: CacheReport) -> list[str]:
+def _layers(report: CacheReport) -> Table:
     explanation = report.study.explanation
     explained = {} if explanation is None else explanation.layers.set_index("layer").to_dict("index")
     rows = []
@@ -274,18 +290,19 @@ def _search(report: CacheReport) -> list[str]:
         ])  # fmt: skip
     columns = ["layer", "bins", "saturation", "alpha", "state of", "edges", "weight"]
     columns += ["alone,\nAUROC %", "without it,\nAUROC %"]
-    parts = [table(columns, rows)]
-    if report.study.reason:
-        parts.append(paragraph(report.study.reason, "soft"))
-    checks = [
+    return Table(columns=columns, rows=rows)
+
+
+def _checks(report: CacheReport) -> Table:
+    rows = [
         [row.method, *(_percent(value) for value in (row.val_auroc, row.val_fpr95, row.subtrain_auroc))]
         for row in report.overfitting.itertuples()
     ]
     columns = ["id/val against", "ood/val,\nAUROC %", "ood/val,\nFPR@95 %", "id/subtrain,\nAUROC %"]
-    return [*parts, table(columns, checks)]
+    return Table(columns=columns, rows=rows)
 
 
-def _provenance(report: CacheReport, level: int) -> list[str]:
+def _provenance(report: CacheReport) -> list[Table]:
     cache, summary = report.cache, summarise_cache(report.cache)
     facts: dict[str, Any] = {"cache": summary["path"], **summary["identity"], **summary["information"]}
     facts.pop("options", None)  # the command has them
@@ -298,10 +315,9 @@ def _provenance(report: CacheReport, level: int) -> list[str]:
         images = split.images
         splits.append([name, str(split.rows), str(images.get("list", "")), str(images.get("sha256", ""))[:16]])
     return [
-        heading(level, "Provenance"),
-        table(["", ""], rows, kind="text"),
-        table(["layer", "module", "pooling", "neurons"], layers, kind="left"),
-        table(["split", "images", "list", "sha256 of the list"], splits, kind="left"),
+        Table(columns=["", ""], rows=rows, kind="text"),
+        Table(columns=["layer", "module", "pooling", "neurons"], rows=layers, kind="left"),
+        Table(columns=["split", "images", "list", "sha256 of the list"], rows=splits, kind="left"),
     ]
 
 

@@ -1,11 +1,18 @@
-"""How far a command is: a line that is written over on a terminal, a line a minute elsewhere."""
+"""How far a command is: a bar that is written over on a terminal, a line a minute elsewhere."""
 
 from __future__ import annotations
 
+import gc
 import io
+import os
+import pty
+import re
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +24,8 @@ from nacpipe.cli import main
 from nacpipe.cli import output as show
 from nacpipe.cli.output import Progress
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
@@ -27,6 +36,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
     monkeypatch.setattr(show.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     return now
 
 
@@ -42,22 +52,77 @@ def drain(stream: io.StringIO) -> str:
     return text
 
 
-def test_a_terminals_line_moves_with_every_batch(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+def test_a_terminals_bar_moves_with_every_batch(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
     stream = watch(monkeypatch, Terminal())
     progress = Progress("extract", {"id/train": 300, "id/val": 100}, {"id/train": 100})
+    assert drain(stream).strip("\r ") == "extract:  25%|██▄       | 100/400 [00:00<?, ?it/s]"
     clock[0] += 2
     progress.step(20, "id/train")
-    assert drain(stream) == "\r\x1b[Kextract id/train 120/300  total 120/400  10/s  0:28 left"
+    assert drain(stream).strip("\r ") == "extract id/train 120/300:  30%|███       | 120/400 [00:02<00:28, 10.00it/s]"
     clock[0] += 0.05
     progress.step(20, "id/train")
     assert drain(stream) == ""  # no more than ten times a second
     clock[0] += 1.95
     progress.step(160, "id/train")
-    assert drain(stream) == "\r\x1b[Kextract id/train 300/300  total 300/400  50/s  0:02 left"
+    line = "extract id/train 300/300:  75%|███████▄  | 300/400 [00:04<00:02, 50.00it/s]"
+    assert drain(stream).strip("\r ") == line
     progress.note("id/train: accuracy 99 %")
-    assert drain(stream) == "\r\x1b[Kid/train: accuracy 99 %\n"
+    cleared, noted = drain(stream).split("id/train: accuracy 99 %\n")
+    assert cleared == "\r" + " " * len(line) + "\r"
+    assert noted.strip("\r ") == line  # it is shown again below the note
     progress.step(100, "id/val")
-    assert drain(stream) == "\r\x1b[Kextract id/val 100/100  total 400/400  75/s  0:00 left\n"
+    last = "extract id/val 100/100: 100%|██████████| 400/400 [00:04<00:00, 75.00it/s]"
+    assert drain(stream) == f"\r{last}  \n"  # spaces over the rest of the longer line
+
+
+def test_a_bar_counts_trials_and_shows_the_best(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    stream = watch(monkeypatch, Terminal())
+    progress = Progress("search", {"": 200}, {"": 100}, unit="trial")
+    clock[0] += 10
+    progress.step(20, more="best 98.20 %")
+    shown = drain(stream).split("\r")[-1]
+    assert shown.strip() == "search:  60%|██████    | 120/200 [00:10<00:40,  2.00trial/s, best 98.20 %]"
+
+
+def test_bytes_are_shown_by_their_powers(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    stream = watch(monkeypatch, Terminal())
+    progress = Progress("unpack", {"bytes": 4_000_000_000}, unit="B")
+    clock[0] += 10
+    progress.step(1_000_000_000, "bytes")
+    shown = drain(stream).split("\r")[-1]
+    assert shown.strip() == "unpack bytes:  25%|██▄       | 1.00G/4.00G [00:10<00:30, 100MB/s]"
+
+
+def test_nothing_left_to_do_shows_nothing(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    stream = watch(monkeypatch, Terminal())
+    with Progress("search", {"": 200}, {"": 200}) as progress:
+        progress.note("a note")
+    assert drain(stream) == "a note\n"
+
+
+def test_an_early_end_ends_the_line(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    """What is printed after an interrupt, an error or a time limit begins a line; the bar is not shown again."""
+    stream = watch(monkeypatch, Terminal())
+    with pytest.raises(KeyboardInterrupt), Progress("search", {"": 200}) as progress:
+        clock[0] += 1
+        progress.step(20)
+        drain(stream)
+        raise KeyboardInterrupt
+    assert drain(stream) == "\rsearch:  10%|█         | 20/200 [00:01<00:09, 20.00it/s]\n"
+    del progress
+    gc.collect()
+    assert drain(stream) == ""
+
+
+def test_a_terminal_that_is_closed_meanwhile(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    watch(monkeypatch, Terminal())
+    with Progress("search", {"": 200}) as progress:
+        sys.stderr.close()
+        clock[0] += 1
+        progress.step(20)
+        clock[0] += 1
+        progress.step(20)
+    assert progress.done == 40
 
 
 def test_elsewhere_there_is_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
@@ -102,9 +167,10 @@ def test_who_does_not_speak_shows_nothing(
 def test_foreign_names_do_not_reach_the_terminal_raw(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
     stream = watch(monkeypatch, Terminal())
     progress = Progress("verify", {"ood/near/a\x1b[2J": 10})
+    drain(stream)
     clock[0] += 1
     progress.step(5, "ood/near/a\x1b[2J")
-    assert drain(stream) == "\r\x1b[Kverify ood/near/a\\x1b[2J 5/10  5.0/s  0:01 left"
+    assert drain(stream) == "\rverify ood/near/a\\x1b[2J:  50%|█████     | 5/10 [00:01<00:01,  5.00it/s]"
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -141,6 +207,32 @@ def test_search(nacpipe: Callable[..., Result], small_cache: Cache, tmp_path: Pa
     assert "  best " in done.stderr
     done = nacpipe("search", tmp_path / "c.zarr", "--trials", 5)
     assert counts(done, "search ") == ["search 4/5", "search 5/5"]
+
+
+def test_an_interrupt_on_a_terminal_leaves_a_clean_line(small_cache: Cache, tmp_path: Path) -> None:
+    shutil.copytree(small_cache.path, tmp_path / "c.zarr")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "nacpipe", "search", "c.zarr", "--space", "paper", "--trials", "1000000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, cwd=tmp_path, env=environment) as process:
+        os.close(theirs)
+        shown, interrupted = b"", False
+        with suppress(OSError):  # EIO: the other end is closed
+            while chunk := os.read(ours, 65536):
+                shown += chunk
+                if b"trial/s, best " in shown and not interrupted:
+                    interrupted = True
+                    process.send_signal(signal.SIGINT)
+    os.close(ours)
+    assert process.returncode == 130
+    bar, *rest = shown.decode().removesuffix("\r\n").split("\r\n")
+    assert re.search(r"\rsearch: +0%\|.*\| \d+/1000000 \[.*trial/s, best \d+\.\d\d %\] *$", bar)
+    assert rest == [
+        "wrote c.params.json",
+        "",
+        "nacpipe: interrupted; what was written is safe, go on with:"
+        " nacpipe search c.zarr --space paper --trials 1000000",
+    ]
 
 
 def test_score(nacpipe: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

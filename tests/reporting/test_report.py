@@ -179,13 +179,17 @@ def test_parameters_that_no_study_here_found(place: Path) -> None:
 
 def test_foreign_names_are_text(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
     evil = "<script>alert('$x_$')</script>&amp;"
-    cache = make_cache(
-        tmp_path / "c.zarr", rows={f"ood/far/{evil.replace('/', '|')}": 20}, identity={"architecture": evil}
-    )
+    name = evil.replace("/", "|")
+    cache = make_cache(tmp_path / "c.zarr", rows={f"ood/far/{name}": 20}, identity={"architecture": evil})
     write_params(tmp_path / "c.params.json", PARAMS)
     report = read_cache_report(cache, PARAMS)
-    page = Reader(render_report([report], tabulate([report.run]), f"nacpipe {evil}", [draw_cache_report(report)]))
+    text = render_report([report], tabulate([report.run]), f"nacpipe {evil}", [draw_cache_report(report)])
+    page = Reader(text)
     assert "script" not in page.tags
+    assert "<script" not in text
+    far = next(table for table in page.tables if table[0][0] == "far")
+    assert f"{name} AUROC ↑" in far[0]
+    assert name in [row[0].removeprefix("ood/far/") for table in page.tables for row in table]  # in the provenance
     assert page.text.count(evil) >= 3  # title, heading, command
 
 
