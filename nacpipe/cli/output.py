@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +181,7 @@ class Progress:
                 mininterval=REDRAW,
                 miniters=1,  # a step that is slower than those before is shown too
                 smoothing=0,  # the mean rate, as without a terminal
-                dynamic_ncols=True,
+                **_size(),
                 ascii=" ▁▂▃▄▅▆▇█",  # characters that `streams` can replace
                 unit=unit,
                 unit_scale=unit == "B",
@@ -226,6 +227,14 @@ class Progress:
         """Print a line to stderr above the progress."""
         with nullcontext() if self._bar is None else self._bar.external_write_mode(sys.stderr):
             note(text)
+
+
+def _size() -> dict[str, Any]:
+    """The size for tqdm, which shows nothing on a terminal of 0 columns, as a new one in a container can be."""
+    with suppress(OSError, ValueError):  # no file: tqdm has a width of its own
+        if 0 in os.get_terminal_size(sys.stderr.fileno()):
+            return {"ncols": 79, "nrows": 24}
+    return {"dynamic_ncols": True}
 
 
 def _clock(seconds: float) -> str:

@@ -210,6 +210,7 @@ def test_search(nacpipe: Callable[..., Result], small_cache: Cache, tmp_path: Pa
 
 
 def test_an_interrupt_on_a_terminal_leaves_a_clean_line(small_cache: Cache, tmp_path: Path) -> None:
+    """The terminal says that it has no columns, as a new one does."""
     shutil.copytree(small_cache.path, tmp_path / "c.zarr")
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "nacpipe", "search", "c.zarr", "--space", "paper", "--trials", "1000000"]
