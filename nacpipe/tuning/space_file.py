@@ -22,9 +22,9 @@ from nacpipe.errors import InputError, ParamsError
 from nacpipe.method.coverage import Edges, Source, layer_of, source_of
 from nacpipe.method.params import LayerParams
 from nacpipe.method.published import published_grid
-from nacpipe.method.term import Term, parse_term
+from nacpipe.method.term import parse_term
 from nacpipe.scoring.states import held_layers
-from nacpipe.scoring.views import available_terms
+from nacpipe.scoring.views import available_terms, list_terms
 from nacpipe.tuning.space import FIELDS, Choice, Dimension, Given, Interval
 
 NAMED = ("auto", "paper", "wide", "terms")  # these take any layers
@@ -79,13 +79,15 @@ def _default_layers(cache: Cache) -> list[str]:
 
 
 def _available(cache: Cache, layers: Sequence[str]) -> dict[str, Given]:
-    """Every term that the data allow; of a layer that is named with its source or view, these alone."""
-    wanted = [parse_term(name) for name in layers] or [Term(layer=name) for name in held_layers(cache)]
-    held = [term for term in wanted if term.layer not in held_layers(cache)]  # refused by name later
-    for term in available_terms(cache):
-        if any(one in (Term(layer=term.layer), term) for one in wanted):
-            held.append(term)
-    return {term.name: {"source": Choice((term.source,))} for term in held}
+    """Every term that the data allow; a name with a source or a view stands for that term alone."""
+    names, held = layers or held_layers(cache), held_layers(cache)
+    terms = {
+        term: term for term in (parse_term(name) for name in names if name not in held)
+    }  # refused later if unknown
+    terms |= {term: term for term in available_terms(cache) if term.layer in names}
+    order = {term: place for place, term in enumerate(list_terms(cache))}
+    listed = sorted(terms, key=lambda term: order.get(term, len(order)))
+    return {term.name: {"source": Choice((term.source,))} for term in listed}
 
 
 def _terms(cache: Cache, layers: Sequence[str]) -> dict[str, Given]:

@@ -210,10 +210,10 @@ def cache(small_cache: Cache, tmp_path: Path) -> str:
 
 
 def test_a_search_from_beginning_to_end(cache: str, tmp_path: Path) -> None:
-    printed = nacpipe("search", cache, "--trials", "30")
+    printed = nacpipe("search", cache, "--space", "paper", "--trials", "30")
     assert printed.exit_code == 0
     lines = printed.stdout.splitlines()
-    assert lines[0].split() == ["layer", "bins", "saturation", "alpha", "weight", "alone,", "AUROC", "%"]
+    assert lines[0].split() == ["term", "bins", "saturation", "alpha", "weight", "alone,", "AUROC", "%"]
     assert [line.split()[0] for line in lines[1:3]] == ["avgpool", "layer1"]
     assert lines[4].startswith("id/val against ood/val: AUROC ")
     assert lines[5].startswith("overfitting check, id/val against id/subtrain: AUROC ")
@@ -222,23 +222,23 @@ def test_a_search_from_beginning_to_end(cache: str, tmp_path: Path) -> None:
     assert printed.stderr.splitlines() == [f"wrote {target}", f"next: nacpipe evaluate {cache}"]
     assert json.loads(target.read_text())["result"]["trials"] == 30
     assert nacpipe("evaluate", cache).exit_code == 0
-    again = nacpipe("search", cache, "--trials", "20")
+    again = nacpipe("search", cache, "--space", "paper", "--trials", "20")
     assert again.stderr.startswith("the study has 30 completed trials already; more with --trials N\n")
     assert again.stdout == printed.stdout
-    assert nacpipe("search", cache, "--status").stdout == printed.stdout
+    assert nacpipe("search", cache, "--space", "paper", "--status").stdout == printed.stdout
 
 
 def test_json_is_all_of_stdout(cache: str, tmp_path: Path) -> None:
-    plan = json.loads(nacpipe("search", cache, "--dry-run", "--json").stdout)
+    plan = json.loads(nacpipe("search", cache, "--space", "paper", "--dry-run", "--json").stdout)
     assert (plan["done"], plan["trials"]) == (0, 2000)
     assert set(plan["space"]) == {"avgpool", "layer1"}
     output = str(tmp_path / "out.json")
-    printed = nacpipe("search", cache, "--trials", "3", "--json", "--output", output)
+    printed = nacpipe("search", cache, "--space", "paper", "--trials", "3", "--json", "--output", output)
     found = json.loads(printed.stdout)
     assert found == json.loads(Path(output).read_text())
     assert NacParams.from_json(found) == read_params(output)
     assert printed.stderr.splitlines()[-1] == f"next: nacpipe evaluate {cache} --params {output}"
-    status = json.loads(nacpipe("search", cache, "--status", "--json").stdout)
+    status = json.loads(nacpipe("search", cache, "--space", "paper", "--status", "--json").stdout)
     assert status == {**found, "result": {**found["result"], "ended": "stopped"}}
     assert json.loads(nacpipe("evaluate", cache, "--params", output, "--json").stdout)[0]["method"] == "NAC"
     summary = json.loads(nacpipe("inspect", cache, "--json").stdout)
@@ -246,6 +246,32 @@ def test_json_is_all_of_stdout(cache: str, tmp_path: Path) -> None:
     layer = json.loads(nacpipe("inspect", cache, "id/val", "layer1", "--params", output, "--json").stdout)
     assert [row["value"] for row in layer["values"]] == ["activation", "gradient", "product", "state"]
     assert sum(row["count"] for row in layer["bins"]) == pytest.approx(60)
+
+
+def test_the_default_search_takes_every_term_and_is_cross_validated(cache: str, tmp_path: Path) -> None:
+    printed = nacpipe("search", cache)
+    assert printed.exit_code == 0, printed.output
+    lines = printed.stdout.splitlines()
+    names = {
+        f"{layer}{source}" for layer in ("avgpool", "layer1", "logits") for source in ("", ":activation", ":gradient")
+    }
+    assert {line.split()[0] for line in lines[1:19]} == names | {f"{name}:components" for name in names}
+    assert lines[20].startswith("id/val against ood/val: AUROC ")
+    assert re.fullmatch(
+        r"cross-validated: AUROC \d+\.\d\d % over images \(\w+ \d+\.\d\d %\), \d+\.\d\d % over the classes that ood/val"
+        r" is taken for",
+        lines[21],
+    )
+    assert lines[23].startswith("1081 trials in ")  # 18 terms, 60 trials each, and all together
+    stored = json.loads((tmp_path / "c.params.json").read_text())
+    crossed = stored["result"]["cross_validated"]
+    assert set(crossed) == {"images", "clusters", "guide"}
+    assert 0.5 < crossed["images"] <= 1
+    assert stored["result"]["guide"] in ("MSP", "MaxLogit", "Energy", "Entropy", "GEN")
+    assert sum(layer["weight"] for layer in stored["layers"].values()) == pytest.approx(1)
+    assert nacpipe("search", cache, "--status").stdout == printed.stdout
+    assert nacpipe("search", cache, "--explain").exit_code == 0
+    assert nacpipe("evaluate", cache).exit_code == 0
 
 
 @pytest.mark.parametrize("storage", ["{}/s.log", "sqlite:///{}/s.db"])

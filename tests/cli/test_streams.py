@@ -386,7 +386,7 @@ def in_thread(function: Callable[[], Any]) -> Any:
     [
         (["--help"], 0, "Usage: nacpipe "),
         (["search", "--help"], 0, "Usage: nacpipe search "),
-        (["search", "c.zarr", "--trials", "3"], 0, "layer "),
+        (["search", "c.zarr", "--trials", "3"], 0, "term "),
         (["evaluate", "c.zarr", "--params", "p.json"], 0, "OOD: ID is id/test"),
         (["search", "nosuch.zarr"], 1, ""),
         (["search", "--nosuch"], 2, ""),

@@ -234,7 +234,7 @@ def test_shares_of_states(alpha: float, expected: tuple[float, float]) -> None:
 
 
 def test_a_useful_alpha_is_the_search_s(small_cache: Cache) -> None:
-    space = Search(SearchRequest(cache=Path(small_cache.path)), create=False).space
+    space = Search(SearchRequest(cache=Path(small_cache.path)), create=False).objective.space
     for layer in ("avgpool", "layer1"):
         alpha = space[layer].alpha["product"]
         assert suggest_alpha(small_cache, layer) == (alpha.low, alpha.high)  # type: ignore[union-attr]

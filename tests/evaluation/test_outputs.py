@@ -17,7 +17,7 @@ from nacpipe.cache.validation import root_problems
 from nacpipe.cli import main
 from nacpipe.detector.export import export_detector
 from nacpipe.detector.file import Exported
-from nacpipe.errors import DetectorError, InputError, ParamsError
+from nacpipe.errors import DetectorError, ParamsError
 from nacpipe.evaluation.inspection import rank_rows
 from nacpipe.evaluation.method_scores import score_cache
 from nacpipe.evaluation.model_selection import rank_checkpoints
@@ -29,8 +29,6 @@ from nacpipe.reporting.report import check_overfitting
 from nacpipe.scoring.coverage import fit_coverage
 from nacpipe.scoring.params_file import write_params
 from nacpipe.scoring.states import check_layers, has_classes, has_logits, held_layers, outputs_of
-from nacpipe.tuning.request import SearchRequest
-from nacpipe.tuning.study import Search
 
 PARAMS = NacParams(layers={"avgpool": LayerParams(bins=20, saturation=5, alpha=0.5)})
 KINDS = ("probabilities", "log-probabilities")
@@ -96,10 +94,8 @@ def test_energy_is_no_yardstick(caches: Mapping[str, Cache], tmp_path: Path, out
     assert "Energy" not in done.output
     assert "id/val against ood/val: AUROC " in done.stdout
     result = json.loads((tmp_path / "p.json").read_text())["result"]
-    assert (result["energy_val_auroc"], result["overfits"]) == (None, False)
+    assert (result["guide"], result["guide_val_auroc"], result["overfits"]) == (None, None, False)
     assert list(check_overfitting(cache, fit_coverage(cache, PARAMS))["method"]) == ["NAC"]
-    with pytest.raises(InputError, match=rf"holds {outputs}, not logits: without Energy, search for auroc$"):
-        Search(SearchRequest(cache=cache.path, objective="guided", storage="x.log", output=tmp_path / "q.json"))
     write_params(tmp_path / "mine.json", PARAMS)
     done = CliRunner().invoke(main, ["evaluate", cache.path, "--params", str(tmp_path / "mine.json")])
     assert done.stderr == f"MaxLogit, Energy are left empty: {why_no_logits(outputs)}\n"
