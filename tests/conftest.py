@@ -181,6 +181,12 @@ def build_header(path: str | Path, identity: Mapping[str, object] | None = None)
     )
 
 
+@pytest.fixture(scope="session")
+def write_cache() -> Callable[..., Cache]:
+    """The function `build_cache` itself, for a test that changes what is written."""
+    return build_cache
+
+
 def build_cache(
     path: str | Path,
     *,

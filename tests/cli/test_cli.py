@@ -319,7 +319,7 @@ def test_an_interrupted_search_says_how_to_go_on(cache: str, tmp_path: Path, num
     assert "Traceback" not in stderr
     go_on = f"nacpipe search {cache} --trials 1000000"
     assert stderr.splitlines()[-1] == f"nacpipe: interrupted; what was written is safe, go on with: {go_on}"
-    assert stdout.startswith("layer ")
+    assert stdout.startswith("term ")
     result = json.loads((tmp_path / "c.params.json").read_text())["result"]
     assert result["ended"] == "interrupted"
     assert result["trials"] >= 13  # of twenty lines, seven make the study

@@ -41,7 +41,7 @@ def convert(logits: NDArray[np.float32], outputs: str) -> NDArray[np.float32]:
 
 
 @pytest.fixture(scope="module")
-def caches(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Cache]:
+def caches(write_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Cache]:
     """The same network with logits, probabilities and their logarithms."""
     made: dict[str, Cache] = {}
     write = append.CacheWriter.write_block
@@ -57,7 +57,7 @@ def caches(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFa
                 )
             identity = {} if outputs == "logits" else {"outputs": outputs}
             path = tmp_path_factory.mktemp("outputs") / f"{outputs}.zarr"
-            made[outputs] = make_cache(path, rows=ROWS, identity=identity)
+            made[outputs] = write_cache(path, rows=ROWS, identity=identity)
     return made
 
 

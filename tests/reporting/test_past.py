@@ -43,7 +43,7 @@ def test_the_study_is_found_again(make_cache: Callable[..., Cache], tmp_path: Pa
     assert (found.reason, found.source) == ("", str(tmp_path / "c.params.json"))
     assert found.explanation is not None
     written = json.loads((tmp_path / "c.params.json").read_text())
-    guided = "--space" not in asked and "--objective" not in asked and "--sampler" not in asked
+    guided = "--space" not in asked and "--objective" not in asked
     shown = "val_fpr95" if "fpr95" in asked else "val_correlation" if guided else "val_auroc"
     assert found.explanation.history["best"].iloc[-1] == written["result"][shown]
     values = found.explanation.parameters.set_index(["layer", "parameter"])["value"]
