@@ -65,6 +65,10 @@ class ValuesError(CacheError):
     """NaN or infinity among the cached values."""
 
 
+class NoValuesError(ValuesError):
+    """A term tells nothing: all of its values are 0, or all are the same."""
+
+
 class DownloadError(NacError):
     """An archive cannot be fetched or unpacked, or lacks files."""
 

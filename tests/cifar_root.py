@@ -96,7 +96,6 @@ def digits_cache(common: Path) -> Path:
                 cache=path,
                 device="cpu",
                 splits=("id/train", "id/val", "ood/val"),
-                command=f"nacpipe extract digits --cache {path}",
             )
         )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nacpipe.errors import ValuesError
+from nacpipe.errors import NoValuesError
 from nacpipe.method.class_groups import ClassGroups
 from nacpipe.method.components import Components, fit_components
 from nacpipe.method.counting import SparseCounts, count_groups, count_sorted, fill_grouped_rows, fill_rows
@@ -125,5 +125,7 @@ def find_components(name: str, train: NDArray[np.float32]) -> Components:  # (sa
         ValuesError: the values are all the same, naming the term.
     """
     if (components := fit_components(train)) is None:
-        raise ValuesError(f"term {name!r} has no components: all images of id/train have the same values; leave it out")
+        raise NoValuesError(
+            f"term {name!r} has no components: all images of id/train have the same values; leave it out"
+        )
     return components

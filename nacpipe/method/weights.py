@@ -32,7 +32,8 @@ def ridge_weights(
     own = covariance[np.ix_(varies, varies)]
     weights[varies] = solve_nonnegative(own + ridge * np.diag(np.diag(own)), gain[varies])
     if weights.sum() <= 0:
-        weights[int(np.where(varies, gain, -np.inf).argmax())] = 1.0
+        spread = np.sqrt(np.where(varies, np.diag(covariance), 1.0))
+        weights[int(np.where(varies, gain / spread, -np.inf).argmax())] = 1.0
     return np.asarray(weights / weights.sum())
 
 

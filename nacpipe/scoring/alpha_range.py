@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from nacpipe.errors import ValuesError
+from nacpipe.errors import NoValuesError
 from nacpipe.method.sorted_index import GroupedIndex, LayerIndex
 from nacpipe.method.term import Source
 
@@ -24,7 +24,7 @@ def measure_alpha(layer: str, source: Source, index: LayerIndex | GroupedIndex) 
     """
     sizes = _sizes(index)
     if sizes.size == 0:
-        raise ValuesError(f"layer {layer!r}: every {source} of id/train is 0; leave it out with --layers")
+        raise NoValuesError(f"layer {layer!r}: every {source} of id/train is 0; leave it out with --layers")
     median, large = (_quantile(sizes, level) for level in (0.5, 0.99))
     return FLAT / large, STEEP / median
 

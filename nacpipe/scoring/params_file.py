@@ -60,7 +60,7 @@ def find_params(cache: Cache, choice: str | None, warn: Callable[[str], None] = 
 def _found_here(cache: Cache, params: NacParams, path: str | Path) -> bool:
     """False where the file says that it was found on other states; a file that says nothing is taken as it is."""
     made_by = read_section(path, "made_by")
-    layers = tuple(map(layer_of, params.layers))
+    layers = tuple(dict.fromkeys(map(layer_of, params.layers)))
     if not set(layers) <= set(held_layers(cache)):
         return True  # fitting refuses them by name
     splits = bound_splits(str(made_by.get("val", VAL)))

@@ -27,7 +27,7 @@ from optuna.trial import FixedTrial, FrozenTrial, Trial
 
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.identity import VAL, bound_splits
-from nacpipe.errors import InputError, ParamsError
+from nacpipe.errors import InputError, NoValuesError, ParamsError
 from nacpipe.method.class_groups import count_groups_for
 from nacpipe.method.cross_validation import cluster_folds, cross_validate, image_folds
 from nacpipe.method.guide import choose_guide, guided_target, score_plainly
@@ -80,7 +80,6 @@ class Objective:
         self.objective: ObjectiveName = objective or ("guided" if space == "auto" else "auroc")
         spec = read_spec(str(space), self.cache, layers)
         check_layers(self.cache, list(spec))
-        self.layers = tuple(spec)
         self.val = _check_val(self.cache, val)
         self.splits = bound_splits(self.val)
         with_subtrain = SUBTRAIN in self.cache and self.cache.peek(SUBTRAIN).sealed  # nothing is chosen by it
@@ -102,10 +101,20 @@ class Objective:
         self.evaluator = Evaluator(self.scorer, self.val, target)
         self.train_rows = self.cache["id/train"].rows
         train_index = index_from(self.cache, ()) if one_by_one else index
-        self.space: Space = {
-            name: measure_space(name, train_index, self._counted(name), {**self._few_bins(name), **given})
-            for name, given in spec.items()
-        }
+        self.space: Space = {}
+        refused: NoValuesError | None = None
+        for name, given in spec.items():
+            try:
+                wanted = {**self._few_bins(name), **given}
+                self.space = {**self.space, name: measure_space(name, train_index, self._counted(name), wanted)}
+            except NoValuesError as error:
+                if space != "auto":
+                    raise
+                refused = error  # a term without values tells nothing
+        if not self.space:
+            assert refused is not None
+            raise refused
+        self.layers = tuple(self.space)
         self.fits = fits_weights(self.space)
         if not self.fits and all(layer.weights()[0] == 0 for layer in self.space.values()):
             raise InputError("every layer's weight may be 0 at once, which is no score; keep one layer's above 0")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
@@ -228,18 +228,18 @@ def _open_database(where: str, write: bool) -> RDBStorage:
         for attempt in range(ATTEMPTS):
             try:
                 return RDBStorage(with_driver(where), skip_table_creation=not write, **heartbeat)
-            except StorageInternalError as error:
+            except Exception as error:
                 if attempt + 1 == ATTEMPTS or not _made_by_another(error):
                     raise
             time.sleep(0.2 * 2**attempt)
     raise AssertionError("the loop returns or raises")
 
 
-def _made_by_another(error: StorageInternalError) -> bool:
+def _made_by_another(error: Exception) -> bool:
     """Return whether another process made the same tables in the same moment."""
     import sqlalchemy
 
-    return isinstance(error.__cause__, sqlalchemy.exc.IntegrityError | sqlalchemy.exc.ProgrammingError)
+    return isinstance(error.__cause__ or error, sqlalchemy.exc.IntegrityError | sqlalchemy.exc.ProgrammingError)
 
 
 def _make_sqlite(where: str) -> None:

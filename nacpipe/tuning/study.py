@@ -6,7 +6,7 @@ moment loses the trial that it was computing and nothing else (runner.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -55,20 +55,23 @@ class Search:
         self.cache = self.objective.cache
         self.trials = _trials(request, self.make_sampler(0))
         self.study = self._open(create)
+        self._chosen: tuple[str, ...] = ()
+        """The terms of the result: those that were not tried yet are none of them."""
 
     def make_sampler(self, finished: int) -> BaseSampler:
         """Return the sampler of a study that has so many finished trials."""
         return make_sampler(self.request.how, self.objective, self.request.seed, finished)
 
-    def _identity(self) -> dict[str, Any]:
-        layers = tuple(map(layer_of, self.objective.layers))
+    def _identity(self, terms: Collection[str]) -> dict[str, Any]:
+        """The states of these terms' layers that the search reads."""
+        layers = tuple(dict.fromkeys(map(layer_of, terms)))
         return self.cache.search_identity(self.objective.splits, layers)
 
     def _open(self, create: bool) -> optuna.Study | None:
         request = self.request
         if not create and not is_there(request.where):
             return None
-        identity = self._identity()
+        identity = self._identity(self.objective.layers)
         bound = {
             "identity": identity,
             "objective": request.aim,
@@ -158,8 +161,11 @@ class Search:
         """Return the best trial's parameters; of terms that were tried alone, the best of each together."""
         sampler = self.make_sampler(0)
         if isinstance(sampler, TermwiseSampler) and self.study is not None:
-            return sampler.together(self.study)
-        return self.objective.params(best_trial(trials, self.request.aim))
+            params = sampler.together(self.study)
+        else:
+            params = self.objective.params(best_trial(trials, self.request.aim))
+        self._chosen = tuple(params.layers)
+        return params
 
     def alone(self, trials: Sequence[FrozenTrial]) -> dict[str, float]:
         """Return layer → the best validation AUROC that it reached alone, where it was tried."""
@@ -177,7 +183,7 @@ class Search:
         return {
             "nacpipe": nacpipe.__version__,
             "cache": self.cache.path,
-            "fingerprint": fingerprint(self._identity()),
+            "fingerprint": fingerprint(self._identity(self._chosen or self.objective.layers)),
             "study": request.shown,
             "study_name": request.study_name,
             "sampler": request.how,

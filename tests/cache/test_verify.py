@@ -279,7 +279,7 @@ def test_a_split_whose_attributes_are_damaged_is_dropped(path: Path, whole: Cach
         ("ood/val", "has no zarr.json: it was lost, or a removal was interrupted")
     ]
     assert repair_cache(path) == [
-        "ood/val: has no zarr.json: it was lost, or a removal was cut short; the split is dropped and is to be"
+        "ood/val: has no zarr.json: it was lost, or a removal was interrupted; the split is dropped and is to be"
         " extracted again"
     ]
     assert not (path / "ood/val").exists()
@@ -325,7 +325,7 @@ def test_a_damaged_root_is_refused_and_nothing_is_changed(
 
 def test_a_cache_of_another_version_is_refused_in_the_readers_words(path: Path) -> None:
     edit(path / "zarr.json", nacpipe_format=7)
-    with pytest.raises(FormatError, match=r"has format version 7, .* extract anew into another --cache$"):
+    with pytest.raises(FormatError, match=r"has format version 7, .* extract again into another --cache$"):
         repair_cache(path)
 
 

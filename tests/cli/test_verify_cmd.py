@@ -83,7 +83,10 @@ def test_what_is_no_cache_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_damaged_cache_gives_no_score(damaged: Path, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('{"layers": {"layer1": {"bins": 20, "saturation": 5, "alpha": 0.5}}}')
-    for command in (["search", "c.zarr", "--trials", "2"], ["inspect", "c.zarr", "id/val", "layer1"]):
+    for command in (
+        ["search", "c.zarr", "--space", "paper", "--trials", "2"],
+        ["inspect", "c.zarr", "id/val", "layer1"],
+    ):
         done = nacpipe(*command)
         assert done.exit_code == 1
         assert "id/val/layer1/gradient is damaged" in done.stderr

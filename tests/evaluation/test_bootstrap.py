@@ -182,7 +182,7 @@ def test_confidence_as_printed(cache: Cache, run: ScoredCache) -> None:
     lines = invoke(*options).stdout.splitlines()
     first = table.iloc[0]
     assert f"{100 * first['auroc']:.2f} [{100 * first['auroc_low']:.2f}, {100 * first['auroc_high']:.2f}]" in lines[3]
-    assert lines[-1] == "[…]: 0.9 bootstrap intervals of 50 draws of the images"
+    assert lines[-2] == "[…]: 0.9 bootstrap intervals of 50 draws of the images"
     assert invoke(cache.path, "--resamples", "50").exit_code == 2
 
 

@@ -50,7 +50,7 @@ def change(small_cache: Cache, tmp_path: Path) -> Callable[..., Cache]:
 
 
 def search(cache: Cache, tmp_path: Path) -> Search:
-    request = SearchRequest(cache=Path(cache.path), trials=3, storage=str(tmp_path / "s.log"))
+    request = SearchRequest(cache=Path(cache.path), space="paper", trials=3, storage=str(tmp_path / "s.log"))
     found = Search(request)
     run(found)
     return found

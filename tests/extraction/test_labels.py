@@ -111,7 +111,7 @@ def test_labels_of_ood_sets_and_of_sets_that_are_not_asked_for_are_not_looked_at
 
 @pytest.fixture
 def wrong_cache(
-    make_cache: Callable[..., Cache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_cache: Callable[..., Cache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[dict[str, int]], Cache]:
     """The function that makes a cache in which the first labels of a split are of class 12 and −1."""
 
@@ -127,7 +127,7 @@ def wrong_cache(
 
         with monkeypatch.context() as patch:
             patch.setattr(CacheWriter, "write_block", write_block)
-            return make_cache(tmp_path / "c.zarr", rows={"csid/shifted": 25})
+            return write_cache(tmp_path / "c.zarr", rows={"csid/shifted": 25})
 
     return make
 

@@ -81,13 +81,13 @@ def fill_by_rows(train: Products, queries: Products, borders: Borders, saturatio
 
 def fill_in_torch(train: Products, queries: Products, borders: Borders, saturation: int) -> NDArray[np.int64]:
     torch = pytest.importorskip("torch")
-    from nacpipe.detector.file import ExportedLayer
     from nacpipe.detector.module import Lookup
+    from nacpipe.method.fitted_term import FittedTerm
 
     counts = count_sorted(sort_columns(train), borders)
     params = LayerParams(bins=borders.size, saturation=saturation, alpha=1.0)  # the borders are what counts
-    layer = ExportedLayer(name="a", path="a", pooling="none", params=params, borders=borders, counts=counts)
-    return Lookup(layer).on_device(torch.from_numpy(queries))
+    fitted = FittedTerm(name="a", params=params, borders=borders, table=counts)
+    return Lookup(fitted).on_device(torch.from_numpy(queries))
 
 
 each_fill = pytest.mark.parametrize("fill", [fill, fill_by_rows, fill_in_torch])

@@ -320,7 +320,7 @@ def test_detectors_and_counts_see_the_value_before_it_is_overwritten() -> None:
     params = NacParams(layers={"norm": LayerParams(bins=9, saturation=3, alpha=2.0)})
     ours, theirs = (fit_detector(one, params, [images[:20], images[20:]], {}) for one in (network, plain))
     assert isinstance(ours, Detector)
-    np.testing.assert_array_equal(ours._lookups[0].layer.counts, theirs._lookups[0].layer.counts)
+    np.testing.assert_array_equal(ours._lookups[0].fitted.counts, theirs._lookups[0].fitted.counts)
     assert torch.equal(ours(images).score, theirs(images).score)
 
 
@@ -441,8 +441,8 @@ def test_snapshots_and_fit_take_names_too(tmp_path: Path) -> None:
         Snapshots(tmp_path, {"id/train": []}, ["features"])
     params = NacParams(layers={"maps": LayerParams(bins=9, saturation=3, alpha=2.0)})
     detector = fit_detector(network, params, [images], {}, {"maps": "features"})
-    layer = detector._lookups[0].layer
-    assert (layer.name, layer.path, layer.counts.shape) == ("maps", "features", (1280, 8))
+    layer = detector._lookups[0].fitted
+    assert (layer.name, layer.counts.shape) == ("maps", (1280, 8))
 
 
 # --- hooks with keywords ----------------------------------------------------------------------------------------------

@@ -104,7 +104,19 @@ def test_layers_may_be_separated_by_blanks(tmp_path: Path, layers: str) -> None:
 def test_search_takes_them_too(small_cache: Cache, tmp_path: Path) -> None:
     files = ["--storage", str(tmp_path / "s.log"), "--output", str(tmp_path / "p.json")]
     done = CliRunner().invoke(
-        main, ["search", small_cache.path, "--layers", "avgpool layer1", "--trials", "2", *files, "--json"]
+        main,
+        [
+            "search",
+            small_cache.path,
+            "--space",
+            "paper",
+            "--layers",
+            "avgpool layer1",
+            "--trials",
+            "2",
+            *files,
+            "--json",
+        ],
     )
     assert done.exit_code == 0, done.output
     assert list(json.loads((tmp_path / "p.json").read_text())["layers"]) == ["avgpool", "layer1"]

@@ -453,7 +453,7 @@ def test_who_takes_a_random_network_in_hand_refuses_it(request_: ExtractRequest,
     with pytest.raises(InputError, match=message):
         Snapshots(tmp_path, {"id/train": [(images, torch.zeros(4))]}, ["conv"])(random_network, 0)
     with pytest.raises(InputError, match=message):
-        Detector(random_network, [], images[:2])
+        Detector(random_network, [], {}, images[:2])
 
 
 @pytest.mark.parametrize(("head", "outputs"), [(Cosine(6, 4), "logits"), (None, "probabilities")])
@@ -469,6 +469,6 @@ def test_snapshots_and_fit_find_the_classifier_by_values(tmp_path: Path, head: n
     detector = fit_detector(network, params, [images], {})
     assert (detector.classifier, detector._outputs) == (None, outputs)
     counts = np.diff(
-        np.searchsorted(np.sort(cache["id/train"]["conv"].gradient[:][:, 0]), detector._lookups[0].layer.borders)
+        np.searchsorted(np.sort(cache["id/train"]["conv"].gradient[:][:, 0]), detector._lookups[0].fitted.borders)
     )
-    np.testing.assert_array_equal(counts, detector._lookups[0].layer.counts[0])
+    np.testing.assert_array_equal(counts, detector._lookups[0].fitted.counts[0])

@@ -163,8 +163,19 @@ def test_four_commands_two_killed_one_begun_anew(
 
 
 def test_the_default_search_is_shared_too(small_cache: Cache, postgres: str, tmp_path: Path) -> None:
-    request = SearchRequest(cache=small_cache.path, storage=postgres, study=tmp_path.name, trials=80)
-    options = ["--storage", postgres, "--study", tmp_path.name, "--trials", "80", "--output", str(tmp_path / "o.json")]
+    request = SearchRequest(cache=small_cache.path, space="paper", storage=postgres, study=tmp_path.name, trials=80)
+    options = [
+        "--space",
+        "paper",
+        "--storage",
+        postgres,
+        "--study",
+        tmp_path.name,
+        "--trials",
+        "80",
+        "--output",
+        str(tmp_path / "o.json"),
+    ]
     end([start(small_cache, *options) for _ in range(2)])
     trials = completed(request)
     assert 80 <= len(trials) <= 81
@@ -343,7 +354,7 @@ def test_a_look_at_an_empty_database_makes_no_tables(small_cache: Cache, empty: 
         assert (done.exit_code, done.stdout) == (1, "")
         assert done.stderr.startswith(f"nacpipe: {said}")
     if option == "--dry-run":
-        assert done.stdout.endswith(f"study nac-seed1 in {empty}: 0 of 2000 trials done, sampler layers\n")
+        assert done.stdout.endswith(f"study nac-seed1 in {empty}: 0 of 1081 trials done, sampler terms\n")
 
 
 def test_a_look_writes_nothing_and_needs_no_right_to(small_cache: Cache, empty: str, grid: Path) -> None:
