@@ -95,7 +95,7 @@ def _describe_error(error: Exception) -> tuple[str, int] | None:
             return f"there is not enough memory for this ({error})" if str(error) else "there is not enough memory", 1
         case OSError():
             file = f": {error.filename}" if error.filename else ""
-            full = "; what was written is safe: make room, and the same command goes on"
+            full = "; what was written is safe: free some space, and the same command goes on"
             return f"{error.strerror or error}{file}{full if error.errno in _DISK_FULL else ''}", 1
         case _:
             return None

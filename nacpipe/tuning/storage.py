@@ -239,7 +239,8 @@ def _made_by_another(error: Exception) -> bool:
     """Return whether another process made the same tables in the same moment."""
     import sqlalchemy
 
-    return isinstance(error.__cause__ or error, sqlalchemy.exc.IntegrityError | sqlalchemy.exc.ProgrammingError)
+    kinds = sqlalchemy.exc.IntegrityError | sqlalchemy.exc.ProgrammingError
+    return isinstance(error, kinds) or isinstance(error.__cause__, kinds)
 
 
 def _make_sqlite(where: str) -> None:
