@@ -41,7 +41,7 @@ class _PositionSampler(BaseSampler):
 
     def __init__(self, objective: Objective | None, seed: int | None) -> None:
         self._objective = objective
-        self._random = RandomSampler(seed)
+        self._random = RandomSampler(None if seed is None else seed % 2**32)
         self._candidates: dict[int, Candidate] = {}
         """Trial's id → what it tries, from its beginning until its first parameter is suggested."""
 

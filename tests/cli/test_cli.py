@@ -134,7 +134,7 @@ WRONG = {
     "search c.zarr --storage strange.log --status": OTHER,
     "search c.zarr --storage strange.log --dry-run": OTHER,
     "search c.zarr --status": "there is no study nac-seed1 in c.study.log yet; start it with: nacpipe search c.zarr\n",
-    "search zeros.zarr": "layer 'layer1': every product of id/train is 0; leave it out with --layers\n",
+    "search zeros.zarr --space paper": "layer 'layer1': every product of id/train is 0; leave it out with --layers\n",
     "evaluate c.zarr": "there is no c.params.json; make it with: nacpipe search c.zarr, or give --params FILE or ",
     "evaluate c.zarr --params layer9.json": LAYER9,
     "evaluate c.zarr --params broken.json": "broken.json: layer 'avgpool': bins is 3; it must lie between 4 and ",

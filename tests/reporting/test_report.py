@@ -22,7 +22,9 @@ from nacpipe.cli import main
 from nacpipe.evaluation.method_scores import MethodScores, score_cache
 from nacpipe.evaluation.tables import tabulate
 from nacpipe.method.coverage import bin_edges, coverage_table
+from nacpipe.method.metrics import auroc
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.method.plain_scores import energy
 from nacpipe.reporting.figures import draw_coverage, draw_histogram, draw_roc, to_svg
 from nacpipe.reporting.report import check_overfitting, draw_cache_report, read_cache_report, render_report
 from nacpipe.scoring.coverage import fit_coverage
@@ -86,7 +88,7 @@ def place(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFac
     for name, seed in (("s0", 0), ("s1", 1)):
         weights = f"{seed:064x}"
         cache = make_cache(folder / f"{name}.zarr", rows={"csid/blurred": 25}, seed=seed, identity={"weights": weights})
-        assert nacpipe("search", cache.path, "--trials", "40").exit_code == 0
+        assert nacpipe("search", cache.path, "--space", "paper", "--trials", "40").exit_code == 0
     asked = ["report", f"{folder}/s0.zarr", "--output", f"{folder}/page.html", "--figures", f"{folder}/figures"]
     done = nacpipe(*asked)
     assert (done.exit_code, done.stdout) == (0, ""), done.stderr
@@ -127,7 +129,7 @@ def test_the_page_of_one_cache(place: Path) -> None:
     check_tables(page, rows_of([f"{place}/s0.zarr"]), spread=False)
     lines = [line for line in nacpipe("evaluate", f"{place}/s0.zarr").stdout.splitlines() if "-OOD" in line[:9]]
     assert len([line for line in lines if f"{line[0].upper()}{line[1:]}." in page.text]) == 4  # the verdicts
-    for line in (f"nacpipe extract digits --cache {place}/s0.zarr", f"nacpipe search {place}/s0.zarr\n"):
+    for line in (f"nacpipe extract digits --cache {place}/s0.zarr", f"nacpipe search {place}/s0.zarr --space paper\n"):
         assert line in page.text
     assert f"nacpipe report {place}/s0.zarr --output {place}/page.html" in page.text
     assert f"{0:064x}" in page.text  # the weights' sha256
@@ -163,7 +165,7 @@ def test_training_runs(place: Path) -> None:
     check_tables(page, rows_of(caches), spread=True)
     for number, cache in enumerate(caches, 1):
         assert f"Run {number}: {cache}" in page.text
-        assert f"nacpipe search {cache}\n" in page.text
+        assert f"nacpipe search {cache} --space paper\n" in page.text
     assert (place / "two/run2-coverage-layer1.svg").exists()
 
 
@@ -194,13 +196,14 @@ def test_foreign_names_are_text(make_cache: Callable[..., Cache], tmp_path: Path
 
 
 def test_the_overfitting_check_is_the_search_s(place: Path) -> None:
-    search = Search(SearchRequest(cache=place / "s0.zarr"), create=False)
+    search = Search(SearchRequest(cache=place / "s0.zarr", space="paper"), create=False)
     result = search.result("stopped")
     found = check_overfitting(search.cache, fit_coverage(search.cache, result.params)).set_index("method")
     checks = result.checks
     assert found.loc["NAC"].tolist() == [checks.val_auroc, checks.val_fpr95, checks.subtrain_auroc]
-    assert found.loc["Energy", "subtrain_auroc"] == result.energy_subtrain
-    assert found.loc["Energy", "val_auroc"] == result.energy_val
+    scores = {name: energy(search.cache[name].read("logits")) for name in ("id/val", "id/subtrain", "ood/val")}
+    assert found.loc["Energy", "subtrain_auroc"] == auroc(scores["id/val"], scores["id/subtrain"])
+    assert found.loc["Energy", "val_auroc"] == auroc(scores["id/val"], scores["ood/val"])
 
 
 def test_splits_that_are_not_there_are_no_number(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
