@@ -20,7 +20,7 @@ from zarr.core.sync import sync
 
 from nacpipe.cache.identity import fingerprint
 from nacpipe.errors import FormatError, InputError
-from nacpipe.method.coverage import layer_of, source_of
+from nacpipe.method.term import layer_of, source_of
 from nacpipe.text import why_reserved
 
 FORMAT_VERSION = 1

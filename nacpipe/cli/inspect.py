@@ -163,8 +163,8 @@ def _inspect_layer(
     cache: Cache, split: str, layer: str, choice: str | None, alpha: float | None, plot: Path | None, as_json: bool
 ) -> None:
     from nacpipe.evaluation.inspection import inspect_layer
-    from nacpipe.method.coverage import source_of
     from nacpipe.method.params import LayerParams
+    from nacpipe.method.term import source_of
     from nacpipe.scoring.params_file import find_params
     from nacpipe.scoring.states import check_layers
 
@@ -208,7 +208,7 @@ def _inspect_layer(
 def _params_of(params: NacParams, layer: str, choice: str | None) -> LayerParams:
     """Return a layer's parameters with weight 1, so that a layer of weight 0 can be scored alone."""
     from nacpipe.errors import ParamsError
-    from nacpipe.method.coverage import layer_of
+    from nacpipe.method.term import layer_of
 
     if layer not in params.layers:
         file = "the parameter file" if choice is None else choice
@@ -257,7 +257,7 @@ def _inspect_rows(
 
 def _compare(cache: Cache, other: Cache, split: str, layer: str | None, plot: Path | None, as_json: bool) -> None:
     from nacpipe.evaluation.inspection import compare_splits, value_histograms
-    from nacpipe.method.coverage import layer_of
+    from nacpipe.method.term import layer_of
     from nacpipe.scoring.states import check_layers
 
     for opened in (cache, other):

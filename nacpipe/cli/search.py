@@ -93,7 +93,7 @@ def run_search(request: SearchRequest, as_json: bool = False) -> SearchResult:
     write_params(target, result.params, result=result.to_json(), made_by=search.made_by())
     print_result(result, search, as_json)
     note(f"wrote {target}")
-    if result.loses:
+    if result.guide_is_better:
         note(
             f"{result.guide} is at least as good in cross-validation: try more layers, more --train-images, or use"
             f" {result.guide}"
@@ -190,7 +190,7 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
                 f"overfitting check, id/val against id/subtrain: AUROC {percent(checks.subtrain_auroc)} %"
                 f" (50: training images score like others; above 50: training images score lower{own})"
             )
-        if result.parts:
+        if result.overestimates:
             note(
                 "warning: the fitted AUROC is more than 1.5 points above the cross-validated one; more validation"
                 " images help"

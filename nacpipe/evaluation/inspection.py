@@ -13,20 +13,11 @@ from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, SplitView
 from nacpipe.errors import IdentityError, ValuesError
-from nacpipe.method.counting import count_sorted
-from nacpipe.method.coverage import (
-    Source,
-    bin_edges,
-    coverage_table,
-    layer_of,
-    product_borders,
-    select_source,
-    source_of,
-)
-from nacpipe.method.fitted_term import find_components
+from nacpipe.method.coverage import bin_edges, select_source
+from nacpipe.method.fitted_term import FittedTerm, find_components, fit_term
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.method.sorted_index import index_columns, sort_columns
-from nacpipe.method.term import view_of
+from nacpipe.method.sorted_index import index_columns
+from nacpipe.method.term import Source, layer_of, source_of, view_of
 from nacpipe.scoring.alpha_range import measure_alpha
 from nacpipe.scoring.coverage import Coverage, fit_coverage
 from nacpipe.scoring.states import PIECE, check_layers, has_classes, read_states
@@ -196,23 +187,16 @@ def _read_training(
 
 
 def _layer_bins(cache: Cache, layer: str, params: LayerParams, training: Mapping[Source, Values]) -> pd.DataFrame:
-    """`describe_bins` of one term; a plain one is counted from the values that were read already."""
-    if view_of(layer) != "plain":
+    """`describe_bins` of one term, counted from the values that were read already; by class they are read again."""
+    if view_of(layer) == "by_class":
         return describe_bins(fit_coverage(cache, NacParams(layers={layer: params})), layer)
-    counts = _count(training, layer, params)
-    return _bins(params, counts, coverage_table(counts, params.saturation))
-
-
-def _count(training: Mapping[Source, Values], layer: str, params: LayerParams) -> NDArray[np.int32]:
-    """Training samples per neuron and bin, (neurons, bins - 1)."""
     values = training.get(params.source)
     if values is None or not np.isfinite(values).all():
         raise ValuesError(
             f"layer {layer_of(layer)!r}, split id/train: NaN or infinity among the values of {params.source}; extract"
             " the split again with --redo id/train"
         )
-    borders = product_borders(bin_edges(params.bins, params.edges), params.alpha)
-    return count_sorted(sort_columns(values.astype(np.float32, copy=False)), borders)
+    return _bins(fit_term(layer, params, values.astype(np.float32, copy=False)))
 
 
 def describe_bins(coverage: Coverage, layer: str) -> pd.DataFrame:
@@ -222,12 +206,12 @@ def describe_bins(coverage: Coverage, layer: str) -> pd.DataFrame:
     neurons (share whose bin is not empty). Of a term by class, counts are of all groups together and coverage is the
     mean of theirs.
     """
-    fitted = coverage.layers[layer]
-    return _bins(fitted.params, fitted.counts, fitted.coverage)
+    return _bins(coverage.layers[layer])
 
 
-def _bins(params: LayerParams, counts: NDArray[np.int32], table: NDArray[np.floating]) -> pd.DataFrame:
-    edges = bin_edges(params.bins, params.edges)
+def _bins(fitted: FittedTerm) -> pd.DataFrame:
+    edges = bin_edges(fitted.params.bins, fitted.params.edges)
+    counts, table = fitted.counts, fitted.coverage
     frame = pd.DataFrame(
         {
             "bin": np.arange(counts.shape[1]),

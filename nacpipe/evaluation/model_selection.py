@@ -23,10 +23,11 @@ from nacpipe.cache import Cache, SplitView
 from nacpipe.cache.identity import comparable_fields, diff
 from nacpipe.errors import IdentityError, InputError, ParamsError
 from nacpipe.method.counting import count_sorted
-from nacpipe.method.coverage import bin_edges, covered_area, layer_of, product_borders
+from nacpipe.method.coverage import bin_edges, covered_area, product_borders
 from nacpipe.method.metrics import accuracy, find_wrong_labels, spearman
 from nacpipe.method.params import LayerParams
 from nacpipe.method.sorted_index import sort_columns
+from nacpipe.method.term import layer_of
 from nacpipe.scoring.states import check_layers, has_classes, read_source
 from nacpipe.text import escape_bytes
 

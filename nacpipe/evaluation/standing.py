@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from nacpipe.evaluation.tables import ordinal
+from nacpipe.evaluation.tables import measured_rows, ordinal
 
 CHANCE = 0.5  # AUROC of scores that know nothing of the images
 BELOW_CHANCE = "†"
@@ -53,7 +53,6 @@ def describe_below_chance(frame: pd.DataFrame) -> list[str]:
 
 def _means(frame: pd.DataFrame, task: str, group: str) -> pd.Series[float]:
     """Method → mean AUROC over a group's sets, of the methods measured here that have one."""
-    rows = frame[(frame["task"] == task) & (frame["group"] == group) & (frame["dataset"] == "mean")]
-    if "source" in rows:
-        rows = rows[rows["source"] == "measured"]
+    rows = measured_rows(frame)
+    rows = rows[(rows["task"] == task) & (rows["group"] == group) & (rows["dataset"] == "mean")]
     return rows.set_index("method")["auroc"].dropna()

@@ -125,7 +125,7 @@ def add_published(frame: pd.DataFrame, benchmark: str) -> pd.DataFrame:
 def verdicts(frame: pd.DataFrame) -> list[str]:
     """Return one sentence per task and group: the rank of NAC, or else of the best method, by mean AUROC."""
     sentences = []
-    measured = frame if "source" not in frame else frame[frame["source"] == "measured"]
+    measured = measured_rows(frame)
     for (task, group), rows in measured[measured["dataset"] == "mean"].groupby(["task", "group"], sort=False):
         ranked = rows[rows["auroc"].notna()].sort_values("auroc", ascending=False, kind="stable")
         if ranked.empty:
@@ -144,6 +144,11 @@ def verdicts(frame: pd.DataFrame) -> list[str]:
     return sentences
 
 
+def measured_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table's rows without the published ones, which are of other weights and images."""
+    return frame if "source" not in frame else frame[frame["source"] == "measured"]
+
+
 def ordinal(rank: int) -> str:
     """1 → first, 2 → second, 3 → third, 4 → 4th, …."""
     words = {1: "first", 2: "second", 3: "third"}
@@ -153,7 +158,7 @@ def ordinal(rank: int) -> str:
 
 def footnotes(frame: pd.DataFrame) -> list[str]:
     """Return what each method was fitted on, and why cells are empty, one line each."""
-    measured = frame if "source" not in frame else frame[frame["source"] == "measured"]
+    measured = measured_rows(frame)
     methods_by_split: dict[str, list[str]] = {}
     for row in measured.drop_duplicates("method").itertuples():
         if row.n_fitted:

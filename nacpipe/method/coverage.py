@@ -28,10 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.errors import ParamsError
-from nacpipe.method.term import LOGITS as LOGITS
-from nacpipe.method.term import Source as Source
-from nacpipe.method.term import layer_of as layer_of
-from nacpipe.method.term import source_of as source_of
+from nacpipe.method.term import Source
 
 Edges = Literal["log", "linear"]
 LOG_BASE = 1000.0  # b of design §3; the authors' `logspace(1e3, M)`

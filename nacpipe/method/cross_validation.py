@@ -81,19 +81,6 @@ def cross_validate(
     return float(np.mean(reached))
 
 
-def choose_terms(
-    scores: Sequence[NDArray[np.floating]],  # per term: (trials, images)
-    is_id: NDArray[np.bool_],  # (images,)
-    plain: Mapping[str, Floats],  # plain score → (images,)
-) -> tuple[list[int], Floats]:
-    """Return each term's best trial, the first of equals, and the terms' weights, (terms,)."""
-    everything = np.arange(is_id.size)
-    target = _target(is_id, plain, everything)
-    trials = _best_trials(scores, is_id.size, [everything], [target])[:, 0].tolist()
-    chosen = np.stack([term[trial] for term, trial in zip(scores, trials, strict=True)], axis=1)
-    return trials, ridge_weights(chosen, target)
-
-
 def _target(is_id: NDArray[np.bool_], plain: Mapping[str, Floats], kept: Rows) -> Floats:
     """The guided target of some images, with the guide chosen on them, (kept,)."""
     guide = choose_guide({name: values[kept] for name, values in plain.items()}, is_id[kept])

@@ -65,6 +65,11 @@ class LayerIndex:
         return int(self.ranks.shape[1])
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return self.columns.tree.nbytes + self.train_bits.nbytes + self.ranks.nbytes
+
+    @property
     def train_samples(self) -> int:
         """Samples that are counted."""
         last = int(self.train_bits[0, -1])
@@ -96,6 +101,11 @@ class GroupedIndex:
     queries: int
     """Samples that are scored, those of groups without a training sample too."""
     neurons: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its parts' arrays."""
+        return sum(part.nbytes for part in self.parts)
 
     @property
     def train_samples(self) -> int:

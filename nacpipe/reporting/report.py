@@ -34,7 +34,7 @@ from nacpipe.reporting.figures import (
     draw_weights,
     to_svg,
 )
-from nacpipe.reporting.past import PastStudy, find_study
+from nacpipe.reporting.params_origin import ParamsOrigin, find_origin
 from nacpipe.scoring.coverage import Coverage, fit_coverage
 from nacpipe.scoring.states import has_logits
 from nacpipe.text import escape_bytes
@@ -58,7 +58,7 @@ class CacheReport:
     """Fitted under `params`."""
     overfitting: pd.DataFrame
     """`check_overfitting`'s frame."""
-    study: PastStudy
+    study: ParamsOrigin
     """The study that found `params`."""
 
 
@@ -88,7 +88,7 @@ def read_cache_report(
         params=params,
         coverage=coverage,
         overfitting=check_overfitting(cache, coverage),
-        study=find_study(cache, choice),
+        study=find_origin(cache, choice),
     )
 
 

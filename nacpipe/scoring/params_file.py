@@ -13,9 +13,9 @@ from nacpipe.cache import Cache
 from nacpipe.cache.identity import VAL, bound_splits, fingerprint
 from nacpipe.errors import ParamsError
 from nacpipe.files import beside_cache, write_whole
-from nacpipe.method.coverage import layer_of
 from nacpipe.method.params import NacParams
 from nacpipe.method.published import published_params
+from nacpipe.method.term import layer_of
 from nacpipe.scoring.states import held_layers
 from nacpipe.text import command_line
 

@@ -23,16 +23,30 @@ IndexOf = Callable[[str, Source], TermIndex]
 """A term's name in the parameters and its source → their index."""
 
 
-def index_from(cache: Cache, splits: Sequence[str]) -> IndexOf:
-    """Return what reads and sorts a term's values: id/train is counted, `splits` are scored."""
+def index_from(cache: Cache, splits: Sequence[str], limit: int | None = None) -> IndexOf:
+    """Return what reads and sorts a term's values when they are first asked for.
+
+    Args:
+        cache: id/train is counted.
+        splits: what is scored.
+        limit: bytes of indexes that are kept, those used last, and at least one; None keeps all. With a limit the
+            values of the last layer and source are kept too: ask for the views of a source one after the other.
+    """
     indexer = TermIndexer(cache, splits)
+    kept: OrderedDict[tuple[str, Source], TermIndex] = OrderedDict()
 
-    def make(name: str, source: Source) -> TermIndex:
-        made = indexer.index(replace(parse_term(name), source=source))
-        indexer.forget()
-        return made
+    def index(name: str, source: Source) -> TermIndex:
+        key = name, source
+        if key not in kept:
+            while limit is not None and kept and sum(one.nbytes for one in kept.values()) >= limit:
+                kept.popitem(last=False)
+            kept[key] = indexer.index(replace(parse_term(name), source=source))
+            if limit is None:
+                indexer.forget()
+        kept.move_to_end(key)
+        return kept[key]
 
-    return make
+    return index
 
 
 def split_rows(cache: Cache, splits: Sequence[str]) -> dict[str, slice]:
@@ -60,7 +74,7 @@ class Scorer:
             index: layer and source → sorted columns.
             rows: split → its samples' places in the index.
             remember: bytes of layer scores that are kept.
-            one_by_one: never use two indexes at once, where `index` does not keep them.
+            one_by_one: never use two indexes at once, where `index` does not keep all.
         """
         self.index = index
         self.rows = dict(rows)

@@ -1,7 +1,7 @@
 """The objective of an Optuna study: a trial's parameters go in, its value comes out, its metrics become attributes.
 
     objective = nacpipe.Objective("cache/digits-digits_cnn.zarr")
-    study = optuna.create_study(direction="maximize", sampler=nacpipe.LayerwiseSampler(objective, seed=1))
+    study = optuna.create_study(direction="maximize", sampler=nacpipe.TermwiseSampler(objective, seed=1))
     study.optimize(objective, n_trials=500)
     params = objective.params(study.best_trial)
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -35,12 +35,23 @@ from nacpipe.method.metrics import auroc
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.plain_scores import PLAIN_SCORES
 from nacpipe.method.published import published_params
-from nacpipe.method.term import view_of
+from nacpipe.method.term import Source, parse_term, view_of
 from nacpipe.scoring.states import check_layers, has_logits
-from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
-from nacpipe.tuning.space import BINS, Given, Interval, Space, fits_weights, measure_space, widen, with_weights
+from nacpipe.scoring.term_index import TermIndex
+from nacpipe.scoring.trial_scorer import IndexOf, Scorer, index_from, split_rows
+from nacpipe.tuning.space import (
+    BINS,
+    Given,
+    Interval,
+    LayerSpace,
+    Space,
+    fits_weights,
+    measure_space,
+    widen,
+    with_weights,
+)
 from nacpipe.tuning.space_file import read_spec
-from nacpipe.tuning.trials import attributes_of, distributions, layers_from, suggest, trial_params
+from nacpipe.tuning.trials import attributes_of, distributions, layers_from, lone_term, suggest, trial_params
 from nacpipe.tuning.validation import DIRECTIONS, CrossValidation, Evaluator, ObjectiveName, ValidationMetrics
 
 SUBTRAIN = "id/subtrain"  # on which overfitting shows
@@ -59,7 +70,7 @@ class Objective:
         val: str = "ood/val",
         published: bool | None = None,
     ) -> None:
-        """Open the cache and measure the space; columns are sorted when a trial first needs them.
+        """Open the cache and measure the space; a term's values are sorted when a trial first needs them.
 
         Args:
             cache: a finished extraction, or its address.
@@ -74,7 +85,7 @@ class Objective:
         Raises:
             CacheError: the cache is not there or not finished.
             InputError: the arguments make no sense for it.
-            ValuesError: a layer's states are 0 everywhere.
+            ValuesError: a value is not finite, or a term's values are 0 everywhere; `auto` leaves such a term out.
         """
         self.cache = cache if isinstance(cache, Cache) else open_cache(cache)
         self.objective: ObjectiveName = objective or ("guided" if space == "auto" else "auroc")
@@ -84,9 +95,9 @@ class Objective:
         self.splits = bound_splits(self.val)
         with_subtrain = SUBTRAIN in self.cache and self.cache.peek(SUBTRAIN).sealed  # nothing is chosen by it
         scored = [*[SUBTRAIN] * with_subtrain, *self.splits[1:]]
-        one_by_one = space == "auto"  # a term's index is dropped with the first trial of the next
-        index = functools.lru_cache(1 if one_by_one else None)(index_from(self.cache, scored))
-        self.scorer = Scorer(index, split_rows(self.cache, scored), one_by_one=one_by_one)
+        many = space == "auto"  # dozens of terms, most of which are tried one by one
+        index = index_from(self.cache, scored, self._index_bytes(scored) if many else None)
+        self.scorer = Scorer(index, split_rows(self.cache, scored), one_by_one=many)
         self._scoring = threading.Lock()  # `n_jobs` of Optuna: a trial is scored on all cores, one at a time
         id_rows, ood_rows = (self.cache[name].rows for name in ("id/val", self.val))
         self._is_id = np.repeat([True, False], [id_rows, ood_rows])
@@ -100,20 +111,7 @@ class Objective:
             target = guided_target(self._is_id, None if self.guide is None else self.guide.scores)
         self.evaluator = Evaluator(self.scorer, self.val, target)
         self.train_rows = self.cache["id/train"].rows
-        train_index = index_from(self.cache, ()) if one_by_one else index
-        self.space: Space = {}
-        refused: NoValuesError | None = None
-        for name, given in spec.items():
-            try:
-                wanted = {**self._few_bins(name), **given}
-                self.space = {**self.space, name: measure_space(name, train_index, self._counted(name), wanted)}
-            except NoValuesError as error:
-                if space != "auto":
-                    raise
-                refused = error  # a term without values tells nothing
-        if not self.space:
-            assert refused is not None
-            raise refused
+        self.space = self._measure_space(spec, index_from(self.cache, (), 0) if many else index, skip=many)
         self.layers = tuple(self.space)
         self.fits = fits_weights(self.space)
         if not self.fits and all(layer.weights()[0] == 0 for layer in self.space.values()):
@@ -183,10 +181,8 @@ class Objective:
         """
         terms: dict[str, list[LayerParams]] = {name: [] for name in self.space}
         for trial in trials:
-            used = {name: layer for name, layer in self.params(trial).layers.items() if layer.weight > 0}
-            if len(used) == 1:
-                ((name, layer),) = used.items()
-                terms[name].append(layer)
+            if (name := lone_term(trial.user_attrs["weights"])) is not None:
+                terms[name].append(self.params(trial).layers[name])
         if not all(terms.values()):
             return None
         pair = [self.scorer.rows[name] for name in ("id/val", self.val)]
@@ -218,6 +214,32 @@ class Objective:
     def _read_logits(self, splits: Iterable[str]) -> NDArray[np.float32]:
         """Those of several splits, one behind the other, (samples, classes)."""
         return np.concatenate([self.cache[name].read("logits") for name in splits])
+
+    def _measure_space(self, spec: Mapping[str, Given], index: IndexOf, *, skip: bool) -> Space:
+        """Each term's ranges; one whose values tell nothing is refused, or skipped where others are left."""
+        space: dict[str, LayerSpace] = {}
+        refused: NoValuesError | None = None
+
+        def values_of(name: str, source: Source) -> TermIndex:  # by class the same values are counted, in groups
+            term = parse_term(name)
+            return index(replace(term, view="plain").name if term.view == "by_class" else name, source)
+
+        for name, given in spec.items():
+            try:
+                space[name] = measure_space(name, values_of, self._counted(name), {**self._few_bins(name), **given})
+            except NoValuesError as error:
+                if not skip:
+                    raise
+                refused = error
+        if refused is not None and not space:
+            raise refused
+        return space
+
+    def _index_bytes(self, splits: Sequence[str]) -> int:
+        """The bytes of indexes to keep: as many as one source of all layers and rows has, and at least 64 MiB."""
+        rows = sum(self.cache[name].rows for name in ("id/train", *splits))
+        neurons = sum(spec.neurons for spec in self.cache.header.layers) + self.cache.header.classes
+        return max(64 * 2**20, 4 * rows * neurons)
 
     def _few_bins(self, name: str) -> Given:
         """By class: at most ten bins per image that a group has on average, beyond which nearly all are empty."""

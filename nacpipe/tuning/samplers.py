@@ -1,4 +1,4 @@
-"""Samplers for Optuna studies of `Objective`: layer by layer (the default), a grid, and Optuna's own by name."""
+"""Samplers for Optuna studies of `Objective`: term by term, layer by layer, a grid, and Optuna's own by name."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class _LearningSampler(_PositionSampler):
 
 
 class LayerwiseSampler(_LearningSampler):
-    """Layers one by one, then each anew among the others (layerwise.py): `nacpipe search`'s default sampler.
+    """Layers one by one, then each again among the others (layerwise.py): the default sampler of most spaces.
 
     It learns from the study's completed trials, whoever ran them, so a study that is continued in another process goes
     on as if it had not been interrupted, trial for trial.
@@ -295,7 +295,7 @@ def make_sampler(name: SamplerName, objective: Objective, seed: int, finished: i
     """Return the sampler of this name.
 
     Args:
-        name: `layers`, `grid`, or one of Optuna's.
+        name: `terms`, `layers`, `grid`, or one of Optuna's.
         objective: what the study optimizes.
         seed: of the search.
         finished: trials that the study has; Optuna's samplers are seeded from the seed and this number, so that a

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nacpipe.method.coverage import Source, source_of
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.method.term import Source, source_of
 from nacpipe.scoring.alpha_range import measure_alpha
 from nacpipe.scoring.trial_scorer import IndexOf
 

@@ -19,10 +19,10 @@ from typing import Any, get_args
 
 from nacpipe.cache import Cache
 from nacpipe.errors import InputError, ParamsError
-from nacpipe.method.coverage import Edges, Source, layer_of, source_of
+from nacpipe.method.coverage import Edges
 from nacpipe.method.params import LayerParams
 from nacpipe.method.published import published_grid
-from nacpipe.method.term import parse_term
+from nacpipe.method.term import Source, layer_of, parse_term, source_of
 from nacpipe.scoring.states import held_layers
 from nacpipe.scoring.views import available_terms, list_terms
 from nacpipe.tuning.space import FIELDS, Choice, Dimension, Given, Interval

@@ -16,8 +16,8 @@ from optuna.trial import FrozenTrial
 import nacpipe
 from nacpipe.cache.identity import diff, fingerprint
 from nacpipe.errors import InputError, StudyError
-from nacpipe.method.coverage import layer_of
 from nacpipe.method.params import NacParams
+from nacpipe.method.term import layer_of
 from nacpipe.method.threads import set_threads
 from nacpipe.text import command_line, escape_bytes
 from nacpipe.tuning.objective import SUBTRAIN, Objective
@@ -25,7 +25,7 @@ from nacpipe.tuning.request import DEFAULT_TRIALS, SearchRequest, SearchResult
 from nacpipe.tuning.samplers import LARGE_GRID, GridSampler, TermwiseSampler, make_sampler
 from nacpipe.tuning.space import to_json
 from nacpipe.tuning.storage import backend, is_there, open_storage, opening
-from nacpipe.tuning.trials import best_trial, completed_trials, pareto_front
+from nacpipe.tuning.trials import best_trial, completed_trials, lone_term, pareto_front
 from nacpipe.tuning.validation import DIRECTIONS, CrossValidation
 
 
@@ -168,12 +168,11 @@ class Search:
         return params
 
     def alone(self, trials: Sequence[FrozenTrial]) -> dict[str, float]:
-        """Return layer → the best validation AUROC that it reached alone, where it was tried."""
+        """Return term → the best validation AUROC that it reached alone, where it was tried."""
         alone: dict[str, float] = {}
         for trial in trials:
-            counted = [name for name, weight in trial.user_attrs["weights"].items() if weight > 0]
-            if len(counted) == 1:
-                alone[counted[0]] = max(alone.get(counted[0], 0.0), trial.user_attrs["val_auroc"])
+            if (name := lone_term(trial.user_attrs["weights"])) is not None:
+                alone[name] = max(alone.get(name, 0.0), trial.user_attrs["val_auroc"])
         return alone
 
     def made_by(self) -> dict[str, Any]:

@@ -15,7 +15,6 @@ The rule is a function of the seed and of the completed trials, as layerwise.py'
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +22,7 @@ import numpy as np
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.tuning.layerwise import Candidate, Key
 from nacpipe.tuning.space import Space
+from nacpipe.tuning.trials import lone_term
 
 SPREAD, REFINE, AGAIN = 36, 24, 24
 STEP, SHRINK = 0.25, 0.93  # of a unit range, and from one refining step to the next
@@ -64,12 +64,10 @@ class TermwiseRule:
 
     def learn(self, position: int | None, params: NacParams, key: Key) -> None:
         """Learn from a completed trial of one term."""
-        used: Mapping[str, LayerParams] = {name: layer for name, layer in params.layers.items() if layer.weight > 0}
-        if len(used) == 1:
-            ((name, layer),) = used.items()
-            entry = (key, -(position or 0))  # of equals the first
-            if name in self.space and (name not in self._best or entry > self._best[name][:2]):
-                self._best[name] = (*entry, layer)
+        name = lone_term({term: layer.weight for term, layer in params.layers.items()})
+        entry = (key, -(position or 0))  # of equals the first
+        if name is not None and name in self.space and (name not in self._best or entry > self._best[name][:2]):
+            self._best[name] = (*entry, params.layers[name])
 
     def together(self) -> NacParams:
         """Return the best of every term that was tried; where none was, the middle of all ranges."""

@@ -112,6 +112,12 @@ def trial_metrics(trial: FrozenTrial) -> ValidationMetrics:
     )
 
 
+def lone_term(weights: Mapping[str, float]) -> str | None:
+    """Return the only term that has a weight above 0; None where several have one."""
+    counted = [name for name, weight in weights.items() if weight > 0]
+    return counted[0] if len(counted) == 1 else None
+
+
 def completed_trials(study: Study) -> list[FrozenTrial]:
     """Return the trials of our objective that are complete, in the order of their numbers."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

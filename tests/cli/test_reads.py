@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from nacpipe.cache import Cache, SplitView, reader, split
 from nacpipe.cache.validation import open_member
 from nacpipe.cli import main
-from nacpipe.method.coverage import Source
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.method.term import Source
 from nacpipe.scoring.params_file import write_params
 
 ONCE = NacParams(  # each layer in one term

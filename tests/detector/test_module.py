@@ -37,7 +37,8 @@ from nacpipe.method.term import parse_term
 from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
 from nacpipe.networks.taps import Taps
-from nacpipe.scoring.term_scorer import TermScorer
+from nacpipe.scoring.alpha_range import measure_alpha
+from nacpipe.scoring.trial_scorer import index_from
 from tests import oracle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -313,7 +314,7 @@ VIEWS = (
 def view_params(cache: Cache, name: str) -> LayerParams:
     """Steep enough that scores differ."""
     term = parse_term(name)
-    alpha = TermScorer(cache, [term], ["id/val"]).alpha_range(term)[1] / 10
+    alpha = measure_alpha(term.name, term.source, index_from(cache, ["id/val"])(term.name, term.source))[1] / 10
     return LayerParams(bins=60, saturation=40, alpha=alpha, source=term.source)
 
 

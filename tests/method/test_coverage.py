@@ -14,12 +14,11 @@ from nacpipe.method.coverage import (
     bin_edges,
     combine_layers,
     coverage_table,
-    layer_of,
     layer_score,
     product_borders,
     select_source,
-    source_of,
 )
+from nacpipe.method.term import layer_of, source_of
 from tests import oracle
 
 BINS = (4, 5, 6, 7, 10, 49, 50, 500, 1001)

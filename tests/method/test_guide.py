@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nacpipe.method.cross_validation import (
-    choose_terms,
+    _best_trials,
+    _target,
     cluster_folds,
     correlate,
     cross_validate,
@@ -163,6 +164,15 @@ def test_correlations_of_folds_are_numpys(seed: int) -> None:
         expected = [np.corrcoef(trial[rows], target[rows])[0, 1] for trial in trials[:5]]
         np.testing.assert_allclose(found[:5, fold], expected, atol=1e-9)
     assert found[5].tolist() == [0.0] * 3
+
+
+def choose_terms(scores: list[Floats], is_id: NDArray[np.bool_], plain: dict[str, Floats]) -> tuple[list[int], Floats]:
+    """Each term's best trial and the terms' weights, as in a fold that holds nothing out."""
+    everything = np.arange(is_id.size)
+    target = _target(is_id, plain, everything)
+    trials = _best_trials(scores, is_id.size, [everything], [target])[:, 0].tolist()
+    chosen = np.stack([term[trial] for term, trial in zip(scores, trials, strict=True)], axis=1)
+    return trials, ridge_weights(chosen, target)
 
 
 def test_each_terms_best_trial_and_weights() -> None:

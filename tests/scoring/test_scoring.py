@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
 from nacpipe.errors import CacheError, InputError, ParamsError, ValuesError
-from nacpipe.method.coverage import LOGITS, Source
 from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.method.term import LOGITS, Source
 from nacpipe.scoring import states
 from nacpipe.scoring.coverage import fit_coverage, score_splits
 from nacpipe.scoring.states import check_layers, read_layer, read_source

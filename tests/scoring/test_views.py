@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,10 @@ from nacpipe.evaluation.method_scores import score_cache
 from nacpipe.method.components import fit_components
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.term import SOURCES, Term, parse_term
+from nacpipe.scoring.alpha_range import measure_alpha
 from nacpipe.scoring.coverage import fit_coverage, score_splits
 from nacpipe.scoring.params_file import read_params, write_params
 from nacpipe.scoring.states import check_layers, read_source
-from nacpipe.scoring.term_scorer import TermScorer
 from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
 from nacpipe.scoring.views import available_terms, list_terms, read_groups, why_unavailable
 from tests import oracle
@@ -34,6 +34,12 @@ def cache(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFac
     return make_cache(tmp_path_factory.mktemp("views") / "c.zarr", rows={"id/train": 300})
 
 
+def score_term(cache: Cache, term: Term, params: LayerParams, splits: Sequence[str] = SPLITS) -> NDArray[np.float64]:
+    """One term's scores of these splits, by the index."""
+    scorer = Scorer(index_from(cache, splits), split_rows(cache, splits))
+    return scorer.layer_scores({term.name: params})[0]
+
+
 def params_of(term: Term) -> LayerParams:
     return LayerParams(bins=20, saturation=5, alpha=0.5, source=term.source)
 
@@ -44,13 +50,12 @@ def params_of(term: Term) -> LayerParams:
 def test_both_ways_give_the_oracles_scores(cache: Cache, layer: str, source: str, view: str) -> None:
     term = parse_term(f"{layer}:{source}:{view}")
     params = params_of(term)
-    scorer = TermScorer(cache, [term], SPLITS)
-    indexed = scorer.score(term, params)
+    rows, indexed = split_rows(cache, SPLITS), score_term(cache, term, params)
     scores = score_splits(cache, NacParams(layers={term.name: params}), SPLITS)
     train = read_source(cache["id/train"], layer, term.source)
     predicted = [cache[name].read("logits").argmax(axis=1) for name in ("id/train", *SPLITS)]
     for name, own in zip(SPLITS, predicted[1:], strict=True):
-        np.testing.assert_array_equal(scores[name], indexed[scorer.rows[name]])
+        np.testing.assert_array_equal(scores[name], indexed[rows[name]])
         values = read_source(cache[name], layer, term.source)
         if view == "by_class":
             expected = oracle.score_by_class(train, predicted[0], values, own, bins=20, saturation=5, alpha=0.5)
@@ -75,14 +80,14 @@ MIXED = NacParams(
 
 def test_a_score_is_the_weighted_sum_of_its_terms(cache: Cache) -> None:
     terms = [parse_term(name) for name in MIXED.layers]
-    scorer = TermScorer(cache, terms, SPLITS)
-    alone = [scorer.score(term, MIXED.layers[term.name]) for term in terms]
+    rows = split_rows(cache, SPLITS)
+    alone = [score_term(cache, term, MIXED.layers[term.name]) for term in terms]
     expected = oracle.weighted_score(alone, [layer.weight for layer in MIXED.layers.values()])
     found = score_splits(cache, MIXED, SPLITS)
     trial = Scorer(index_from(cache, SPLITS), split_rows(cache, SPLITS)).scores(MIXED)
     for name in SPLITS:
-        np.testing.assert_allclose(found[name], expected[scorer.rows[name]], rtol=1e-12)
-        np.testing.assert_array_equal(found[name], trial[scorer.rows[name]])
+        np.testing.assert_allclose(found[name], expected[rows[name]], rtol=1e-12)
+        np.testing.assert_array_equal(found[name], trial[rows[name]])
 
 
 @pytest.mark.parametrize("block", [1, 7, 39])
@@ -113,8 +118,7 @@ def test_a_class_that_no_training_image_was_predicted_as_has_seen_nothing(
     writer.seal("id/train")
     changed = open_cache(cache.path)
     term = Term(layer="avgpool", source="activation", view="by_class")
-    scorer = TermScorer(changed, [term], ["id/val"])
-    scores = scorer.score(term, params_of(term))
+    scores = score_term(changed, term, params_of(term), ["id/val"])
     predicted = changed["id/val"].read("logits").argmax(axis=1)
     assert (predicted == 2).sum() > 5
     assert (scores[predicted == 2] == 0).all()
@@ -173,9 +177,7 @@ def test_features_have_no_classes(make_cache: Callable[..., Cache], tmp_path: Pa
     with pytest.raises(ParamsError, match=r"^terms by_class need predicted classes; .*" + message):
         fit_coverage(embedding, NacParams(layers={"avgpool:by_class": LayerParams(bins=9, saturation=1, alpha=1.0)}))
     with pytest.raises(ParamsError, match=message):
-        TermScorer(embedding, [Term(layer="avgpool", view="by_class")], SPLITS).alpha_range(
-            Term(layer="avgpool", view="by_class")
-        )
+        index_from(embedding, SPLITS)("avgpool:by_class", "product")
 
 
 def test_few_images_share_groups_of_classes(small_cache: Cache, cache: Cache) -> None:
@@ -196,42 +198,46 @@ def test_unknown_views_are_named(cache: Cache) -> None:
         check_layers(cache, ["avgpool:by_clas"])
 
 
-# --- the scorer of terms ----------------------------------------------------------------------------------------------
+# --- indexes of terms ------------------------------------------------------------------------------------------------
 
 
 def test_alpha_ranges_are_of_the_values_that_are_counted(cache: Cache) -> None:
     terms = [parse_term(name) for name in ("avgpool", "avgpool:by_class", "avgpool:components")]
-    scorer = TermScorer(cache, terms, ["id/val"])
+    index = index_from(cache, ["id/val"], 0)
     values = read_source(cache["id/train"], "avgpool")
     components = fit_components(values)
     assert components is not None
     for term, own in zip(terms, (values, values, components.project(values)), strict=True):
         sizes = np.abs(own[own != 0].astype(np.float64))
         expected = 0.1 / np.quantile(sizes, 0.99), 30 / np.quantile(sizes, 0.5)
-        assert scorer.alpha_range(term) == expected
-        scorer.drop(term)
-        assert scorer.alpha_range(term) == expected
+        for name in (term.name, "layer1", term.name):  # the last is made again
+            made = index(name, "product")
+            assert name == "layer1" or measure_alpha(name, "product", made) == expected
 
 
-def test_a_dropped_term_is_read_again(cache: Cache) -> None:
-    term = Term(layer="layer1", source="gradient", view="by_class")
-    scorer = TermScorer(cache, [term], SPLITS)
-    before = scorer.score(term, params_of(term))
-    scorer.drop(term)
-    assert not scorer._indexes
-    scorer.drop(term)  # nothing to drop
-    np.testing.assert_array_equal(scorer.score(term, params_of(term)), before)
+def test_an_index_that_was_not_kept_is_made_again(cache: Cache) -> None:
+    """With a limit the indexes used last are kept, within so many bytes; the scores do not depend on it."""
+    names = ["layer1:gradient:by_class", "layer1", "avgpool:components"]
+    layers = {name: params_of(parse_term(name)) for name in names}
+    rows = split_rows(cache, SPLITS)
+    everything = index_from(cache, SPLITS)
+    expected = Scorer(everything, rows, remember=0).layer_scores(layers)
+    sizes = [everything(name, layers[name].source).nbytes for name in names]
+    for limit, kept in ((0, 1), (sizes[1] + 1, 2), (sum(sizes), 3)):
+        index = index_from(cache, SPLITS, limit)
+        scorer = Scorer(index, rows, remember=0, one_by_one=True)
+        for _ in range(2):
+            for found, wanted in zip(scorer.layer_scores(layers), expected, strict=True):
+                np.testing.assert_array_equal(found, wanted)
+        last = [index(name, layers[name].source) for name in names[-kept:]]
+        assert [index(name, layers[name].source) is one for name, one in zip(names[-kept:], last, strict=True)] == (
+            [True] * kept
+        )
 
 
-def test_what_is_not_scored_here_is_refused(cache: Cache) -> None:
-    term = Term(layer="layer1", view="by_class")
-    scorer = TermScorer(cache, [term], SPLITS)
-    with pytest.raises(ParamsError, match=r"^term 'layer1' is not scored here; terms: layer1:by_class$"):
-        scorer.score(Term(layer="layer1"), params_of(term))
-    with pytest.raises(ParamsError, match=r"^term 'layer1:by_class' cannot have parameters for the gradient$"):
-        scorer.score(term, LayerParams(bins=9, saturation=1, alpha=1.0, source="gradient"))
+def test_a_layer_that_is_not_there_is_refused(cache: Cache) -> None:
     with pytest.raises(ParamsError, match=r"^layer 'layer9' is not in "):
-        TermScorer(cache, [Term(layer="layer9")], SPLITS)
+        check_layers(cache, ["layer9"])
 
 
 def write_large(path: Path, rows: dict[str, int], neurons: int, value: float = 0.0) -> Cache:
@@ -262,7 +268,7 @@ def test_values_that_are_no_numbers_are_refused(tmp_path: Path, view: str) -> No
     term = parse_term(f"b:activation:{view}")
     message = r"^layer 'b', split id/val, row 3, neuron 1: the activation is inf; extract the split again with --redo"
     with pytest.raises(ValuesError, match=message):
-        TermScorer(cache, [term], ["id/val"]).alpha_range(term)
+        index_from(cache, ["id/val"])(term.name, term.source)
     with pytest.raises(ValuesError, match=message):
         score_splits(cache, NacParams(layers={term.name: params_of(term)}), ["id/val"])
 
@@ -275,12 +281,12 @@ def test_one_term_at_a_time_takes_bounded_memory(tmp_path: Path) -> None:
     assert {term.view for term in terms if term.layer == "a"} == {"plain", "by_class", "components"}
 
     def score_all() -> None:
-        scorer = TermScorer(cache, terms, SPLITS)
+        index = index_from(cache, SPLITS, 0)
+        scorer = Scorer(index, split_rows(cache, SPLITS), one_by_one=True)
         for term in terms:
-            low, high = scorer.alpha_range(term)
+            low, high = measure_alpha(term.name, term.source, index(term.name, term.source))
             params = LayerParams(bins=100, saturation=9, alpha=(low * high) ** 0.5, source=term.source)
-            scorer.score(term, params)
-            scorer.drop(term)
+            scorer.layer_scores({term.name: params})
 
     score_all()  # zarr sets itself up, loops are compiled
     tracemalloc.start()

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from nacpipe.cache import Cache
 from nacpipe.errors import ParamsError
-from nacpipe.method.coverage import Source, logits_gradient
+from nacpipe.method.coverage import logits_gradient
 from nacpipe.method.guide import guided_target
 from nacpipe.method.metrics import auroc, fpr95
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.plain_scores import energy
+from nacpipe.method.term import Source
 from nacpipe.method.weights import ridge_weights
 from nacpipe.scoring.coverage import fit_coverage, score_splits
 from nacpipe.scoring.states import check_layers, held_layers, read_source

@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 import nacpipe
 from nacpipe.cache import Cache
 from nacpipe.errors import InputError
+from nacpipe.scoring.term_index import TermIndexer
 from nacpipe.tuning import runner
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.storage import open_storage
@@ -206,3 +207,14 @@ def test_the_optuna_command_opens_it(small_cache: Cache, tmp_path: Path, where: 
     assert [row["params"]["avgpool.bins"] for row in shown] == [trial.params["avgpool.bins"] for trial in expected]
     assert tool("best-trial", "--study-name", "nac-paper-seed1")["value"] == max(trial.value or 0 for trial in expected)
     assert open_storage(url).get_n_trials(search.study._study_id) == 5  # type: ignore[union-attr]
+
+
+def test_every_term_is_sorted_once_whatever_the_sampler(small_cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the default space too, whose terms our own sampler tries one by one."""
+    objective = nacpipe.Objective(small_cache)
+    made: list[str] = []
+    make = TermIndexer.index
+    monkeypatch.setattr(TermIndexer, "index", lambda self, term: made.append(term.name) or make(self, term))
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=1))
+    study.optimize(objective, n_trials=3)
+    assert sorted(made) == sorted(objective.space)

@@ -47,7 +47,7 @@ class NACPostprocessor:
             train_images: how many of the training loader's images are counted; None means all.
             layers: layer → module path, where the parameters call it otherwise.
         """
-        self._recipe = DetectorSource(
+        self._detector_source = DetectorSource(
             source=source, poolings=poolings or {}, train_images=train_images, layers=layers or {}
         )
         self._detector: Detector | None = None
@@ -58,8 +58,8 @@ class NACPostprocessor:
         Raises:
             NacError: the file is not there or malformed, or was exported for another network.
         """
-        images = (batch["data"] for batch in id_loader_dict["train"]) if not self._recipe.counted else ()
-        self._detector = self._recipe.detector(net, images)
+        images = (batch["data"] for batch in id_loader_dict["train"]) if not self._detector_source.counted else ()
+        self._detector = self._detector_source.detector(net, images)
 
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
         """Return predicted classes (n,) and confidences (n,), larger = more like the training data.
@@ -67,7 +67,7 @@ class NACPostprocessor:
         Raises:
             InputError: `setup` was not called, or with another network.
         """
-        found = self._look(net, data)
+        found = self._detect(net, data)
         return found.logits.argmax(dim=1), found.score
 
     def inference(
@@ -89,8 +89,8 @@ class NACPostprocessor:
             label.append(batch["label"].cpu().numpy())
         return np.concatenate(predicted).astype(int), np.concatenate(confidence), np.concatenate(label).astype(int)
 
-    def _look(self, net: nn.Module, data: Tensor) -> Detected:
+    def _detect(self, net: nn.Module, data: Tensor) -> Detected:
         if self._detector is None or self._detector.network is not unwrap(net):
             raise InputError("call setup(net, id_loaders, ood_loaders) with this network first")
-        found: Detected = self._detector(data)
-        return found
+        detected: Detected = self._detector(data)
+        return detected

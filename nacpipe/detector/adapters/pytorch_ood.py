@@ -50,11 +50,11 @@ class NAC(GradientDetector):  # type: ignore[misc]
         """
         super().__init__()
         self.model = model
-        self._recipe = DetectorSource(
+        self._detector_source = DetectorSource(
             source=source, poolings=poolings or {}, train_images=train_images, layers=layers or {}
         )
-        self.requires_fit = not self._recipe.counted
-        self._detector: Detector | None = None if self.requires_fit else self._recipe.detector(model)
+        self.requires_fit = not self._detector_source.counted
+        self._detector: Detector | None = None if self.requires_fit else self._detector_source.detector(model)
 
     def fit(self, data_loader: Iterable[Any]) -> NAC:
         """Count the coverage of the loader's images, batches `(x, y)`; outliers, of labels below 0, are left out.
@@ -62,7 +62,9 @@ class NAC(GradientDetector):  # type: ignore[misc]
         An exported detector brings its coverage and stays as it is.
         """
         if self.requires_fit:
-            self._detector = self._recipe.detector(self.model, (x[y >= 0] for x, y in data_loader if (y >= 0).any()))
+            self._detector = self._detector_source.detector(
+                self.model, (x[y >= 0] for x, y in data_loader if (y >= 0).any())
+            )
         return self
 
     def predict(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from nacpipe.tuning.study import Search
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PastStudy:
+class ParamsOrigin:
     """Where parameters are from, and what mattered in their study."""
 
     source: str
@@ -27,7 +27,7 @@ class PastStudy:
     """The command that made the study."""
 
 
-def find_study(cache: Cache, choice: str | None) -> PastStudy:
+def find_origin(cache: Cache, choice: str | None) -> ParamsOrigin:
     """Return the study that found the parameters of a cache; where it cannot be looked at, why.
 
     Args:
@@ -35,21 +35,21 @@ def find_study(cache: Cache, choice: str | None) -> PastStudy:
         choice: where the parameters are from, as `evaluate.find_params` has it.
     """
     if choice == "published":
-        return PastStudy(source="published", reason="The parameters are the paper's; no search was made for them.")
+        return ParamsOrigin(source="published", reason="The parameters are the paper's; no search was made for them.")
     path = Path(choice) if choice is not None else beside_cache(cache.path, ".params.json")
     made_by = read_section(path, "made_by")
     if not made_by:
-        return PastStudy(source=str(path), reason=f"{path} does not say which study found it.")
+        return ParamsOrigin(source=str(path), reason=f"{path} does not say which study found it.")
     study = f"study {made_by.get('study_name')} in {made_by.get('study')}"
     if "***" in study:
-        return PastStudy(source=str(path), reason=f"History and importances are left out: {study} wants a password.")
+        return ParamsOrigin(source=str(path), reason=f"History and importances are left out: {study} wants a password.")
     if "options" not in made_by:
-        return PastStudy(
+        return ParamsOrigin(
             source=str(path), reason=f"History and importances are left out, {study}: an earlier nacpipe's."
         )
     try:
         search = Search(SearchRequest.from_json(made_by["options"], cache.path), create=False)
-        return PastStudy(source=str(path), explanation=explain(search), command=search.command())
+        return ParamsOrigin(source=str(path), explanation=explain(search), command=search.command())
     except NacError as error:
         reason = error.one_line()
-    return PastStudy(source=str(path), reason=f"History and importances are left out, {study}: {reason}.")
+    return ParamsOrigin(source=str(path), reason=f"History and importances are left out, {study}: {reason}.")

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cli import main
-from nacpipe.reporting.past import find_study
+from nacpipe.reporting.params_origin import find_origin
 
 
 def search(*args: str) -> None:
@@ -39,7 +39,7 @@ def test_the_study_is_found_again(make_cache: Callable[..., Cache], tmp_path: Pa
     asked = [word.replace("ELSEWHERE", str(tmp_path / "elsewhere.log")) for word in asked]
     cache = make_cache(tmp_path / "c.zarr")
     search(cache.path, "--trials", "25", *asked)
-    found = find_study(cache, None)
+    found = find_origin(cache, None)
     assert (found.reason, found.source) == ("", str(tmp_path / "c.params.json"))
     assert found.explanation is not None
     written = json.loads((tmp_path / "c.params.json").read_text())
@@ -60,10 +60,10 @@ def test_why_it_cannot_be_looked_at(make_cache: Callable[..., Cache], tmp_path: 
     written = json.loads(path.read_text())
     study = f"study nac-seed1 in {tmp_path}/c.study.log"
     (tmp_path / "c.study.log").rename(tmp_path / "moved.log")
-    said = find_study(cache, None)
+    said = find_origin(cache, None)
     assert said.explanation is None
     assert said.reason.startswith(f"History and importances are left out, {study}: there is no completed trial")
-    assert find_study(cache, "published").reason == "The parameters are the paper's; no search was made for them."
+    assert find_origin(cache, "published").reason == "The parameters are the paper's; no search was made for them."
     options = written["made_by"]["options"]
     for change, reason in (
         ({"study": "postgresql://nac:***@db/x"}, "nac-seed1 in postgresql://nac:***@db/x wants a password."),
@@ -76,7 +76,7 @@ def test_why_it_cannot_be_looked_at(make_cache: Callable[..., Cache], tmp_path: 
     ):
         made_by = {key: value for key, value in {**written["made_by"], **change}.items() if value is not None}
         path.write_text(json.dumps({**written, "made_by": made_by}))
-        found = find_study(cache, None)
+        found = find_origin(cache, None)
         assert found.explanation is None
         assert reason in found.reason
 
@@ -90,6 +90,6 @@ def test_a_study_that_moved_with_its_cache_is_found(make_cache: Callable[..., Ca
     search(cache.path, "--trials", "3", *asked)
     (tmp_path / "before").rename(tmp_path / "after")
     moved = open_cache(tmp_path / "after" / "c.zarr")
-    found = find_study(moved, None)
+    found = find_origin(moved, None)
     assert found.reason == ""
     assert found.command == f"nacpipe search {moved.path} --space {tmp_path}/s.toml --seed 3"
