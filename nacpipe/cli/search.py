@@ -175,7 +175,7 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
             own = "" if crossed.guide is None else f" ({result.guide} {percent(crossed.guide)} %)"
             click.echo(
                 f"cross-validated: AUROC {percent(crossed.images)} % over images{own},"
-                f" {percent(crossed.clusters)} % over the classes that {search.request.val} is taken for"
+                f" {percent(crossed.clusters)} % over the classes that {search.request.val} is predicted as"
             )
         if result.front is not None:
             click.echo(

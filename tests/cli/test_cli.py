@@ -259,7 +259,7 @@ def test_the_default_search_takes_every_term_and_is_cross_validated(cache: str, 
     assert lines[20].startswith("id/val against ood/val: AUROC ")
     assert re.fullmatch(
         r"cross-validated: AUROC \d+\.\d\d % over images \(\w+ \d+\.\d\d %\), \d+\.\d\d % over the classes that ood/val"
-        r" is taken for",
+        r" is predicted as",
         lines[21],
     )
     assert lines[23].startswith("1081 trials in ")  # 18 terms, 60 trials each, and all together
