@@ -17,6 +17,11 @@ _PLAIN = str.maketrans(
 )
 
 
+# Terminals of a process that is ending. `print` in another thread holds no reference to the sys.stdout it writes to
+# (CPython until 3.13): freed under it, the process would end with a segmentation fault in place of its exit code.
+_KEPT: list[Terminal] = []
+
+
 class Terminal:
     """A standard stream that takes any text: characters that its encoding lacks are replaced.
 
@@ -115,6 +120,7 @@ def standard_streams(exits: bool) -> Iterator[None]:
         for name, terminal in terminals.items():
             if exits:
                 terminal.drain()
+                _KEPT.append(terminal)
             if getattr(sys, name) is terminal:  # click sets a stream of its own where a pipe is broken
                 setattr(sys, name, previous[name])
 

@@ -431,3 +431,39 @@ def test_two_threads_leave_the_streams_as_they_were() -> None:
             assert sys.stdout is first
         assert sys.stdout is first
     assert (sys.stdout, sys.stderr) == before
+
+
+# `print` in a thread that is writing while the command ends: sys.stdout is set back between its write and its flush.
+PRINTING = """
+import sys, threading
+from nacpipe.cli.streams import standard_streams
+
+class Slow:
+    def __init__(self, stream):
+        self.stream = stream
+    def write(self, text):
+        self.stream.write(text)
+        began.set()
+        ended.wait(20)
+        for _ in range(1000):  # what was freed is used again
+            kept.append(bytearray(64))
+    def flush(self):
+        self.stream.flush()
+
+began, ended, kept = threading.Event(), threading.Event(), []
+sys.stdout = Slow(sys.stdout)
+with standard_streams(exits=True):
+    thread = threading.Thread(target=print, args=("text",), kwargs={"flush": True})
+    thread.start()
+    began.wait(20)
+ended.set()
+thread.join()
+sys.exit(130)
+"""
+
+
+def test_a_thread_that_prints_while_the_command_ends_does_not_crash_it() -> None:
+    words = [sys.executable, "-c", PRINTING]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "text\n", "")
