@@ -49,8 +49,8 @@ def write(path: Path, classes: int, features: int, rows: dict[str, int]) -> Cach
             "logits": values @ weight.T + bias,
             "label": label if inside else np.full(count, -1),
             "index": np.arange(count),
-            "layer/activation": states,
-            "layer/gradient": states,
+            "layers/layer/activation": states,
+            "layers/layer/gradient": states,
         }
         writer.prepare(split, count, {"list": split, "sha256": split})
         for block, start in enumerate(range(0, count, BLOCK)):

@@ -59,8 +59,8 @@ def write_cache(path: Path) -> None:
         for name, neurons in zip(names, sizes.neurons, strict=True):
             alpha = PUBLISHED[KEY].layers[name].alpha
             products = draw_products(random, rows, neurons, alpha)
-            arrays[f"{name}/activation"] = products * np.float32(1.5 if split == "ood/val" else 1.0)
-            arrays[f"{name}/gradient"] = np.ones((rows, neurons), np.float32)
+            arrays[f"layers/{name}/activation"] = products * np.float32(1.5 if split == "ood/val" else 1.0)
+            arrays[f"layers/{name}/gradient"] = np.ones((rows, neurons), np.float32)
         writer.prepare(split, rows, {"list": split, "sha256": "0" * 64})
         for block in range(-(-rows // BLOCK)):
             writer.write_block(split, block, {k: a[block * BLOCK : (block + 1) * BLOCK] for k, a in arrays.items()})

@@ -156,6 +156,7 @@ def make_cache(common: Path) -> Callable[..., Cache]:
             copy_function=shutil.copyfile,  # with the umask of now, as if it were written
             dirs_exist_ok=True,
         )
+        CacheWriter(path, build_header(path, identity))  # renews the consolidated metadata
         return open_cache(path)
 
     return make
@@ -217,7 +218,9 @@ def build_cache(
             continue
         rng = np.random.RandomState([seed, number])
         arrays = _draw_split(rng, name, count, centres, weight, bias)
-        writer.prepare(name, count, {"list": f"{name.replace('/', '_')}.txt", "sha256": _sha256(name)})
+        images = {"list": f"{name.replace('/', '_')}.txt", "sha256": _sha256(name)}
+        known = {key: arrays[key].astype(np.int64) for key in ("label", "index")}
+        writer.prepare(name, count, images, **known)
         for block, start in enumerate(range(0, count, BLOCK_ROWS)):
             writer.write_block(name, block, {key: a[start : start + BLOCK_ROWS] for key, a in arrays.items()})
         writer.seal(name)
@@ -243,10 +246,10 @@ def _draw_split(
     softmax = np.exp(logits - logits.max(axis=1, keepdims=True))
     softmax /= softmax.sum(axis=1, keepdims=True)
     arrays = {
-        "avgpool/activation": features,
-        "avgpool/gradient": (softmax - 1 / CLASSES) @ weight,
-        "layer1/activation": wider * np.maximum(rng.randn(rows, 4) + 0.5, 0),
-        "layer1/gradient": 0.1 * wider * rng.randn(rows, 4),
+        "layers/avgpool/activation": features,
+        "layers/avgpool/gradient": (softmax - 1 / CLASSES) @ weight,
+        "layers/layer1/activation": wider * np.maximum(rng.randn(rows, 4) + 0.5, 0),
+        "layers/layer1/gradient": 0.1 * wider * rng.randn(rows, 4),
         "features": features,
         "logits": logits,
     }

@@ -11,8 +11,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, ObjectStore
 
 from nacpipe.cache.durability import replace_file
-from nacpipe.cache.pages import PageStore
-from nacpipe.cache.store import CONNECT, OBJECTS, PAGES, TIMEOUT, RemoteStore, first_line
+from nacpipe.cache.store import CONNECT, OBJECTS, PAGES, TIMEOUT, RemoteStore, WebStore, first_line
 from nacpipe.errors import InputError, MissingExtra
 from nacpipe.files import is_url
 
@@ -51,7 +50,7 @@ def open_store(address: str | Path, *, write: bool = False) -> Store | Path:
     retries: Any = {"max_retries": 0}  # RemoteStore repeats requests, also interrupted listings and unconfirmed writes
     try:
         if scheme in PAGES:
-            return PageStore(HTTPStore.from_url(url, client_options=options, retry_config=retries), url, read_only=True)
+            return WebStore(HTTPStore.from_url(url, client_options=options, retry_config=retries), url, read_only=True)
         return RemoteStore(from_url(url, client_options=options, retry_config=retries), url, read_only=not write)
     except (BaseError, ValueError) as error:
         raise InputError(f"{url} cannot be opened: {first_line(error)}") from error

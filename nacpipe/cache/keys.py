@@ -1,10 +1,12 @@
 """The keys of the objects that belong to a cache, which follow from its header:
 
     zarr.json                               the root, and every group: id, ood/near, classifier, a split, a layer
-    classifier/weight/c/0/0                 one chunk each
-    id/val/layer3/gradient/c/7/0            chunks of a split's arrays, of any number
-    id/val/blocks/c/7                       marks
-    id/val/logits/c/7/0.3fa9….partial       a draft: the partial file of a killed writer
+    classifier/weight/c.0.0                 one chunk each
+    id/val/layers/layer3/gradient/c.7.0     chunks of a split's arrays, of any number
+    id/val/blocks/c.7                       marks
+    id/val/logits/c.7.3fa9….partial         a draft: the partial file of a killed writer
+
+In version 1: id/val/layer3/gradient/c/7/0, id/val/blocks/c/7, id/val/logits/c/7/0.3fa9….partial.
 
 All other objects are foreign (`desktop.ini`, `notes.txt`, other folders): digests do not include them, no command
 removes them, and `nacpipe verify` names them.
@@ -28,22 +30,30 @@ from nacpipe.cache.store import MAX_REQUESTS
 
 _NUMBER = "(?:0|[1-9][0-9]*)"
 _DRAFT = re.compile(
-    rf"(?:zarr\.json|zarr\.[0-9a-f]+|{_NUMBER}(?:\.[0-9a-f]+)?)\.partial"
+    rf"(?:zarr\.json|zarr\.[0-9a-f]+|(?:{_NUMBER}|c(?:\.{_NUMBER}){{0,2}})(?:\.[0-9a-f]+)?)\.partial"
 )  # those of durability.py and of Zarr
+_CHUNK = re.compile(rf"(.+)/c[./]({_NUMBER})(?:[./]0)?")
 
 
 def own_keys(header: Header) -> re.Pattern[str]:
     """Return the pattern of the keys, from the store's root, that belong to a cache, without drafts."""
     arrays = {"blocks": 0, **{path: width for path, (width, _) in header.arrays().items()}}
-    inside = ["zarr\\.json", *(f"{re.escape(spec.name)}/zarr\\.json" for spec in header.layers)]
+    inside = ["zarr\\.json", *(f"{re.escape(group)}/zarr\\.json" for group in header.groups())]
+    dot = "/" if header.version == 1 else "\\."
     for path, width in arrays.items():
-        inside.append(f"{re.escape(path)}/(?:zarr\\.json|c/{_NUMBER}{'/0' if width else ''})")
+        inside.append(f"{re.escape(path)}/(?:zarr\\.json|c{dot}{_NUMBER}{f'{dot}0' if width else ''})")
     parents = "|".join(SPLIT_PARENTS)
     split = f"(?:(?:{parents})/[^/.][^/]*|ood/val)"
     return re.compile(
-        f"(?:(?:{parents}|ood|classifier)/)?zarr\\.json|classifier/weight/(?:zarr\\.json|c/0/0)"
-        f"|classifier/bias/(?:zarr\\.json|c/0)|{split}/(?:{'|'.join(inside)})"
+        f"(?:(?:{parents}|ood|classifier)/)?zarr\\.json|classifier/weight/(?:zarr\\.json|c{dot}0{dot}0)"
+        f"|classifier/bias/(?:zarr\\.json|c{dot}0)|{split}/(?:{'|'.join(inside)})"
     )
+
+
+def parse_chunk_key(key: str) -> tuple[str, int] | None:
+    """Return the array and the number, along the rows, of a chunk's key; None for other keys."""
+    found = _CHUNK.fullmatch(key)
+    return None if found is None else (found[1], int(found[2]))
 
 
 def list_keys(store: Store, path: str = "") -> list[str]:
@@ -102,7 +112,8 @@ def remove_own(store: Store, header: Header, path: str) -> None:
         if key.endswith("/blocks/zarr.json"):
             steps[0].append(key)
         elif pattern.fullmatch(key) or is_draft(key):
-            steps[1 if "/blocks/c/" in key else 3 if key == f"{path}/zarr.json" else 2].append(key)
+            mark = (parse_chunk_key(key) or ("", 0))[0].endswith("/blocks")
+            steps[1 if mark else 3 if key == f"{path}/zarr.json" else 2].append(key)
     for step in steps.values():
         sync(_delete(store, step))
     if isinstance(store, LocalStore):

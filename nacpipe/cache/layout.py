@@ -1,8 +1,11 @@
-"""Names, shapes, chunks and codecs of format version 1 (cache/README.md).
+"""Names, shapes, chunks and codecs of the format (cache/README.md).
 
 block 0                    block 1                    last block
 ├── block_rows rows ──┤    ├── block_rows rows ──┤    ├─ remainder ┤
 one chunk per array and block; blocks[i] = 1 once every array of block i is written
+
+Version 2 keeps layers below `layers/` and a chunk as one file beside its array's zarr.json (`c.7.0`). Version 1 has
+layers beside `logits` and a folder for each chunk (`c/7/0`); such a cache is read, and finished as it was begun.
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ from zarr.core.sync import sync
 
 from nacpipe.cache.identity import fingerprint
 from nacpipe.errors import FormatError, InputError
-from nacpipe.method.term import layer_of, source_of
 from nacpipe.text import why_reserved
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+VERSIONS = (1, 2)
 BLOCK_ROWS = 512
 ALL_BITS = 23  # of a float32's mantissa
 
@@ -38,10 +41,14 @@ LIMITS = {  # smallest and largest values of the root's integers
     "mantissa_bits": (1, ALL_BITS),
     "shard_blocks": (1, 2**16),
 }
-STORED_AS = {"mantissa_bits": "keep_bits"}  # names in format 1 that differ
+STORED_AS = {"mantissa_bits": "keep_bits"}  # names in version 1 that differ
+LAYERS = "layers"  # the group of a split's layers
+WHOLE = ("label", "index")  # known before a split is run: a chunk of theirs can hold many blocks
+WHOLE_ROWS = 2**20  # at most, of such a chunk
 POOLINGS = ("sum-nchw", "sum-nhwc", "sum-tokens", "class-token", "none")
 SPLIT_PARENTS = ("id", "csid", "ood/near", "ood/far")
-RESERVED = ("blocks", "features", "logits", "label", "index", "classifier")
+RESERVED = ("logits",)  # the name of the terms of the logits themselves
+_LAYER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +83,20 @@ class Header:
     """Bits of mantissa of activations, gradients and features; 23: not rounded."""
     shard_blocks: int = 1
     """Blocks in one stored object; a shard has one writer."""
+    gradients: bool = True
+    """Whether layers have gradients; False: written by forward passes alone."""
+    version: int = FORMAT_VERSION
+    """The format's version."""
 
     def whole_identity(self) -> dict[str, Any]:
-        """Return the identity with layers and precision: all root attributes that must match."""
+        """Return the identity with layers and precision: all root attributes that must match.
+
+        It does not depend on the version: parameters of a cache are those of its converted copy. `keep_bits` is the
+        name that studies and parameters know.
+        """
         layers = {spec.name: {"path": spec.path, "pooling": spec.pooling} for spec in self.layers}
-        return {**self.identity, "layers": layers, "keep_bits": self.mantissa_bits}
+        gradients = {} if self.gradients else {"gradients": False}
+        return {**self.identity, "layers": layers, "keep_bits": self.mantissa_bits, **gradients}
 
     def layer(self, name: str) -> LayerSpec:
         """Return the layer of that name.
@@ -93,11 +109,22 @@ class Header:
                 return spec
         raise InputError(f"layer {name!r} is not in this cache; it holds {', '.join(s.name for s in self.layers)}")
 
+    def layer_path(self, name: str) -> str:
+        """Return the path, from a split, of the group of a layer."""
+        return name if self.version == 1 else f"{LAYERS}/{name}"
+
+    def layer_array(self, name: str, what: str) -> str:
+        """Return the path, from a split, of a layer's `activation` or `gradient`."""
+        return f"{self.layer_path(name)}/{what}"
+
+    def groups(self) -> list[str]:
+        """Return the paths, from a split, of the groups in it."""
+        return ([] if self.version == 1 else [LAYERS]) + [self.layer_path(spec.name) for spec in self.layers]
+
     def arrays(self) -> dict[str, tuple[int, str]]:
         """Return a split's arrays except `blocks`: path in the split → (width, dtype); width 0: one-dimensional."""
-        arrays = {
-            f"{s.name}/{what}": (s.neurons, "float32") for s in self.layers for what in ("activation", "gradient")
-        }
+        states = ("activation", "gradient") if self.gradients else ("activation",)
+        arrays = {self.layer_array(s.name, what): (s.neurons, "float32") for s in self.layers for what in states}
         if self.features:
             arrays["features"] = (self.features, "float32")
         return {**arrays, "logits": (self.classes, "float32"), "label": (0, "int64"), "index": (0, "int64")}
@@ -125,7 +152,7 @@ class Header:
     def to_attributes(self) -> dict[str, Any]:
         """Return the root's attributes and, last, their digest, which shows changes when they are read."""
         attributes = {
-            "nacpipe_format": FORMAT_VERSION,
+            "nacpipe_format": self.version,
             "identity": dict(self.identity),
             "information": dict(self.information),
             "block_rows": self.block_rows,
@@ -134,8 +161,9 @@ class Header:
             ],
             "classes": self.classes,
             "features": self.features,
-            "keep_bits": self.mantissa_bits,
+            "keep_bits" if self.version == 1 else "mantissa_bits": self.mantissa_bits,
             "shard_blocks": self.shard_blocks,
+            **({} if self.version == 1 else {"gradients": self.gradients}),
         }
         return {**attributes, "digest": fingerprint(attributes)}
 
@@ -149,9 +177,9 @@ class Header:
         version = attributes.get("nacpipe_format")
         if version is None:
             raise FormatError("this Zarr group is not a nacpipe cache (it has no nacpipe_format)")
-        if version != FORMAT_VERSION:
+        if isinstance(version, bool) or version not in VERSIONS:
             raise FormatError(
-                f"this cache has format version {version}, this nacpipe reads version {FORMAT_VERSION};"
+                f"this cache has format version {version}, this nacpipe reads versions {', '.join(map(str, VERSIONS))};"
                 " use the nacpipe that wrote it, or extract again into another --cache"
             )
         digest = attributes.get("digest")  # caches of the first versions have none
@@ -162,9 +190,11 @@ class Header:
                 identity={**attributes["identity"]},
                 information={**attributes["information"]},
                 layers=tuple(_layer(**layer) for layer in attributes["layers"]),
-                **_numbers(attributes),
+                gradients=_truth("gradients", True if version == 1 else attributes["gradients"]),
+                version=version,
+                **_numbers(attributes, version),
             )
-            check_layer_names([spec.name for spec in header.layers])
+            (_check_old_names if version == 1 else check_layer_names)([spec.name for spec in header.layers])
             if not header.layers or len({spec.name for spec in header.layers}) < len(header.layers):
                 raise ValueError("layers are none, or two have one name")
             if problem := header.block_problem():
@@ -174,15 +204,21 @@ class Header:
         return header
 
 
-def _numbers(attributes: Mapping[str, Any]) -> dict[str, int]:
+def _numbers(attributes: Mapping[str, Any], version: int) -> dict[str, int]:
     """Return the root's integers by their field names."""
-    stored = {name: STORED_AS.get(name, name) for name in LIMITS}
+    stored = {name: STORED_AS.get(name, name) if version == 1 else name for name in LIMITS}
     return {name: _whole(key, attributes[key], *LIMITS[name]) for name, key in stored.items()}
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"{name} is {str(value)[:40]}, not a whole number from {low} to {high}")
+    return value
+
+
+def _truth(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {str(value)[:40]}, neither true nor false")
     return value
 
 
@@ -193,25 +229,40 @@ def _layer(name: Any, path: Any, pooling: Any, neurons: Any) -> LayerSpec:
 
 
 def check_layer_names(names: list[str]) -> None:
-    """Refuse layer names that would collide with a split's own arrays or leave its group.
+    """Refuse layer names that cannot be a folder's name everywhere, or that the terms of the logits have.
 
     Raises:
         InputError: naming the layer, and how to give it another name.
     """
     for name in names:
-        other = f"give it another: --layers {shlex.quote(f'{free_name(name)}={name}')}"
-        if name in RESERVED or not name or name.startswith(".") or "/" in name:
+        if problem := layer_name_problem(name):
             raise InputError(
-                f"layer name {name!r} cannot be used in a cache (reserved: {', '.join(RESERVED)}); {other}"
+                f"layer name {name!r} {problem}; give it another: --layers {shlex.quote(f'{free_name(name)}={name}')}"
             )
-        if layer_of(name) != name:  # in parameters, such a name is a term: one source of a layer
-            raise InputError(
-                f"layer name {name!r} cannot be used in a cache: it ends like a state, {source_of(name)}; {other}"
-            )
+
+
+def layer_name_problem(name: str) -> str | None:
+    """Return why a layer cannot have this name, or None if it can."""
+    if name in RESERVED:
+        return "is that of the network's output"
+    return None if _LAYER_NAME.fullmatch(name) else "has other characters than letters, digits, _ . and -"
+
+
+def _check_old_names(names: list[str]) -> None:
+    """Refuse names that collide with a split's own arrays: in version 1 a layer lies beside them.
+
+    Raises:
+        InputError: naming the layer.
+    """
+    for name in names:
+        if name in ("blocks", "features", "logits", "label", "index", "classifier") or name.startswith("."):
+            raise InputError(f"layer name {name!r} cannot be used in a cache of version 1")
+        if not name or "/" in name or ":" in name:
+            raise InputError(f"layer name {name!r} cannot be used in a cache")
 
 
 def free_name(name: str) -> str:
-    """Return an allowed name for a layer: features → features_layer."""
+    """Return an allowed name for a layer: logits → logits_layer."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".") + "_layer"
 
 
@@ -220,14 +271,26 @@ def count_blocks(rows: int, block_rows: int) -> int:
     return -(-rows // block_rows)
 
 
-def create_array(group: zarr.Group, path: str, rows: int, width: int, dtype: str, header: Header) -> zarr.Array[Any]:
+def create_array(
+    group: zarr.Group, path: str, rows: int, width: int, dtype: str, header: Header, *, whole: bool = False
+) -> zarr.Array[Any]:
     """Create one array of a split: chunks of (block_rows, width), Blosc zstd with bit shuffle, CRC32C on each.
 
     No object of the array may exist, because chunks from an incomplete removal would become valid (`keys.remove_own`).
+
+    Args:
+        group: the split.
+        path: the array's path in it.
+        rows: samples.
+        width: numbers of a sample; 0: the array is one-dimensional.
+        dtype: of the numbers.
+        header: the cache's.
+        whole: the values of all rows are written at once, in chunks of many blocks.
     """
     kind = np.dtype(dtype)
-    chunk = (header.block_rows, width) if width else (header.block_rows,)
-    shard = (header.block_rows * header.shard_blocks, *chunk[1:]) if header.shard_blocks > 1 else None
+    outer = count_blocks(min(rows, WHOLE_ROWS), header.block_rows) if whole else header.shard_blocks
+    chunk = (header.block_rows * (outer if whole else 1), *((width,) if width else ()))
+    shard = (header.block_rows * outer, *chunk[1:]) if outer > 1 and not whole else None
     return group.create_array(
         path,
         shape=(rows, width) if width else (rows,),
@@ -240,12 +303,13 @@ def create_array(group: zarr.Group, path: str, rows: int, width: int, dtype: str
             Crc32cCodec(),
         ),
         fill_value=float("nan") if kind.kind == "f" else MISSING_INT,
-        dimension_names=("sample", "neuron") if width else ("sample",),
+        chunk_key_encoding=chunk_key_encoding(header),
+        dimension_names=_dimension_names(path, width, header),
         config={"write_empty_chunks": True},
     )
 
 
-def create_marks(group: zarr.Group, blocks: int) -> zarr.Array[Any]:
+def create_marks(group: zarr.Group, blocks: int, header: Header) -> zarr.Array[Any]:
     """Create `blocks`, with one chunk per mark, so that two writers never write the same file; see `create_array`."""
     return group.create_array(
         "blocks",
@@ -255,14 +319,35 @@ def create_marks(group: zarr.Group, blocks: int) -> zarr.Array[Any]:
         serializer=BytesCodec(endian="little"),
         compressors=(Crc32cCodec(),),
         fill_value=0,
+        chunk_key_encoding=chunk_key_encoding(header),
         dimension_names=("block",),
     )
 
 
+def chunk_key_encoding(header: Header) -> Any:
+    """Return Zarr's name for how the keys of chunks are made: c/7/0, from version 2 on c.7.0."""
+    return {"name": "default", "separator": "/" if header.version == 1 else "."}
+
+
+def _dimension_names(path: str, width: int, header: Header) -> tuple[str, ...]:
+    """Return the names of an array's axes; one name has one length in a group, which xarray needs."""
+    if not width:
+        return ("sample",)
+    if header.version == 1:
+        return ("sample", "neuron")
+    return ("sample", {"features": "feature", "logits": "class"}.get(path, "neuron"))
+
+
 def chunk_key(array: zarr.Array[Any], block: int, header: Header) -> str:
     """Return the key, from the store's root, of the object that holds a block of an array."""
-    place = (block // header.shard_blocks, *(0 for _ in array.shape[1:]))
+    outer = (array.shards or array.chunks)[0]
+    place = (block * header.block_rows // outer, *(0 for _ in array.shape[1:]))
     return f"{array.path}/{array.metadata.encode_chunk_key(place)}"
+
+
+def is_whole(array: zarr.Array[Any], header: Header) -> bool:
+    """Return whether a chunk of an array holds many blocks: all its rows were written before the first block."""
+    return bool(array.shards is None and array.chunks[0] > header.block_rows)
 
 
 def is_split_path(path: str) -> bool:

@@ -10,11 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.sync import sync
 
 from nacpipe.cache.address import open_store
 from nacpipe.cache.layout import Header, find_splits, is_there
 from nacpipe.cache.options import finishing_command
 from nacpipe.cache.split import SplitView
+from nacpipe.cache.store import WebStore
 from nacpipe.cache.validation import classifier_problems, open_member
 from nacpipe.errors import CacheError, FormatError, InputError, NacError
 from nacpipe.text import command_line, escape_bytes
@@ -45,9 +47,31 @@ def open_root(path: str, *, mode: Literal["r", "r+"]) -> tuple[zarr.Group, Heade
         what = f"{type(error).__name__}: {str(error)[:200]}"
         raise FormatError(f"{path} cannot be read as a Zarr group ({what})") from error
     try:
-        return root, Header.from_attributes(root.attrs)
+        header = Header.from_attributes(root.attrs)
     except NacError as error:
         raise type(error)(f"{path}: {error}") from error
+    if isinstance(root.store, WebStore):
+        _check_web_cache(path, header, root.store)
+    return root, header
+
+
+def _check_web_cache(path: str, header: Header, store: WebStore) -> None:
+    """Refuse a cache that has no copy of its metadata: a web server has no listing.
+
+    Raises:
+        FormatError: it is of version 1.
+        CacheError: no split of it is finished.
+    """
+    if header.version == 1:
+        raise FormatError(
+            f"{path} has format version 1, which cannot be read over http; where it is kept, make a copy that can:"
+            f" {command_line('convert', 'OLD.zarr', 'NEW.zarr')}"
+        )
+    if not sync(store.metadata()):
+        raise CacheError(
+            f"{path} has no consolidated metadata, by which a cache is read over http: no split of it is finished, or"
+            f" they were removed; where it is kept, finish it with: {finishing_command(header.information, 'x.zarr')}"
+        )
 
 
 class Cache(Mapping[str, SplitView]):

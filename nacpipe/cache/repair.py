@@ -13,17 +13,19 @@ Every step leaves a cache that another repair can finish. Nothing is guessed.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nacpipe.cache.address import Objects
+from nacpipe.cache.consolidated import consolidate
 from nacpipe.cache.durability import sync_files, writing
-from nacpipe.cache.keys import list_own, remove_own
-from nacpipe.cache.layout import chunk_key
+from nacpipe.cache.keys import list_own, list_split, parse_chunk_key, remove_own
+from nacpipe.cache.layout import WHOLE, Header, chunk_key, count_blocks, is_whole
 from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.reader import Cache, open_cache
 from nacpipe.cache.validation import root_problems
-from nacpipe.cache.verify import BEYOND_ROWS, Damage, expected_objects, verify_cache
+from nacpipe.cache.verify import BEYOND_ROWS, STALE_COPY, Damage, expected_objects, mark_key, verify_cache
 from nacpipe.cache.writer import remove_drafts
 from nacpipe.errors import CacheError, FormatError
 from nacpipe.files import is_url
@@ -80,9 +82,13 @@ def _repair(cache: Cache, objects: Objects, damage: Sequence[Damage]) -> Iterato
     for split in dict.fromkeys(d.split for d in damage):
         found = [d for d in damage if d.split == split]
         if split == "":
-            for group in (d.array for d in found):
-                objects.replace(f"{group}/zarr.json", expected_objects(cache.header, 1)["zarr.json"])
-                yield f"{group}: metadata rewritten"
+            for d in found:
+                if d.what == STALE_COPY:
+                    consolidate(cache.root, cache.header, cache.path)
+                    yield "consolidated metadata renewed"
+                else:
+                    objects.replace(f"{d.array}/zarr.json", expected_objects(cache.header, 1, ())["zarr.json"])
+                    yield f"{d.array}: metadata rewritten"
         elif split == "classifier":
             remove_own(objects.store, cache.header, "classifier")
             yield "classifier: is to be written again"
@@ -95,34 +101,72 @@ def _repair(cache: Cache, objects: Objects, damage: Sequence[Damage]) -> Iterato
 
 def _repair_split(cache: Cache, objects: Objects, name: str, found: Sequence[Damage]) -> Iterator[str]:
     """Chunks beyond the rows; without them metadata; without these marks and rows."""
-    header = cache.header
-    expected = expected_objects(header, cache.peek(name).rows)
+    header, split = cache.header, cache.peek(name)
+    whole = _whole_arrays(cache, name)
+    expected = expected_objects(header, split.rows, whole)
     damaged = [d for d in found if d.block is not None and d.array != "blocks"]
     blocks = {d.block: d.rows for d in damaged if d.rows is not None}
     if beyond := [d for d in found if d.what == BEYOND_ROWS]:
         for d in beyond:
-            key = f"{d.array}/c/{d.block}{'/0' * (header.arrays().get(d.array, (0, ''))[0] > 0)}"
+            assert d.block is not None
+            key = f"{d.array}/{split.array(d.array).metadata.encode_chunk_key(_place(header, d.array, d.block))}"
             objects.remove(f"{name}/{key}")
             yield f"{name}/{key} {d.what}: it is removed"
-    elif arrays := [d.array for d in found if d.block is None]:
+    elif arrays := [d.array for d in found if d.block is None and d.rows is None]:
         for array in dict.fromkeys(arrays):
             objects.replace(f"{name}/{array}/zarr.json", expected[f"{array}/zarr.json"])
             yield f"{name}/{array}: metadata rewritten"
     else:
         for d in found:
-            if d.array == "blocks" and d.block not in blocks:
-                objects.replace(f"{name}/blocks/c/{d.block}", expected["blocks/c/0"])
+            if d.array == "blocks" and d.block is not None and d.block not in blocks:
+                objects.replace(f"{name}/{mark_key(header, d.block)}", expected[mark_key(header, 0)])
                 yield f"{name}: the mark of block {d.block} rewritten"
         if damaged:
             _take_marks(cache, objects, name, damaged)
         for block, rows in blocks.items():
             yield f"{name}: block {block}, rows {rows.start} to {rows.stop - 1}, is to be computed again"
+        for d in found:
+            if d.block is None and d.rows is not None:
+                objects.remove(chunk_key(split.array(d.array), d.rows.start // header.block_rows, header))
+                yield f"{name}: {d.array} is to be written again"
+        if any(d.block is None and d.rows is not None for d in found):
+            _unseal(cache, objects, name)
+
+
+def _whole_arrays(cache: Cache, name: str) -> list[str]:
+    """Return which arrays have chunks of many blocks; by their chunks' keys where their metadata are damaged."""
+    header, split = cache.header, cache.peek(name)
+    chunks = Counter(
+        found[0] for key in list_split(cache.root.store, header, name)[0] if (found := parse_chunk_key(key))
+    )
+    objects = -(-count_blocks(split.rows, header.block_rows) // header.shard_blocks)  # of an array whose blocks are its
+    whole = []
+    for path in WHOLE:
+        try:
+            holds_many = is_whole(split.array(path), header)
+        except CacheError:
+            holds_many = header.version > 1 and 0 < chunks[path] < objects
+        whole += [path] * holds_many
+    return whole
+
+
+def _place(header: Header, array: str, number: int) -> tuple[int, ...]:
+    width = 0 if array == "blocks" else header.arrays()[array][0]
+    return (number, 0) if width else (number,)
+
+
+def _unseal(cache: Cache, objects: Objects, name: str) -> None:
+    content = json.loads(objects.read(f"{name}/zarr.json") or b"")
+    content["attributes"].update(sealed=False, digest=None)
+    objects.replace(f"{name}/zarr.json", json.dumps(content, indent=2).encode())
+    consolidate(cache.root, cache.header, cache.path)
 
 
 def _drop(cache: Cache, objects: Objects, name: str) -> None:
     """Remove a split: its attributes first, without which no rest of it is ever read or sealed."""
     objects.remove(f"{name}/zarr.json")
     _sync_folder(cache, name)
+    consolidate(cache.root, cache.header, cache.path)
     remove_own(objects.store, cache.header, name)
 
 
@@ -132,11 +176,9 @@ def _take_marks(cache: Cache, objects: Objects, name: str, found: Sequence[Damag
     In this order, since an extract after a kill would seal marked blocks, and leaves a sealed split as it is.
     """
     for block in sorted({d.block for d in found if d.block is not None}):
-        objects.remove(f"{name}/blocks/c/{block}")
-    _sync_folder(cache, f"{name}/blocks/c")
-    content = json.loads(objects.read(f"{name}/zarr.json") or b"")
-    content["attributes"].update(sealed=False, digest=None)
-    objects.replace(f"{name}/zarr.json", json.dumps(content, indent=2).encode())
+        objects.remove(f"{name}/{mark_key(cache.header, block)}")
+    _sync_folder(cache, f"{name}/blocks/c" if cache.header.version == 1 else f"{name}/blocks")
+    _unseal(cache, objects, name)
     for d in found:
         if d.block is not None:  # a writer of a shard would read it
             objects.remove(chunk_key(cache.peek(name).array(d.array), d.block, cache.header))

@@ -15,6 +15,7 @@ from nacpipe.cache.array_view import ArrayView
 from nacpipe.cache.digest import matches_seal
 from nacpipe.cache.keys import list_split
 from nacpipe.cache.layout import MISSING_INT, LayerSpec, chunk_key, count_blocks, is_there
+from nacpipe.cache.store import WebStore
 from nacpipe.cache.validation import missing_chunks, open_member, split_problems
 from nacpipe.errors import CacheError, FormatError, InputError, NacError, ValuesError
 from nacpipe.text import command_line
@@ -29,7 +30,8 @@ class LayerView:
 
     spec: LayerSpec
     activation: ArrayView
-    gradient: ArrayView
+    gradient: ArrayView | None
+    """None in a cache that was written by forward passes alone."""
 
 
 class SplitView(Mapping[str, LayerView]):
@@ -52,7 +54,9 @@ class SplitView(Mapping[str, LayerView]):
             spec = self._cache.header.layer(layer)
         except InputError as error:
             raise InputError(f"{error} ({self._cache.path})") from None
-        return LayerView(spec, self._view(f"{layer}/activation"), self._view(f"{layer}/gradient"))
+        header = self._cache.header
+        gradient = self._view(header.layer_array(layer, "gradient")) if header.gradients else None
+        return LayerView(spec, self._view(header.layer_array(layer, "activation")), gradient)
 
     def __contains__(self, layer: object) -> bool:
         return any(spec.name == layer for spec in self._cache.header.layers)
@@ -117,8 +121,26 @@ class SplitView(Mapping[str, LayerView]):
     def _view(self, path: str) -> ArrayView:
         return ArrayView(self, path, self._cache.header.block_rows)
 
-    def read(self, path: str, rows: slice = slice(None)) -> NDArray[Any]:
+    def read_layer(self, layer: str, what: str, rows: slice = slice(None)) -> NDArray[np.float32]:
+        """Return rows of a layer's `activation` or `gradient`, (rows, neurons); see `read`.
+
+        Raises:
+            CacheError: a chunk is damaged or missing, or the cache has no gradients.
+        """
+        if what == "gradient" and not self._cache.header.gradients:
+            raise CacheError(
+                f"{self._cache.path} was written without gradients (extract --no-gradient): terms of activations alone"
+                " can be used"
+            )
+        return self.read(self._cache.header.layer_array(layer, what), rows)
+
+    def read(self, path: str, rows: slice = slice(None), *, any_number: bool = False) -> NDArray[Any]:
         """Return rows of an array; `rows` may have a step above 0.
+
+        Args:
+            path: the array's path in the split.
+            rows: which.
+            any_number: whether logits and features may contain NaN and infinity, as a copy of them may.
 
         Raises:
             CacheError: a chunk is damaged or missing, naming the array.
@@ -133,11 +155,17 @@ class SplitView(Mapping[str, LayerView]):
             raise self._damaged(path, str(error).split(" Stored: b")[0]) from error
         bad = np.flatnonzero(_without_number(path, values))
         if bad.size:
-            self._check_values(path, array, values, bad, range(self.rows)[rows])
+            self._check_values(path, array, values, bad, range(self.rows)[rows], any_number)
         return values
 
     def _check_values(
-        self, path: str, array: zarr.Array[Any], values: NDArray[Any], bad: NDArray[np.intp], rows: range
+        self,
+        path: str,
+        array: zarr.Array[Any],
+        values: NDArray[Any],
+        bad: NDArray[np.intp],
+        rows: range,
+        any_number: bool,
     ) -> None:
         """Refuse rows at these positions of `values`: missing values, or values that no baseline can use."""
         blocks = np.array([rows[int(place)] for place in bad]) // self._cache.header.block_rows
@@ -145,7 +173,7 @@ class SplitView(Mapping[str, LayerView]):
             key = chunk_key(array, int(block), self._cache.header)
             if values.dtype.kind == "i" or not is_there(self._cache.root, key):
                 raise self._damaged(path, f"row {rows[int(bad[first])]} holds no value")
-        if path in ("logits", "features"):
+        if path in ("logits", "features") and not any_number:
             value = values[bad[0]]
             infinite = value[~np.isfinite(value)][0]
             raise ValuesError(
@@ -161,19 +189,20 @@ class SplitView(Mapping[str, LayerView]):
     def check(self) -> None:
         """Refuse a split that differs from what was sealed: in metadata, or by changed, exchanged or lost files.
 
-        In a sharded cache only metadata are checked: the digest includes whole shards, which would be read twice.
+        In a sharded cache and behind a web server only metadata are checked: the digest includes whole shards, which
+        would be read twice, and a request for each chunk, which is as much as reading it.
 
         Raises:
             CacheError: naming the difference.
         """
         root, header = self._cache.root, self._cache.header
-        sharded = header.shard_blocks > 1
+        deferred = header.shard_blocks > 1 or isinstance(root.store, WebStore)
         for array, what in split_problems(self._group, header):
             raise self._damaged(array or "zarr.json", what)
         keys = list_split(root.store, header, self.name)
-        for array, count in missing_chunks(header, self.rows, keys[0]):
+        for array, count in missing_chunks({path: self.array(path) for path in header.arrays()}, keys[0]):
             raise self._damaged(array, f"{count} of its chunks are not there")
-        if not (sharded or matches_seal(root, self.name, self.attributes, keys)):
+        if not (deferred or matches_seal(root, self.name, self.attributes, keys)):
             raise CacheError(
                 f"{self._cache.path}: {self.name} is not what was sealed: files were changed, exchanged or lost;"
                 f" {command_line('verify', self._cache.path)} says which"

@@ -2,7 +2,7 @@
 
     cache/x.zarr                    a folder
     s3://bucket/x.zarr              objects, read and written; gs:// and az:// come with the same package
-    https://host/x.zarr             files of a web server, read-only (pages.py)
+    https://host/x.zarr             files of a web server, read-only
 
 A failed request is repeated. Every request reads, writes or removes a whole object, or lists names, so repeating it is
 harmless. A request that still fails is a CacheError that names the URL.
@@ -11,13 +11,16 @@ harmless. A request that still fails is a CacheError that names the URL.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
-from zarr.abc.store import ByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.common import concurrent_map
 from zarr.storage import ObjectStore
 
@@ -36,6 +39,8 @@ ATTEMPTS = 9  # the pauses between them are 0.2 s, 0.4 s, … and 26 s together
 MAX_REQUESTS = 64  # at once
 PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds
 CONNECT, TIMEOUT = timedelta(seconds=5), timedelta(minutes=2)  # of one request; a shard can be large
+
+WEB_REQUESTS = 6  # at once at a web server, as in browsers: `python -m http.server` queues five
 
 Entries = list[Buffer | None]  # the class below has a method `list`
 
@@ -145,6 +150,129 @@ class RemoteStore(Base):
         raise AssertionError
 
 
+class WebStore(RemoteStore):
+    """Files of a web server, which has no listing: the root's consolidated metadata say what is there.
+
+    The metadata of every group and array are answered from that copy, and the keys of chunks follow from the shapes, so
+    that a cache is read in one request and its chunks. A server without byte ranges sends the whole object, from which
+    the bytes are taken.
+    """
+
+    ranges = True  # False after the server refused a byte range
+
+    def __init__(self, store: Client, url: str, *, read_only: bool = True) -> None:
+        super().__init__(store, url, read_only=read_only)
+        self._root: bytes | None = None
+        self._metadata: Mapping[str, Any] | None = None
+        self._uses_copy = True
+
+    @contextlib.contextmanager
+    def without_copy(self) -> Iterator[None]:
+        """Request the metadata of groups and arrays themselves while this lasts, for a comparison with the copy."""
+        self._uses_copy = False
+        try:
+            yield
+        finally:
+            self._uses_copy = True
+
+    async def metadata(self) -> Mapping[str, Any]:
+        """Return the consolidated metadata, path → the content of its zarr.json; empty where the root has none."""
+        if self._metadata is None:
+            if self._root is None:
+                found = await self._request("zarr.json", default_buffer_prototype(), None)
+                self._root = b"" if found is None else found.to_bytes()
+            self._metadata = read_consolidated(self._root)
+        return self._metadata
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """Return an object or a range of its bytes; None if it does not exist."""
+        path, _, name = key.rpartition("/")
+        if name != "zarr.json" or not self._uses_copy:
+            return await self._request(key, prototype, byte_range)
+        metadata = await self.metadata()
+        content = json.dumps(metadata[path]).encode() if path in metadata else b"" if path else self._root
+        return prototype.buffer.from_bytes(content) if content else None
+
+    async def exists(self, key: str) -> bool:
+        """Return whether an object exists."""
+        path, _, name = key.rpartition("/")
+        if name == "zarr.json" and self._uses_copy:
+            metadata = await self.metadata()
+            return path in metadata if path else bool(self._root)
+        return await super().exists(key)
+
+    async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
+        """Yield the names of the groups and arrays directly below a prefix."""
+        above = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        paths = (path.removeprefix(above) for path in await self.metadata() if path.startswith(above))
+        for name in dict.fromkeys(path.partition("/")[0] for path in paths):
+            yield name
+
+    async def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
+        """Yield every key below a prefix: those of metadata, and those of chunks, which follow from the shapes."""
+        metadata = await self.metadata()
+        if "zarr.json".startswith(prefix) and self._root:
+            yield "zarr.json"
+        for path, content in metadata.items():
+            for key in (f"{path}/zarr.json", *_chunk_keys(path, content)):
+                if key.startswith(prefix):
+                    yield key
+
+    async def getsize_prefix(self, prefix: str) -> int:
+        """Return the bytes of everything below a prefix."""
+        keys = [key async for key in self.list_prefix(prefix)]
+        sizes = await asyncio.gather(*(self.getsize(key) for key in keys), return_exceptions=True)
+        return sum(size for size in sizes if isinstance(size, int))
+
+    async def _request(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
+        from obstore.exceptions import NotSupportedError
+
+        if byte_range is not None and self.ranges:
+            try:
+                return await super().get(key, prototype, byte_range)
+            except NotSupportedError:
+                self.ranges = False
+        whole = await super().get(key, prototype)
+        if whole is None or byte_range is None:
+            return whole
+        content = whole.to_bytes()
+        if isinstance(byte_range, RangeByteRequest):
+            part = content[byte_range.start : byte_range.end]
+        elif isinstance(byte_range, OffsetByteRequest):
+            part = content[byte_range.offset :]
+        else:
+            part = content[-byte_range.suffix :]
+        return prototype.buffer.from_bytes(part)
+
+    async def _repeat(self, verb: str, request: Callable[[], Awaitable[_T]]) -> _T:
+        async with _SEMAPHORES.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(WEB_REQUESTS)):
+            return await super()._repeat(verb, request)
+
+
+_SEMAPHORES: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
+    WeakKeyDictionary()
+)  # by event loop, because a forked process has its own
+
+
+def read_consolidated(root: bytes) -> Mapping[str, Any]:
+    """Return the consolidated metadata in the content of a root's zarr.json; empty where there are none."""
+    try:
+        found = json.loads(root)["consolidated_metadata"]["metadata"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _chunk_keys(path: str, content: Any) -> Iterator[str]:
+    """Yield the keys of an array's chunks by its shape; none of a group, and none where the metadata are damaged."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
+        if content["node_type"] == "array":
+            rows, size = int(content["shape"][0]), int(content["chunk_grid"]["configuration"]["chunk_shape"][0])
+            dot = content["chunk_key_encoding"].get("configuration", {}).get("separator", "/")
+            rest = f"{dot}0" * (len(content["shape"]) - 1)
+            yield from (f"{path}/c{dot}{number}{rest}" for number in range(-(-rows // size)))
+
+
 NO_BUCKET = "there is no such bucket at that server (AWS_ENDPOINT_URL)"
 
 
@@ -164,7 +292,7 @@ def _permanent_error_advice(error: Exception, url: str) -> str | None:
         return "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
         if url.startswith("http"):
-            return "the server refuses access: files and pages of folders must be readable"
+            return "the server refuses access: its files must be readable"
         return "the server does not let these credentials (AWS_ACCESS_KEY_ID, …) do that"
     return None
 

@@ -18,11 +18,12 @@ from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.metadata import ArrayV3Metadata
 
-from nacpipe.cache.layout import MISSING_INT, Header, count_blocks, is_there
+from nacpipe.cache.keys import parse_chunk_key
+from nacpipe.cache.layout import MISSING_INT, WHOLE, Header, chunk_key_encoding, count_blocks, is_there
 from nacpipe.errors import FormatError, NacError
 from nacpipe.method.outputs import OUTPUTS
 
-IDENTITY = ("benchmark", "architecture", "family", "weights", "transform", "dtype")
+IDENTITY = ("benchmark", "architecture", "family", "weights", "dtype")
 TRANSFORM = ("resize", "crop", "mean", "std")
 MAX_ROWS = 2**40
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -55,13 +56,25 @@ def root_problems(header: Header) -> Iterator[str]:
     for key in ("weights", "source"):
         if key in header.identity and not _is_sha256(header.identity[key]):
             yield f"identity.{key} is not a sha256"
-    transform = header.identity.get("transform")
+    transform, described = header.identity.get("transform"), header.identity.get("input")
+    if transform is None and (header.version == 1 or described is None):
+        yield "identity lacks transform"
+    if described is not None and not _describes_input(described):
+        yield "identity.input has no shape (whole numbers) and description (text)"
     if transform is not None:
         for key in TRANSFORM:
             if not isinstance(transform, Mapping) or key not in transform:
                 yield f"identity.transform lacks {key}"
     if header.identity.get("outputs", "logits") not in OUTPUTS:
         yield f"identity.outputs is {header.identity['outputs']!r}, none of {', '.join(OUTPUTS)}"
+
+
+def _describes_input(value: Any) -> bool:
+    """Whether a value describes inputs that are no images: `shape`, a list of whole numbers, and `description`."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("description"), str):
+        return False
+    shape = value.get("shape")
+    return isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
 
 
 def split_problems(group: zarr.Group, header: Header) -> Iterator[tuple[str, str]]:
@@ -80,7 +93,7 @@ def split_problems(group: zarr.Group, header: Header) -> Iterator[tuple[str, str
             yield path, what
     if begun:
         return
-    for what in _mark_problems(group, count_blocks(rows, header.block_rows)):
+    for what in _mark_problems(group, count_blocks(rows, header.block_rows), header):
         yield "blocks", what
 
 
@@ -89,17 +102,19 @@ def has_no_marks(group: zarr.Group) -> bool:
     return not group.attrs.get("sealed") and not is_there(group, f"{group.path}/blocks/zarr.json")
 
 
-def missing_chunks(header: Header, rows: int, keys: Iterable[str]) -> Iterator[tuple[str, int]]:
-    """Yield (array, number of its missing objects) of a split, given the existing keys."""
-    expected = -(-count_blocks(rows, header.block_rows) // header.shard_blocks)
-    held = Counter(
-        array
-        for array, _, chunk in (key.rpartition("/c/") for key in keys)
-        if array and int(chunk.partition("/")[0]) < expected
-    )
-    for path in header.arrays():
-        if held[path] < expected:
-            yield path, expected - held[path]
+def count_objects(array: zarr.Array[Any]) -> int:
+    """Return how many stored objects hold an array's rows: chunks, or shards."""
+    return -(-array.shape[0] // (array.shards or array.chunks)[0])
+
+
+def missing_chunks(arrays: Mapping[str, zarr.Array[Any]], keys: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Yield (array, number of its missing objects) of a split, given its arrays and the existing keys."""
+    expected = {path: count_objects(array) for path, array in arrays.items()}
+    chunks = (found for key in keys if (found := parse_chunk_key(key)) is not None)
+    held = Counter(path for path, number in chunks if number < expected.get(path, 0))
+    for path, count in expected.items():
+        if held[path] < count:
+            yield path, count - held[path]
 
 
 def classifier_problems(root: zarr.Group, header: Header) -> Iterator[tuple[str, str]]:
@@ -152,11 +167,18 @@ def _array_problems(group: zarr.Group, path: str, shape: tuple[int, ...], dtype:
     if metadata.shape != shape or metadata.data_type.to_native_dtype() != np.dtype(dtype):
         yield f"is {_describe(metadata)}, not {dtype} of {shape}"
         return
+    if (problem := _key_problem(metadata, header)) is not None:
+        yield problem
+        return
     chunk = (header.block_rows, *shape[1:])
     outer = (header.block_rows * header.shard_blocks, *shape[1:])
     grid = getattr(metadata.chunk_grid, "chunk_shape", None)
     codecs = metadata.codecs
-    if header.shard_blocks > 1:
+    whole = header.version > 1 and path in WHOLE and not isinstance(codecs[0], ShardingCodec)
+    if whole and grid is not None and grid[0] > header.block_rows:
+        if grid[0] % header.block_rows:
+            yield f"is chunked {grid}, no multiple of {header.block_rows} rows"
+    elif header.shard_blocks > 1:
         shard = codecs[0] if len(codecs) == 1 else None
         if not isinstance(shard, ShardingCodec) or grid != outer or shard.chunk_shape != chunk:
             yield f"is not sharded {outer} with chunks {chunk}"
@@ -173,7 +195,14 @@ def _array_problems(group: zarr.Group, path: str, shape: tuple[int, ...], dtype:
         yield f"has fill value {fill}, which could pass for data"
 
 
-def _mark_problems(group: zarr.Group, blocks: int) -> Iterator[str]:
+def _key_problem(metadata: ArrayV3Metadata, header: Header) -> str | None:
+    """Return what is wrong with the keys of an array's chunks."""
+    encoding, wanted = metadata.chunk_key_encoding.to_dict(), chunk_key_encoding(header)
+    found = {"name": encoding["name"], **encoding.get("configuration", {})}  # type: ignore[dict-item]
+    return None if found == wanted else f"has chunk keys of {found}, not {wanted}"
+
+
+def _mark_problems(group: zarr.Group, blocks: int, header: Header) -> Iterator[str]:
     metadata, what = _open_array(group, "blocks")
     if metadata is None:
         yield what
@@ -183,6 +212,8 @@ def _mark_problems(group: zarr.Group, blocks: int) -> Iterator[str]:
         return
     if (grid := getattr(metadata.chunk_grid, "chunk_shape", None)) != (1,):
         yield f"is chunked {grid}, not one mark a chunk"
+    if (problem := _key_problem(metadata, header)) is not None:
+        yield problem
     if int(metadata.fill_value) != 0:
         yield f"has fill value {metadata.fill_value}: a missing mark would count"
     yield from _codec_problems(metadata.codecs)

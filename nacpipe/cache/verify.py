@@ -19,21 +19,26 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
+from nacpipe.cache.consolidated import copy_is_stale
 from nacpipe.cache.digest import hash_content, hash_keys, matches_seal
-from nacpipe.cache.keys import find_foreign, list_split
+from nacpipe.cache.keys import find_foreign, list_split, parse_chunk_key
 from nacpipe.cache.layout import (
     MISSING_INT,
+    WHOLE,
     Header,
     chunk_key,
     count_blocks,
     create_array,
     create_marks,
     is_there,
+    is_whole,
     list_split_paths,
 )
 from nacpipe.cache.reader import Cache
+from nacpipe.cache.store import WebStore
 from nacpipe.cache.validation import (
     classifier_problems,
+    count_objects,
     has_no_marks,
     image_problems,
     open_member,
@@ -42,6 +47,7 @@ from nacpipe.cache.validation import (
 )
 from nacpipe.errors import CacheError, FormatError, NacError
 
+STALE_COPY = "the consolidated metadata are not what the groups and arrays are"
 NO_METADATA = "has no zarr.json"
 UNLIKE_HEADER = "its zarr.json is not what follows from the header"
 BEYOND_ROWS = "is a chunk beyond the last row"
@@ -67,6 +73,18 @@ class Damage:
 
 def check_metadata(cache: Cache) -> list[Damage]:
     """Return where metadata differ from cache/README.md; no chunk is read."""
+    return _metadata_damages(cache) or list(_copy_damage(cache))
+
+
+def _copy_damage(cache: Cache) -> Iterator[Damage]:
+    """Yield a stale copy. Looked for where nothing else is damaged, since it would show everything a second time."""
+    store = cache.root.store
+    with store.without_copy() if isinstance(store, WebStore) else contextlib.nullcontext():
+        if copy_is_stale(cache.root, cache.header):
+            yield Damage(split="", array="zarr.json", what=STALE_COPY)
+
+
+def _metadata_damages(cache: Cache) -> list[Damage]:
     damages = [Damage(split="", array="", what=what) for what in root_problems(cache.header)]
     parents = {name[:i] for name in cache for i, letter in enumerate(name) if letter == "/"}
     damages += [
@@ -92,7 +110,7 @@ def verify_cache(cache: Cache, progress: Callable[[str, int], None] = lambda spl
         cache: the cache.
         progress: called with a split's name and the rows just read.
     """
-    damages = check_metadata(cache)
+    damages = _metadata_damages(cache)
     if not any(damage.split == "classifier" for damage in damages):
         try:
             cache.classifier()
@@ -102,11 +120,14 @@ def verify_cache(cache: Cache, progress: Callable[[str, int], None] = lambda spl
         broken = {damage.array for damage in damages if damage.split == name}
         if "" not in broken:  # else the number of rows is not certain
             damages += _verify_split(cache, name, broken, progress)
-    return damages
+    return damages or list(_copy_damage(cache))
 
 
 def foreign_files(cache: Cache) -> list[str]:
-    """Return the foreign files in a cache's folder, from the root; for a folder its name with a / at the end."""
+    """Return the foreign files in a cache's folder, from the root; for a folder its name with a / at the end.
+
+    Behind a web server they cannot be listed; there are none.
+    """
     return find_foreign(cache.root.store, cache.header)
 
 
@@ -127,14 +148,30 @@ def _verify_split(cache: Cache, name: str, broken: set[str], progress: Callable[
         elif not marks[block]:
             continue
         for path in header.arrays():
-            if path not in broken and (what := _chunk_problem(cache, split.array(path), block)):
+            if path in broken or is_whole(split.array(path), header):
+                continue
+            if what := _chunk_problem(cache, split.array(path), block):
                 whole = False
                 yield damage(path, block, what)
         progress(name, min(header.block_rows, split.rows - block * header.block_rows))
+    for path in WHOLE:
+        if path not in broken and is_whole(split.array(path), header) and (split.sealed or marks.any()):
+            for lost in _verify_whole(cache, name, split.array(path)):
+                whole = False
+                yield lost
     if split.sealed and whole:
         keys = list_split(cache.root.store, header, name)
         if not matches_seal(cache.root, name, split.attributes, keys, sharded=header.shard_blocks > 1):
             yield from list(_unlike_header(cache, name, keys[0])) or [Damage(split=name, array="", what=UNLIKE_SEAL)]
+
+
+def _verify_whole(cache: Cache, name: str, array: zarr.Array[Any]) -> Iterator[Damage]:
+    """Yield the damaged chunks of an array that was written before the blocks; `rows` are a chunk's."""
+    size, path = array.chunks[0], array.path.removeprefix(f"{name}/")
+    for start in range(0, array.shape[0], size):
+        if what := _chunk_problem(cache, array, start // cache.header.block_rows, size):
+            rows = range(start, min(start + size, array.shape[0]))
+            yield Damage(split=name, array=path, what=what, rows=rows)
 
 
 def _unlike_header(cache: Cache, name: str, keys: Sequence[str]) -> Iterator[Damage]:
@@ -143,37 +180,50 @@ def _unlike_header(cache: Cache, name: str, keys: Sequence[str]) -> Iterator[Dam
     Looked for only where the seal does not fit: another nacpipe or compressor may have written other metadata.
     """
     header, rows, sharded = cache.header, cache.peek(name).rows, cache.header.shard_blocks > 1
+    split = cache.peek(name)
     blocks = count_blocks(rows, header.block_rows)
-    written = expected_objects(header, rows)
-    mark = written.pop("blocks/c/0")
-    expected = {**written, **{f"blocks/c/{block}": mark for block in range(blocks)}}
+    counts = {"blocks": blocks, **{path: count_objects(split.array(path)) for path in header.arrays()}}
+    written = expected_objects(header, rows, [path for path in WHOLE if is_whole(split.array(path), header)])
+    mark = written.pop(mark_key(header, 0))
+    expected = {**written, **{mark_key(header, block): mark for block in range(blocks)}}
     hashes = hash_keys(cache.root, name, [key for key in keys if key in expected], sharded=sharded)
     for key in sorted(keys):
-        array, _, chunk = key.rpartition("/c/")
+        array, number = parse_chunk_key(key) or ("", 0)
         if key in expected:
             if hashes[key] == hash_content(expected[key], key, sharded=sharded):
                 continue
             if not array:
                 yield Damage(split=name, array=key.removesuffix("/zarr.json"), what=UNLIKE_HEADER)
             else:
-                yield Damage(split=name, array=array, what=NO_MARK, block=int(chunk))
-        elif array and int(chunk.partition("/")[0]) >= -(-blocks // (1 if array == "blocks" else header.shard_blocks)):
-            yield Damage(split=name, array=array, what=BEYOND_ROWS, block=int(chunk.partition("/")[0]))
+                yield Damage(split=name, array=array, what=NO_MARK, block=number)
+        elif array and number >= counts[array]:
+            yield Damage(split=name, array=array, what=BEYOND_ROWS, block=number)
 
 
-def expected_objects(header: Header, rows: int) -> dict[str, bytes]:
+def expected_objects(header: Header, rows: int, whole: Sequence[str]) -> dict[str, bytes]:
     """Return what follows from the header and a split's rows: key from the split → content.
 
-    That is the metadata of the arrays and of groups without attributes, and as `blocks/c/0` the content of every mark.
+    That is the metadata of the arrays and of groups without attributes, and as `mark_key(header, 0)` the content of
+    every mark.
+
+    Args:
+        header: the cache's.
+        rows: the split's.
+        whole: the arrays whose chunks hold many blocks.
     """
     store = MemoryStore()
     group = zarr.create_group(store)
-    for spec in header.layers:
-        group.create_group(spec.name)
+    for path in header.groups():
+        group.create_group(path)
     for path, (width, dtype) in header.arrays().items():
-        create_array(group, path, rows, width, dtype, header)
-    create_marks(group, count_blocks(rows, header.block_rows))[0] = 1
+        create_array(group, path, rows, width, dtype, header, whole=path in whole)
+    create_marks(group, count_blocks(rows, header.block_rows), header)[0] = 1
     return sync(_contents(store))
+
+
+def mark_key(header: Header, block: int) -> str:
+    """Return the key, from a split, of a block's mark."""
+    return f"blocks/c{'/' if header.version == 1 else '.'}{block}"
 
 
 async def _contents(store: MemoryStore) -> dict[str, bytes]:
@@ -182,11 +232,11 @@ async def _contents(store: MemoryStore) -> dict[str, bytes]:
     return {key: buffer.to_bytes() for key, buffer in found.items() if buffer is not None}
 
 
-def _chunk_problem(cache: Cache, array: zarr.Array[Any], block: int) -> str:
-    """Return the problem of a block of an array; empty if there is none."""
+def _chunk_problem(cache: Cache, array: zarr.Array[Any], block: int, rows: int = 0) -> str:
+    """Return the problem of a block of an array, or of `rows` rows from it; empty if there is none."""
     start = block * cache.header.block_rows
     try:
-        values = np.asarray(array[start : start + cache.header.block_rows])
+        values = np.asarray(array[start : start + (rows or cache.header.block_rows)])
     except (NacError, OSError, MemoryError):
         raise
     except Exception as error:  # crc32c raises ValueError, Blosc RuntimeError, a crafted chunk any error
@@ -222,9 +272,9 @@ def _check_split_metadata(cache: Cache, name: str) -> Iterator[Damage]:
             yield Damage(split=name, array=array, what=what)
     for what in image_problems(group.attrs):
         yield Damage(split=name, array="", what=what)
-    for spec in cache.header.layers:
-        if (what := _group_problem(cache, f"{name}/{spec.name}")) and not (what == NO_METADATA and has_no_marks(group)):
-            yield Damage(split=name, array=spec.name, what=what)
+    for path in cache.header.groups():
+        if (what := _group_problem(cache, f"{name}/{path}")) and not (what == NO_METADATA and has_no_marks(group)):
+            yield Damage(split=name, array=path, what=what)
 
 
 def _rows_problem(group: zarr.Group, header: Header) -> str:

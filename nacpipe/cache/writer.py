@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from nacpipe.cache.address import holds_cache, is_empty, open_store
+from nacpipe.cache.consolidated import consolidate
 from nacpipe.cache.digest import split_digest
 from nacpipe.cache.durability import sync_files, writing
 from nacpipe.cache.identity import comparable_fields, diff
@@ -33,16 +36,21 @@ from nacpipe.cache.layout import (
     Header,
     check_split_name,
     chunk_key,
+    chunk_key_encoding,
     count_blocks,
     create_array,
     create_marks,
     is_there,
+    is_whole,
 )
 from nacpipe.cache.reader import open_cache, open_root
 from nacpipe.cache.validation import open_member, split_problems
 from nacpipe.errors import CacheError, FormatError, IdentityError
 from nacpipe.files import is_url
 from nacpipe.text import command_line
+
+
+WRITERS = 8  # arrays that are written at once: their compression and their fsync overlap
 
 
 class CacheWriter:
@@ -66,6 +74,8 @@ class CacheWriter:
         with writing(self.path):
             self._open_root(header, first)
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._pool = ThreadPoolExecutor(WRITERS)
+        self._opening = threading.Lock()  # Zarr's configuration is the process's
 
     def _open_root(self, header: Header, first: bool) -> None:
         if holds_cache(self.path):
@@ -73,6 +83,8 @@ class CacheWriter:
             check_identity(self.path, self.header, header)
             if first and self._disk:
                 remove_drafts(self._disk)
+            if first:
+                consolidate(self.root, self.header, self.path)  # after a crash before that
         elif self._is_taken():
             raise CacheError(f"{self.path} is there already and is not a cache; give another --cache")
         else:
@@ -89,9 +101,18 @@ class CacheWriter:
         return self._disk.is_file() or any(not is_draft(entry.name) for entry in self._disk.glob("*"))
 
     def _sync(self, *keys: str) -> None:
-        """Wait until these objects are on the disk; a server confirms each write."""
+        """Wait until these objects, and every folder above them, are on the disk; a server confirms each write."""
         if self._disk:
             sync_files([self._disk / key for key in keys], self._disk)
+
+    def _sync_chunk(self, key: str) -> None:
+        """Wait until a chunk is on the disk, and in version 2 its entry in the array's folder.
+
+        The folders above that one have been synced since the array was created.
+        """
+        if self._disk:
+            file = self._disk / key
+            sync_files([file], self._disk if self.header.version == 1 else file.parent)
 
     def _sync_below(self, path: str) -> None:
         if self._disk:
@@ -114,13 +135,32 @@ class CacheWriter:
                     chunks=data.shape,
                     compressors=(Crc32cCodec(),),
                     fill_value=float("nan"),
+                    chunk_key_encoding=chunk_key_encoding(self.header),
                     config={"write_empty_chunks": True},
                 )
             self._sync_below("classifier")
             group.attrs["written"] = True
+            self._sync("classifier/zarr.json")
+            consolidate(self.root, self.header, self.path)
 
-    def prepare(self, name: str, rows: int, images: Mapping[str, Any]) -> NDArray[np.bool_]:
+    def prepare(
+        self,
+        name: str,
+        rows: int,
+        images: Mapping[str, Any],
+        *,
+        label: NDArray[np.int64] | None = None,
+        index: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.bool_]:
         """Create the missing arrays of a split and return which of its blocks are written, (blocks,) bool.
+
+        Args:
+            name: the split.
+            rows: its samples.
+            images: the attribute `images`.
+            label: (rows,), where all labels are known before the split is run: they are written here, once, and not
+                with every block. None: each block brings its own.
+            index: (rows,), likewise.
 
         Raises:
             CacheError: the split exists with other rows or images.
@@ -135,17 +175,22 @@ class CacheWriter:
                         f"{self.path}: {name} has {stored} {what}, not {wanted}; drop it first with --redo"
                         f" {shlex.quote(name)}"
                     )
+            known = {"label": label, "index": index} if self.header.version > 1 else {}
             missing = [path for path in self.header.arrays() if not self._holds(f"{name}/{path}")]
             if missing:
                 self._remove(f"{name}/blocks")  # marks must not outlive their arrays
+                self._arrays.clear()
+                for path in self.header.groups():
+                    group.require_group(path)
             for path in missing:
-                if "/" in path:
-                    group.require_group(path.split("/")[0])
                 self._remove(f"{name}/{path}")
-                create_array(group, path, rows, *self.header.arrays()[path], self.header)
+                whole = known.get(path) is not None
+                create_array(group, path, rows, *self.header.arrays()[path], self.header, whole=whole)
+            for path, values in known.items():
+                self._write_whole(name, path, values)
             if not self._holds(f"{name}/blocks"):
                 self._remove(f"{name}/blocks")
-                create_marks(group, count_blocks(rows, self.header.block_rows))
+                create_marks(group, count_blocks(rows, self.header.block_rows), self.header)
             for array, what in split_problems(group, self.header):
                 raise FormatError(
                     f"{self.path}: {name}/{array} {what}; repair it with: {command_line('repair', self.path)}"
@@ -154,8 +199,22 @@ class CacheWriter:
                 self._sync_below(name)
         return open_cache(self.path).peek(name).marks()
 
+    def _write_whole(self, name: str, path: str, values: NDArray[np.int64] | None) -> None:
+        """Write all rows of an array whose chunks hold many blocks, unless they are there."""
+        array = self._open(f"{name}/{path}")
+        if not is_whole(array, self.header) or array.nchunks_initialized == array.nchunks:
+            return
+        if values is None:
+            raise CacheError(f"{self.path}: {name}/{path} is to be written, and its values are not given")
+        if values.shape != array.shape:
+            raise CacheError(f"{name}/{path}: got shape {values.shape}, expected {array.shape}")
+        array[:] = values
+        self._sync_below(f"{name}/{path}")
+
     def write_block(self, name: str, block: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Write one block of a split, or one shard's blocks: every array's rows (rows, …), then the marks.
+
+        Several threads may write blocks at once, each its own (of a sharded cache, its own shard).
 
         Args:
             name: the split.
@@ -172,19 +231,24 @@ class CacheWriter:
         self._check_there()
         start = block * self.header.block_rows
         count = self.header.shard_blocks
-        keys = []
+        targets = {path: self._open(f"{name}/{path}") for path in arrays}
         for path, data in arrays.items():
-            target = self._open(f"{name}/{path}")
-            stop = min(start + count * self.header.block_rows, target.shape[0])
-            expected_shape = (stop - start, *target.shape[1:])
+            stop = min(start + count * self.header.block_rows, targets[path].shape[0])
+            expected_shape = (stop - start, *targets[path].shape[1:])
             if data.shape != expected_shape:  # zarr would broadcast
                 raise CacheError(f"{name}/{path}, block {block}: got shape {data.shape}, expected {expected_shape}")
-            rounded = self.header.mantissa_bits < ALL_BITS and target.dtype.kind == "f" and path != "logits"
-            target[start:stop] = round_mantissa(data, self.header.mantissa_bits) if rounded else data
-            keys.append(chunk_key(target, block, self.header))
+        list(self._pool.map(lambda path: self._write_rows(targets[path], path, block, arrays[path]), arrays))
         self._check_there()  # Zarr would have created the folders of a removed store again, with these rows alone
-        self._sync(*keys)
         self._open(f"{name}/blocks")[block : block + count] = 1
+
+    def _write_rows(self, array: zarr.Array[Any], path: str, block: int, data: NDArray[Any]) -> None:
+        """Write a block's rows of one array, or a shard's; they are on the disk when this returns."""
+        if is_whole(array, self.header):
+            return
+        start = block * self.header.block_rows
+        rounded = self.header.mantissa_bits < ALL_BITS and array.dtype.kind == "f" and path != "logits"
+        array[start : start + len(data)] = round_mantissa(data, self.header.mantissa_bits) if rounded else data
+        self._sync_chunk(chunk_key(array, block, self.header))
 
     def _check_there(self) -> None:
         if self._disk and not (self._disk / "zarr.json").exists():  # only on a disk does Zarr create folders
@@ -220,15 +284,20 @@ class CacheWriter:
         # One write; attrs.update would write each key, and a kill in between would leave a seal without a digest.
         group.update_attributes({"sealed": True, "digest": split_digest(self.root, name, attributes, self.header)})
         self._sync(f"{name}/zarr.json")
+        consolidate(self.root, self.header, self.path)
 
     def drop(self, name: str) -> None:
-        """Remove a split: first its seal, then its marks, then its arrays. A reader never uses a partly removed one."""
+        """Remove a split: first its seal, then its marks, then its arrays. A reader never uses a partly removed one.
+
+        The consolidated metadata lose it with its seal.
+        """
         if not self._holds(name):
             return
         with writing(self.path):
             group = self._member(name)
             assert isinstance(group, zarr.Group)
             group.update_attributes({"sealed": False, "digest": None})
+            consolidate(self.root, self.header, self.path)  # before a reader of the copy meets what is left
             self._remove(name)
         self._arrays.clear()
 
@@ -260,7 +329,7 @@ class CacheWriter:
 
     def _open(self, path: str) -> zarr.Array[Any]:
         if path not in self._arrays:
-            with zarr.config.set({"array.write_empty_chunks": True}):
+            with self._opening, zarr.config.set({"array.write_empty_chunks": True}):
                 array = self._member(path)
             assert isinstance(array, zarr.Array)
             self._arrays[path] = array

@@ -114,9 +114,9 @@ def layers(model: str, benchmark: str | None, as_json: bool) -> None:
 
 def _remark(layer: Tappable) -> str:
     """A remark on a layer that runs several times, or whose name a cache cannot have."""
-    from nacpipe.cache.layout import RESERVED, free_name
+    from nacpipe.cache.layout import free_name, layer_name_problem
 
     remarks = [f"the last of {layer.runs} runs"] if layer.runs > 1 else []
-    if layer.name in RESERVED:
+    if layer_name_problem(layer.name):
         remarks.append(f"--layers {shlex.quote(f'{free_name(layer.name)}={layer.name}')}")
     return "; ".join(remarks)

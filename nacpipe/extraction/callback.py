@@ -30,6 +30,7 @@ from nacpipe.benchmarks.standard import Transform
 from nacpipe.cache import CacheWriter, Header
 from nacpipe.cache.layout import BLOCK_ROWS, check_layer_names, check_split_name
 from nacpipe.errors import InputError
+from nacpipe.extraction.pipeline import to_arrays
 from nacpipe.networks.build import Network, adopt_module, classifier_weights
 from nacpipe.networks.layers import MeasuredLayers, measure_layers, name_layers
 from nacpipe.networks.taps import Taps, isolated
@@ -101,7 +102,7 @@ class Snapshots:
             model = wrapped.model
             with Taps(network, measured.layers, model.classifier, outputs=model.outputs) as taps:
                 for name, batches in self.splits.items():
-                    arrays, image_identity = _run_split(taps, batches, device, name)
+                    arrays, image_identity = _run_split(taps, batches, device, name, writer.header)
                     check_labels(name, arrays["label"], measured.classes, lambda row: f"image {row} of its batches")
                     _write_split(writer, name, arrays, image_identity)
         return target
@@ -140,19 +141,14 @@ def _header(network: Network, measured: MeasuredLayers) -> Header:
 
 
 def _run_split(
-    taps: Taps, batches: Batches, device: torch.device, name: str
+    taps: Taps, batches: Batches, device: torch.device, name: str, header: Header
 ) -> tuple[dict[str, NDArray[Any]], Mapping[str, Any]]:
     """Run a split; return its arrays, (rows, …) each, and the attribute `images`."""
     parts: list[dict[str, NDArray[Any]]] = []
     digest = hashlib.sha256()
     for images, labels in batches:
         tapped = taps(images.detach().to(device))
-        tensors = {f"{layer}/activation": value for layer, value in tapped.activation.items()}
-        tensors |= {f"{layer}/gradient": value for layer, value in tapped.gradient.items()}
-        tensors["logits"] = tapped.logits
-        if tapped.features is not None:
-            tensors["features"] = tapped.features
-        part: dict[str, NDArray[Any]] = {path: value.float().cpu().numpy() for path, value in tensors.items()}
+        part = to_arrays(tapped, header)
         parts.append({**part, "label": labels.cpu().numpy().astype(np.int64)})
         digest.update(images.detach().cpu().contiguous().numpy().tobytes())
         digest.update(parts[-1]["label"].tobytes())
@@ -165,7 +161,7 @@ def _run_split(
 
 def _write_split(writer: CacheWriter, name: str, arrays: Mapping[str, NDArray[Any]], images: Mapping[str, Any]) -> None:
     rows = arrays["label"].size
-    marks = writer.prepare(name, rows, images)
+    marks = writer.prepare(name, rows, images, label=arrays["label"], index=arrays["index"])
     for block in np.flatnonzero(~marks).tolist():
         start = block * BLOCK_ROWS
         writer.write_block(name, block, {path: a[start : start + BLOCK_ROWS] for path, a in arrays.items()})

@@ -2,9 +2,10 @@
 
     threads     decode ── decode ── decode ──▶    a few batches ahead
     network              forward, backward ── forward, backward ──▶
-    writer                                    block k ──────▶ block k + 1
+    writers                                   block k ──────▶ block k + 2 ──▶
+                                                 block k + 1 ──────▶ block k + 3 ──▶
 
-Memory holds two blocks of pooled numbers and a few batches of images, for any number of images.
+Memory holds a few blocks of pooled numbers and a few batches of images, for any number of images.
 
 A block of a new cache has 1, 2, 4, 8, … batches: about ten seconds of work, which a kill loses, and at most 512 rows.
 The number is chosen once, from the time of a trial batch, and later read from the cache.
@@ -13,6 +14,7 @@ The number is chosen once, from the time of a trial batch, and later read from t
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nacpipe.cache import CacheWriter, open_cache
+from nacpipe.cache import CacheWriter, Header, open_cache
 from nacpipe.cache.lock import CacheLock
 from nacpipe.errors import CacheError, ValuesError
 from nacpipe.extraction.dataset import build_transform, load_batches
@@ -34,6 +36,7 @@ from nacpipe.networks.build import classifier_weights
 from nacpipe.networks.taps import Tapped
 
 ACCURACY_ROWS = 8192  # rows that are read at once
+BLOCKS_IN_FLIGHT = 2  # that are written while the network runs the next one
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -94,7 +97,7 @@ def _time_batch(plan: Plan) -> float:
     noise = torch.randn(network.blank(1).shape[1:], generator=torch.Generator().manual_seed(0)).to(network.dtype)
     images = noise.expand(plan.request.batch_size, *noise.shape).contiguous()
     with plan.taps() as taps:
-        run = BatchRunner(lambda images: _to_arrays(taps(images)), network.device)
+        run = BatchRunner(lambda images: to_arrays(taps(images), plan.header), network.device)
         for _ in range(2):
             started = time.perf_counter()
             list(run(images))
@@ -117,8 +120,8 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
         writer = CacheWriter(plan.request.cache, plan.header, first=False)
     if writer.header.block_rows != plan.header.block_rows:
         raise CacheError(f"{plan.request.cache} was made by another extract meanwhile; the same command goes on")
-    with plan.taps() as taps, ThreadPoolExecutor(1) as pool:
-        run = BatchRunner(lambda images: _to_arrays(taps(images)), plan.network.device, note)
+    with plan.taps() as taps, ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as pool:
+        run = BatchRunner(lambda images: to_arrays(taps(images), plan.header), plan.network.device, note)
         for split in plan.splits:
             if split.sealed:
                 continue
@@ -126,15 +129,17 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
             if ranks.first:
                 if split.drop:
                     writer.drop(name)
-                writer.prepare(name, split.rows, split.images.identity())
+                index = split.images.index
+                label = split.images.labels[index]
+                writer.prepare(name, split.rows, split.images.identity(), label=label, index=index)
             ranks.wait()
-            writing: Future[None] | None = None
+            writing: deque[Future[None]] = deque()
             for block, arrays in _run_blocks(plan, split, ranks, run, progress):
-                if writing is not None:
-                    writing.result()
-                writing = pool.submit(writer.write_block, name, block, arrays)
-            if writing is not None:
-                writing.result()
+                if len(writing) == BLOCKS_IN_FLIGHT:
+                    writing.popleft().result()
+                writing.append(pool.submit(writer.write_block, name, block, arrays))
+            for done in writing:
+                done.result()
             ranks.wait()
             if ranks.first:
                 writer.seal(name)
@@ -182,10 +187,10 @@ def _run_blocks(
         yield unit, {**arrays, "label": split.images.labels[index], "index": index}
 
 
-def _to_arrays(tapped: Tapped) -> Arrays:
+def to_arrays(tapped: Tapped, header: Header) -> Arrays:
     """Return array path → (n, width) float32 on the CPU."""
-    tensors = {f"{name}/activation": value for name, value in tapped.activation.items()}
-    tensors |= {f"{name}/gradient": value for name, value in tapped.gradient.items()}
+    tensors = {header.layer_array(name, "activation"): value for name, value in tapped.activation.items()}
+    tensors |= {header.layer_array(name, "gradient"): value for name, value in tapped.gradient.items()}
     tensors["logits"] = tapped.logits
     if tapped.features is not None:
         tensors["features"] = tapped.features

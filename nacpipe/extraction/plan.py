@@ -155,7 +155,9 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     model = find_model(request.model)
     for name in (*request.splits, *request.redo):
         benchmark.split(name)
-    check_layer_names(list(name_layers(request.layers)))
+    exists = holds_cache(request.cache)
+    if not exists:  # one of version 1 can have other names
+        check_layer_names(list(name_layers(request.layers)))
     sets, notes = _open_sets(request)
     if not (dry or request.splits):
         sets = _with_images(benchmark, sets, notes)
@@ -168,7 +170,6 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     layers, classes, features, layer_notes = measure_layers(network, request.layers, request.poolings)
     notes += layer_notes
     header = make_header(request, network, layers, classes, features)
-    exists = holds_cache(request.cache)
     if not exists:
         _check_block(request, header)
         if request.block_rows is None:
@@ -194,7 +195,8 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
                 f"{cache.path} has blocks of {cache.header.block_rows} rows since it was made; --block-rows"
                 f" {request.block_rows} is for a new cache"
             )
-        header = replace(header, block_rows=cache.header.block_rows, shard_blocks=cache.header.shard_blocks)
+        kept = {name: getattr(cache.header, name) for name in ("version", "block_rows", "shard_blocks")}
+        header = replace(header, **kept)
         for images in sets:
             if images.name not in cache:
                 continue

@@ -25,8 +25,8 @@ def read_states(
         logits = split.read("logits", rows)
         return logits, logits_gradient(logits)
     split[layer]  # refuses a layer that is not there
-    activation = split.read(f"{layer}/activation", rows) if source != "gradient" else None
-    gradient = split.read(f"{layer}/gradient", rows) if source != "activation" else None
+    activation = split.read_layer(layer, "activation", rows) if source != "gradient" else None
+    gradient = split.read_layer(layer, "gradient", rows) if source != "activation" else None
     return activation, gradient
 
 

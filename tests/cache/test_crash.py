@@ -122,7 +122,7 @@ def cut_after_the_marks(split: Path) -> None:
 def cut_among_the_arrays(split: Path) -> None:
     cut_after_the_marks(split)
     shutil.rmtree(split / "avgpool")
-    (split / "layer1/gradient/zarr.json").unlink()
+    (split / "layers/layer1/gradient/zarr.json").unlink()
 
 
 def cut_after_the_groups_own_file(split: Path) -> None:
@@ -187,7 +187,7 @@ def test_marks_do_not_outlive_an_array(tmp_path: Path, build: Build) -> None:
     cache = build(path)
     images = cache["id/val"].images
     cut_after_the_seal(path / "id/val")
-    (path / "id/val/layer1/gradient/zarr.json").unlink()
+    (path / "id/val/layers/layer1/gradient/zarr.json").unlink()
     assert not CacheWriter(path, cache.header).prepare("id/val", 40, images).any()
 
 
@@ -196,7 +196,7 @@ def test_a_torn_mark_does_not_count(tmp_path: Path, build: Build) -> None:
     cache = build(path)
     images = cache["id/val"].images
     cut_after_the_seal(path / "id/val")
-    (path / "id/val/blocks/c/1").write_bytes(b"")
+    (path / "id/val/blocks/c.1").write_bytes(b"")
     assert CacheWriter(path, cache.header).prepare("id/val", 40, images).tolist() == [True, False, True]
 
 
@@ -204,7 +204,7 @@ def test_leftovers_of_a_killed_writer_do_not_matter_and_the_next_one_removes_the
     path = tmp_path / "c.zarr"
     cache = build(path)
     arrays, before = read(cache), files_of(path)
-    for name in ("id/zarr.1f.partial", "id/val/logits/c/1/0.a0.partial", "zarr.json.partial"):
+    for name in ("id/zarr.1f.partial", "id/val/logits/c.1.0.a0.partial", "zarr.json.partial"):
         (path / name).write_bytes(b"half")
     assert list(open_cache(path)) == ["id/val"]  # and without a warning, which would be an error here
     assert_holds(path, arrays)

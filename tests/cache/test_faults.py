@@ -260,7 +260,7 @@ def test_what_a_mark_or_a_seal_vouches_for_is_on_the_disk_before_it(
     rows = {key: whole["id/val"].read(key)[32:] for key in whole.header.arrays()}
     writer.write_block("id/val", 2, rows)
     assert calls[-1] == "open id/val/blocks"  # the mark, last of all
-    chunks = {f"id/val/{key}/c/2{'/0' * (array.ndim > 1)}" for key, array in rows.items()}
+    chunks = {f"id/val/{key}/c.2{'/0' * (array.ndim > 1)}" for key, array in rows.items()}
     assert {str(p) for chunk in chunks for p in (chunk, *Path(chunk).parents)} <= {*calls}
     calls.clear()
     writer.seal("id/val")

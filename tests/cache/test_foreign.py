@@ -25,13 +25,13 @@ FILES = {  # where they may lie, and of what kind they are
     "id/desktop.ini": "above the splits",
     "id/val/notes.txt": "a person's, in a split",
     "id/val/logits/Thumbs.db": "in an array",
-    "id/val/logits/c/x~": "an editor's, among the chunks",
-    "id/val/logits/c/1/.DS_Store": "hidden, beside a chunk",
-    "id/val/logits/c/007/0": "nearly the name of a chunk",
-    "id/val/label/c/1~": "a copy of a chunk",
-    "id/val/blocks/c/readme": "among the marks",
+    "id/val/logits/c.x~": "an editor's, among the chunks",
+    "id/val/logits/c.1/.DS_Store": "hidden, beside a chunk",
+    "id/val/logits/c.007.0": "nearly the name of a chunk",
+    "id/val/label/c.1~": "a copy of a chunk",
+    "id/val/blocks/c.readme": "among the marks",
     "id/val/thesis.partial": "nearly the name of a draft",
-    "id/train/layer1/c/0": "a chunk of no array",
+    "id/train/layer1/c.0": "a chunk of no array",
     "classifier/weight/notes.txt": "in the classifier",
     "ood/near/._letters": "of a Mac",
 }
@@ -40,7 +40,7 @@ FOLDERS = {
     "id/val/mine/deep/b.txt": "id/val/mine/",
     "old/id/val/zarr.json": "old/",
 }
-INSIDE = {"id/val/logits/c/007/0": "id/val/logits/c/007/", "id/train/layer1/c/0": "id/train/layer1/c/", **FOLDERS}
+INSIDE = {"id/val/logits/c.007.0": "id/val/logits/c.007/", "id/train/layer1/c.0": "id/train/layer1/c/", **FOLDERS}
 NAMED = sorted({INSIDE.get(name, name) for name in (*FILES, *FOLDERS)})  # a folder that is foreign as a whole, once
 
 
@@ -118,7 +118,7 @@ def test_verify_names_them_and_exits_with_0(path: Path) -> None:
     assert json.loads(nacpipe("verify", path, "--json").stdout) == {
         "cache": str(path), "splits": 6, "damage": [], "foreign": NAMED,
     }  # fmt: skip
-    (path / "id/val/logits/c/0/0").unlink()
+    (path / "id/val/logits/c.0.0").unlink()
     done = nacpipe("verify", path)
     assert done.exit_code == 1
     assert done.stderr.splitlines()[-1] == f"nacpipe: {path}: 1 damaged; repair it with: nacpipe repair {path}"
@@ -137,7 +137,7 @@ def test_commands_work_beside_them(path: Path, tmp_path: Path) -> None:
     assert foreign(path).keys() == {*FILES, *FOLDERS}
 
 
-@pytest.mark.parametrize("key", ["label/c/99", "logits/c/3/0", "blocks/c/7"])
+@pytest.mark.parametrize("key", ["label/c.99", "logits/c.3.0", "blocks/c.7"])
 def test_a_chunk_that_the_format_could_have_written_is_still_damage(path: Path, key: str) -> None:
     (path / "id/val" / key).parent.mkdir(exist_ok=True)
     (path / "id/val" / key).write_bytes(b"12345")
@@ -194,7 +194,7 @@ def test_what_was_sealed_with_foreign_files_still_matches(path: Path, whole: Cac
     (path / "id/val/label/zarr.json").write_bytes(b"")  # metadata is mended, under the old digest too
     assert repair_cache(path) == ["id/val/label: metadata rewritten"]
     assert verify_cache(open_cache(path)) == []
-    (path / "id/val/logits/c/1/0").write_bytes((path / "id/val/logits/c/0/0").read_bytes())
+    (path / "id/val/logits/c.1.0").write_bytes((path / "id/val/logits/c.0.0").read_bytes())
     with pytest.raises(CacheError, match="id/val is not what was sealed"):
         open_cache(path)["id/val"]
 
@@ -203,11 +203,11 @@ def test_what_was_sealed_with_foreign_files_still_matches(path: Path, whole: Cac
 
 
 def cut_a_chunk(path: Path) -> None:
-    (path / "id/val/layer1/gradient/c/1/0").write_bytes(b"123")
+    (path / "id/val/layers/layer1/gradient/c.1.0").write_bytes(b"123")
 
 
 def exchange_chunks(path: Path) -> None:
-    (path / "id/val/logits/c/1/0").write_bytes((path / "id/val/logits/c/0/0").read_bytes())
+    (path / "id/val/logits/c.1.0").write_bytes((path / "id/val/logits/c.0.0").read_bytes())
 
 
 def lose_attributes(path: Path) -> None:
@@ -219,7 +219,7 @@ def lose_the_group(path: Path) -> None:
 
 
 def cut_the_classifier(path: Path) -> None:
-    (path / "classifier/weight/c/0/0").write_bytes(b"123")
+    (path / "classifier/weight/c.0.0").write_bytes(b"123")
 
 
 def lose_an_array(path: Path) -> None:
@@ -252,7 +252,7 @@ def test_repair_and_a_writer_leave_them_where_they_are(
 
 
 def test_drop_removes_the_splits_own_objects_alone(path: Path, whole: Cache) -> None:
-    for name in ("id/val/logits/c/1/0.0a1b.partial", "id/val/zarr.json.partial"):
+    for name in ("id/val/logits/c.1.0.0a1b.partial", "id/val/zarr.json.partial"):
         (path / name).write_bytes(b"half")
     others = {name: content for name, content in own(path).items() if not name.startswith("id/val/")}
     CacheWriter(path, whole.header, first=False).drop("id/val")

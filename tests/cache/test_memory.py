@@ -18,8 +18,8 @@ from nacpipe.cache import CacheWriter, Header, LayerSpec, open_cache
 from nacpipe.cache import digest as seal
 from nacpipe.cache.digest import hash_keys, matches_seal
 from nacpipe.cache.keys import list_split
-from nacpipe.cache.pages import PageStore
 from nacpipe.cache.repair import repair_cache
+from nacpipe.cache.store import WebStore
 from nacpipe.cache.verify import verify_cache
 from tests.pages import Plain, Ranges, serve
 
@@ -49,9 +49,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for shard in range(2):
         floats = random.randint(0, 2**24, (ROWS // 2, NEURONS)).astype(np.float32)
         plain = {"logits": floats[:, :2], "label": np.zeros(ROWS // 2, int), "index": np.arange(ROWS // 2)}
-        arrays: dict[str, Any] = {"wide/activation": floats, "wide/gradient": floats[::-1], **plain}
+        arrays: dict[str, Any] = {"layers/wide/activation": floats, "layers/wide/gradient": floats[::-1], **plain}
         writer.write_block("id/val", shard * BLOCKS, arrays)
-    assert (path / "id/val/wide/gradient/c/1/0").stat().st_size > 10 * 2**20
+    assert (path / "id/val/layers/wide/gradient/c.1.0").stat().st_size > 10 * 2**20
     return path
 
 
@@ -72,8 +72,8 @@ def test_sealing_verifying_and_repairing_read_shards_in_pieces(written: Path) ->
     cache = open_cache(written)
     assert peak(lambda: verify_cache(cache)) < bound
     assert peak(lambda: repair_cache(written)) < bound
-    shard = written / "id/val/wide/gradient/c/1/0"
-    shard.write_bytes((written / "id/val/wide/gradient/c/0/0").read_bytes())  # whole, and not what was sealed
+    shard = written / "id/val/layers/wide/gradient/c.1.0"
+    shard.write_bytes((written / "id/val/layers/wide/gradient/c.0.0").read_bytes())  # whole, and not what was sealed
     done: list[str] = []
     assert peak(lambda: done.extend(repair_cache(written))) < bound
     assert done == [
@@ -105,7 +105,7 @@ def test_at_a_server_shards_come_in_ranges(monkeypatch: pytest.MonkeyPatch) -> N
     contents = {}
     for place, size in enumerate((0, 1, 999, 1000, 1001, 2000, 12_345)):
         content = np.random.RandomState(size).bytes(size)
-        key = f"logits/c/{place}/0"
+        key = f"logits/c.{place}.0"
         contents[key] = hashlib.sha256(content).hexdigest()
         sync(inner.set(f"id/val/{key}", zarr.core.buffer.cpu.Buffer.from_bytes(content)))
     store = Counting(inner)
@@ -127,11 +127,11 @@ def test_a_web_server_without_ranges_is_asked_for_whole_shards(
     writer.prepare("id/val", 40, {"list": "val.txt", "sha256": "b" * 64})
     floats = random.randn(40, NEURONS).astype(np.float32)
     plain = {"logits": floats[:, :2], "label": np.zeros(40, int), "index": np.arange(40)}
-    writer.write_block("id/val", 0, {"wide/activation": floats, "wide/gradient": -floats, **plain})
+    writer.write_block("id/val", 0, {"layers/wide/activation": floats, "layers/wide/gradient": -floats, **plain})
     writer.seal("id/val")
     with serve(tmp_path, kind) as address:
         there = open_cache(f"{address}/c.zarr")
-        assert isinstance(there.root.store, PageStore)
+        assert isinstance(there.root.store, WebStore)
         there.root.store.ranges = True  # reading metadata does not show it
         keys = list_split(there.root.store, HEADER, "id/val")
         assert matches_seal(there.root, "id/val", there.peek("id/val").attributes, keys, sharded=True)

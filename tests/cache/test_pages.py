@@ -42,7 +42,7 @@ def test_a_cache_is_read_as_one_in_a_folder(url: str, here: Cache) -> None:
 
 @pytest.mark.parametrize("url", [Plain, Ranges], indirect=True)
 def test_a_changed_file_is_found(url: str, here: Cache) -> None:
-    file = Path(here.path, "id/test/label/c/1")
+    file = Path(here.path, "id/test/label/c.1")
     content = file.read_bytes()
     try:
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

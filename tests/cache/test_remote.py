@@ -75,8 +75,8 @@ def test_an_answer_that_does_not_come_is_asked_for_again(
 def test_a_repair_loses_no_fault_of_the_server(proxy: Proxy, url: str, here: Cache) -> None:
     """One request in five fails, and what is taken is the damaged block's mark alone."""
     there = copy_splits(here, url, "id/val")
-    address.Objects(url).replace("id/val/logits/c/2/0", b"12345678")
-    address.Objects(url).replace("classifier/bias/c/0", b"12345678")
+    address.Objects(url).replace("id/val/logits/c.2.0", b"12345678")
+    address.Objects(url).replace("classifier/bias/c.0", b"12345678")
     proxy.share, proxy.slow = 0.2, 0.03
     assert repair_cache(url) == [
         "classifier: is to be written again",

@@ -71,20 +71,20 @@ def test_the_same_values_have_the_same_digest_anywhere(
 @pytest.mark.parametrize(
     "damage",
     [
-        pytest.param(lambda split: (split / "logits/c/1/0").unlink(), id="a chunk is deleted"),
+        pytest.param(lambda split: (split / "logits/c.1.0").unlink(), id="a chunk is deleted"),
         pytest.param(
-            lambda split: (split / "avgpool/gradient/zarr.json").unlink(), id="an array's metadata is deleted"
+            lambda split: (split / "layers/avgpool/gradient/zarr.json").unlink(), id="an array's metadata is deleted"
         ),
-        pytest.param(lambda split: (split / "blocks/c/2").unlink(), id="a mark is deleted"),
-        pytest.param(lambda split: (split / "label/c/3").write_bytes(b"12345"), id="a chunk is added"),
+        pytest.param(lambda split: (split / "blocks/c.2").unlink(), id="a mark is deleted"),
+        pytest.param(lambda split: (split / "label/c.3").write_bytes(b"12345"), id="a chunk is added"),
         *(
-            pytest.param(lambda split, at=at: flip(split / "layer1/activation/c/2/0", at), id=f"byte {at} flips")
+            pytest.param(lambda split, at=at: flip(split / "layers/layer1/activation/c.2.0", at), id=f"byte {at} flips")
             for at in (-4, -3, -2, -1)
         ),
-        pytest.param(lambda split: flip(split / "label/c/0", -1), id="a label's checksum flips"),
-        pytest.param(lambda split: flip(split / "blocks/c/0", -1), id="a mark's checksum flips"),
+        pytest.param(lambda split: flip(split / "label/c.0", -1), id="a label's checksum flips"),
+        pytest.param(lambda split: flip(split / "blocks/c.0", -1), id="a mark's checksum flips"),
         pytest.param(
-            lambda split: exchange(split / "logits/c/0/0", split / "logits/c/1/0"), id="two chunks change places"
+            lambda split: exchange(split / "logits/c.0.0", split / "logits/c.1.0"), id="two chunks change places"
         ),
         pytest.param(lambda split: edit(split / "label/zarr.json", "attributes", {"a": 1}), id="an array's zarr.json"),
         pytest.param(lambda split: edit(split / "index/zarr.json", "fill_value", 0), id="an array's fill value"),
@@ -108,12 +108,12 @@ def test_other_attributes_change_the_digest(path: Path, change: dict[str, Any]) 
 
 
 def test_leftovers_of_a_killed_writer_do_not_change_the_digest(path: Path) -> None:
-    (path / "id/val/logits/c/1/0.abc.partial").write_bytes(b"half")
+    (path / "id/val/logits/c.1.0.abc.partial").write_bytes(b"half")
     (path / "id/val/.DS_Store").write_bytes(b"of the system")
     assert digest(path) == sealed_digest(path) == open_cache(path)["id/val"].attributes["digest"]
 
 
-@pytest.mark.parametrize("array", ["layer1/activation", "features", "label", "blocks"])
+@pytest.mark.parametrize("array", ["layers/layer1/activation", "features", "label", "blocks"])
 def test_a_flipped_byte_anywhere_in_a_chunk_raises_when_it_is_read(path: Path, array: str) -> None:
     files = sorted(file for file in (path / "id/val" / array / "c").rglob("*") if file.is_file())
     file, last = files[1], files[-1]

@@ -89,12 +89,12 @@ def test_a_split_is_dropped(place: str, here: Cache) -> None:
 def test_a_changed_object_is_found(place: str, here: Cache) -> None:
     there = copy_splits(here, place, "id/val")
     objects = address.Objects(place)
-    for path, what in (("id/val/logits/c/0/0", b"1234"), ("id/val/label/c/1", b"5678")):
+    for path, what in (("id/val/logits/c.0.0", b"1234"), ("id/val/label/c.1", b"5678")):
         objects.replace(path, what)
     with pytest.raises(CacheError, match="id/val is not what was sealed"):
         open_cache(place)["id/val"]
     assert [(d.array, d.block) for d in verify_cache(there) if d.split == "id/val"] == [("logits", 0), ("label", 1)]
-    objects.remove("id/val/label/c/1")
+    objects.remove("id/val/label/c.1")
     with pytest.raises(CacheError, match=r"id/val/label is damaged \(1 of its chunks are not there\)"):
         open_cache(place)["id/val"]
 
@@ -110,14 +110,14 @@ def test_a_damaged_cache_is_repaired_and_its_rows_alone_written_again(place: str
         objects.replace(key, bytes(content))
 
     assert repair_cache(place) == []
-    flip("id/val/layer1/gradient/c/1/0", 20)
+    flip("id/val/layers/layer1/gradient/c.1.0", 20)
     flip("id/val/label/zarr.json", 40)
-    flip("ood/near/letters/blocks/c/0", 0)
-    objects.replace("ood/near/letters/label/c/9", b"12345")
+    flip("ood/near/letters/blocks/c.0", 0)
+    objects.replace("ood/near/letters/label/c.9", b"12345")
     found = verify_cache(open_cache(place))
     assert [(d.split, d.array, d.block) for d in found] == [
         ("id/val", "label", None),
-        ("id/val", "layer1/gradient", 1),
+        ("id/val", "layers/layer1/gradient", 1),
         ("ood/near/letters", "blocks", 0),
     ]
     flip("zarr.json", 150)
@@ -129,7 +129,7 @@ def test_a_damaged_cache_is_repaired_and_its_rows_alone_written_again(place: str
     assert sorted(repair_cache(place)) == [
         "id/val/label: metadata rewritten",
         "id/val: block 1, rows 16 to 31, is to be computed again",
-        "ood/near/letters/label/c/9 is a chunk beyond the last row: it is removed",
+        "ood/near/letters/label/c.9 is a chunk beyond the last row: it is removed",
         "ood/near/letters: the mark of block 0 rewritten",
     ]
     split = here["id/val"]
@@ -152,7 +152,7 @@ def test_foreign_objects_stay_and_are_named(place: str, here: Cache) -> None:
     """The split's own objects alone are removed, one by one."""
     copy_splits(here, place, "id/val")
     objects = address.Objects(place)
-    foreign = ["id/val/logits/c/notes.txt", "id/val/notes.txt", "notes.txt"]
+    foreign = ["id/val/logits/c.notes.txt", "id/val/notes.txt", "notes.txt"]
     for key in foreign:
         objects.replace(key, b"somebody's")
     assert open_cache(place)["id/val"].attributes == here["id/val"].attributes

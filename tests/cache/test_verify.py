@@ -85,11 +85,11 @@ def test_a_whole_cache_has_no_damage(path: Path) -> None:
 def test_a_damaged_chunk_is_named_and_its_block_alone_is_computed_again(
     path: Path, whole: Cache, position: int
 ) -> None:
-    flip(path / "id/val/layer1/gradient/c/1/0", position)
-    flip(path / "ood/val/label/c/2", position)
+    flip(path / "id/val/layers/layer1/gradient/c.1.0", position)
+    flip(path / "ood/val/label/c.2", position)
     found = damage_of(path)
     assert [(d.split, d.array, d.block, d.rows) for d in found] == [
-        ("id/val", "layer1/gradient", 1, range(16, 32)),
+        ("id/val", "layers/layer1/gradient", 1, range(16, 32)),
         ("ood/val", "label", 2, range(32, 37)),
     ]
     assert all("checksum" in d.what for d in found)
@@ -117,11 +117,11 @@ def assert_whole(path: Path, whole: Cache) -> None:
 
 
 def test_a_lost_chunk_is_named(path: Path, whole: Cache) -> None:
-    (path / "id/train/avgpool/activation/c/3/0").unlink()
+    (path / "id/train/layers/avgpool/activation/c.3.0").unlink()
     (damage,) = damage_of(path)
     assert (damage.split, damage.array, damage.rows, damage.what) == (
         "id/train",
-        "avgpool/activation",
+        "layers/avgpool/activation",
         range(48, 60),
         "is not there",
     )
@@ -135,7 +135,7 @@ def test_damage_in_metadata_costs_no_row(path: Path, whole: Cache) -> None:
     flip(path / "id/zarr.json", 3)
     flip(path / "id/val/logits/zarr.json", 40)
     (path / "id/val/layer1/zarr.json").unlink()
-    flip(path / "ood/val/blocks/c/0", 0)
+    flip(path / "ood/val/blocks/c.0", 0)
     (path / "id/train/blocks/zarr.json").write_bytes(b"")
     done = repair_cache(path)
     assert sorted(done) == [
@@ -181,17 +181,17 @@ def test_names_that_say_nothing_about_values_are_sealed_too(path: Path, whole: C
     """A dimension's name, an object that does not belong there: the digest does not fit, and the header says why."""
     file = path / "id/val/logits/zarr.json"
     file.write_text(file.read_text().replace('"neuron"', '"neutron"'))
-    (path / "id/val/label/c/9").write_bytes(b"12345")
-    (path / "id/val/logits/c/3").mkdir()
-    (path / "id/val/logits/c/3/0").write_bytes(b"12345")
+    (path / "id/val/label/c.9").write_bytes(b"12345")
+    (path / "id/val/logits/c.3").mkdir()
+    (path / "id/val/logits/c.3.0").write_bytes(b"12345")
     assert [(d.split, d.array, d.block, d.rows, d.what) for d in damage_of(path)] == [
         ("id/val", "label", 9, None, "is a chunk beyond the last row"),
         ("id/val", "logits", 3, None, "is a chunk beyond the last row"),
         ("id/val", "logits", None, None, "its zarr.json is not what follows from the header"),
     ]
     assert repair_cache(path) == [
-        "id/val/label/c/9 is a chunk beyond the last row: it is removed",
-        "id/val/logits/c/3/0 is a chunk beyond the last row: it is removed",
+        "id/val/label/c.9 is a chunk beyond the last row: it is removed",
+        "id/val/logits/c.3.0 is a chunk beyond the last row: it is removed",
         "id/val/logits: metadata rewritten",
     ]
     assert_whole(path, whole)
@@ -226,7 +226,7 @@ DROPPED_FOR_SEAL = (
 
 
 def test_a_split_with_exchanged_chunks_is_dropped(path: Path, whole: Cache) -> None:
-    one, other = path / "id/val/logits/c/0/0", path / "id/val/logits/c/1/0"
+    one, other = path / "id/val/logits/c.0.0", path / "id/val/logits/c.1.0"
     content = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(content)
@@ -241,9 +241,9 @@ def test_a_split_with_exchanged_chunks_is_dropped(path: Path, whole: Cache) -> N
 
 def test_marked_blocks_of_an_unfinished_split_are_read_too(path: Path, whole: Cache) -> None:
     edit(path / "id/val/zarr.json", sealed=False, digest=None)
-    (path / "id/val/blocks/c/2").unlink()
-    flip(path / "id/val/index/c/0", 8)
-    flip(path / "id/val/index/c/2", 8)  # not marked: it will be written again
+    (path / "id/val/blocks/c.2").unlink()
+    flip(path / "id/val/index/c.0", 8)
+    flip(path / "id/val/index/c.2", 8)  # not marked: it will be written again
     assert [(d.split, d.array, d.rows) for d in damage_of(path)] == [("id/val", "index", range(16))]
     repair_cache(path)
     assert extract_again(path, whole) == [("id/val", 0), ("id/val", 2)]
@@ -315,7 +315,7 @@ def test_a_damaged_root_is_refused_and_nothing_is_changed(
     path: Path, damage: Callable[[Path], None], what: str
 ) -> None:
     damage(path)
-    flip(path / "id/val/logits/c/1/0", 9)
+    flip(path / "id/val/logits/c.1.0", 9)
     before = files_of(path)
     advice = r"repair does not change a root: put back a copy of its zarr\.json, or extract into another --cache"
     with pytest.raises(FormatError, match=f"^{path}{what}; {advice}$"):
@@ -363,11 +363,11 @@ def killed_at(step: int) -> Iterator[list[str]]:
 
 
 def damage_a_chunk(path: Path) -> None:
-    flip(path / "id/val/layer1/gradient/c/1/0", 20)
+    flip(path / "id/val/layers/layer1/gradient/c.1.0", 20)
 
 
 def exchange_chunks(path: Path) -> None:
-    first, second = path / "id/val/logits/c/0/0", path / "id/val/logits/c/1/0"
+    first, second = path / "id/val/logits/c.0.0", path / "id/val/logits/c.1.0"
     content = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(content)
@@ -375,7 +375,7 @@ def exchange_chunks(path: Path) -> None:
 
 def damage_metadata(path: Path) -> None:
     flip(path / "id/val/logits/zarr.json", 40)
-    flip(path / "id/val/blocks/c/2", 0)
+    flip(path / "id/val/blocks/c.2", 0)
     damage_a_chunk(path)
 
 
@@ -385,7 +385,7 @@ def change_rows(path: Path) -> None:
 
 def lose_rows_of_an_unfinished_split(path: Path) -> None:
     edit(path / "id/val/zarr.json", sealed=False, digest=None)
-    (path / "id/val/label/c/0").unlink()
+    (path / "id/val/label/c.0").unlink()
 
 
 @pytest.fixture(scope="module")
@@ -429,7 +429,7 @@ def test_a_repair_killed_at_any_change_can_be_run_again(
 
 
 def test_the_classifier_is_written_again(path: Path, whole: Cache) -> None:
-    flip(path / "classifier/weight/c/0/0", 5)
+    flip(path / "classifier/weight/c.0.0", 5)
     with pytest.raises(CacheError, match=r"classifier is damaged .*checksum"):
         open_cache(path).classifier()
     assert [(d.split, d.array) for d in damage_of(path)] == [("classifier", "")]
@@ -440,7 +440,7 @@ def test_the_classifier_is_written_again(path: Path, whole: Cache) -> None:
 
 def test_leftovers_are_no_damage_and_repair_removes_them(path: Path) -> None:
     before = files_of(path)
-    (path / "id/val/logits/c/0/0.abc.partial").write_bytes(b"half")
+    (path / "id/val/logits/c.0.0.abc.partial").write_bytes(b"half")
     assert damage_of(path) == []
     repair_cache(path)
     assert files_of(path) == before
@@ -565,5 +565,5 @@ def test_a_cache_of_someone_else_with_another_compressor_is_read(path: Path) -> 
     CacheWriter(path, cache.header).seal("id/val")
     assert damage_of(path) == []
     np.testing.assert_array_equal(open_cache(path)["id/val"].read("logits"), values)
-    flip(path / "id/val/logits/c/0/0", 3)
+    flip(path / "id/val/logits/c.0.0", 3)
     assert [d.rows for d in damage_of(path)] == [range(16)]

@@ -28,7 +28,7 @@ def split(small_cache: Cache) -> SplitView:
 def views(split: SplitView) -> dict[str, ArrayView]:
     found = {"logits": split.logits, "features": split.features}
     for name, layer in split.items():
-        found |= {f"{name}/activation": layer.activation, f"{name}/gradient": layer.gradient}
+        found |= {f"layers/{name}/activation": layer.activation, f"layers/{name}/gradient": layer.gradient}
     return found
 
 
@@ -57,7 +57,7 @@ SELECTIONS = [
 
 @pytest.mark.parametrize("selection", SELECTIONS, ids=lambda s: re.sub(r"\s+", " ", repr(s))[:50])
 def test_numpys_selections(split: SplitView, selection: Any) -> None:
-    values, view = split.read("avgpool/activation"), split["avgpool"].activation
+    values, view = split.read("layers/avgpool/activation"), split["avgpool"].activation
     expected = values[selection]
     found = view[selection]
     assert type(found) is type(expected)
@@ -66,7 +66,7 @@ def test_numpys_selections(split: SplitView, selection: Any) -> None:
 
 
 def test_a_mask_of_the_whole_shape(split: SplitView) -> None:
-    values, view = split.read("layer1/gradient"), split["layer1"].gradient
+    values, view = split.read("layers/layer1/gradient"), split["layer1"].gradient
     np.testing.assert_array_equal(view[values > 0.1], values[values > 0.1])
     with pytest.raises(IndexError, match=r"does not take a mask of \(40, 3\)"):
         view[np.ones((40, 3), bool)]
@@ -77,7 +77,7 @@ def test_a_mask_of_the_whole_shape(split: SplitView) -> None:
 )
 def test_any_selection_gives_what_numpy_gives(small_cache: Cache, selection: Any, data: st.DataObject) -> None:
     split = small_cache["id/val"]
-    values = split.read("avgpool/gradient")
+    values = split.read("layers/avgpool/gradient")
     np.testing.assert_array_equal(split["avgpool"].gradient[selection], values[selection])
     rows = data.draw(st.lists(st.integers(-ROWS, ROWS - 1), max_size=8))
     columns = data.draw(basic_indices((WIDTH,), allow_newaxis=False, allow_ellipsis=False))
@@ -95,7 +95,7 @@ def test_any_selection_gives_what_numpy_gives(small_cache: Cache, selection: Any
         (MASK[:39], "boolean index did not match indexed array along axis 0"),
         ((1, 2, 3), r"has 2 axes; 3 were selected from"),
         ((..., 1, ...), r"has 2 axes; 3 were selected from"),
-        (None, r"<id/val/avgpool/activation \(40, 6\) float32> takes slices, whole numbers, arrays of them, masks and"),
+        (None, r"<id/val/layers/avgpool/activation \(40, 6\) float32> takes slices, whole numbers, arrays of them, masks and"),
         (1.5, r"masks and \.\.\., not 1\.5$"),
         ("logits", r"masks and \.\.\., not 'logits'$"),
         (True, r"masks and \.\.\., not True$"),
@@ -137,7 +137,7 @@ def path(small_cache: Cache, tmp_path: Path) -> Path:
     return tmp_path / "c.zarr"
 
 
-@pytest.mark.parametrize("array", ["avgpool/activation", "layer1/gradient", "logits", "features"])
+@pytest.mark.parametrize("array", ["layers/avgpool/activation", "layers/layer1/gradient", "logits", "features"])
 def test_a_damaged_chunk_is_a_sentence(path: Path, array: str) -> None:
     split = open_cache(path)["id/val"]  # before the damage: a split's checksums are compared when it is first used
     chunk = path / "id/val" / array / "c/1/0"
@@ -183,11 +183,11 @@ def test_states_without_a_number_do_not_hide_a_chunk_that_is_not_there(
     writer.prepare("id/test", 40, {"list": "l", "sha256": "0" * 64})
     for block in range(3):
         arrays = {key: np.array(source.read(key)[16 * block : 16 * block + 16]) for key in cache.header.arrays()}
-        arrays["layer1/activation"][3] = np.nan
+        arrays["layers/layer1/activation"][3] = np.nan
         writer.write_block("id/test", block, arrays)
     writer.seal("id/test")
     view = open_cache(cache.path)["id/test"]["layer1"].activation
     assert np.flatnonzero(np.isnan(view[:]).any(axis=1)).tolist() == [3, 19, 35]
-    (tmp_path / "c.zarr/id/test/layer1/activation/c/1/0").unlink()
-    with pytest.raises(CacheError, match=r"id/test/layer1/activation is damaged \(row 16 holds no value\)"):
+    (tmp_path / "c.zarr/id/test/layers/layer1/activation/c.1.0").unlink()
+    with pytest.raises(CacheError, match=r"id/test/layers/layer1/activation is damaged \(row 16 holds no value\)"):
         view[:]

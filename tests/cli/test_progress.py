@@ -260,8 +260,8 @@ def test_extract(nacpipe: Callable[..., Result], tmp_path: Path) -> None:
         *(f"extract ood/val {rows}/500" for rows in (256, 500)),
     ]
     assert done.stderr.count("id/train: accuracy 100.00 % of 1000 images\n") == 1
-    (tmp_path / "c.zarr/ood/val/blocks/c/0").unlink()
-    (tmp_path / "c.zarr/ood/val/logits/c/0/0").unlink()
+    (tmp_path / "c.zarr/ood/val/blocks/c.0").unlink()
+    (tmp_path / "c.zarr/ood/val/logits/c.0.0").unlink()
     nacpipe("repair", tmp_path / "c.zarr")
     done = nacpipe(*words, "--splits", "ood/val")
     assert counts(done, "extract ") == ["extract ood/val 256/500", "extract ood/val 500/500"]

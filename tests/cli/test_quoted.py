@@ -63,7 +63,7 @@ def words_of(text: str, begins: str) -> list[str]:
     return found
 
 
-def damage(cache: str, place: str = "id/val/layer1/gradient/c/1/0") -> None:
+def damage(cache: str, place: str = "id/val/layers/layer1/gradient/c.1.0") -> None:
     content = bytearray(Path(cache, place).read_bytes())
     content[20] ^= 1
     Path(cache, place).write_bytes(bytes(content))
@@ -104,7 +104,7 @@ def test_damage_is_mended_by_a_command_of_its_name(cache: str) -> None:
     damage(cache)
     assert words_of(nacpipe("verify", cache).stderr, "repair it with: nacpipe") == mend
     assert words_of(nacpipe("inspect", cache, "id/val").stderr, "repair it with: nacpipe") == mend
-    chunks = Path(cache, "ood/val/layer1/gradient/c")
+    chunks = Path(cache, "ood/val/layers/layer1/gradient/c")
     shutil.copy(chunks / "0/0", chunks / "1/0")
     done = nacpipe("inspect", cache, "ood/val")
     assert words_of(done.stderr, "or lost; nacpipe") == ["nacpipe", "verify", cache, "says", "which"]

@@ -126,7 +126,7 @@ def test_a_layer(
     if layer != "logits":
         arrays = layers_of(split, "avgpool") | layers_of("id/train", "avgpool")
         if source == "activation" and split != "id/train":
-            arrays.remove("id/train/avgpool/gradient")
+            arrays.remove("id/train/layers/avgpool/gradient")
     check_once(reads, small_cache, arrays, "inspect", small_cache.path, split, layer, *more)
 
 
@@ -137,5 +137,5 @@ def test_a_report(make_cache: Callable[..., Cache], reads: Reads, tmp_path: Path
     scored = [name for name in cache if name not in ("id/train", "id/subtrain", "id/val", "ood/val")]
     arrays = {f"{name}/logits" for name in cache if name != "id/train"} | {f"{name}/label" for name in scored}
     arrays |= {f"{name}/avgpool/{what}" for name in cache for what in ("activation", "gradient")}
-    arrays |= {f"{name}/layer1/activation" for name in cache}
+    arrays |= {f"{name}/layers/layer1/activation" for name in cache}
     check_once(reads, cache, arrays, "report", cache.path, "--output", tmp_path / "page.html")

@@ -135,14 +135,14 @@ def test_repair_takes_what_is_damaged_there_and_extract_computes_it_again(proxy:
     words += ("--block-rows", "512", "--cache", url)
     assert nacpipe(*words).exit_code == 0
     before = {name: split.attributes for name, split in open_cache(url).items()}
-    values = open_cache(url)["id/val"].read("layer3/gradient")
+    values = open_cache(url)["id/val"].read("layers/layer3/gradient")
     objects = address.Objects(url)
-    content = bytearray(objects.read("id/val/layer3/gradient/c/0/0") or b"")
+    content = bytearray(objects.read("id/val/layers/layer3/gradient/c.0.0") or b"")
     content[100] ^= 16
-    objects.replace("id/val/layer3/gradient/c/0/0", bytes(content))
+    objects.replace("id/val/layers/layer3/gradient/c.0.0", bytes(content))
     said = nacpipe("verify", url)
     assert said.exit_code == 1
-    assert said.stdout.splitlines()[1].split()[:4] == ["id/val", "layer3/gradient", "0", f"0-{len(values) - 1}"]
+    assert said.stdout.splitlines()[1].split()[:4] == ["id/val", "layers/layer3/gradient", "0", f"0-{len(values) - 1}"]
     assert said.stderr == f"nacpipe: {url}: 1 damaged; repair it with: nacpipe repair {url}\n"
     mended = nacpipe("repair", url)
     assert (mended.exit_code, mended.stdout) == (0, f"{open_cache(url).command()}\n"), mended.output
@@ -152,7 +152,7 @@ def test_repair_takes_what_is_damaged_there_and_extract_computes_it_again(proxy:
     assert nacpipe(*words).exit_code == 0
     assert nacpipe("verify", url).stdout == f"{url}: 2 splits, whole\n"
     assert {name: split.attributes for name, split in open_cache(url).items()} == before
-    np.testing.assert_array_equal(open_cache(url)["id/val"].read("layer3/gradient"), values)
+    np.testing.assert_array_equal(open_cache(url)["id/val"].read("layers/layer3/gradient"), values)
 
 
 class Deadly(Proxy):
@@ -169,9 +169,9 @@ class Deadly(Proxy):
 
 
 KILLS = [  # the object, whether it is stored, the marks that are there then
-    ("id/train/layer2/gradient/zarr.json", True, [False, False]),
-    ("id/train/blocks/c/0", False, [False, False]),  # every row, no mark
-    ("id/train/features/c/1/0", False, [True, False]),
+    ("id/train/layers/layer2/gradient/zarr.json", True, [False, False]),
+    ("id/train/blocks/c.0", False, [False, False]),  # every row, no mark
+    ("id/train/features/c.1.0", False, [True, False]),
     ("id/train/zarr.json", False, [True, True]),  # every mark, no seal
 ]
 

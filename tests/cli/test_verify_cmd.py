@@ -27,7 +27,7 @@ def damaged(small_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """A copy, named c.zarr in the working folder, with one damaged chunk."""
     shutil.copytree(small_cache.path, tmp_path / "c.zarr")
     monkeypatch.chdir(tmp_path)
-    chunk = tmp_path / "c.zarr/id/val/layer1/gradient/c/1/0"
+    chunk = tmp_path / "c.zarr/id/val/layers/layer1/gradient/c.1.0"
     content = bytearray(chunk.read_bytes())
     content[20] ^= 1
     chunk.write_bytes(bytes(content))
@@ -50,13 +50,13 @@ def test_damage_is_named_and_exits_with_1(damaged: Path) -> None:
     assert done.stderr == "nacpipe: c.zarr: 1 damaged; repair it with: nacpipe repair c.zarr\n"
     heading, line = done.stdout.splitlines()
     assert heading.split() == ["split", "array", "block", "rows", "what"]
-    assert line.split()[:4] == ["id/val", "layer1/gradient", "1", "16-31"]
+    assert line.split()[:4] == ["id/val", "layers/layer1/gradient", "1", "16-31"]
     done = nacpipe("verify", "c.zarr", "--json")
     assert done.exit_code == 1
     (found,) = json.loads(done.stdout)["damage"]
     assert {key: found[key] for key in ("split", "array", "block", "rows")} == {
         "split": "id/val",
-        "array": "layer1/gradient",
+        "array": "layers/layer1/gradient",
         "block": 1,
         "rows": [16, 31],
     }
@@ -89,7 +89,7 @@ def test_a_damaged_cache_gives_no_score(damaged: Path, tmp_path: Path) -> None:
     ):
         done = nacpipe(*command)
         assert done.exit_code == 1
-        assert "id/val/layer1/gradient is damaged" in done.stderr
+        assert "id/val/layers/layer1/gradient is damaged" in done.stderr
         assert "repair it with: nacpipe repair c.zarr" in done.stderr
 
 
@@ -105,7 +105,7 @@ from nacpipe.cli import main
 get = LocalStore.get
 
 async def slow(self, key, *rest, **more):
-    if "gradient/c/" in key and "/c/1/0" not in key:
+    if "gradient/c/" in key and "/c.1.0" not in key:
         print("reading", flush=True)
         await asyncio.sleep(60)
     return await get(self, key, *rest, **more)
@@ -123,7 +123,7 @@ def test_reads_that_are_still_under_way_say_nothing_at_the_end(damaged: Path) ->
     assert done.returncode == 1
     assert "reading" in done.stdout
     assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("nacpipe: c.zarr: id/val/layer1/gradient is damaged (")
+    assert done.stderr.startswith("nacpipe: c.zarr: id/val/layers/layer1/gradient is damaged (")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a child on Windows")
@@ -145,7 +145,7 @@ def test_one_damaged_chunk_among_hundreds_is_one_line_each_time(
     """As it is typed: most of these processes wrote hundreds of lines more."""
     others = dict.fromkeys(["id/train", "id/subtrain", "id/test", "ood/val", "ood/near/letters", "ood/far/textures"], 0)
     path = Path(make_cache(tmp_path / "c.zarr", rows={**others, "id/val": 16 * 300}).path)
-    chunk = path / "id/val/layer1/gradient/c/0/0"
+    chunk = path / "id/val/layers/layer1/gradient/c.0.0"
     content = bytearray(chunk.read_bytes())
     content[20] ^= 1
     chunk.write_bytes(bytes(content))
@@ -154,4 +154,4 @@ def test_one_damaged_chunk_among_hundreds_is_one_line_each_time(
         done = subprocess.run(words, capture_output=True, text=True, check=False, env=ENV)
         assert done.returncode == 1
         assert len(done.stderr.splitlines()) == 1, done.stderr
-        assert done.stderr.startswith(f"nacpipe: {path}: id/val/layer1/gradient is damaged (")
+        assert done.stderr.startswith(f"nacpipe: {path}: id/val/layers/layer1/gradient is damaged (")

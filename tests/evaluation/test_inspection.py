@@ -48,8 +48,8 @@ def write(path: Path, splits: dict[str, tuple[NDArray[np.float32], NDArray[np.fl
     for name, (activation, gradient) in splits.items():
         rows = len(activation)
         arrays = {
-            "fc/activation": activation,
-            "fc/gradient": gradient,
+            "layers/fc/activation": activation,
+            "layers/fc/gradient": gradient,
             "logits": np.zeros((rows, 3), np.float32),
             "label": np.zeros(rows, np.int64),
             "index": np.arange(rows),

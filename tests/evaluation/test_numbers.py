@@ -132,7 +132,7 @@ def test_an_alpha_that_saturates_everything_leaves_signs(small_cache: Cache, edg
     """States are 0, ½ and 1: per neuron what counts is how many training products are below, at and above 0."""
     found = score_splits(small_cache, params(alpha=1e300, edges=edges, saturation=60, bins=8), ["id/val"])["id/val"]
     train, val = (
-        np.sign(s.read("layer1/activation") * s.read("layer1/gradient"))
+        np.sign(s.read("layers/layer1/activation") * s.read("layers/layer1/gradient"))
         for s in (small_cache["id/train"], small_cache["id/val"])
     )
     filled = (train[None, :, :] == val[:, None, :]).sum(axis=1) / 60  # (val rows, neurons)
@@ -143,7 +143,7 @@ def test_an_alpha_that_flattens_everything_leaves_two_bins(small_cache: Cache) -
     """½ is an edge: a state is below it where its product is below 0, however little."""
     found = score_splits(small_cache, params(alpha=1e-30, bins=8, saturation=60), ["id/val"])["id/val"]
     train, val = (
-        s.read("layer1/activation") * s.read("layer1/gradient") >= 0
+        s.read("layers/layer1/activation") * s.read("layers/layer1/gradient") >= 0
         for s in (small_cache["id/train"], small_cache["id/val"])
     )
     filled = (train[None, :, :] == val[:, None, :]).sum(axis=1) / 60  # (val rows, neurons)

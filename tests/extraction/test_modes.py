@@ -116,7 +116,7 @@ def test_shards_hold_the_same_values(request_: ExtractRequest, dies: bool) -> No
 def test_half_precision_is_near_and_another_identity(request_: ExtractRequest) -> None:
     whole = make(request_)
     half = make(replace(request_, cache=request_.cache.with_name("half.zarr"), autocast="bf16"))
-    exact, near = (c["id/val"].read("layer3/activation") for c in (whole, half))
+    exact, near = (c["id/val"].read("layers/layer3/activation") for c in (whole, half))
     difference = float(np.linalg.norm(near - exact) / np.linalg.norm(exact))
     assert 1e-6 < difference < 2e-2
     with pytest.raises(IdentityError, match="dtype: stored float32, now bf16"):

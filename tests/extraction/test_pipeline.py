@@ -256,7 +256,7 @@ def test_blocks_that_cannot_be_stored_are_not_planned(
     open_blocks = replace(request_, block_rows=None)
     assert plan_extraction(open_blocks).header.block_rows == 16  # two batches, not 64
     assert plan_extraction(replace(open_blocks, batch_size=15)).header.block_rows == 15
-    message = "a block of avgpool/activation has more than 5120 bytes; make it smaller$"
+    message = "a block of layers/avgpool/activation has more than 5120 bytes; make it smaller$"
     with pytest.raises(InputError, match=f"^block-rows is 24: {message}"):
         plan_extraction(replace(request_, block_rows=24))
     with pytest.raises(InputError, match=f"^batch-size is 21: {message}"):

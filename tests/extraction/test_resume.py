@@ -167,12 +167,12 @@ def test_after_repair_the_same_command_runs_the_damaged_rows_alone(
     only = replace(request_, splits=("id/val",), shard_blocks=shards)
     extract(plan_extraction(only))
     before = open_cache(request_.cache)["id/val"].attributes
-    chunk = request_.cache / "id/val/layer2/gradient/c/0/0"
+    chunk = request_.cache / "id/val/layers/layer2/gradient/c.0.0"
     content = bytearray(chunk.read_bytes())
     content[40] ^= 4
     chunk.write_bytes(bytes(content))
     found = verify_cache(open_cache(request_.cache))
-    assert [(d.split, d.array, d.rows) for d in found] == [("id/val", "layer2/gradient", range(16))]
+    assert [(d.split, d.array, d.rows) for d in found] == [("id/val", "layers/layer2/gradient", range(16))]
     repair_cache(request_.cache)
     told: list[int] = []
     extract(plan_extraction(only), lambda _split, count: told.append(count))

@@ -204,7 +204,7 @@ def test_they_are_extracted_exported_and_scored(
     cache = open_cache(request.cache)
     assert cache.header.identity["weights"] == hash_weights(network.state_dict())
     split = cache["id/val"]
-    assert {split.read(path).dtype for path in ("conv/activation", "conv/gradient", "logits", "features")} == {
+    assert {split.read(path).dtype for path in ("layers/conv/activation", "layers/conv/gradient", "logits", "features")} == {
         np.dtype(np.float32)
     }
     weight, bias = cache.classifier() or (None, None)

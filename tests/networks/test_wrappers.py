@@ -125,7 +125,7 @@ def test_a_wrapped_network_is_scored_as_the_network(
     splits = {"id/train": list(zip(images_[:256].split(128), labels_[:256].split(128), strict=True))}
     taken = open_cache(Snapshots(tmp_path, splits, ["avgpool", "layer3"])(network, 0))
     assert taken.header.identity["weights"] == cache.header.identity["weights"]
-    for path in ("avgpool/activation", "layer3/gradient", "logits"):
+    for path in ("layers/avgpool/activation", "layers/layer3/gradient", "logits"):
         np.testing.assert_array_equal(taken["id/train"].read(path), cache["id/val"].read(path)[:256])
     assert dict(network.named_modules()) == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())

@@ -236,8 +236,8 @@ def write(tmp_path: Path) -> Callable[..., Cache]:
                 for place, value in changes.get(f"{key}_{name.replace('/', '_')}", {}).items():
                     array[place] = value
             arrays = {
-                "avgpool/activation": activation,
-                "avgpool/gradient": gradient,
+                "layers/avgpool/activation": activation,
+                "layers/avgpool/gradient": gradient,
                 "logits": np.zeros((10, 2), np.float32),
                 "label": np.zeros(10, np.int64),
                 "index": np.arange(10),

@@ -255,7 +255,7 @@ def write_large(path: Path, rows: dict[str, int], neurons: int, value: float = 0
                 for kind in ("activation", "gradient")
             }
             if split == "id/val" and block == 0 and value:
-                arrays["b/activation"][3, 1] = value  # type: ignore[call-overload]
+                arrays["layers/b/activation"][3, 1] = value  # type: ignore[call-overload]
             arrays |= {"logits": random.normal(size=(256, 4)).astype(np.float32), "label": np.zeros(256, np.int64)}
             writer.write_block(split, block, {**arrays, "index": np.arange(256 * block, 256 * block + 256)})
         writer.seal(split)
