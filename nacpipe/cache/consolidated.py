@@ -34,7 +34,7 @@ def consolidate(root: zarr.Group, header: Header, address: str | Path) -> None:
     if wanted == content.get("consolidated_metadata"):
         return
     content["consolidated_metadata"] = wanted
-    objects.replace("zarr.json", json.dumps(content, indent=2).encode())
+    objects.replace("zarr.json", json.dumps(content, separators=(",", ":")).encode())
 
 
 def copy_is_stale(root: zarr.Group, header: Header) -> bool:
