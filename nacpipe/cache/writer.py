@@ -135,6 +135,7 @@ class CacheWriter:
                     compressors=(Crc32cCodec(),),
                     fill_value=float("nan"),
                     chunk_key_encoding=chunk_key_encoding(self.header),
+                    dimension_names=None if self.header.version == 1 else ("class", "feature")[: data.ndim],
                     config={"write_empty_chunks": True},
                 )
             self._sync_below("classifier")
