@@ -15,6 +15,7 @@ from zarr.storage import LocalStore
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.errors import CacheError
+from tests.alike import prepare_split
 
 IMAGES = {"list": "val.txt", "sha256": "b" * 64}
 OTHERS = ("id/train", "id/subtrain", "id/test", "ood/val", "ood/near/letters", "ood/far/textures")
@@ -39,7 +40,8 @@ def read(cache: Cache, name: str = "id/val") -> Arrays:
 
 
 def write(writer: CacheWriter, name: str, arrays: Arrays, images: Mapping[str, str] = IMAGES) -> None:
-    assert not writer.prepare(name, len(arrays["label"]), images).any()
+    known = {key: arrays[key] for key in ("label", "index")}
+    assert not writer.prepare(name, len(arrays["label"]), images, **known).any()
     for block, start in enumerate(range(0, len(arrays["label"]), writer.header.block_rows)):
         rows = slice(start, start + writer.header.block_rows)
         writer.write_block(name, block, {key: array[rows] for key, array in arrays.items()})
@@ -121,7 +123,7 @@ def cut_after_the_marks(split: Path) -> None:
 
 def cut_among_the_arrays(split: Path) -> None:
     cut_after_the_marks(split)
-    shutil.rmtree(split / "avgpool")
+    shutil.rmtree(split / "layers/avgpool")
     (split / "layers/layer1/gradient/zarr.json").unlink()
 
 
@@ -222,7 +224,7 @@ def write_what_is_missing(path: Path, cache: Cache) -> None:
     assert weight_and_bias is not None
     writer.write_classifier(*weight_and_bias)
     split, arrays = cache["id/val"], read(cache)
-    for block in np.flatnonzero(~writer.prepare("id/val", split.rows, split.images)):
+    for block in np.flatnonzero(~prepare_split(writer, split)):
         rows = slice(block * 16, block * 16 + 16)
         writer.write_block("id/val", int(block), {key: array[rows] for key, array in arrays.items()})
     writer.seal("id/val")

@@ -20,6 +20,7 @@ from nacpipe.cache import writer as writing
 from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.verify import verify_cache
 from nacpipe.errors import CacheError
+from tests.alike import prepare_split
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no flock, no limits")
 
@@ -36,7 +37,7 @@ def fill(path: Path, whole: Cache, blocks: range = range(3)) -> CacheWriter:
     """Write these blocks of id/val."""
     writer = CacheWriter(path, whole.header)
     split = whole["id/val"]
-    writer.prepare("id/val", split.rows, split.images)
+    prepare_split(writer, split)
     for block in blocks:
         rows = slice(16 * block, 16 * block + 16)
         writer.write_block("id/val", block, {key: split.read(key)[rows] for key in whole.header.arrays()})
@@ -117,7 +118,7 @@ def test_a_split_may_be_read_while_another_is_written(tmp_path: Path, make_cache
                 writer = CacheWriter(whole.path, whole.header)
                 while not stop.is_set():
                     writer.drop("ood/val")
-                    writer.prepare("ood/val", split.rows, split.images)
+                    prepare_split(writer, split, "ood/val")
                     for block in range(3):
                         rows = slice(16 * block, 16 * block + 16)
                         writer.write_block("ood/val", block, {key: array[rows] for key, array in arrays.items()})
@@ -170,6 +171,7 @@ READ_ONLY = """
 import os, sys
 from nacpipe.cache import CacheWriter, open_cache
 from nacpipe.errors import CacheError
+from tests.alike import prepare_split
 open_cache(sys.argv[1])["id/val"].read("logits")
 if os.geteuid() == 0:  # whom no permission stops; by now everything is imported
     os.seteuid(65534)

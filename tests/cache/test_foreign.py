@@ -18,6 +18,7 @@ from nacpipe.cache.repair import repair_cache
 from nacpipe.cache.verify import foreign_files, verify_cache
 from nacpipe.cli import main
 from nacpipe.errors import CacheError
+from tests.alike import prepare_split
 
 SPLITS = {"id/subtrain": 0}
 FILES = {  # where they may lie, and of what kind they are
@@ -26,7 +27,7 @@ FILES = {  # where they may lie, and of what kind they are
     "id/val/notes.txt": "a person's, in a split",
     "id/val/logits/Thumbs.db": "in an array",
     "id/val/logits/c.x~": "an editor's, among the chunks",
-    "id/val/logits/c.1/.DS_Store": "hidden, beside a chunk",
+    "id/val/logits/.DS_Store": "hidden, beside a chunk",
     "id/val/logits/c.007.0": "nearly the name of a chunk",
     "id/val/label/c.1~": "a copy of a chunk",
     "id/val/blocks/c.readme": "among the marks",
@@ -40,7 +41,7 @@ FOLDERS = {
     "id/val/mine/deep/b.txt": "id/val/mine/",
     "old/id/val/zarr.json": "old/",
 }
-INSIDE = {"id/val/logits/c.007.0": "id/val/logits/c.007/", "id/train/layer1/c.0": "id/train/layer1/c/", **FOLDERS}
+INSIDE = {"id/train/layer1/c.0": "id/train/layer1/", **FOLDERS}
 NAMED = sorted({INSIDE.get(name, name) for name in (*FILES, *FOLDERS)})  # a folder that is foreign as a whole, once
 
 
@@ -85,7 +86,7 @@ def write_missing(path: Path, whole: Cache) -> list[tuple[str, int]]:
         so_far = open_cache(path)
         if name in so_far and so_far.peek(name).sealed:
             continue
-        for block in np.flatnonzero(~writer.prepare(name, split.rows, split.images)).tolist():
+        for block in np.flatnonzero(~prepare_split(writer, split)).tolist():
             rows = slice(16 * block, 16 * block + 16)
             writer.write_block(name, block, {key: split.read(key)[rows] for key in whole.header.arrays()})
             written.append((name, block))
@@ -150,8 +151,8 @@ def test_a_chunk_that_the_format_could_have_written_is_still_damage(path: Path, 
 
 @pytest.mark.parametrize("array", ["logits", "label"])
 def test_a_foreign_file_does_not_stand_for_a_chunk(path: Path, array: str) -> None:
-    """There are files of these names below logits/c and label/c."""
-    chunk = path / "id/val" / array / ("c/2/0" if array == "logits" else "c/2")
+    """There are files of such names in both folders."""
+    chunk = path / "id/val" / array / ("c.2.0" if array == "logits" else "c.0")
     chunk.unlink()
     with pytest.raises(CacheError, match=rf"id/val/{array} is damaged \(1 of its chunks are not there\)"):
         open_cache(path)["id/val"]
@@ -269,7 +270,7 @@ def test_drop_leaves_no_empty_folders(path: Path, whole: Cache) -> None:
     CacheWriter(path, whole.header).drop("id/test")
     assert not (path / "id/test").exists()
     CacheWriter(path, whole.header).drop("id/val")
-    assert not (path / "id/val/avgpool").exists()
+    assert not (path / "id/val/layers").exists()
     assert sorted(str(p.relative_to(path / "id/val")) for p in (path / "id/val").rglob("*") if p.is_file()) == sorted(
         name.removeprefix("id/val/") for name in (*FILES, *FOLDERS) if name.startswith("id/val/")
     )
@@ -282,7 +283,7 @@ def test_a_cache_can_be_made_and_sealed_among_them(tmp_path: Path, whole: Cache)
     (path / "id/val").mkdir(parents=True)
     (path / "id/val/notes.txt").write_text("foreign: id/val/notes.txt")
     writer: Any = CacheWriter(path, whole.header)
-    writer.prepare("id/val", 40, whole["id/val"].images)
+    prepare_split(writer, whole["id/val"])
     (path / "id/val/logits/Thumbs.db").write_text("foreign: id/val/logits/Thumbs.db")
     (path / "id/val/.#notes.txt").symlink_to("nowhere")
     for block in range(3):

@@ -20,6 +20,7 @@ from nacpipe.cache.repair import repair_cache
 from nacpipe.cache.verify import Damage, check_metadata, verify_cache
 from nacpipe.cli import main
 from nacpipe.errors import CacheError, FormatError
+from tests.alike import prepare_split
 
 SPLITS = {
     "id/subtrain": 0,
@@ -68,7 +69,7 @@ def extract_again(path: Path, whole: Cache) -> list[tuple[str, int]]:
         so_far = open_cache(path)
         if name in so_far and so_far.peek(name).sealed:
             continue
-        for block in np.flatnonzero(~writer.prepare(name, split.rows, split.images)):
+        for block in np.flatnonzero(~prepare_split(writer, split)):
             rows = slice(16 * block, 16 * block + 16)
             writer.write_block(name, int(block), {key: split.read(key)[rows] for key in whole.header.arrays()})
             written.append((name, int(block)))
@@ -134,13 +135,13 @@ def test_damage_in_metadata_costs_no_row(path: Path, whole: Cache) -> None:
     """Of a split's arrays and marks; of a layer's group and of one on the way."""
     flip(path / "id/zarr.json", 3)
     flip(path / "id/val/logits/zarr.json", 40)
-    (path / "id/val/layer1/zarr.json").unlink()
+    (path / "id/val/layers/layer1/zarr.json").unlink()
     flip(path / "ood/val/blocks/c.0", 0)
     (path / "id/train/blocks/zarr.json").write_bytes(b"")
     done = repair_cache(path)
     assert sorted(done) == [
         "id/train/blocks: metadata rewritten",
-        "id/val/layer1: metadata rewritten",
+        "id/val/layers/layer1: metadata rewritten",
         "id/val/logits: metadata rewritten",
         "id: metadata rewritten",
         "ood/val: the mark of block 0 rewritten",
@@ -253,7 +254,7 @@ def test_marked_blocks_of_an_unfinished_split_are_read_too(path: Path, whole: Ca
 def test_a_split_that_was_only_begun_lacks_nothing(path: Path, whole: Cache) -> None:
     """Stopped among its metadata, of which the marks' come last. What is there must be right all the same."""
     edit(path / "id/val/zarr.json", sealed=False, digest=None)
-    for part in ("blocks", "layer1", "logits"):
+    for part in ("blocks", "layers/layer1", "logits"):
         shutil.rmtree(path / "id/val" / part)
     assert damage_of(path) == []
     assert repair_cache(path) == []
@@ -509,7 +510,7 @@ def test_images_that_are_no_object_are_damage_in_words(path: Path, images: objec
         ({"block_rows": 10**12}, "block_rows is 1000000000000, not a whole number"),
         ({"block_rows": 16.0}, r"block_rows is 16\.0, not a whole number"),
         ({"classes": True}, "classes is True, not a whole number"),
-        ({"keep_bits": 24}, "keep_bits is 24, not a whole number from 1 to 23"),
+        ({"mantissa_bits": 24}, "mantissa_bits is 24, not a whole number from 1 to 23"),
         ({"shard_blocks": 0}, "shard_blocks is 0, not a whole number"),
         ({"block_rows": 2**20, "classes": 2**20}, "a block of logits has more than 2147483647 bytes"),
         ({"layers": []}, "layers are none, or two have one name"),
@@ -552,7 +553,7 @@ def test_a_cache_of_someone_else_with_another_compressor_is_read(path: Path) -> 
 
     cache = open_cache(path)
     values = cache["id/val"].read("logits")
-    group = zarr.open_group(path, mode="r+")["id/val"]
+    group = zarr.open_group(path, mode="r+", use_consolidated=False)["id/val"]
     assert isinstance(group, zarr.Group)
     group.create_array(
         "logits",

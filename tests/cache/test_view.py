@@ -140,7 +140,7 @@ def path(small_cache: Cache, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("array", ["layers/avgpool/activation", "layers/layer1/gradient", "logits", "features"])
 def test_a_damaged_chunk_is_a_sentence(path: Path, array: str) -> None:
     split = open_cache(path)["id/val"]  # before the damage: a split's checksums are compared when it is first used
-    chunk = path / "id/val" / array / "c/1/0"
+    chunk = path / "id/val" / array / "c.1.0"
     content = bytearray(chunk.read_bytes())
     content[9] ^= 1
     chunk.write_bytes(bytes(content))
