@@ -285,10 +285,10 @@ def create_array(
         width: numbers of a sample; 0: the array is one-dimensional.
         dtype: of the numbers.
         header: the cache's.
-        whole: the values of all rows are written at once, in chunks of many blocks. An array of one block has none.
+        whole: the values of all rows are written at once, in chunks of many blocks.
     """
     kind = np.dtype(dtype)
-    whole = whole and rows > header.block_rows
+    whole = whole and rows > header.block_rows  # one block has every form
     outer = count_blocks(min(rows, WHOLE_ROWS), header.block_rows) if whole else header.shard_blocks
     chunk = (header.block_rows * (outer if whole else 1), *((width,) if width else ()))
     shard = (header.block_rows * outer, *chunk[1:]) if outer > 1 and not whole else None

@@ -49,7 +49,6 @@ from nacpipe.errors import CacheError, FormatError, IdentityError
 from nacpipe.files import is_url
 from nacpipe.text import command_line
 
-
 WRITERS = 8  # arrays that are written at once: their compression and their fsync overlap
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from nacpipe import __version__
+from nacpipe.cli.convert import convert
 from nacpipe.cli.data import data
 from nacpipe.cli.evaluate import evaluate
 from nacpipe.cli.export import export
@@ -119,6 +120,6 @@ def main(debug: bool) -> None:
 
 
 for _command in (
-    extract, search, evaluate, inspect, report, run, export, score, rank, verify, repair, data, models, layers,
+    extract, search, evaluate, inspect, report, run, export, score, rank, verify, repair, convert, data, models, layers,
 ):  # fmt: skip
     main.add_command(_command)

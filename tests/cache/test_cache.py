@@ -30,7 +30,12 @@ HEADER = Header(
 )
 ROWS = 40  # 16 + 16 + 8
 IMAGES = {"list": "val.txt", "sha256": "b" * 64}
-WIDTHS = {"layers/avgpool/activation": 6, "layers/avgpool/gradient": 6, "layers/layer1/activation": 4, "layers/layer1/gradient": 4}
+WIDTHS = {
+    "layers/avgpool/activation": 6,
+    "layers/avgpool/gradient": 6,
+    "layers/layer1/activation": 4,
+    "layers/layer1/gradient": 4,
+}
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -211,7 +216,9 @@ def test_a_missing_chunk_reads_as_no_value_not_as_zeros(tmp_path: Path) -> None:
     write(tmp_path / "c.zarr", arrays)
     (tmp_path / "c.zarr/id/val/layers/layer1/activation/c.1.0").unlink()
     (tmp_path / "c.zarr/id/val/label/c.2").unlink()
-    with pytest.raises(CacheError, match=r"id/val/layers/layer1/activation is damaged \(1 of its chunks are not there\)"):
+    with pytest.raises(
+        CacheError, match=r"id/val/layers/layer1/activation is damaged \(1 of its chunks are not there\)"
+    ):
         open_cache(tmp_path / "c.zarr")["id/val"]
     split = open_cache(tmp_path / "c.zarr").peek("id/val")
     found = np.asarray(split.array("layers/layer1/activation")[:])

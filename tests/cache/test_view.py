@@ -95,7 +95,10 @@ def test_any_selection_gives_what_numpy_gives(small_cache: Cache, selection: Any
         (MASK[:39], "boolean index did not match indexed array along axis 0"),
         ((1, 2, 3), r"has 2 axes; 3 were selected from"),
         ((..., 1, ...), r"has 2 axes; 3 were selected from"),
-        (None, r"<id/val/layers/avgpool/activation \(40, 6\) float32> takes slices, whole numbers, arrays of them, masks and"),
+        (
+            None,
+            r"<id/val/layers/avgpool/activation \(40, 6\) float32> takes slices, whole numbers, arrays of them, masks and",
+        ),
         (1.5, r"masks and \.\.\., not 1\.5$"),
         ("logits", r"masks and \.\.\., not 'logits'$"),
         (True, r"masks and \.\.\., not True$"),

@@ -204,9 +204,9 @@ def test_they_are_extracted_exported_and_scored(
     cache = open_cache(request.cache)
     assert cache.header.identity["weights"] == hash_weights(network.state_dict())
     split = cache["id/val"]
-    assert {split.read(path).dtype for path in ("layers/conv/activation", "layers/conv/gradient", "logits", "features")} == {
-        np.dtype(np.float32)
-    }
+    assert {
+        split.read(path).dtype for path in ("layers/conv/activation", "layers/conv/gradient", "logits", "features")
+    } == {np.dtype(np.float32)}
     weight, bias = cache.classifier() or (None, None)
     assert weight is not None and weight.dtype == np.float32
     np.testing.assert_array_equal(weight, network.get_parameter("fc.weight").detach().float().numpy())
