@@ -88,7 +88,9 @@ def test_the_same_values_have_the_same_digest_anywhere(
         ),
         pytest.param(lambda split: edit(split / "label/zarr.json", "attributes", {"a": 1}), id="an array's zarr.json"),
         pytest.param(lambda split: edit(split / "index/zarr.json", "fill_value", 0), id="an array's fill value"),
-        pytest.param(lambda split: edit(split / "layers/layer1/zarr.json", "attributes", {"a": 1}), id="a layer's zarr.json"),
+        pytest.param(
+            lambda split: edit(split / "layers/layer1/zarr.json", "attributes", {"a": 1}), id="a layer's zarr.json"
+        ),
     ],
 )
 def test_damage_changes_the_digest(path: Path, damage: Callable[[Path], None]) -> None:

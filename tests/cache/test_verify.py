@@ -53,6 +53,12 @@ def edit(file: Path, **attributes: Any) -> None:
     file.write_text(json.dumps(content))
 
 
+def unseal(path: Path) -> None:
+    """As a writer that was killed before the seal leaves id/val."""
+    edit(path / "id/val/zarr.json", sealed=False, digest=None)
+    CacheWriter(path, open_cache(path).header)  # renews the consolidated metadata
+
+
 def files_of(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
@@ -87,11 +93,11 @@ def test_a_damaged_chunk_is_named_and_its_block_alone_is_computed_again(
     path: Path, whole: Cache, position: int
 ) -> None:
     flip(path / "id/val/layers/layer1/gradient/c.1.0", position)
-    flip(path / "ood/val/label/c.2", position)
+    flip(path / "ood/val/logits/c.2.0", position)
     found = damage_of(path)
     assert [(d.split, d.array, d.block, d.rows) for d in found] == [
         ("id/val", "layers/layer1/gradient", 1, range(16, 32)),
-        ("ood/val", "label", 2, range(32, 37)),
+        ("ood/val", "logits", 2, range(32, 37)),
     ]
     assert all("checksum" in d.what for d in found)
     assert repair_cache(path) == [
@@ -181,9 +187,8 @@ def test_all_arrays_without_metadata_cost_no_row(path: Path, whole: Cache) -> No
 def test_names_that_say_nothing_about_values_are_sealed_too(path: Path, whole: Cache) -> None:
     """A dimension's name, an object that does not belong there: the digest does not fit, and the header says why."""
     file = path / "id/val/logits/zarr.json"
-    file.write_text(file.read_text().replace('"neuron"', '"neutron"'))
+    file.write_text(file.read_text().replace('"class"', '"glass"'))
     (path / "id/val/label/c.9").write_bytes(b"12345")
-    (path / "id/val/logits/c.3").mkdir()
     (path / "id/val/logits/c.3.0").write_bytes(b"12345")
     assert [(d.split, d.array, d.block, d.rows, d.what) for d in damage_of(path)] == [
         ("id/val", "label", 9, None, "is a chunk beyond the last row"),
@@ -241,11 +246,11 @@ def test_a_split_with_exchanged_chunks_is_dropped(path: Path, whole: Cache) -> N
 
 
 def test_marked_blocks_of_an_unfinished_split_are_read_too(path: Path, whole: Cache) -> None:
-    edit(path / "id/val/zarr.json", sealed=False, digest=None)
+    unseal(path)
     (path / "id/val/blocks/c.2").unlink()
-    flip(path / "id/val/index/c.0", 8)
-    flip(path / "id/val/index/c.2", 8)  # not marked: it will be written again
-    assert [(d.split, d.array, d.rows) for d in damage_of(path)] == [("id/val", "index", range(16))]
+    flip(path / "id/val/features/c.0.0", 8)
+    flip(path / "id/val/features/c.2.0", 8)  # not marked: it will be written again
+    assert [(d.split, d.array, d.rows) for d in damage_of(path)] == [("id/val", "features", range(16))]
     repair_cache(path)
     assert extract_again(path, whole) == [("id/val", 0), ("id/val", 2)]
     assert_whole(path, whole)
@@ -253,7 +258,7 @@ def test_marked_blocks_of_an_unfinished_split_are_read_too(path: Path, whole: Ca
 
 def test_a_split_that_was_only_begun_lacks_nothing(path: Path, whole: Cache) -> None:
     """Stopped among its metadata, of which the marks' come last. What is there must be right all the same."""
-    edit(path / "id/val/zarr.json", sealed=False, digest=None)
+    unseal(path)
     for part in ("blocks", "layers/layer1", "logits"):
         shutil.rmtree(path / "id/val" / part)
     assert damage_of(path) == []
@@ -385,8 +390,17 @@ def change_rows(path: Path) -> None:
 
 
 def lose_rows_of_an_unfinished_split(path: Path) -> None:
-    edit(path / "id/val/zarr.json", sealed=False, digest=None)
-    (path / "id/val/label/c.0").unlink()
+    unseal(path)
+    (path / "id/val/features/c.0.0").unlink()
+
+
+def damage_labels(path: Path) -> None:
+    flip(path / "id/val/label/c.0", 20)
+
+
+def damage_labels_and_a_chunk(path: Path) -> None:
+    damage_labels(path)
+    damage_a_chunk(path)
 
 
 @pytest.fixture(scope="module")
@@ -399,11 +413,13 @@ def little(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize(
     ("damage", "changes"),
     [
-        (damage_a_chunk, [0, 1, 2]),
-        (damage_metadata, [0, 1, 2, 3, 4]),
-        (exchange_chunks, [0, 1, 2, 5, 6, 38]),  # attributes, metadata of marks, marks, first rows, the last
-        (change_rows, [1, 3, 20]),
+        (damage_a_chunk, [0, 1, 2, 3]),  # the mark, the seal, the consolidated metadata, the chunk
+        (damage_metadata, [0, 1, 2, 3, 4, 5]),
+        (exchange_chunks, [0, 1, 2, 3, 6, 7, 38]),  # attributes, copy, metadata of marks, marks, first rows, the last
+        (change_rows, [1, 2, 4, 20]),
         (lose_rows_of_an_unfinished_split, [0, 1, 2]),
+        (damage_labels, [0, 1, 2]),  # the chunk, the seal, the consolidated metadata
+        (damage_labels_and_a_chunk, [0, 1, 2, 3, 4]),
     ],
 )
 def test_a_repair_killed_at_any_change_can_be_run_again(
@@ -414,6 +430,7 @@ def test_a_repair_killed_at_any_change_can_be_run_again(
     shutil.copytree(whole.path, damaged)
     damage(damaged)
     others = {name: content for name, content in files_of(damaged).items() if not name.startswith("id/val/")}
+    del others["zarr.json"]  # which holds the consolidated metadata
     for number in changes:
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(damaged, path)
@@ -459,6 +476,24 @@ def test_leftovers_are_no_damage_and_repair_removes_them(path: Path) -> None:
             {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [8]}}},
             "index",
             "is chunked (8,), not (16,)",
+        ),
+        (
+            "id/val/index",
+            {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [40]}}},
+            "index",
+            "is chunked (40,), no multiple of 16 rows",
+        ),
+        (
+            "id/val/logits",
+            {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [48, 3]}}},
+            "logits",
+            "is chunked (48, 3), not (16, 3)",
+        ),
+        (
+            "id/val/logits",
+            {"chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}}},
+            "logits",
+            "has chunk keys of {'name': 'default', 'separator': '/'}, not {'name': 'default', 'separator': '.'}",
         ),
         (
             "id/val/logits",
@@ -516,7 +551,7 @@ def test_images_that_are_no_object_are_damage_in_words(path: Path, images: objec
         ({"layers": []}, "layers are none, or two have one name"),
         ({"layers": 3}, "TypeError"),
         ({"identity": []}, "TypeError"),
-        ({"layers": [{"name": "../x", "path": "x", "pooling": "none", "neurons": 4}]}, "layer name '../x' cannot be"),
+        ({"layers": [{"name": "../x", "path": "x", "pooling": "none", "neurons": 4}]}, "layer name '../x' has other"),
         ({"layers": [{"name": "a", "path": "x", "pooling": "max", "neurons": 4}]}, "layer 'a' needs a name, a path"),
         ({"layers": [{"name": "a", "path": "x", "pooling": "none"}]}, "TypeError"),
     ],
@@ -561,6 +596,7 @@ def test_a_cache_of_someone_else_with_another_compressor_is_read(path: Path) -> 
         chunks=(16, 3),
         compressors=(zarr.codecs.Crc32cCodec(),),
         fill_value=float("nan"),
+        chunk_key_encoding={"name": "default", "separator": "."},
         overwrite=True,
     )
     CacheWriter(path, cache.header).seal("id/val")

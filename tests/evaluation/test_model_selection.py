@@ -243,7 +243,10 @@ def test_accuracies_of_other_images_are_not_compared(
 ) -> None:
     path = tmp_path / "other.zarr"
     other = make_cache(path, seed=8, rows=SETS)
-    zarr.open_group(path / split, mode="r+", use_consolidated=False).attrs["images"] = {"list": "other.txt", "sha256": "ab" * 32}
+    zarr.open_group(path / split, mode="r+", use_consolidated=False).attrs["images"] = {
+        "list": "other.txt",
+        "sha256": "ab" * 32,
+    }
     CacheWriter(path, other.header).seal(split)
     refuse_judges(
         caches[0],
