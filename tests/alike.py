@@ -20,6 +20,14 @@ def assert_alike(one: Cache, other: Cache) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+def key_in(version: int, key: str) -> str:
+    """Return a key of version 2 as it is in a version: in 1, id/val/layer1/gradient/c/7/0 for …/c.7.0 below layers/."""
+    if version == 2:
+        return key
+    folder, _, name = key.replace("/layers/", "/").rpartition("/")
+    return f"{folder}/{name.replace('.', '/') if name.startswith('c.') else name}"
+
+
 def prepare_split(writer: CacheWriter, split: SplitView, name: str = "") -> NDArray[np.bool_]:
     """Prepare a split, or another of that name, as extraction does: with its labels and places; return the marks."""
     return writer.prepare(name or split.name, split.rows, split.images, label=split.label, index=split.index)

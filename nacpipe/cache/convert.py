@@ -62,7 +62,8 @@ def _is_same(source: str | Path, target: str | Path) -> bool:
 def _convert_split(old: Cache, writer: CacheWriter, name: str, progress: Callable[[str, int], None]) -> None:
     """Copy the blocks of a split that the copy lacks, and seal it where the old one is sealed."""
     if name in (copy := open_cache(writer.path)) and copy.peek(name).sealed:
-        return progress(name, copy.peek(name).rows)
+        progress(name, copy.peek(name).rows)
+        return
     split = old[name] if old.peek(name).sealed else old.peek(name)
     known = {"label": split.label, "index": split.index} if split.sealed else {}
     if writer.header.block_rows != old.header.block_rows or writer.header.shard_blocks != old.header.shard_blocks:

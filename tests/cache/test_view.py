@@ -97,7 +97,7 @@ def test_any_selection_gives_what_numpy_gives(small_cache: Cache, selection: Any
         ((..., 1, ...), r"has 2 axes; 3 were selected from"),
         (
             None,
-            r"<id/val/layers/avgpool/activation \(40, 6\) float32> takes slices, whole numbers, arrays of them, masks and",
+            r"<id/val/layers/avgpool/activation \(40, 6\) float32> takes slices, whole numbers, arrays of them, masks",
         ),
         (1.5, r"masks and \.\.\., not 1\.5$"),
         ("logits", r"masks and \.\.\., not 'logits'$"),

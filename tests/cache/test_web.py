@@ -191,7 +191,7 @@ def test_a_cache_of_which_no_split_is_finished_is_refused_in_words(tmp_path: Pat
 def test_broken_consolidated_metadata_are_an_error_in_words(copy: tuple[Path, str], damage: str) -> None:
     path, url = copy
     edit(path / "zarr.json", lambda content: content.update(consolidated_metadata=json.loads(damage)))
-    with pytest.raises(CacheError, match="consolidated metadata|is damaged|cannot be read"):
+    with pytest.raises(CacheError, match=r"consolidated metadata|is damaged|cannot be read"):
         open_cache(url)["id/val"]
     assert repair_cache(path) == ["consolidated metadata renewed"]
     assert open_cache(url)["id/val"].rows == 40
