@@ -52,7 +52,8 @@ def write(path: Path, classes: int, features: int, rows: dict[str, int]) -> Cach
             "layers/layer/activation": states,
             "layers/layer/gradient": states,
         }
-        writer.prepare(split, count, {"list": split, "sha256": split})
+        known = {key: arrays[key] for key in ("label", "index")}
+        writer.prepare(split, count, {"list": split, "sha256": split}, **known)
         for block, start in enumerate(range(0, count, BLOCK)):
             writer.write_block(split, block, {name: array[start : start + BLOCK] for name, array in arrays.items()})
         writer.seal(split)

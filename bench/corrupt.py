@@ -9,7 +9,8 @@ byte is put back:
 
 Then copies are damaged and repaired, each kind of object in turn: a byte is changed, or the object is lost, emptied or
 cut in two; or two chunks of an array are exchanged. Of every kind what docs/trust.md promises is compared: what verify
-names, what repair prints, which blocks an extract then writes, and that all values and digests are those before.
+names, what repair prints, which blocks an extract then writes, and that all values and digests are those before. The
+copy of all metadata in the root's zarr.json is a kind of its own, and so are the labels of many blocks in one chunk.
 
     python bench/corrupt.py [--changes 500] [--repairs 50] [--seed 0]      exit code 1 where a promise is broken
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import random
 import shutil
 import sys
@@ -30,6 +32,7 @@ from typing import Any
 from click.testing import CliRunner
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
+from nacpipe.cache.layout import is_whole
 from nacpipe.cli import main as nacpipe
 from nacpipe.errors import NacError
 from nacpipe.method.params import LayerParams, NacParams
@@ -106,11 +109,11 @@ def corrupt(cache: Path, changes: int, dice: random.Random, tally: Tally) -> Non
 
 
 REPAIRED = ("id/train", "id/val", "ood/near/letters")  # splits of the copies that are repaired
-KINDS = ("root", "group", "classifier", "attributes", "array", "mark", "rows", "exchanged")
+KINDS = ("root", "copy", "group", "classifier", "attributes", "array", "mark", "rows", "labels", "exchanged")
 
 
 def kind_of(file: str, cache: Cache) -> str:
-    """What of a cache a file is, by its path from the root."""
+    """What of a cache a file is, by its path from the root; the root's copy of all metadata is told by `is_copy`."""
     split = next((name for name in cache if file.startswith(f"{name}/")), "")
     inside = file.removeprefix(f"{split}/") if split else file
     if not split:
@@ -118,8 +121,20 @@ def kind_of(file: str, cache: Cache) -> str:
     if inside == "zarr.json":
         return "attributes"
     if inside.endswith("zarr.json"):
-        return "group" if inside.count("/") == 1 and inside.split("/")[0] in cache.peek(split) else "array"
-    return "mark" if inside.startswith("blocks/") else "rows"
+        return "group" if inside.removesuffix("/zarr.json") in cache.header.groups() else "array"
+    array = inside.rpartition("/")[0]
+    if array == "blocks":
+        return "mark"
+    return "labels" if is_whole(cache.peek(split).array(array), cache.header) else "rows"
+
+
+def is_copy(before: bytes, after: bytes | None) -> bool:
+    """Whether of the root's zarr.json only the consolidated metadata changed."""
+    try:
+        one, other = json.loads(before), json.loads(after or b"")
+        return {**one, "consolidated_metadata": 0} == {**other, "consolidated_metadata": 0}
+    except (ValueError, TypeError):
+        return False
 
 
 def damage(file: Path, dice: random.Random) -> str:
@@ -139,7 +154,7 @@ def damage(file: Path, dice: random.Random) -> str:
 def exchange(path: Path, cache: Cache, dice: random.Random) -> str:
     """Exchange two whole chunks of an array; return the first one's file."""
     split, array = dice.choice(list(cache)), dice.choice([*cache.header.arrays()][:-2])
-    chunks = sorted((path / split / array / "c").glob("*/0"))
+    chunks = sorted((path / split / array).glob("c.*"))
     first, second = dice.sample(chunks, 2)
     content = first.read_bytes()
     first.write_bytes(second.read_bytes())
@@ -157,7 +172,7 @@ def extract_missing(path: Path, whole: Cache) -> list[tuple[str, int]]:
         there = open_cache(path)
         if name in there and there.peek(name).sealed:
             continue
-        marks = writer.prepare(name, split.rows, split.images)
+        marks = writer.prepare(name, split.rows, split.images, label=split.label, index=split.index)
         for first in range(0, len(marks), whole.header.shard_blocks):
             if marks[first : first + whole.header.shard_blocks].all():
                 continue
@@ -176,7 +191,7 @@ def check_repair(whole: Cache, values: dict[str, Any], kind: str, dice: random.R
     """Damage a copy in one place and compare what verify, repair and extract do with what is promised of the kind."""
     path = Path(whole.path).with_name("copy.zarr")
     before = contents(Path(whole.path))
-    files = [file for file in before if kind_of(file, whole) == kind]
+    files = ["zarr.json"] if kind == "copy" else [file for file in before if kind_of(file, whole) == kind]
     while True:  # until something is changed that matters: blanks in metadata do not
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(whole.path, path)
@@ -185,13 +200,15 @@ def check_repair(whole: Cache, values: dict[str, Any], kind: str, dice: random.R
         else:
             file = dice.choice(files)
             how = damage(path / file, dice)
+        copied = file == "zarr.json" and is_copy(before[file], contents(path).get(file))
         code, named = command("verify", str(path))
-        if code != 0:
+        if code != 0 and copied == (kind == "copy"):
             break
     damaged = contents(path)
     mended, said = command("repair", str(path))
     split = next((name for name in whole if file.startswith(f"{name}/")), "")
-    chunk = file.rpartition("/c/")[2]
+    array, _, name = file.removeprefix(f"{split}/").rpartition("/")
+    number = name.split(".")[1]  # of a chunk: c.7.0
     problems = []
 
     def promise(holds: bool, what: str) -> None:
@@ -202,19 +219,22 @@ def check_repair(whole: Cache, values: dict[str, Any], kind: str, dice: random.R
         promise(mended == 1 and said.count("\n") == 1 and " --cache" in said, "the root is not refused in one line")
         promise(contents(path) == damaged, "something was changed")
     else:
-        first = int(chunk.partition("/")[0]) * whole.header.shard_blocks if kind == "rows" else 0
+        first = int(number) * whole.header.shard_blocks if kind == "rows" else 0
         blocks = -(-whole[split].rows // whole.header.block_rows) if split else 0
         units = range(0, blocks, whole.header.shard_blocks)
         lines = {
+            "copy": "consolidated metadata renewed",
             "group": f"{Path(file).parent}: metadata rewritten",
             "classifier": "classifier: is to be written again",
             "attributes": f"{split}: ",
             "exchanged": f"{split}: is not what was sealed",
             "array": f"{Path(file).parent}: metadata rewritten",
-            "mark": f"{split}: the mark of block {chunk} rewritten",
+            "mark": f"{split}: the mark of block {number} rewritten",
             "rows": f"{split}: block ",
+            "labels": f"{split}: {array} is to be written again",
         }
-        names = {"group": Path(file).parent.name, "classifier": "classifier", "array": Path(file).parent.name}
+        names = {kind: Path(file).parent.name for kind in ("group", "array")}
+        names |= {"classifier": "classifier", "copy": "consolidated metadata"}
         expected = [(split, unit) for unit in units] if kind in ("attributes", "exchanged") else []
         expected += [(split, first)] * (kind == "rows")
         promise(names.get(kind, split) in named, f"verify does not name it: {named}")
@@ -223,6 +243,7 @@ def check_repair(whole: Cache, values: dict[str, Any], kind: str, dice: random.R
         promise((" again" in said) == (open_cache(path).command() in said), f"the command is not printed: {said}")
         promise(command("verify", str(path))[0] == 0, "verify finds damage after the repair")
         kept = {key for key in before if not (split and key.startswith(f"{split}/")) and kind_of(key, whole) != kind}
+        kept.remove("zarr.json")  # which holds the copy of all metadata
         promise(all(contents(path).get(key) == before[key] for key in kept), "something undamaged is lost")
         written = extract_missing(path, whole)
         promise(written == expected, f"extract wrote {written}, not {expected}")
@@ -230,6 +251,7 @@ def check_repair(whole: Cache, values: dict[str, Any], kind: str, dice: random.R
         attributes = [{name: dict(c.peek(name).attributes) for name in c} for c in (whole, open_cache(path))]
         promise(attributes[0] == attributes[1], "attributes or digests differ")
         promise(command("verify", str(path))[0] == 0, "verify finds damage in the end")
+        promise((path / "zarr.json").read_bytes() == before["zarr.json"], "the root's zarr.json differs in the end")
     tally.failures += [f"{file} ({how}): {problem}" for problem in problems]
     tally.repaired[kind] += not problems
     shutil.rmtree(path)
@@ -242,7 +264,7 @@ def rewrite(cache: Cache, path: Path, **header: Any) -> Path:
         writer.write_classifier(*weights)
     unit = writer.header.block_rows * writer.header.shard_blocks
     for name, split in cache.items():
-        writer.prepare(name, split.rows, split.images)
+        writer.prepare(name, split.rows, split.images, label=split.label, index=split.index)
         arrays = {key: split.read(key) for key in cache.header.arrays()}
         for start in range(0, split.rows, unit):
             rows = {key: array[start : start + unit] for key, array in arrays.items()}

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from nacpipe.cache import open_cache
+from nacpipe.cache.layout import is_whole
 
 SPLITS, TRIALS = ("id/train", "id/val", "ood/val", "ood/near/letters"), 400
 Process = subprocess.Popen[bytes]
@@ -63,8 +64,12 @@ class Extraction:
     def read(self) -> dict[str, Any]:
         """Every value of the finished cache."""
         cache = open_cache(self.out)
-        self.arrays, self.blocks = cache.header.arrays(), [(s, k) for s in SPLITS for k in range(len(cache[s].marks()))]
-        values: Any = {f"{s}/{path}": cache[s].array(path)[:] for s in SPLITS for path in (*self.arrays, "blocks")}
+        arrays, self.blocks = cache.header.arrays(), [(s, k) for s in SPLITS for k in range(len(cache[s].marks()))]
+        self.arrays = {  # those that are written with each block, of each split
+            s: [path for path in arrays if not is_whole(cache[s].array(path), cache.header)] for s in SPLITS
+        }
+        self.keys = {path: "c.{}.0" if width else "c.{}" for path, (width, _) in arrays.items()}
+        values: Any = {f"{s}/{path}": cache[s].array(path)[:] for s in SPLITS for path in (*arrays, "blocks")}
         values |= dict(zip(("weight", "bias"), cache.classifier() or (), strict=True))
         found: dict[str, Any] = {k: (v.dtype.str, v.shape, v.tobytes()) for k, v in values.items()}
         found["left over"] = list(self.out.rglob("*.partial"))
@@ -75,17 +80,17 @@ class Extraction:
         return {path: stamp(path) for path in paths}
 
     def marked(self, block: tuple[str, int]) -> bool:
-        return (self.out / block[0] / "blocks/c" / str(block[1])).exists()
+        return (self.out / block[0] / f"blocks/c.{block[1]}").exists()
 
     def new_rows(self, block: tuple[str, int], before: Stamps) -> list[bool]:
-        """Which of a block's arrays this process has written, in the order of writing."""
-        chunks = {array: f"c/{block[1]}" + "/0" * (width > 0) for array, (width, _) in self.arrays.items()}
-        paths = [f"{self.out}/{block[0]}/{array}/{chunk}" for array, chunk in chunks.items()]
+        """Which of a block's arrays this process has written."""
+        name, number = block
+        paths = [f"{self.out}/{name}/{array}/{self.keys[array].format(number)}" for array in self.arrays[name]]
         return [stamp(path) not in (None, before.get(path)) for path in paths]
 
     def near_mark(self, before: Stamps, skip: int) -> bool:
-        """Whether a block, some passed over, has its last array and no mark."""
-        return any(self.new_rows(block, before)[-1] and not self.marked(block) for block in self.blocks[skip:])
+        """Whether a block, some passed over, has all its arrays and no mark."""
+        return any(all(self.new_rows(block, before)) and not self.marked(block) for block in self.blocks[skip:])
 
     def left(self) -> int:
         """Blocks and seals to be written."""
@@ -96,9 +101,9 @@ class Extraction:
     def look(self, before: Stamps) -> tuple[str, bool]:
         """What a kill left, and whether it lay between a block's rows and its mark."""
         new = {block: sum(self.new_rows(block, before)) for block in self.blocks if not self.marked(block)}
-        rows = [f"; {s} block {k}: {n} of {len(self.arrays)} arrays, no mark" for (s, k), n in new.items() if n]
+        rows = [f"; {s} block {k}: {n} of {len(self.arrays[s])} arrays, no mark" for (s, k), n in new.items() if n]
         marked = f"{len(self.blocks) - len(new)} of {len(self.blocks)} blocks marked"
-        return marked + "".join(rows), len(self.arrays) in new.values()
+        return marked + "".join(rows), any(n == len(self.arrays[s]) for (s, _), n in new.items())
 
 
 class Searching:

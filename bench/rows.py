@@ -67,12 +67,14 @@ def write(path: Path, rows: int) -> None:
         for _ in range(8)
     ]
     for name, count in {"id/train": 1000, "id/val": 1000, "id/test": rows // 2, "ood/near/rows": rows // 2}.items():
-        writer.prepare(name, count, {"list": name, "sha256": name})
+        index = np.arange(count)
+        writer.prepare(name, count, {"list": name, "sha256": name}, label=index % CLASSES, index=index)
         for block, start in enumerate(range(0, count, BLOCK)):
             size = min(BLOCK, count - start)
             arrays = {key: values[:size] for key, values in pool[block % len(pool)].items()}
             arrays |= {"logits": rng.normal(size=(size, CLASSES)).astype(np.float32)}
-            arrays |= {"label": np.arange(start, start + size) % CLASSES, "index": np.arange(start, start + size)}
+            places = index[start : start + size]
+            arrays |= {"label": places % CLASSES, "index": places}
             writer.write_block(name, block, arrays)
         writer.seal(name)
 

@@ -22,7 +22,7 @@ def copy_rounded(cache: Cache, path: Path, bits: int) -> Cache:
     header = replace(cache.header, mantissa_bits=bits)
     writer = CacheWriter(path, header)
     for name, split in cache.items():
-        writer.prepare(name, split.rows, split.images)
+        writer.prepare(name, split.rows, split.images, label=split.label, index=split.index)
         for block in range(split.marks().size):
             start = block * header.block_rows
             rows = slice(start, min(start + header.block_rows, split.rows))

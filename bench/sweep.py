@@ -61,7 +61,8 @@ def write_cache(path: Path) -> None:
             products = draw_products(random, rows, neurons, alpha)
             arrays[f"layers/{name}/activation"] = products * np.float32(1.5 if split == "ood/val" else 1.0)
             arrays[f"layers/{name}/gradient"] = np.ones((rows, neurons), np.float32)
-        writer.prepare(split, rows, {"list": split, "sha256": "0" * 64})
+        known = {key: arrays[key] for key in ("label", "index")}
+        writer.prepare(split, rows, {"list": split, "sha256": "0" * 64}, **known)
         for block in range(-(-rows // BLOCK)):
             writer.write_block(split, block, {k: a[block * BLOCK : (block + 1) * BLOCK] for k, a in arrays.items()})
         writer.seal(split)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, CacheWriter, SplitView, open_cache
 
@@ -19,6 +20,19 @@ def assert_alike(one: Cache, other: Cache) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+def key_in(version: int, key: str) -> str:
+    """Return a key of version 2 as it is in a version: in 1, id/val/layer1/gradient/c/7/0 for …/c.7.0 below layers/."""
+    if version == 2:
+        return key
+    folder, _, name = key.replace("/layers/", "/").rpartition("/")
+    return f"{folder}/{name.replace('.', '/') if name.startswith('c.') else name}"
+
+
+def prepare_split(writer: CacheWriter, split: SplitView, name: str = "") -> NDArray[np.bool_]:
+    """Prepare a split, or another of that name, as extraction does: with its labels and places; return the marks."""
+    return writer.prepare(name or split.name, split.rows, split.images, label=split.label, index=split.index)
+
+
 def write_rows(writer: CacheWriter, split: SplitView, block: int, name: str) -> None:
     rows = slice(16 * block, 16 * block + 16)
     writer.write_block(name, block, {path: split.read(path)[rows] for path in writer.header.arrays()})
@@ -31,7 +45,7 @@ def copy_splits(here: Cache, address: str, *names: str) -> Cache:
     assert weights is not None
     writer.write_classifier(*weights)
     for name in names:
-        marks = writer.prepare(name, here[name].rows, here[name].images)
+        marks = prepare_split(writer, here[name])
         for block in np.flatnonzero(~marks):
             write_rows(writer, here[name], int(block), name)
         writer.seal(name)

@@ -23,6 +23,7 @@ from hypothesis import settings
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
+from nacpipe.cache.layout import FORMAT_VERSION
 from nacpipe.files import is_url
 
 pytest_plugins = ["tests.cifar_root", "tests.s3"]  # a data root, weights, a finished extraction; an S3 endpoint
@@ -142,13 +143,16 @@ def make_cache(common: Path) -> Callable[..., Cache]:
         rows: Mapping[str, int] | None = None,
         seed: int = 0,
         identity: Mapping[str, object] | None = None,
+        version: int = FORMAT_VERSION,
     ) -> Cache:
         if is_url(path):
-            return build_cache(path, rows=rows, seed=seed, identity=identity)
+            return build_cache(path, rows=rows, seed=seed, identity=identity, version=version)
         counts = {**ROWS, **(rows or {})}
-        name = _sha256(json.dumps([list(counts.items()), seed]))[:16]
-        built = once(common / f"built/{name}.zarr", lambda whole: build_cache(whole, rows=rows, seed=seed))
-        CacheWriter(path, build_header(path, identity))  # all that the path and the identity are part of
+        name = _sha256(json.dumps([list(counts.items()), seed, version]))[:16]
+        built = once(
+            common / f"built/{name}.zarr", lambda whole: build_cache(whole, rows=rows, seed=seed, version=version)
+        )
+        CacheWriter(path, build_header(path, identity, version))  # all that the path and the identity are part of
         shutil.copytree(
             built,
             path,
@@ -156,13 +160,15 @@ def make_cache(common: Path) -> Callable[..., Cache]:
             copy_function=shutil.copyfile,  # with the umask of now, as if it were written
             dirs_exist_ok=True,
         )
-        CacheWriter(path, build_header(path, identity))  # renews the consolidated metadata
+        CacheWriter(path, build_header(path, identity, version))  # renews the consolidated metadata
         return open_cache(path)
 
     return make
 
 
-def build_header(path: str | Path, identity: Mapping[str, object] | None = None) -> Header:
+def build_header(
+    path: str | Path, identity: Mapping[str, object] | None = None, version: int = FORMAT_VERSION
+) -> Header:
     """The root's attributes of `build_cache`'s caches."""
     return Header(
         identity={
@@ -179,6 +185,7 @@ def build_header(path: str | Path, identity: Mapping[str, object] | None = None)
         layers=LAYERS,
         classes=CLASSES,
         features=6,
+        version=version,
     )
 
 
@@ -194,6 +201,7 @@ def build_cache(
     rows: Mapping[str, int] | None = None,
     seed: int = 0,
     identity: Mapping[str, object] | None = None,
+    version: int = FORMAT_VERSION,
 ) -> Cache:
     """Write a finished cache of a made-up network of 3 classes and open it; the same arguments, the same values.
 
@@ -208,16 +216,18 @@ def build_cache(
         rows: split → samples, beside or instead of `ROWS`; 0 leaves a split out.
         seed: of every random number; the classifier does not depend on it.
         identity: values beside or instead of the root's identity.
+        version: of the format.
     """
     centres = np.repeat(2.0 * np.eye(CLASSES), 2, axis=1)
     weight, bias = (centres - 0.5).astype(np.float32), np.array([0.1, 0.0, -0.1], np.float32)
-    writer = CacheWriter(path, build_header(path, identity))
+    header = build_header(path, identity, version)
+    writer = CacheWriter(path, header)
     writer.write_classifier(weight, bias)
     for number, (name, count) in enumerate({**ROWS, **(rows or {})}.items()):
         if count == 0:
             continue
         rng = np.random.RandomState([seed, number])
-        arrays = _draw_split(rng, name, count, centres, weight, bias)
+        arrays = _draw_split(rng, name, count, centres, weight, bias, header)
         images = {"list": f"{name.replace('/', '_')}.txt", "sha256": _sha256(name)}
         known = {key: arrays[key].astype(np.int64) for key in ("label", "index")}
         writer.prepare(name, count, images, **known)
@@ -234,6 +244,7 @@ def _draw_split(
     centres: NDArray[np.float64],  # (classes, 6)
     weight: NDArray[np.float32],  # (classes, 6)
     bias: NDArray[np.float32],  # (classes,)
+    header: Header,
 ) -> dict[str, NDArray[np.generic]]:
     label = np.arange(rows) % CLASSES
     middle, spread, wider = centres[label], 0.5, 1.0
@@ -246,10 +257,10 @@ def _draw_split(
     softmax = np.exp(logits - logits.max(axis=1, keepdims=True))
     softmax /= softmax.sum(axis=1, keepdims=True)
     arrays = {
-        "layers/avgpool/activation": features,
-        "layers/avgpool/gradient": (softmax - 1 / CLASSES) @ weight,
-        "layers/layer1/activation": wider * np.maximum(rng.randn(rows, 4) + 0.5, 0),
-        "layers/layer1/gradient": 0.1 * wider * rng.randn(rows, 4),
+        header.layer_array("avgpool", "activation"): features,
+        header.layer_array("avgpool", "gradient"): (softmax - 1 / CLASSES) @ weight,
+        header.layer_array("layer1", "activation"): wider * np.maximum(rng.randn(rows, 4) + 0.5, 0),
+        header.layer_array("layer1", "gradient"): 0.1 * wider * rng.randn(rows, 4),
         "features": features,
         "logits": logits,
     }

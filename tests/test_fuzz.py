@@ -97,7 +97,7 @@ def seal(path: Path) -> None:
     (path / "zarr.json").write_text(json.dumps(content))
     import zarr
 
-    root = zarr.open_group(path, mode="r")
+    root = zarr.open_group(path, mode="r", use_consolidated=False)
     try:
         header = open_cache(path).header
     except FormatError:  # it is refused before its splits are looked at

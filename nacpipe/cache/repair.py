@@ -91,6 +91,7 @@ def _repair(cache: Cache, objects: Objects, damage: Sequence[Damage]) -> Iterato
                     yield f"{d.array}: metadata rewritten"
         elif split == "classifier":
             remove_own(objects.store, cache.header, "classifier")
+            consolidate(cache.root, cache.header, cache.path)
             yield "classifier: is to be written again"
         elif lost := [d for d in found if d.array == ""]:
             _drop(cache, objects, split)
@@ -121,16 +122,17 @@ def _repair_split(cache: Cache, objects: Objects, name: str, found: Sequence[Dam
             if d.array == "blocks" and d.block is not None and d.block not in blocks:
                 objects.replace(f"{name}/{mark_key(header, d.block)}", expected[mark_key(header, 0)])
                 yield f"{name}: the mark of block {d.block} rewritten"
+        lost = [(d.array, d.rows) for d in found if d.block is None and d.rows is not None]
+        for array, rows in lost:  # before the seal is taken: an extract after a kill would seal them
+            objects.remove(chunk_key(split.array(array), rows.start // header.block_rows, header))
         if damaged:
             _take_marks(cache, objects, name, damaged)
+        elif lost:
+            _unseal(cache, objects, name)
         for block, rows in blocks.items():
             yield f"{name}: block {block}, rows {rows.start} to {rows.stop - 1}, is to be computed again"
-        for d in found:
-            if d.block is None and d.rows is not None:
-                objects.remove(chunk_key(split.array(d.array), d.rows.start // header.block_rows, header))
-                yield f"{name}: {d.array} is to be written again"
-        if any(d.block is None and d.rows is not None for d in found):
-            _unseal(cache, objects, name)
+        for array in dict.fromkeys(array for array, _ in lost):
+            yield f"{name}: {array} is to be written again"
 
 
 def _whole_arrays(cache: Cache, name: str) -> list[str]:

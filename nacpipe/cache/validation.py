@@ -19,7 +19,15 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.metadata import ArrayV3Metadata
 
 from nacpipe.cache.keys import parse_chunk_key
-from nacpipe.cache.layout import MISSING_INT, WHOLE, Header, chunk_key_encoding, count_blocks, is_there
+from nacpipe.cache.layout import (
+    MAX_CHUNK_BYTES,
+    MISSING_INT,
+    WHOLE,
+    Header,
+    chunk_key_encoding,
+    count_blocks,
+    is_there,
+)
 from nacpipe.errors import FormatError, NacError
 from nacpipe.method.outputs import OUTPUTS
 
@@ -176,8 +184,8 @@ def _array_problems(group: zarr.Group, path: str, shape: tuple[int, ...], dtype:
     codecs = metadata.codecs
     whole = header.version > 1 and path in WHOLE and not isinstance(codecs[0], ShardingCodec)
     if whole and grid is not None and grid[0] > header.block_rows:
-        if grid[0] % header.block_rows:
-            yield f"is chunked {grid}, no multiple of {header.block_rows} rows"
+        if grid[0] % header.block_rows or grid[0] > MAX_CHUNK_BYTES // np.dtype(dtype).itemsize:
+            yield f"is chunked {grid}, no multiple of {header.block_rows} rows of at most {MAX_CHUNK_BYTES} bytes"
     elif header.shard_blocks > 1:
         shard = codecs[0] if len(codecs) == 1 else None
         if not isinstance(shard, ShardingCodec) or grid != outer or shard.chunk_shape != chunk:

@@ -73,15 +73,20 @@ class Damage:
 
 def check_metadata(cache: Cache) -> list[Damage]:
     """Return where metadata differ from cache/README.md; no chunk is read."""
-    return _metadata_damages(cache) or list(_copy_damage(cache))
+    with _without_copy(cache):
+        return _metadata_damages(cache) or list(_copy_damage(cache))
+
+
+def _without_copy(cache: Cache) -> contextlib.AbstractContextManager[None]:
+    """Read the metadata of the groups and arrays themselves: at a web server, a reader uses the root's copy of them."""
+    store = cache.root.store
+    return store.without_copy() if isinstance(store, WebStore) else contextlib.nullcontext()
 
 
 def _copy_damage(cache: Cache) -> Iterator[Damage]:
     """Yield a stale copy. Looked for where nothing else is damaged, since it would show everything a second time."""
-    store = cache.root.store
-    with store.without_copy() if isinstance(store, WebStore) else contextlib.nullcontext():
-        if copy_is_stale(cache.root, cache.header):
-            yield Damage(split="", array="zarr.json", what=STALE_COPY)
+    if copy_is_stale(cache.root, cache.header):
+        yield Damage(split="", array="zarr.json", what=STALE_COPY)
 
 
 def _metadata_damages(cache: Cache) -> list[Damage]:
@@ -110,6 +115,11 @@ def verify_cache(cache: Cache, progress: Callable[[str, int], None] = lambda spl
         cache: the cache.
         progress: called with a split's name and the rows just read.
     """
+    with _without_copy(cache):
+        return _verify_all(cache, progress)
+
+
+def _verify_all(cache: Cache, progress: Callable[[str, int], None]) -> list[Damage]:
     damages = _metadata_damages(cache)
     if not any(damage.split == "classifier" for damage in damages):
         try:
@@ -166,9 +176,15 @@ def _verify_split(cache: Cache, name: str, broken: set[str], progress: Callable[
 
 
 def _verify_whole(cache: Cache, name: str, array: zarr.Array[Any]) -> Iterator[Damage]:
-    """Yield the damaged chunks of an array that was written before the blocks; `rows` are a chunk's."""
+    """Yield the damaged chunks of an array that was written before the blocks; `rows` are a chunk's.
+
+    Of a split that is not sealed, a chunk that is not there is no damage: extract writes it.
+    """
     size, path = array.chunks[0], array.path.removeprefix(f"{name}/")
     for start in range(0, array.shape[0], size):
+        key = chunk_key(array, start // cache.header.block_rows, cache.header)
+        if not (cache.peek(name).sealed or is_there(cache.root, key)):
+            continue
         if what := _chunk_problem(cache, array, start // cache.header.block_rows, size):
             rows = range(start, min(start + size, array.shape[0]))
             yield Damage(split=name, array=path, what=what, rows=rows)

@@ -187,7 +187,7 @@ class CacheWriter:
                 whole = known.get(path) is not None
                 create_array(group, path, rows, *self.header.arrays()[path], self.header, whole=whole)
             for path, values in known.items():
-                self._write_whole(name, path, values)
+                self._write_whole(name, path, values, sealed=bool(group.attrs.get("sealed")))
             if not self._holds(f"{name}/blocks"):
                 self._remove(f"{name}/blocks")
                 create_marks(group, count_blocks(rows, self.header.block_rows), self.header)
@@ -199,10 +199,15 @@ class CacheWriter:
                 self._sync_below(name)
         return open_cache(self.path).peek(name).marks()
 
-    def _write_whole(self, name: str, path: str, values: NDArray[np.int64] | None) -> None:
-        """Write all rows of an array whose chunks hold many blocks, unless they are there."""
+    def _write_whole(self, name: str, path: str, values: NDArray[np.int64] | None, *, sealed: bool) -> None:
+        """Write all rows of an array whose chunks hold many blocks.
+
+        Until the split is sealed they are written by every run: a chunk that is there may be torn by a power cut.
+        """
         array = self._open(f"{name}/{path}")
-        if not is_whole(array, self.header) or array.nchunks_initialized == array.nchunks:
+        if not is_whole(array, self.header):
+            return
+        if (values is None or sealed) and array.nchunks_initialized == array.nchunks:
             return
         if values is None:
             raise CacheError(f"{self.path}: {name}/{path} is to be written, and its values are not given")

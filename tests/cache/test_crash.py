@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
+from nacpipe.cache.durability import replace_file
+from nacpipe.cache.layout import FORMAT_VERSION
 from nacpipe.errors import CacheError
+from tests.alike import prepare_split
 
 IMAGES = {"list": "val.txt", "sha256": "b" * 64}
 OTHERS = ("id/train", "id/subtrain", "id/test", "ood/val", "ood/near/letters", "ood/far/textures")
@@ -27,8 +30,8 @@ Arrays = dict[str, NDArray[Any]]
 def build(make_cache: Callable[..., Cache]) -> Build:
     """Build a cache with id/val alone."""
 
-    def build_one(path: Path, rows: int = 40, seed: int = 0) -> Cache:
-        return make_cache(path, rows={**dict.fromkeys(OTHERS, 0), "id/val": rows}, seed=seed)
+    def build_one(path: Path, rows: int = 40, seed: int = 0, version: int = FORMAT_VERSION) -> Cache:
+        return make_cache(path, rows={**dict.fromkeys(OTHERS, 0), "id/val": rows}, seed=seed, version=version)
 
     return build_one
 
@@ -39,7 +42,8 @@ def read(cache: Cache, name: str = "id/val") -> Arrays:
 
 
 def write(writer: CacheWriter, name: str, arrays: Arrays, images: Mapping[str, str] = IMAGES) -> None:
-    assert not writer.prepare(name, len(arrays["label"]), images).any()
+    known = {key: arrays[key] for key in ("label", "index")}
+    assert not writer.prepare(name, len(arrays["label"]), images, **known).any()
     for block, start in enumerate(range(0, len(arrays["label"]), writer.header.block_rows)):
         rows = slice(start, start + writer.header.block_rows)
         writer.write_block(name, block, {key: array[rows] for key, array in arrays.items()})
@@ -121,7 +125,7 @@ def cut_after_the_marks(split: Path) -> None:
 
 def cut_among_the_arrays(split: Path) -> None:
     cut_after_the_marks(split)
-    shutil.rmtree(split / "avgpool")
+    shutil.rmtree(split / "layers/avgpool")
     (split / "layers/layer1/gradient/zarr.json").unlink()
 
 
@@ -214,7 +218,7 @@ def test_leftovers_of_a_killed_writer_do_not_matter_and_the_next_one_removes_the
 
 def write_what_is_missing(path: Path, cache: Cache) -> None:
     """Bring a copy of a cache of one split to its end, as extraction does."""
-    writer = CacheWriter(path, cache.header)
+    writer = CacheWriter(path, cache.header)  # renews the consolidated metadata
     so_far = open_cache(path)
     if "id/val" in so_far and so_far.peek("id/val").sealed:
         return
@@ -222,24 +226,35 @@ def write_what_is_missing(path: Path, cache: Cache) -> None:
     assert weight_and_bias is not None
     writer.write_classifier(*weight_and_bias)
     split, arrays = cache["id/val"], read(cache)
-    for block in np.flatnonzero(~writer.prepare("id/val", split.rows, split.images)):
+    for block in np.flatnonzero(~prepare_split(writer, split)):
         rows = slice(block * 16, block * 16 + 16)
         writer.write_block("id/val", int(block), {key: array[rows] for key, array in arrays.items()})
     writer.seal("id/val")
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(
     ("half", "step"),
     [pytest.param(False, 1, marks=pytest.mark.slow), (False, 4), (True, 3)],
     ids=["nothing written", "nothing written, some", "a leftover, some"],
 )
 def test_a_writer_killed_at_any_of_its_writes_can_go_on(
-    tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch, half: bool, step: int
+    tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch, half: bool, step: int, version: int
 ) -> None:
-    """Count every file that is written; stop at one after the other; the same call ends with the same bytes."""
-    cache = build(tmp_path / "c.zarr", rows=24)
-    whole = LocalStore.set
+    """Count every file that is written; stop at one after the other; the same call ends with the same bytes.
+
+    The last write is that of the consolidated metadata: a writer that was killed before it renews them.
+    """
+    cache = build(tmp_path / "c.zarr", rows=24, version=version)
+    whole, replace = LocalStore.set, replace_file
     writes, stop_at = 0, -1
+
+    def replace_and_stop(file: Path, content: bytes) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == stop_at:
+            raise Crash
+        replace(file, content)
 
     async def count_and_stop(store: LocalStore, key: str, value: Any) -> None:
         nonlocal writes
@@ -253,9 +268,11 @@ def test_a_writer_killed_at_any_of_its_writes_can_go_on(
         await whole(store, key, value)
 
     monkeypatch.setattr(LocalStore, "set", count_and_stop)
+    monkeypatch.setattr("nacpipe.cache.address.replace_file", replace_and_stop)
     write_what_is_missing(tmp_path / "whole.zarr", cache)
     expected, total = files_of(tmp_path / "whole.zarr"), writes
     assert total >= len(expected) > 30  # no file was written behind our back
+    assert open_cache(tmp_path / "whole.zarr").header.version == version
     for stop in range(1, total + 1, step):
         path = tmp_path / f"{stop}.zarr"
         writes, stop_at = 0, stop

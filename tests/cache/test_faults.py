@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from nacpipe.cache import writer as writing
 from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.verify import verify_cache
 from nacpipe.errors import CacheError
+from tests.alike import prepare_split
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no flock, no limits")
 
@@ -36,7 +38,7 @@ def fill(path: Path, whole: Cache, blocks: range = range(3)) -> CacheWriter:
     """Write these blocks of id/val."""
     writer = CacheWriter(path, whole.header)
     split = whole["id/val"]
-    writer.prepare("id/val", split.rows, split.images)
+    prepare_split(writer, split)
     for block in blocks:
         rows = slice(16 * block, 16 * block + 16)
         writer.write_block("id/val", block, {key: split.read(key)[rows] for key in whole.header.arrays()})
@@ -117,7 +119,7 @@ def test_a_split_may_be_read_while_another_is_written(tmp_path: Path, make_cache
                 writer = CacheWriter(whole.path, whole.header)
                 while not stop.is_set():
                     writer.drop("ood/val")
-                    writer.prepare("ood/val", split.rows, split.images)
+                    prepare_split(writer, split, "ood/val")
                     for block in range(3):
                         rows = slice(16 * block, 16 * block + 16)
                         writer.write_block("ood/val", block, {key: array[rows] for key, array in arrays.items()})
@@ -170,6 +172,7 @@ READ_ONLY = """
 import os, sys
 from nacpipe.cache import CacheWriter, open_cache
 from nacpipe.errors import CacheError
+from tests.alike import prepare_split
 open_cache(sys.argv[1])["id/val"].read("logits")
 if os.geteuid() == 0:  # whom no permission stops; by now everything is imported
     os.seteuid(65534)
@@ -260,11 +263,49 @@ def test_what_a_mark_or_a_seal_vouches_for_is_on_the_disk_before_it(
     rows = {key: whole["id/val"].read(key)[32:] for key in whole.header.arrays()}
     writer.write_block("id/val", 2, rows)
     assert calls[-1] == "open id/val/blocks"  # the mark, last of all
-    chunks = {f"id/val/{key}/c.2{'/0' * (array.ndim > 1)}" for key, array in rows.items()}
-    assert {str(p) for chunk in chunks for p in (chunk, *Path(chunk).parents)} <= {*calls}
+    arrays = {f"id/val/{key}" for key, array in rows.items() if array.ndim > 1}
+    assert sorted(call for call in calls if not call.startswith("open ")) == sorted(
+        [*(f"{array}/c.2.0" for array in arrays), *arrays]  # each once: labels and places are written before, in `fill`
+    )
     calls.clear()
     writer.seal("id/val")
     files = {str(f.relative_to(tmp_path / "c.zarr")) for f in (tmp_path / "c.zarr/id/val").rglob("*") if f.is_file()}
     last = max(i for i, call in enumerate(calls) if call == "id/val/zarr.json")
     assert files <= {*calls[:last]}  # everything before the seal, then the seal itself
-    assert calls[last + 1 :] == [".", "id", "id/val"]
+    assert calls[last + 1 :] == [
+        ".",
+        "id",
+        "id/val",
+        "zarr.json.partial",
+        "zarr.json",
+        ".",
+    ]  # last the copy of metadata
+
+
+def test_labels_are_on_the_disk_before_the_first_mark_can_be_written(
+    tmp_path: Path, whole: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again in every run: a chunk that is there may be of a run that a power cut ended."""
+    calls: list[str] = []
+    fsync, create = os.fsync, writing.create_marks
+
+    def note_fsync(handle: int) -> None:
+        calls.append(os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), tmp_path / "c.zarr"))
+        fsync(handle)
+
+    def note_marks(*args: Any) -> Any:
+        calls.append("marks")
+        return create(*args)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(writing, "create_marks", note_marks)
+    fill(tmp_path / "c.zarr", whole, range(1))
+    before = calls[: calls.index("marks")]
+    for key in ("label", "index"):
+        assert {f"id/val/{key}/c.0", f"id/val/{key}", "id/val", "id", "."} <= {*before}
+        (tmp_path / "c.zarr/id/val" / key / "c.0").write_bytes(b"")  # torn
+    calls.clear()
+    fill(tmp_path / "c.zarr", whole, range(1, 3)).seal("id/val")
+    assert "marks" not in calls
+    assert {"id/val/label/c.0", "id/val/index/c.0"} <= {*calls[: calls.index("id/val/logits/c.1.0")]}
+    assert_whole(tmp_path / "c.zarr", whole)

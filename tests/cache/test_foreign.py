@@ -18,6 +18,7 @@ from nacpipe.cache.repair import repair_cache
 from nacpipe.cache.verify import foreign_files, verify_cache
 from nacpipe.cli import main
 from nacpipe.errors import CacheError
+from tests.alike import prepare_split
 
 SPLITS = {"id/subtrain": 0}
 FILES = {  # where they may lie, and of what kind they are
@@ -26,7 +27,7 @@ FILES = {  # where they may lie, and of what kind they are
     "id/val/notes.txt": "a person's, in a split",
     "id/val/logits/Thumbs.db": "in an array",
     "id/val/logits/c.x~": "an editor's, among the chunks",
-    "id/val/logits/c.1/.DS_Store": "hidden, beside a chunk",
+    "id/val/logits/.DS_Store": "hidden, beside a chunk",
     "id/val/logits/c.007.0": "nearly the name of a chunk",
     "id/val/label/c.1~": "a copy of a chunk",
     "id/val/blocks/c.readme": "among the marks",
@@ -40,7 +41,7 @@ FOLDERS = {
     "id/val/mine/deep/b.txt": "id/val/mine/",
     "old/id/val/zarr.json": "old/",
 }
-INSIDE = {"id/val/logits/c.007.0": "id/val/logits/c.007/", "id/train/layer1/c.0": "id/train/layer1/c/", **FOLDERS}
+INSIDE = {"id/train/layer1/c.0": "id/train/layer1/", **FOLDERS}
 NAMED = sorted({INSIDE.get(name, name) for name in (*FILES, *FOLDERS)})  # a folder that is foreign as a whole, once
 
 
@@ -53,12 +54,16 @@ def whole(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFac
 def path(whole: Cache, tmp_path: Path) -> Path:
     """A copy with foreign files in every place, and a link to nowhere, as Emacs leaves it."""
     shutil.copytree(whole.path, tmp_path / "c.zarr")
+    return add_foreign(tmp_path / "c.zarr")
+
+
+def add_foreign(path: Path) -> Path:
     for name in (*FILES, *FOLDERS):
-        file = tmp_path / "c.zarr" / name
+        file = path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"foreign: {name}")
-    (tmp_path / "c.zarr/id/val/.#notes.txt").symlink_to("nowhere")
-    return tmp_path / "c.zarr"
+    (path / "id/val/.#notes.txt").symlink_to("nowhere")
+    return path
 
 
 def foreign(path: Path) -> dict[str, str]:
@@ -85,7 +90,7 @@ def write_missing(path: Path, whole: Cache) -> list[tuple[str, int]]:
         so_far = open_cache(path)
         if name in so_far and so_far.peek(name).sealed:
             continue
-        for block in np.flatnonzero(~writer.prepare(name, split.rows, split.images)).tolist():
+        for block in np.flatnonzero(~prepare_split(writer, split)).tolist():
             rows = slice(16 * block, 16 * block + 16)
             writer.write_block(name, block, {key: split.read(key)[rows] for key in whole.header.arrays()})
             written.append((name, block))
@@ -150,8 +155,8 @@ def test_a_chunk_that_the_format_could_have_written_is_still_damage(path: Path, 
 
 @pytest.mark.parametrize("array", ["logits", "label"])
 def test_a_foreign_file_does_not_stand_for_a_chunk(path: Path, array: str) -> None:
-    """There are files of these names below logits/c and label/c."""
-    chunk = path / "id/val" / array / ("c/2/0" if array == "logits" else "c/2")
+    """There are files of such names in both folders."""
+    chunk = path / "id/val" / array / ("c.2.0" if array == "logits" else "c.0")
     chunk.unlink()
     with pytest.raises(CacheError, match=rf"id/val/{array} is damaged \(1 of its chunks are not there\)"):
         open_cache(path)["id/val"]
@@ -160,8 +165,14 @@ def test_a_foreign_file_does_not_stand_for_a_chunk(path: Path, array: str) -> No
 # --- what an earlier version sealed -----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def old(make_cache: Callable[..., Cache], tmp_path: Path) -> Cache:
+    """Of version 1."""
+    return make_cache(tmp_path / "old.zarr", rows=SPLITS, version=1)
+
+
 def seal_as_before(path: Path, split: str) -> None:
-    """The rule until now: everything below a split that is not hidden."""
+    """The rule of the first caches, of version 1: everything below a split that is not hidden."""
     root = path / split
     lines = []
     for file in sorted(root.rglob("*"), key=lambda file: file.relative_to(root).as_posix()):
@@ -179,22 +190,26 @@ def seal_as_before(path: Path, split: str) -> None:
     (root / "zarr.json").write_text(json.dumps(metadata))
 
 
-def test_what_was_sealed_without_foreign_files_has_the_same_digest(path: Path, whole: Cache) -> None:
-    for name in (*FILES, *FOLDERS):
-        (path / name).unlink()
-    seal_as_before(path, "id/val")
-    assert open_cache(path)["id/val"].attributes["digest"] == whole["id/val"].attributes["digest"]
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_was_sealed_without_foreign_files_has_the_same_digest(
+    make_cache: Callable[..., Cache], tmp_path: Path, version: int
+) -> None:
+    whole = make_cache(tmp_path / "c.zarr", rows=SPLITS, version=version)
+    digest = whole["id/val"].attributes["digest"]
+    seal_as_before(tmp_path / "c.zarr", "id/val")
+    assert open_cache(whole.path)["id/val"].attributes["digest"] == digest
 
 
-def test_what_was_sealed_with_foreign_files_still_matches(path: Path, whole: Cache) -> None:
+def test_what_was_sealed_with_foreign_files_still_matches(old: Cache) -> None:
+    path, digest = add_foreign(Path(old.path)), old["id/val"].attributes["digest"]
     seal_as_before(path, "id/val")
-    assert open_cache(path)["id/val"].attributes["digest"] != whole["id/val"].attributes["digest"]
+    assert open_cache(path)["id/val"].attributes["digest"] != digest
     assert verify_cache(open_cache(path)) == []
     assert repair_cache(path) == []
     (path / "id/val/label/zarr.json").write_bytes(b"")  # metadata is mended, under the old digest too
     assert repair_cache(path) == ["id/val/label: metadata rewritten"]
     assert verify_cache(open_cache(path)) == []
-    (path / "id/val/logits/c.1.0").write_bytes((path / "id/val/logits/c.0.0").read_bytes())
+    (path / "id/val/logits/c/1/0").write_bytes((path / "id/val/logits/c/0/0").read_bytes())
     with pytest.raises(CacheError, match="id/val is not what was sealed"):
         open_cache(path)["id/val"]
 
@@ -257,7 +272,12 @@ def test_drop_removes_the_splits_own_objects_alone(path: Path, whole: Cache) -> 
     others = {name: content for name, content in own(path).items() if not name.startswith("id/val/")}
     CacheWriter(path, whole.header, first=False).drop("id/val")
     assert foreign(path).keys() == {*FILES, *FOLDERS}
-    assert own(path) == others
+    found = own(path)
+    copy = json.loads(found.pop("zarr.json")), json.loads(others.pop("zarr.json"))
+    assert found == others
+    metadata = [content.pop("consolidated_metadata")["metadata"] for content in copy]
+    assert copy[0] == copy[1]
+    assert metadata[0] == {key: value for key, value in metadata[1].items() if not f"{key}/".startswith("id/val/")}
     assert "id/val" not in open_cache(path)
     assert verify_cache(open_cache(path)) == []
     assert write_missing(path, whole) == [("id/val", 0), ("id/val", 1), ("id/val", 2)]
@@ -269,7 +289,7 @@ def test_drop_leaves_no_empty_folders(path: Path, whole: Cache) -> None:
     CacheWriter(path, whole.header).drop("id/test")
     assert not (path / "id/test").exists()
     CacheWriter(path, whole.header).drop("id/val")
-    assert not (path / "id/val/avgpool").exists()
+    assert not (path / "id/val/layers").exists()
     assert sorted(str(p.relative_to(path / "id/val")) for p in (path / "id/val").rglob("*") if p.is_file()) == sorted(
         name.removeprefix("id/val/") for name in (*FILES, *FOLDERS) if name.startswith("id/val/")
     )
@@ -282,7 +302,7 @@ def test_a_cache_can_be_made_and_sealed_among_them(tmp_path: Path, whole: Cache)
     (path / "id/val").mkdir(parents=True)
     (path / "id/val/notes.txt").write_text("foreign: id/val/notes.txt")
     writer: Any = CacheWriter(path, whole.header)
-    writer.prepare("id/val", 40, whole["id/val"].images)
+    prepare_split(writer, whole["id/val"])
     (path / "id/val/logits/Thumbs.db").write_text("foreign: id/val/logits/Thumbs.db")
     (path / "id/val/.#notes.txt").symlink_to("nowhere")
     for block in range(3):

@@ -30,12 +30,12 @@ def files_of(path: Path) -> dict[str, bytes]:
 def test_another_format_version_is_refused(cache: Cache) -> None:
     file = Path(cache.path, "zarr.json")
     content = json.loads(file.read_text())
-    assert content["attributes"]["nacpipe_format"] == 1
-    content["attributes"]["nacpipe_format"] = 2
+    assert content["attributes"]["nacpipe_format"] == 2
+    content["attributes"]["nacpipe_format"] = 3
     file.write_text(json.dumps(content))
     message = (
-        r"c\.zarr: this cache has format version 2, this nacpipe reads version 1; use the nacpipe that wrote it, or"
-        r" extract again into another --cache$"
+        r"c\.zarr: this cache has format version 3, this nacpipe reads versions 1, 2; use the nacpipe that wrote it,"
+        r" or extract again into another --cache$"
     )
     with pytest.raises(FormatError, match=message):
         open_cache(cache.path)

@@ -14,7 +14,7 @@ from nacpipe.cache import Cache, CacheWriter, address, open_cache, store
 from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.repair import repair_cache
 from nacpipe.errors import CacheError, InputError, MissingExtra
-from tests.alike import assert_alike, copy_splits, write_rows
+from tests.alike import assert_alike, copy_splits, prepare_split, write_rows
 from tests.s3 import BUCKET, FAULTS, Proxy, variables
 
 obstore = pytest.importorskip("obstore")
@@ -119,7 +119,7 @@ def test_a_server_that_is_gone_is_said_in_words(
     """While it writes: what was written stays, and the same goes on when the server is back."""
     monkeypatch.setattr(store, "ATTEMPTS", 3)
     split, writer = here["id/val"], CacheWriter(url, here.header)
-    writer.prepare("id/val", split.rows, split.images)
+    prepare_split(writer, split)
     write_rows(writer, split, 0, "id/val")
     proxy.share, proxy.only = 1.0, "refused"
     with pytest.raises(CacheError, match=f"^{url} cannot be written .*the same command goes on") as error:

@@ -26,7 +26,7 @@ def path(tmp_path: Path, make_cache: Callable[..., Cache]) -> Path:
 
 
 def digest(path: Path) -> str:
-    root = zarr.open_group(path, mode="r")
+    root = zarr.open_group(path, mode="r", use_consolidated=False)
     return split_digest(root, "id/val", dict(root["id/val"].attrs), open_cache(path).header)
 
 
@@ -88,7 +88,9 @@ def test_the_same_values_have_the_same_digest_anywhere(
         ),
         pytest.param(lambda split: edit(split / "label/zarr.json", "attributes", {"a": 1}), id="an array's zarr.json"),
         pytest.param(lambda split: edit(split / "index/zarr.json", "fill_value", 0), id="an array's fill value"),
-        pytest.param(lambda split: edit(split / "layer1/zarr.json", "attributes", {"a": 1}), id="a layer's zarr.json"),
+        pytest.param(
+            lambda split: edit(split / "layers/layer1/zarr.json", "attributes", {"a": 1}), id="a layer's zarr.json"
+        ),
     ],
 )
 def test_damage_changes_the_digest(path: Path, damage: Callable[[Path], None]) -> None:
@@ -115,8 +117,8 @@ def test_leftovers_of_a_killed_writer_do_not_change_the_digest(path: Path) -> No
 
 @pytest.mark.parametrize("array", ["layers/layer1/activation", "features", "label", "blocks"])
 def test_a_flipped_byte_anywhere_in_a_chunk_raises_when_it_is_read(path: Path, array: str) -> None:
-    files = sorted(file for file in (path / "id/val" / array / "c").rglob("*") if file.is_file())
-    file, last = files[1], files[-1]
+    files = sorted((path / "id/val" / array).glob("c.*"))
+    file, last = files[len(files) > 1], files[-1]
     whole = file.read_bytes()
     stored = open_cache(path).peek("id/val").array(array)
     expected = np.asarray(stored[:])
@@ -126,6 +128,8 @@ def test_a_flipped_byte_anywhere_in_a_chunk_raises_when_it_is_read(path: Path, a
             stored[:]
         file.write_bytes(whole)
     np.testing.assert_array_equal(np.asarray(stored[:]), expected)
+    if len(files) == 1:  # labels: a chunk of many blocks
+        return
     # The other chunks can still be read around a damaged one.
     flip(last, 0)
     rows = open_cache(path).header.block_rows if array != "blocks" else 1

@@ -16,7 +16,7 @@ from nacpipe.cache.repair import repair_cache
 from nacpipe.cache.verify import foreign_files, verify_cache
 from nacpipe.errors import CacheError, FormatError
 from nacpipe.files import is_url
-from tests.alike import assert_alike, copy_splits, write_rows
+from tests.alike import assert_alike, copy_splits, prepare_split, write_rows
 from tests.s3 import BUCKET, variables
 
 
@@ -57,7 +57,7 @@ def test_a_writer_that_was_killed_goes_on(place: str, here: Cache) -> None:
         Store = RemoteStore if {is_url(place)} else LocalStore
         here = open_cache({here.path!r})
         writer, split = CacheWriter({place!r}, here.header), here["id/val"]
-        writer.prepare("id/val", split.rows, split.images)
+        writer.prepare("id/val", split.rows, split.images, label=split.label, index=split.index)
         arrays = {{path: split.read(path) for path in here.header.arrays()}}
         writer.write_block("id/val", 0, {{path: array[:16] for path, array in arrays.items()}})
         put, puts = Store.set, []
@@ -74,7 +74,7 @@ def test_a_writer_that_was_killed_goes_on(place: str, here: Cache) -> None:
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=120).returncode == 9
     with pytest.raises(CacheError, match=r"id/val is not finished \(1 of 3 blocks\)"):
         open_cache(place)["id/val"]
-    marks = CacheWriter(place, here.header).prepare("id/val", split.rows, split.images)
+    marks = prepare_split(CacheWriter(place, here.header), split)
     assert marks.tolist() == [True, False, False]
     assert_alike(here, copy_splits(here, place, "id/val"))
 
@@ -135,7 +135,7 @@ def test_a_damaged_cache_is_repaired_and_its_rows_alone_written_again(place: str
     split = here["id/val"]
     assert open_cache(place).peek("id/val").marks().tolist() == [True, False, True]
     writer = CacheWriter(place, here.header)
-    assert writer.prepare("id/val", split.rows, split.images).tolist() == [True, False, True]
+    assert prepare_split(writer, split).tolist() == [True, False, True]
     write_rows(writer, split, 1, "id/val")
     writer.seal("id/val")
     assert verify_cache(open_cache(place)) == []

@@ -62,7 +62,7 @@ def whole_place(small_cache: Cache, make_cache: Callable[..., Cache], tmp_path_f
     write_params(place / "good.json", params_of("avgpool", "layer1"))
     write_params(place / "layer9.json", params_of("avgpool", "layer9"))
     (place / "broken.json").write_text('{"layers": {"avgpool": {"bins": 3, "saturation": 5, "alpha": 1}}}')
-    zarr.open_group(place / "zeros.zarr", mode="r+")["id/train/layers/layer1/gradient"][:] = 0  # type: ignore[index]
+    zarr.open_group(place / "zeros.zarr", mode="r+", use_consolidated=False)["id/train/layers/layer1/gradient"][:] = 0  # type: ignore[index]
     CacheWriter(place / "zeros.zarr", small_cache.header).seal("id/train")
     strange = make_cache(place / "strange.zarr", identity={"weights": "0123456789abcdef" * 4})
     assert nacpipe("search", strange.path, "--trials", "1", "--storage", str(place / "strange.log")).exit_code == 0

@@ -45,7 +45,7 @@ def cache(request: pytest.FixtureRequest, small_cache: Cache, tmp_path: Path, mo
 
 def record(cache: str, information: dict[str, object]) -> None:
     """Replace the information of a cache's header."""
-    root = zarr.open_group(cache, mode="r+")
+    root = zarr.open_group(cache, mode="r+", use_consolidated=False)
     root.attrs["information"] = information  # type: ignore[assignment]
     root.attrs.pop("digest", None)
 
@@ -203,7 +203,7 @@ def test_an_extraction_and_an_export_name_what_comes_next(tmp_path: Path, monkey
     done = nacpipe("export", cache)
     detector = "my caches/it's.detector.safetensors"
     assert words_of(done.stderr, "next: nacpipe") == ["nacpipe", "score", detector, "IMAGES"]
-    root = zarr.open_group(cache, mode="r+")
+    root = zarr.open_group(cache, mode="r+", use_consolidated=False)
     root.attrs["identity"] = {**root.attrs["identity"], "architecture": "timm:a b"}  # type: ignore[dict-item]
     root.attrs.pop("digest", None)
     done = nacpipe("export", cache)

@@ -136,6 +136,6 @@ def test_a_report(make_cache: Callable[..., Cache], reads: Reads, tmp_path: Path
     write_params(tmp_path / "c.params.json", ONCE)
     scored = [name for name in cache if name not in ("id/train", "id/subtrain", "id/val", "ood/val")]
     arrays = {f"{name}/logits" for name in cache if name != "id/train"} | {f"{name}/label" for name in scored}
-    arrays |= {f"{name}/avgpool/{what}" for name in cache for what in ("activation", "gradient")}
+    arrays |= {f"{name}/layers/avgpool/{what}" for name in cache for what in ("activation", "gradient")}
     arrays |= {f"{name}/layers/layer1/activation" for name in cache}
     check_once(reads, cache, arrays, "report", cache.path, "--output", tmp_path / "page.html")

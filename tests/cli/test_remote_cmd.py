@@ -18,8 +18,8 @@ from nacpipe.cache import Cache, address, open_cache
 from nacpipe.cli import main
 from nacpipe.scoring.params_file import read_params
 from tests.alike import assert_alike
-from tests.pages import Plain, Ranges, serve
 from tests.s3 import BUCKET, Proxy, variables
+from tests.web import Plain, Ranges, serve
 
 pytest.importorskip("obstore")
 pytest.importorskip("moto")

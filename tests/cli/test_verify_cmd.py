@@ -105,7 +105,7 @@ from nacpipe.cli import main
 get = LocalStore.get
 
 async def slow(self, key, *rest, **more):
-    if "gradient/c/" in key and "/c.1.0" not in key:
+    if "gradient/c." in key and "/c.1.0" not in key:
         print("reading", flush=True)
         await asyncio.sleep(60)
     return await get(self, key, *rest, **more)

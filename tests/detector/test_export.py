@@ -113,7 +113,7 @@ def test_what_score_would_refuse_is_not_exported(
 
 def test_a_network_of_one_class_is_not_exported(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c.zarr", identity={"outputs": "features"})
-    label = zarr.open_group(cache.path, mode="r+")["id/train/label"]
+    label = zarr.open_group(cache.path, mode="r+", use_consolidated=False)["id/train/label"]
     label[:] = 0  # type: ignore[index]
     CacheWriter(cache.path, cache.header).seal("id/train")
     with pytest.raises(

@@ -52,7 +52,7 @@ def caches(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFa
         path = place / f"step{seed}.zarr"
         weights = hashlib.sha256(str(seed).encode()).hexdigest()
         made.append(make_cache(path, seed=seed, rows=SETS, identity={"weights": weights}))
-        root = zarr.open_group(path, mode="r+")
+        root = zarr.open_group(path, mode="r+", use_consolidated=False)
         for split, count in mistakes.items():
             label = root[f"{split}/label"]
             label[:count] = (label[:count] + 1) % 3  # type: ignore[index, operator]
@@ -243,7 +243,10 @@ def test_accuracies_of_other_images_are_not_compared(
 ) -> None:
     path = tmp_path / "other.zarr"
     other = make_cache(path, seed=8, rows=SETS)
-    zarr.open_group(path / split, mode="r+").attrs["images"] = {"list": "other.txt", "sha256": "ab" * 32}
+    zarr.open_group(path / split, mode="r+", use_consolidated=False).attrs["images"] = {
+        "list": "other.txt",
+        "sha256": "ab" * 32,
+    }
     CacheWriter(path, other.header).seal(split)
     refuse_judges(
         caches[0],
@@ -338,7 +341,7 @@ def test_one_state_of_a_layer_does_not_decide(caches: list[Cache]) -> None:
 
 def wrong_everywhere(cache: Cache, *splits: str) -> None:
     """Every label becomes a class that the network does not predict."""
-    root = zarr.open_group(cache.path, mode="r+")
+    root = zarr.open_group(cache.path, mode="r+", use_consolidated=False)
     for split in splits:
         predicted = np.asarray(root[f"{split}/logits"][:]).argmax(axis=1)  # type: ignore[index]
         root[f"{split}/label"][:] = (predicted + 1) % 3  # type: ignore[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,38 @@ def test_the_same_command_after_a_crash_gives_the_same_values(
     assert_equal(open_cache(request_.cache), finished)
     for name, split in open_cache(request_.cache).items():
         assert split.attributes["digest"] == finished[name].attributes["digest"]
+
+
+def test_an_unfinished_cache_of_version_1_is_finished_as_version_1(
+    finished: Cache, request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(request_.cache)
+    CacheWriter(path, replace(plan_extraction(request_).header, version=1))
+    whole, left = CacheWriter.write_block, 5
+
+    def crash(writer: CacheWriter, name: str, block: int, arrays: Any) -> None:
+        nonlocal left
+        whole(writer, name, block, arrays)
+        left -= 1
+        if left == 0:
+            raise Crash
+
+    monkeypatch.setattr(CacheWriter, "write_block", crash)
+    with pytest.raises(Crash):
+        extract(plan_extraction(request_))
+    extract(plan_extraction(request_))
+    assert left == 5 - BLOCKS  # each block was written once
+    cache = open_cache(path)
+    assert (cache.header.version, list(cache)) == (1, list(finished))
+    for name in finished:
+        for old, new in zip(cache.header.arrays(), finished.header.arrays(), strict=True):
+            np.testing.assert_array_equal(cache[name].read(old), finished[name].read(new), err_msg=f"{name}/{new}")
+    assert verify_cache(cache) == []
+    assert (path / "id/val/label/c/2").exists()
+    assert not (path / "id/val/layers").exists()
+    assert "consolidated_metadata" not in json.loads((path / "zarr.json").read_text())
+    extract(plan_extraction(request_))  # nothing is left to do
+    assert left == 5 - BLOCKS
 
 
 def test_blocks_that_are_done_are_not_run_again(request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def test_reading_takes_little_more_memory_than_what_is_read(tmp_path: Path, monk
     random = np.random.default_rng(0)
     for block in range(rows // 64):
         arrays = {
-            f"avgpool/{kind}": random.normal(size=(64, neurons)).astype(np.float32)
+            f"layers/avgpool/{kind}": random.normal(size=(64, neurons)).astype(np.float32)
             for kind in ("activation", "gradient")
         }
         rest = {"logits": np.zeros((64, 2), np.float32), "label": np.zeros(64, int), "index": np.arange(64)}

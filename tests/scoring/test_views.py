@@ -114,7 +114,7 @@ def test_a_class_that_no_training_image_was_predicted_as_has_seen_nothing(
     logits = train.read("logits").copy()
     logits[:, 2] = logits.min() - 1
     writer = CacheWriter(cache.path, cache.header)
-    zarr.open_group(cache.path, mode="r+")["id/train/logits"][:] = logits  # type: ignore[index]
+    zarr.open_group(cache.path, mode="r+", use_consolidated=False)["id/train/logits"][:] = logits  # type: ignore[index]
     writer.seal("id/train")
     changed = open_cache(cache.path)
     term = Term(layer="avgpool", source="activation", view="by_class")

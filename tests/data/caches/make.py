@@ -1,9 +1,11 @@
 """Write the golden caches: python tests/data/caches/make.py FOLDER. Those in the repository are never made anew.
 
     v1/first-*.tar.xz   by commit ce5f439, whose root attributes had no digest and whose classifier had no checksums
-    v1/*.tar.xz         by the commit that added this file
+    v1/*.tar.xz         by the commit that added this file, when 1 was the newest version
+    v2/*.tar.xz         by the commit that added the folder
 
-A new version of the format gets a folder of its own beside v1, and v1 stays. Values are `value_of`'s.
+A new version of the format gets a folder of its own beside these, which stay. Values are `value_of`'s. The scores of
+v2's caches are v1's: the values are the same.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ ROWS = {"id/train": 20, "id/val": 9, "csid/blur": 3, "ood/val": 10, "ood/near/le
 FORMS: dict[str, dict[str, int]] = {
     "plain": {},
     "sharded": {"shard_blocks": 2},
-    "keep_bits": {"mantissa_bits": 7},
+    "mantissa_bits": {"mantissa_bits": 7},
     "ranks": {},
+    "forward": {"gradients": False},
+    "labels_by_block": {},
 }
 
 
 def value_of(array: str, split: str, row: NDArray[Any], column: NDArray[Any]) -> NDArray[np.float32]:
-    """A float32 with few bits, other for every place; `array` and `split` by their length."""
+    """A float32 with few bits, other for every place; `array` (its name in version 1) and `split` by their length."""
     spread = ((len(array) * 5 + len(split) * 3 + row * 7 + column * 11) % 61 - 30) / 16
     return np.asarray(spread * (1 + 2.0**-12), np.float32)
 
@@ -36,7 +40,7 @@ def value_of(array: str, split: str, row: NDArray[Any], column: NDArray[Any]) ->
 def draw(header: Header, split: str, rows: int) -> dict[str, NDArray[Any]]:
     row = np.arange(rows)
     floats = {
-        path: value_of(path, split, row[:, None], np.arange(width))
+        path: value_of(path.removeprefix("layers/"), split, row[:, None], np.arange(width))
         for path, (width, _) in header.arrays().items()
         if width
     }
@@ -70,7 +74,9 @@ def write(path: Path, **form: int) -> None:
     unit = header.block_rows * header.shard_blocks
     for split, rows in ROWS.items():
         arrays = draw(header, split, rows)
-        writers[0].prepare(split, rows, {"list": f"{split.replace('/', '_')}.txt", "sha256": "fedcba9876543210" * 4})
+        known = {} if path.name == "labels_by_block.zarr" else {key: arrays[key] for key in ("label", "index")}
+        images = {"list": f"{split.replace('/', '_')}.txt", "sha256": "fedcba9876543210" * 4}
+        writers[0].prepare(split, rows, images, **known)
         units = range(0, rows, unit)
         for number, start in enumerate(units):
             writer = writers[number * len(writers) // len(units)]

@@ -1,10 +1,11 @@
-"""Web servers before a folder: those that show what is in it, with byte ranges or without, and one that does not."""
+"""Web servers before a folder: those that list what is in it, with byte ranges or without, and one that does not."""
 
 from __future__ import annotations
 
 import contextlib
 import http.server
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +14,18 @@ class Plain(http.server.SimpleHTTPRequestHandler):
     """Python's own server: pages of folders, no byte ranges."""
 
     folder = ""
+    requests: Counter[str]
+    """Method and path of each request, which `serve` counts."""
 
     def translate_path(self, path: str) -> str:
         self.directory = self.folder
         return super().translate_path(path)
+
+    def parse_request(self) -> bool:
+        parsed = super().parse_request()
+        if parsed:
+            self.requests[f"{self.command} {self.path}"] += 1
+        return parsed
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Nothing."""
@@ -49,9 +58,15 @@ class Blind(Plain):
 
 
 @contextlib.contextmanager
-def serve(folder: Path, kind: type[Plain]) -> Iterator[str]:
-    """Serve a folder while this lasts; yield its address."""
-    handler = type("Handler", (kind,), {"folder": str(folder)})
+def serve(folder: Path, kind: type[Plain], requests: Counter[str] | None = None) -> Iterator[str]:
+    """Serve a folder while this lasts; yield its address.
+
+    Args:
+        folder: what is served.
+        kind: the server.
+        requests: counts the requests, as `GET /x.zarr/zarr.json`.
+    """
+    handler = type("Handler", (kind,), {"folder": str(folder), "requests": Counter() if requests is None else requests})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
