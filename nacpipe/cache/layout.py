@@ -289,9 +289,9 @@ def create_array(
     """
     kind = np.dtype(dtype)
     whole = whole and rows > header.block_rows  # one block has every form
-    outer = count_blocks(min(rows, WHOLE_ROWS), header.block_rows) if whole else header.shard_blocks
-    chunk = (header.block_rows * (outer if whole else 1), *((width,) if width else ()))
-    shard = (header.block_rows * outer, *chunk[1:]) if outer > 1 and not whole else None
+    outer = 1 if whole else header.shard_blocks
+    chunk = (whole_chunk_rows(rows, header) if whole else header.block_rows, *((width,) if width else ()))
+    shard = (header.block_rows * outer, *chunk[1:]) if outer > 1 else None
     return group.create_array(
         path,
         shape=(rows, width) if width else (rows,),
@@ -349,6 +349,11 @@ def chunk_key(array: zarr.Array[Any], block: int, header: Header) -> str:
 def is_whole(array: zarr.Array[Any], header: Header) -> bool:
     """Return whether a chunk of an array holds many blocks: all its rows were written before the first block."""
     return bool(array.shards is None and array.chunks[0] > header.block_rows)
+
+
+def whole_chunk_rows(rows: int, header: Header) -> int:
+    """Return the rows of such a chunk, in a split of this many rows."""
+    return header.block_rows * count_blocks(min(rows, WHOLE_ROWS), header.block_rows)
 
 
 def is_split_path(path: str) -> bool:

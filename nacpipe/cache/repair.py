@@ -21,7 +21,7 @@ from nacpipe.cache.address import Objects
 from nacpipe.cache.consolidated import consolidate
 from nacpipe.cache.durability import sync_files, writing
 from nacpipe.cache.keys import list_own, list_split, parse_chunk_key, remove_own
-from nacpipe.cache.layout import WHOLE, Header, chunk_key, count_blocks, is_whole
+from nacpipe.cache.layout import WHOLE, Header, chunk_key, is_whole, whole_chunk_rows
 from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.reader import Cache, open_cache
 from nacpipe.cache.validation import root_problems
@@ -136,18 +136,22 @@ def _repair_split(cache: Cache, objects: Objects, name: str, found: Sequence[Dam
 
 
 def _whole_arrays(cache: Cache, name: str) -> list[str]:
-    """Return which arrays have chunks of many blocks; by their chunks' keys where their metadata are damaged."""
+    """Return which arrays have chunks of many blocks; by the number of their chunks where their metadata are damaged.
+
+    A number that fits both forms is taken for this one, which extract writes. If it is the other, the values are only
+    written again.
+    """
     header, split = cache.header, cache.peek(name)
     chunks = Counter(
         found[0] for key in list_split(cache.root.store, header, name)[0] if (found := parse_chunk_key(key))
     )
-    objects = -(-count_blocks(split.rows, header.block_rows) // header.shard_blocks)  # of an array whose blocks are its
+    most = -(-split.rows // whole_chunk_rows(split.rows, header))
     whole = []
     for path in WHOLE:
         try:
             holds_many = is_whole(split.array(path), header)
         except CacheError:
-            holds_many = header.version > 1 and 0 < chunks[path] < objects
+            holds_many = header.version > 1 and split.rows > header.block_rows and chunks[path] <= most
         whole += [path] * holds_many
     return whole
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,35 @@ def test_damaged_labels_are_written_again_and_no_block_is_computed(
         CacheWriter(path, whole.header).seal("id/val")
     assert extract_again(path, whole) == []
     assert_whole(path, whole)
+
+
+@pytest.mark.parametrize("lose", ["metadata", "all"])
+@pytest.mark.parametrize("shard_blocks", [1, 2, 4])
+def test_labels_without_metadata_cost_no_row(tmp_path: Path, whole: Cache, shard_blocks: int, lose: str) -> None:
+    """Of four blocks in a shard, the labels' one chunk has the key that a shard of labels would have."""
+    writer = CacheWriter(tmp_path / "x.zarr", replace(whole.header, shard_blocks=shard_blocks))
+    split = whole["id/val"]
+    prepare_split(writer, split)
+    for first in range(0, 3, shard_blocks):
+        rows = slice(16 * first, 16 * (first + shard_blocks))
+        writer.write_block("id/val", first, {key: split.read(key)[rows] for key in whole.header.arrays()})
+    writer.seal("id/val")
+    before = files_of(path := tmp_path / "x.zarr")
+    for array in ("label", "index"):
+        (path / "id/val" / array / "zarr.json").unlink()
+        if lose == "all":
+            (path / "id/val" / array / "c.0").unlink()
+    done = [f"id/val/{array}: metadata rewritten" for array in ("label", "index")]
+    again = [f"id/val: {array} is to be written again" for array in ("label", "index")] if lose == "all" else []
+    assert repair_cache(path) == done + again
+    if lose == "all":
+        assert prepare_split(writer, split).all()
+        CacheWriter(path, writer.header).seal("id/val")
+    assert damage_of(path) == []
+    found = files_of(path)
+    assert found.keys() == before.keys()
+    assert all(found[key] == content for key, content in before.items() if not key.endswith("zarr.json"))
+    assert open_cache(path)["id/val"].attributes == split.attributes or shard_blocks > 1
 
 
 def test_each_chunk_of_labels_is_verified(
@@ -416,11 +446,11 @@ def killed_at(step: int) -> Iterator[list[str]]:
             raise Killed
         done.append(key)
 
-    replace, delete = replace_file, LocalStore.delete
+    delete = LocalStore.delete
 
     def replacing(file: Path, content: bytes) -> None:
         allow(str(file))
-        replace(file, content)
+        replace_file(file, content)
 
     async def deleting(store: LocalStore, key: str) -> None:
         allow(key)
@@ -481,14 +511,14 @@ def little(
     [
         (1, damage_a_chunk, [0, 1, 2]),  # the mark, the seal, the chunk
         (1, damage_metadata, [1, 4]),
-        (1, exchange_chunks, [1, 2, 5]),
+        (1, exchange_chunks, [1, 2, 5, 38]),
         (1, damage_labels, [0, 1, 2]),
         (2, damage_a_chunk, [0, 1, 2, 3]),  # the mark, the seal, the consolidated metadata, the chunk
         (2, damage_metadata, [0, 1, 2, 3, 4, 5]),
         (
             2,
             exchange_chunks,
-            [0, 1, 2, 3, 6, 7, 38],
+            [0, 1, 2, 3, 6, 7, 36],
         ),  # attributes, copy, metadata of marks, marks, first rows, the last
         (2, change_rows, [1, 2, 4, 20]),
         (2, lose_rows_of_an_unfinished_split, [0, 1, 2]),

@@ -86,9 +86,8 @@ def path_split(cache: Cache, path: str) -> str:
 
 
 def layers_of(split: str, *layers: str) -> set[str]:
-    return {
-        f"{split}/{layer}/{what}" for layer in layers or ("avgpool", "layer1") for what in ("activation", "gradient")
-    }
+    names, both = layers or ("avgpool", "layer1"), ("activation", "gradient")
+    return {f"{split}/layers/{layer}/{what}" for layer in names for what in both}
 
 
 def test_a_cache(small_cache: Cache, reads: Reads) -> None:
