@@ -77,9 +77,11 @@ def _convert_split(old: Cache, writer: CacheWriter, name: str, progress: Callabl
         if not written[unit].all():
             continue
         if not done[unit].all():
-            writer.write_block(
-                name, start, {new: split.read(path, rows, any_number=True) for new, path in paths.items()}
-            )
+            arrays = {
+                new: known[new][rows] if new in known else split.read(path, rows, any_number=True)
+                for new, path in paths.items()
+            }
+            writer.write_block(name, start, arrays)
         progress(name, rows.stop - rows.start)
     if split.sealed:
         writer.seal(name)

@@ -81,12 +81,13 @@ def hash_content(content: bytes, key: str, *, sharded: bool = False) -> str:
 
 async def _hash_keys(store: Store, split: str, keys: Sequence[str], sharded: bool) -> dict[str, str]:
     """Hash objects concurrently; at most a few MiB of a shard are in memory at a time."""
+    if isinstance(store, LocalStore):  # takes a fifth of the time of the store's own read
+        whole = {key: sharded or key.endswith("zarr.json") for key in keys}
+        return {key: _hash_file(f"{store.root}/{split}/{key}", whole=whole[key]) for key in keys}
     requests, pieces = asyncio.Semaphore(MAX_REQUESTS), asyncio.Semaphore(PIECES)
 
     async def hash_object(key: str) -> str:
         path, metadata = f"{split}/{key}", key.endswith("zarr.json")
-        if isinstance(store, LocalStore):  # takes a fifth of the time of the store's own read
-            return _hash_file(f"{store.root}/{path}", whole=sharded or metadata)
         if sharded and not metadata:
             async with pieces:
                 return await _hash_pieces(store, path)

@@ -49,6 +49,8 @@ class ExtractOptions:
     """Rows of a block of a new cache, a multiple of `batch_size`; None: about ten seconds of work, at most 512."""
     shard_blocks: int | None = None
     """Blocks in one stored object; None: one, and of a remote cache several."""
+    gradient: bool = True
+    """Whether gradients are computed and written; False: forward passes alone."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON values: paths as text, tuples as lists."""
@@ -81,7 +83,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {  # of the JSON values
     **dict.fromkeys(("layers", "poolings"), (list,)),
     **dict.fromkeys(("train_images", "train_seed", "batch_size", "mantissa_bits"), (int,)),
     **dict.fromkeys(("block_rows", "shard_blocks"), (int, NoneType)),
-    "allow_truncated": (bool,),
+    **dict.fromkeys(("allow_truncated", "gradient"), (bool,)),
     "channels_last": (bool, NoneType),
 }
 
@@ -119,7 +121,7 @@ def format_command(options: ExtractOptions, cache: str | Path) -> str:
         if field.name == "poolings":
             words += [word for layer, pooling in value for word in ("--pooling", f"{layer}={pooling}")]
         elif isinstance(value, bool):
-            words.append(flag if value else "--contiguous")  # allow_truncated has no flag for False, its default
+            words.append(flag if value else "--contiguous" if field.name == "channels_last" else f"--no-{field.name}")
         else:
             words += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
     return command_line(*words, "--cache", cache)

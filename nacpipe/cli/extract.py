@@ -75,6 +75,9 @@ def extract_options(command: Any) -> Any:
                      " at most 512."),
         click.option("--shard-blocks", type=int,
                      help="Blocks in one stored object; default: 1, of a remote cache 8."),
+        click.option("--no-gradient", "gradient", flag_value=False, default=True, type=bool,
+                     help="Write activations alone, by forward passes: half the time and disk; terms of gradients and"
+                     " products need gradients."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)

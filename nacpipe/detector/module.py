@@ -97,14 +97,15 @@ class Detector(nn.Module):
             if spec.pooling not in POOLINGS:
                 raise DetectorError(f"layer {spec.name!r}: pooling {spec.pooling!r} is not known")
         self._specs = list(taps)
-        if any(parameter.is_inference() for parameter in network.parameters()):
+        self._gradients = any(fitted.term.layer != LOGITS and fitted.term.source != "activation" for fitted in terms)
+        if self._gradients and any(parameter.is_inference() for parameter in network.parameters()):
             raise InputError(
                 "the network was made under torch.inference_mode, which forbids gradients; make it outside"
             )
         with isolated(network, like.device):
             trial = run_trial_batch(name or type(network).__name__, network, like, gives_features=outputs == "features")
             self.classifier, self._outputs = trial.classifier, outputs or trial.outputs
-            self._direct = find_penultimate(network, self._specs, self.classifier, like)
+            self._direct = find_penultimate(network, self._specs, self.classifier, like) if self._gradients else set()
         self._overwritten: Set[str] | None = None
         self(like)
 
@@ -138,6 +139,7 @@ class Detector(nn.Module):
                 overwritten=self._overwritten,
                 outputs=self._outputs,
                 autocast=self._autocast,
+                gradients=self._gradients,
             ) as taps,
         ):
             tapped = taps(images.detach())

@@ -17,10 +17,10 @@ from nacpipe.method.coverage import bin_edges, select_source
 from nacpipe.method.fitted_term import FittedTerm, find_components, fit_term
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.sorted_index import index_columns
-from nacpipe.method.term import Source, layer_of, source_of, view_of
+from nacpipe.method.term import LOGITS, Source, layer_of, source_of, view_of
 from nacpipe.scoring.alpha_range import measure_alpha
 from nacpipe.scoring.coverage import Coverage, fit_coverage
-from nacpipe.scoring.states import PIECE, check_layers, has_classes, read_states
+from nacpipe.scoring.states import PIECE, check_layers, has_classes, held_sources, read_states
 
 QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 HISTOGRAM_BINS = 64
@@ -142,7 +142,11 @@ def _values_and_states(cache: Cache, split: str, layer: str, params: LayerParams
 
 
 def _read_values(split: SplitView, layer: str) -> dict[str, Values]:
-    """Activation, gradient and product of all samples and neurons, (rows, neurons) each."""
+    """Activation, gradient and product of all samples and neurons, (rows, neurons) each; those that the cache has."""
+    if not split.has_gradients and layer_of(layer) != LOGITS:
+        activation, _ = read_states(split, layer, "activation")
+        assert activation is not None
+        return {"activation": activation}
     activation, gradient = read_states(split, layer)
     assert activation is not None
     assert gradient is not None
@@ -169,6 +173,8 @@ def _read_training(
         values: that split's; they are those of id/train where it is that split.
     """
     if "id/train" not in cache or not cache.peek("id/train").sealed:
+        return {}
+    if not (sources := sources & set(held_sources(cache, layer_of(layer)))):
         return {}
     if split == "id/train":
         return {source: values[source] for source in sources}
@@ -241,7 +247,8 @@ def describe_layers(cache: Cache, split: str, params: NacParams | None = None, o
     held = params.layers if params is not None else {}
     rows = []
     for layer in [layer_of(only)] if only else list(opened):
-        terms = [only] if only else [term for term in held if layer_of(term) == layer] or [layer]
+        usual = layer if opened.has_gradients else f"{layer}:activation"
+        terms = [only] if only else [term for term in held if layer_of(term) == layer] or [usual]
         values = _read_values(opened, layer)
         training = _read_training(cache, split, layer, {source_of(term) for term in terms}, values)
         rows += [_layer_row(term, values, training, held.get(term)) for term in terms]
@@ -268,8 +275,8 @@ def _layer_row(
 
 
 def _sizes(values: Mapping[str, Values]) -> dict[str, Any]:
-    """Neurons, dead neurons, the share of products that are 0, and the median size of the others."""
-    product = values["product"]
+    """Neurons, dead neurons, the share of products (without gradients: activations) that are 0, the others' median."""
+    product = values.get("product", values["activation"])
     size = np.abs(product[np.isfinite(product) & (product != 0)])
     return {
         "neurons": product.shape[1],

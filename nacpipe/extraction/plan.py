@@ -133,6 +133,7 @@ class Plan:
             overwritten=self.overwritten,
             outputs=network.model.outputs,
             autocast=AUTOCAST[request.autocast],
+            gradients=request.gradient,
         )
 
 
@@ -167,7 +168,9 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         device = find_device(request.device, ranks.local, ranks.local_world)
         network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
     notes += [f"images are prepared by {network.prepared_by}: {network.transform.describe()}", *network.notes]
-    layers, classes, features, layer_notes = measure_layers(network, request.layers, request.poolings)
+    layers, classes, features, layer_notes = measure_layers(
+        network, request.layers, request.poolings, gradients=request.gradient
+    )
     notes += layer_notes
     header = make_header(request, network, layers, classes, features)
     if not exists:
@@ -258,6 +261,8 @@ def _prepare(request: ExtractRequest, network: Network, layers: Sequence[LayerSp
     """Set the memory format; return the layers that are the classifier's input, and those that are overwritten."""
     if request.channels_last_on(network.device):
         network.module.to(memory_format=torch.channels_last)
+    if not request.gradient:
+        return frozenset(), frozenset()
     side = network.transform.crop
     noise = torch.randn(2, len(network.transform.mean), side, side, generator=torch.Generator().manual_seed(0))
     images, classifier = noise.to(network.device), network.model.classifier

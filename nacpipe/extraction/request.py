@@ -108,6 +108,7 @@ def make_header(
         features=features,
         mantissa_bits=request.mantissa_bits,
         shard_blocks=request.blocks_per_object,
+        gradients=request.gradient,
     )
 
 

@@ -97,13 +97,16 @@ def name_layers(layers: Layers) -> dict[str, str]:
     return dict(pairs)
 
 
-def measure_layers(network: Network, layers: Layers, poolings: Poolings = ()) -> MeasuredLayers:
+def measure_layers(
+    network: Network, layers: Layers, poolings: Poolings = (), *, gradients: bool = True
+) -> MeasuredLayers:
     """Choose the layers, then run a blank image and count their neurons.
 
     Args:
         network: the network.
         layers: aliases or module paths, or `NAME=PATH`, or a mapping; empty: the model's default layers.
         poolings: (layer's name, pooling) in place of the table's or the guessed ones.
+        gradients: whether they need a gradient.
 
     Raises:
         InputError: a layer or pooling is not known, they do not fit each other, or a layer has no gradient.
@@ -111,7 +114,7 @@ def measure_layers(network: Network, layers: Layers, poolings: Poolings = ()) ->
     draft, notes = _choose_layers(network, layers, poolings)
     model = network.model
     try:
-        with Taps(network.module, draft, model.classifier, outputs=model.outputs) as taps:
+        with Taps(network.module, draft, model.classifier, outputs=model.outputs, gradients=gradients) as taps:
             tapped = taps(network.blank(1))
     except InputError:
         raise

@@ -66,6 +66,7 @@ class Taps:
         overwritten: Set[str] | None = None,
         outputs: str = "logits",
         autocast: torch.dtype | None = None,
+        gradients: bool = True,
     ) -> None:
         """Register hooks on `layers` of `network`.
 
@@ -79,6 +80,8 @@ class Taps:
                 batch finds them and sets `overwritten`.
             outputs: the kind of the network's outputs; for probabilities, the loss is that of their logarithms.
             autocast: a half type that the network runs in; the results are float32.
+            gradients: False: a forward pass in inference mode alone; outputs are pooled when their layer runs, so that
+                nothing that later modules do to them matters.
 
         Raises:
             InputError: a path names no module, or a module that takes no hooks, naming layer and path.
@@ -102,7 +105,10 @@ class Taps:
                 raise InputError(f"the network has no module {classifier!r} to be its classifier")
             if {spec.name for spec in layers} <= penultimate:
                 self._linear = modules[classifier]
-        self._backward = bool(layers) and self._linear is None
+        self._pools_at_once = not gradients
+        if self._pools_at_once:
+            self._linear = None
+        self._backward = bool(layers) and self._linear is None and gradients
         self._outputs: dict[str, Tensor] = {}
         # (layer, the tensor passed on to the next module, torch's count of in-place changes of that tensor)
         self._passed_on: list[tuple[str, Tensor, int]] = []
@@ -135,10 +141,18 @@ class Taps:
     def _run(self, images: Tensor) -> Tapped:
         device = images.device.type
         precision = nullcontext() if self.autocast is None else torch.autocast(device, dtype=self.autocast)
-        with torch.set_grad_enabled(self._backward), precision, run_eagerly():
+        recorded = torch.inference_mode() if self._pools_at_once else torch.set_grad_enabled(self._backward)
+        with recorded, precision, run_eagerly():
             logits = self.network(images)
         if missing := [s.name for s in self.layers if s.name not in self._outputs]:
             raise InputError(f"layer {missing[0]!r} did not run in a forward pass")
+        if self._pools_at_once:
+            return Tapped(
+                activation={s.name: self._outputs[s.name] for s in self.layers},
+                gradient={},
+                logits=_widen(logits),
+                features=None if self._features is None else _widen(torch.flatten(self._features, 1)),
+            )
         changed = {name for name, passed_on, version in self._passed_on if passed_on._version != version}
         if self.overwritten is None:
             self.overwritten = frozenset(changed)
@@ -147,8 +161,7 @@ class Taps:
             self._passed_on.clear()
             return self._run(images)
         for spec in self.layers:
-            if (output := self._outputs[spec.name]).dim() not in _DIMENSIONS[spec.pooling]:
-                raise InputError(f"layer {spec.name!r} gives {tuple(output.shape)}, which {spec.pooling} does not pool")
+            _check_pooling(spec, self._outputs[spec.name])
         with torch.no_grad():
             logits_gradient = self._loss_gradient(_widen(logits))
         return Tapped(
@@ -198,6 +211,10 @@ class Taps:
         def hook(_module: nn.Module, _inputs: object, output: object) -> Tensor:
             if not isinstance(output, Tensor):
                 raise InputError(f"layer {spec.name!r} returns {type(output).__name__}, not one tensor")
+            if self._pools_at_once:
+                _check_pooling(spec, output)
+                self._outputs[spec.name] = _pool(spec, output).clone()  # of `none` it is the output itself
+                return output
             if self._backward and (why := why_no_gradient(output)):
                 raise InputError(f"layer {spec.name!r} gives {why}")
             # The first tap starts the graph: parameters need no gradient, so no graph exists below it.
@@ -276,12 +293,24 @@ def find_penultimate(
     )
 
 
+def _check_pooling(spec: LayerSpec, output: Tensor) -> None:
+    if output.dim() not in _DIMENSIONS[spec.pooling]:
+        raise InputError(f"layer {spec.name!r} gives {tuple(output.shape)}, which {spec.pooling} does not pool")
+
+
 def _pool(spec: LayerSpec, values: Tensor) -> Tensor:
     return POOLINGS[spec.pooling](_widen(values))
 
 
 def _widen(values: Tensor) -> Tensor:
-    """Convert half types to float32, so that sums and softmax do not lose digits; float32 and float64 are unchanged."""
+    """Convert half types to float32, so that sums and softmax do not lose digits; float32 and float64 are unchanged.
+
+    Quantised and whole numbers become float32 too.
+    """
+    if values.is_quantized:
+        return values.dequantize()
+    if not values.is_floating_point():
+        return values.float()
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 

@@ -82,6 +82,11 @@ def has_classes(cache: Cache) -> bool:
     return outputs_of(cache) != "features"
 
 
+def held_sources(cache: Cache, layer: str) -> tuple[Source, ...]:
+    """Return the sources that a cache has of a layer; without gradients, all of the logits' and activations alone."""
+    return SOURCES if cache.header.gradients or layer == LOGITS else ("activation",)
+
+
 def held_layers(cache: Cache) -> list[str]:
     """Return the names of the layers that can be scored, in the cache's order; the network's output last."""
     return [spec.name for spec in cache.header.layers] + [LOGITS] * has_logits(cache)

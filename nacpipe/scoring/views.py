@@ -9,8 +9,8 @@ from nacpipe.cache import Cache, SplitView
 from nacpipe.errors import ParamsError
 from nacpipe.method.class_groups import IMAGES_PER_GROUP, ClassGroups, choose_groups, count_groups_for
 from nacpipe.method.components import IMAGES_PER_NEURON, has_enough_images
-from nacpipe.method.term import LOGITS, SOURCES, VIEWS, Term
-from nacpipe.scoring.states import PIECE, has_classes, held_layers, outputs_of
+from nacpipe.method.term import LOGITS, VIEWS, Term
+from nacpipe.scoring.states import PIECE, has_classes, held_layers, held_sources, outputs_of
 
 
 def list_terms(cache: Cache) -> list[Term]:
@@ -18,7 +18,7 @@ def list_terms(cache: Cache) -> list[Term]:
     return [
         Term(layer=layer, source=source, view=view)
         for layer in held_layers(cache)
-        for source in SOURCES
+        for source in held_sources(cache, layer)
         for view in VIEWS
     ]
 

@@ -23,7 +23,7 @@ from nacpipe.method.coverage import Edges
 from nacpipe.method.params import LayerParams
 from nacpipe.method.published import published_grid
 from nacpipe.method.term import Source, layer_of, parse_term, source_of
-from nacpipe.scoring.states import held_layers
+from nacpipe.scoring.states import held_layers, held_sources
 from nacpipe.scoring.views import available_terms, list_terms
 from nacpipe.tuning.space import FIELDS, Choice, Dimension, Given, Interval
 
@@ -50,7 +50,7 @@ def read_spec(space: str, cache: Cache, layers: Sequence[str]) -> dict[str, Give
     elif space == "paper":
         asked = {name: {} for name in layers or _default_layers(cache)}
     elif space == "wide":
-        asked = {name: {"source": Choice(_sources(name))} for name in layers or held_layers(cache)}
+        asked = {name: {"source": Choice(_sources(cache, name))} for name in layers or held_layers(cache)}
     elif space == "terms":
         asked = _terms(cache, layers)
     elif space == "published":
@@ -63,15 +63,28 @@ def read_spec(space: str, cache: Cache, layers: Sequence[str]) -> dict[str, Give
                 raise InputError(f"layer {name!r} is not in the space {space}; it has {', '.join(asked)}")
         asked = {name: asked[name] for name in layers}
     held = held_layers(cache)
+    _check_sources(cache, space, asked)
     return {
         name: asked[name]
         for name in sorted(asked, key=lambda n: held.index(layer_of(n)) if layer_of(n) in held else len(held))
     }
 
 
-def _sources(name: str) -> tuple[Source, ...]:
-    """Every source, or the one that a name says."""
-    return get_args(Source) if layer_of(name) == name else (source_of(name),)
+def _sources(cache: Cache, name: str) -> tuple[Source, ...]:
+    """Every source that the cache has, or the one that a name says."""
+    return held_sources(cache, name) if layer_of(name) == name else (source_of(name),)
+
+
+def _check_sources(cache: Cache, space: str, asked: Mapping[str, Given]) -> None:
+    for name, given in asked.items():
+        source = given.get("source", Choice((source_of(name),)))
+        assert isinstance(source, Choice)
+        if lacking := [str(value) for value in source.values if value not in held_sources(cache, layer_of(name))]:
+            raise ParamsError(
+                f"{cache.path} was written without gradients (extract --no-gradient), and the space {space} counts the"
+                f" {lacking[0]} of {layer_of(name)!r}; use --space auto or terms, or a term such as"
+                f" {layer_of(name)}:activation"
+            )
 
 
 def _default_layers(cache: Cache) -> list[str]:
@@ -95,7 +108,7 @@ def _terms(cache: Cache, layers: Sequence[str]) -> dict[str, Given]:
     return {
         f"{layer_of(name)}:{source}": {"source": Choice((source,))}
         for name in layers or held_layers(cache)
-        for source in _sources(name)
+        for source in _sources(cache, name)
     }
 
 
@@ -139,7 +152,7 @@ def _read_file(path: Path, layers: Sequence[str]) -> dict[str, Given]:
         fields = {**default, **tables.get(name, {})}
         spec[name] = {field: d for field, value in fields.items() if (d := _dimension(path, name, field, value))}
         source = spec[name].get("source")
-        if isinstance(source, Choice) and not set(source.values) <= set(_sources(name)):
+        if layer_of(name) != name and isinstance(source, Choice) and set(source.values) != {source_of(name)}:
             told = ", ".join(source.values)
             raise InputError(
                 f"{path}: layers.{name}.source is {told}; the layer is named after another, so leave it out"
