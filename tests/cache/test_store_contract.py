@@ -89,12 +89,12 @@ def test_a_split_is_dropped(place: str, here: Cache) -> None:
 def test_a_changed_object_is_found(place: str, here: Cache) -> None:
     there = copy_splits(here, place, "id/val")
     objects = address.Objects(place)
-    for path, what in (("id/val/logits/c.0.0", b"1234"), ("id/val/label/c.1", b"5678")):
+    for path, what in (("id/val/logits/c.0.0", b"1234"), ("id/val/label/c.0", b"5678")):
         objects.replace(path, what)
     with pytest.raises(CacheError, match="id/val is not what was sealed"):
         open_cache(place)["id/val"]
-    assert [(d.array, d.block) for d in verify_cache(there) if d.split == "id/val"] == [("logits", 0), ("label", 1)]
-    objects.remove("id/val/label/c.1")
+    assert [(d.array, d.block) for d in verify_cache(there) if d.split == "id/val"] == [("logits", 0), ("label", None)]
+    objects.remove("id/val/label/c.0")
     with pytest.raises(CacheError, match=r"id/val/label is damaged \(1 of its chunks are not there\)"):
         open_cache(place)["id/val"]
 

@@ -55,7 +55,7 @@ def whole_place(small_cache: Cache, make_cache: Callable[..., Cache], tmp_path_f
     place = tmp_path_factory.mktemp("place")
     for name in ("c.zarr", "future.zarr", "unsealed.zarr", "zeros.zarr"):
         shutil.copytree(small_cache.path, place / name)
-    change(place / "future.zarr/zarr.json", nacpipe_format=2)
+    change(place / "future.zarr/zarr.json", nacpipe_format=3)
     change(place / "unsealed.zarr/ood/val/zarr.json", sealed=False, digest=None)
     change(place / "unsealed.zarr/id/test/zarr.json", sealed=False, digest=None)
     (place / "folder.zarr").mkdir()
@@ -102,7 +102,7 @@ def test_the_group_shows_the_way() -> None:
 
 NO_CACHE = "there is no cache at nosuch.zarr; make one with: nacpipe extract BENCHMARK --cache nosuch.zarr\n"
 FUTURE = (
-    "future.zarr: this cache has format version 2, this nacpipe reads version 1; use the nacpipe that wrote it, or "
+    "future.zarr: this cache has format version 3, this nacpipe reads versions 1, 2; use the nacpipe that wrote it, or "
 )
 OTHER = "study nac-seed1 in strange.log was made with another cache than c.zarr: weights: stored 01234567…, now "
 LAYER9 = (
