@@ -153,9 +153,10 @@ def select_values(tapped: Tapped, term: Term, mantissa_bits: int = ALL_BITS) -> 
         activation = tapped.logits.float().cpu()
         gradient = torch.from_numpy(logits_gradient(activation.numpy()))
     else:
-        activation, gradient = (
-            round_bits(values[term.layer].float(), mantissa_bits) for values in (tapped.activation, tapped.gradient)
-        )
+        activation = round_bits(tapped.activation[term.layer].float(), mantissa_bits)
+        if term.source == "activation":  # there may be no gradient
+            return activation
+        gradient = round_bits(tapped.gradient[term.layer].float(), mantissa_bits)
     return select_source(activation, gradient, term.source)  # type: ignore[arg-type, return-value]  # as arrays do
 
 
