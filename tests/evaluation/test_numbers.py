@@ -19,6 +19,7 @@ from nacpipe.scoring.coverage import fit_coverage, score_splits
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.runner import run
 from nacpipe.tuning.study import Search
+from tests.alike import prepare_split
 
 ALL = ("id/train", "id/subtrain", "id/val", "id/test", "ood/val", "ood/near/letters", "ood/far/textures")
 
@@ -38,9 +39,9 @@ def change(small_cache: Cache, tmp_path: Path) -> Callable[..., Cache]:
             split = small_cache[name]
             arrays = {key: split.read(key).copy() for key in small_cache.header.arrays()}
             for key, value in values.items():
-                arrays[key.replace("__", "/")][...] = value
+                arrays[small_cache.header.layer_array(*key.split("__"))][...] = value
             writer.drop(name)
-            writer.prepare(name, split.rows, split.images)
+            prepare_split(writer, split)
             for block, start in enumerate(range(0, split.rows, 16)):
                 writer.write_block(name, block, {key: array[start : start + 16] for key, array in arrays.items()})
             writer.seal(name)

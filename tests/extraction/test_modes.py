@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nacpipe.cache import Cache, LayerSpec, open_cache
+from nacpipe.cache import Cache, Header, LayerSpec, open_cache
 from nacpipe.errors import IdentityError, InputError
-from nacpipe.extraction.pipeline import _to_arrays, extract
+from nacpipe.extraction.pipeline import extract, to_arrays
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
 from nacpipe.networks.architectures.resnets import CifarResNet
@@ -60,7 +60,9 @@ def test_a_batch_that_does_not_fit_runs_in_halves_and_so_do_those_after_it() -> 
         return Tapped({"a": images[:, :1]}, {"a": images[:, 1:2]}, images, None)
 
     images = torch.arange(7 * 3.0).reshape(7, 3)
-    run = BatchRunner(lambda part: _to_arrays(taps(part)), torch.device("cpu"), notes.append)
+    layer = LayerSpec(name="a", path="a", pooling="none", neurons=1)
+    header = Header(identity={}, information={}, block_rows=8, layers=(layer,), classes=3, features=0)
+    run = BatchRunner(lambda part: to_arrays(taps(part), header), torch.device("cpu"), notes.append)
     for batch, expected in ((images, [7, 4, 2, 2, 2, 1]), (images, [2, 2, 2, 1]), (images[:5], [2, 2, 1])):
         sizes.clear()
         parts = list(run(batch))

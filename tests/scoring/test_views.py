@@ -250,7 +250,7 @@ def write_large(path: Path, rows: dict[str, int], neurons: int, value: float = 0
         writer.prepare(split, count, {})
         for block in range(count // 256):
             arrays: dict[str, NDArray[np.generic]] = {
-                f"{layer}/{kind}": random.normal(size=(256, neurons)).astype(np.float32)
+                header.layer_array(layer, kind): random.normal(size=(256, neurons)).astype(np.float32)
                 for layer in ("a", "b")
                 for kind in ("activation", "gradient")
             }
