@@ -337,6 +337,7 @@ def test_refusals(place: Path) -> None:
     assert (done.exit_code, "--output" in done.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_without_torch(place: Path) -> None:
     code = """
 import sys
