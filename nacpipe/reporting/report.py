@@ -22,9 +22,9 @@ from nacpipe.cache import Cache
 from nacpipe.evaluation.inspection import summarise_cache
 from nacpipe.evaluation.method_scores import MethodScores, ScoredCache, score_cache
 from nacpipe.evaluation.tables import footnotes, verdicts
+from nacpipe.method.guide import choose_guide, score_plainly
 from nacpipe.method.metrics import Scores, auroc, detect
 from nacpipe.method.params import NacParams
-from nacpipe.method.plain_scores import energy
 from nacpipe.reporting.figures import (
     draw_coverage,
     draw_histogram,
@@ -93,7 +93,10 @@ def read_cache_report(
 
 
 def check_overfitting(cache: Cache, coverage: Coverage) -> pd.DataFrame:
-    """Return one row for NAC and, where there are logits, one for Energy: how well they tell id/val from …
+    """Return one row for NAC and, where there are logits, one for the best plain score: how well they tell id/val from …
+
+    The best plain score is the search's guide: the one with the highest AUROC of id/val against ood/val. There is none
+    where the cache holds no finished ood/val.
 
     Columns: method, val_auroc and val_fpr95 (from ood/val), subtrain_auroc (from id/subtrain; 0.5 is the ideal).
     A split that the cache does not hold, or not finished, is NaN.
@@ -101,8 +104,13 @@ def check_overfitting(cache: Cache, coverage: Coverage) -> pd.DataFrame:
     names = ("id/val", "ood/val", "id/subtrain")
     splits = {name: cache[name] for name in names if name in cache and cache.peek(name).sealed}
     methods = {"NAC": {name: coverage.score(split) for name, split in splits.items()}}
-    if has_logits(cache):
-        methods["Energy"] = {name: energy(split.read("logits")) for name, split in splits.items()}
+    if has_logits(cache) and {"id/val", "ood/val"} <= splits.keys():
+        plain = {name: score_plainly(split.read("logits")) for name, split in splits.items()}
+        inside, outside = plain["id/val"], plain["ood/val"]
+        is_id = np.repeat([True, False], [splits[name].rows for name in ("id/val", "ood/val")])
+        guide = choose_guide({name: np.concatenate([inside[name], outside[name]]) for name in inside}, is_id)
+        assert guide is not None
+        methods[guide.name] = {name: scores[guide.name] for name, scores in plain.items()}
     rows = []
     for method, scores in methods.items():
         row = dict.fromkeys(("val_auroc", "val_fpr95", "subtrain_auroc"), math.nan)
@@ -237,15 +245,16 @@ def _overfitting(report: CacheReport, named: bool) -> str:
     """The result of the overfitting check, in words."""
     where = f" ({report.cache.path})" if named else ""
     subtrain = dict(zip(report.overfitting["method"], report.overfitting["subtrain_auroc"], strict=True))
-    nac, energy_auroc = subtrain["NAC"], subtrain.get("Energy", math.nan)
+    nac = subtrain.pop("NAC")
     if nac != nac:
         return f"Overfitting check{where}: not made, the cache has no finished id/subtrain and id/val."
     text = f"Overfitting check{where}: id/val against id/subtrain, AUROC {_percent(nac)} % (50 is ideal"
-    if energy_auroc != energy_auroc:
+    if not subtrain:
         return f"{text})."
-    overfits = nac < energy_auroc - OVERFIT_POINTS
-    warning = f"more than {100 * OVERFIT_POINTS:g} points below Energy's: the coverage may be overfitted."
-    return f"{text}; Energy's {_percent(energy_auroc)} %): {warning if overfits else 'no sign of overfitting.'}"
+    ((guide, own),) = subtrain.items()
+    overfits = nac < own - OVERFIT_POINTS
+    warning = f"more than {100 * OVERFIT_POINTS:g} points below {guide}'s: the coverage may be overfitted."
+    return f"{text}; {guide}'s {_percent(own)} %): {warning if overfits else 'no sign of overfitting.'}"
 
 
 def _results(frame: pd.DataFrame) -> list[tuple[str, list[list[Table]]]]:
