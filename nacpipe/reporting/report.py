@@ -93,7 +93,7 @@ def read_cache_report(
 
 
 def check_overfitting(cache: Cache, coverage: Coverage) -> pd.DataFrame:
-    """Return one row for NAC and, where there are logits, one for the best plain score: how well they tell id/val from …
+    """Return a row for NAC and, where there are logits, one for the best plain score: how well they tell id/val from …
 
     The best plain score is the search's guide: the one with the highest AUROC of id/val against ood/val. There is none
     where the cache holds no finished ood/val.
