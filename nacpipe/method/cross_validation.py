@@ -62,23 +62,33 @@ def cross_validate(
     is_id: NDArray[np.bool_],  # (images,)
     plain: Mapping[str, Floats],  # plain score → (images,); empty where outputs are no logits
     folds: Sequence[Rows],
-) -> float:
+    extras: Sequence[Floats | None] = (None,),  # each: (images,)
+) -> list[float]:
     """Return the mean over folds of the AUROC of held-out images; NaN where no fold holds out both sides.
 
     A fold that holds out, or leaves, one side alone is left out.
+
+    Args:
+        scores: of the trials of each term.
+        is_id: ID or OOD.
+        plain: what the guide is chosen from.
+        folds: the images that each holds out.
+        extras: of each the same is returned with one more term, which has one trial; None for none.
     """
     splits = [(held, np.setdiff1d(np.arange(is_id.size), held)) for held in folds]
     splits = [pair for pair in splits if all(is_id[rows].any() and not is_id[rows].all() for rows in pair)]
     if not splits:
-        return float("nan")
+        return [float("nan")] * len(extras)
     targets = [_target(is_id, plain, kept) for _, kept in splits]
     trials = _best_trials(scores, is_id.size, [kept for _, kept in splits], targets)  # (terms, folds)
-    reached = []
-    for (held, kept), target, best in zip(splits, targets, trials.T, strict=True):
-        chosen = np.stack([term[trial] for term, trial in zip(scores, best, strict=True)], axis=1)
-        combined = chosen[held] @ ridge_weights(chosen[kept], target)
-        reached.append(auroc(combined[is_id[held]], combined[~is_id[held]]))
-    return float(np.mean(reached))
+    reached = np.empty((len(splits), len(extras)))
+    for fold, ((held, kept), target, best) in enumerate(zip(splits, targets, trials.T, strict=True)):
+        terms = [term[trial] for term, trial in zip(scores, best, strict=True)]
+        for place, extra in enumerate(extras):
+            chosen = np.stack(terms if extra is None else [*terms, extra], axis=1)
+            combined = chosen[held] @ ridge_weights(chosen[kept], target)
+            reached[fold, place] = auroc(combined[is_id[held]], combined[~is_id[held]])
+    return [float(value) for value in reached.mean(axis=0)]
 
 
 def _target(is_id: NDArray[np.bool_], plain: Mapping[str, Floats], kept: Rows) -> Floats:

@@ -142,6 +142,8 @@ def draw_cache_report(report: CacheReport) -> dict[str, dict[str, Figure]]:
     layers = {f"coverage-{name.replace(':', '-')}": draw_coverage(name, layer) for name, layer in fitted.items()}
     total = float(report.coverage.weights.sum())
     weights = {name: layer.weight / total for name, layer in report.params.layers.items()}
+    if (fused := report.params.fused) is not None:
+        weights[fused.method] = fused.weight / total
     search = {"weights": draw_weights(weights)}
     if explanation is not None:
         if explanation.parameters["importance"].notna().any():
@@ -297,6 +299,8 @@ def _layers(report: CacheReport) -> Table:
             name, str(layer.bins), str(layer.saturation), f"{layer.alpha:.4g}", layer.source, layer.edges,
             f"{layer.weight:.4f}", *(_percent(aurocs.get(column, math.nan)) for column in ("alone", "without")),
         ])  # fmt: skip
+    if (fused := report.params.fused) is not None:
+        rows.append([fused.method, *["–"] * 5, f"{fused.weight:.4f}", *["–"] * 2])
     columns = ["layer", "bins", "saturation", "alpha", "state of", "edges", "weight"]
     columns += ["alone,\nAUROC %", "without it,\nAUROC %"]
     return Table(columns=columns, rows=rows)
