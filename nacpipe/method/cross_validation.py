@@ -62,19 +62,22 @@ def cross_validate(
     is_id: NDArray[np.bool_],  # (images,)
     plain: Mapping[str, Floats],  # plain score → (images,); empty where outputs are no logits
     folds: Sequence[Rows],
-    extras: Sequence[Floats | None] = (None,),  # each: (images,)
-) -> list[float]:
+) -> float:
     """Return the mean over folds of the AUROC of held-out images; NaN where no fold holds out both sides.
 
     A fold that holds out, or leaves, one side alone is left out.
-
-    Args:
-        scores: of the trials of each term.
-        is_id: ID or OOD.
-        plain: what the guide is chosen from.
-        folds: the images that each holds out.
-        extras: of each the same is returned with one more term, which has one trial; None for none.
     """
+    return cross_validate_each(scores, is_id, plain, folds, [None])[0]
+
+
+def cross_validate_each(
+    scores: Sequence[NDArray[np.floating]],  # per term: (trials, images)
+    is_id: NDArray[np.bool_],  # (images,)
+    plain: Mapping[str, Floats],
+    folds: Sequence[Rows],
+    extras: Sequence[Floats | None],  # each (images,)
+) -> list[float]:
+    """Return what `cross_validate` does, for each of `extras` as one more term of one trial; None stands for none."""
     splits = [(held, np.setdiff1d(np.arange(is_id.size), held)) for held in folds]
     splits = [pair for pair in splits if all(is_id[rows].any() and not is_id[rows].all() for rows in pair)]
     if not splits:
