@@ -29,7 +29,7 @@ from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.identity import VAL, bound_splits
 from nacpipe.errors import InputError, NoValuesError, ParamsError
 from nacpipe.method.class_groups import count_groups_for
-from nacpipe.method.cross_validation import cluster_folds, cross_validate, image_folds
+from nacpipe.method.cross_validation import cluster_folds, cross_validate_each, image_folds
 from nacpipe.method.feature_scores import FeatureScoreName
 from nacpipe.method.guide import choose_guide, guided_target, score_plainly
 from nacpipe.method.metrics import auroc
@@ -219,7 +219,9 @@ class Objective:
         for method in fuse:
             fused = None if method is None else self.evaluator.standardise_fused(method)[1]
             extras.append(None if fused is None else np.concatenate([fused[rows] for rows in pair]))
-        reached = {name: cross_validate(scores, self._is_id, self._plain, rows, extras) for name, rows in folds.items()}
+        reached = {
+            name: cross_validate_each(scores, self._is_id, self._plain, rows, extras) for name, rows in folds.items()
+        }
         guide = self._guide_on(folds["images"])
         return {
             method: CrossValidation(

@@ -62,7 +62,7 @@ def test_each_is_cross_validated_as_one_more_term(chosen: tuple[Search, SearchRe
     assert made.study is not None
     found = made.study.user_attrs["cross_validated"]["by_fusion"]["NCI"]
     for kind, folds in (("images", image_folds(is_id)), ("clusters", cluster_folds(is_id, predicted))):
-        assert found[kind] == pytest.approx(cross_validate(scores, is_id, objective._plain, folds)[0], abs=1e-12)
+        assert found[kind] == pytest.approx(cross_validate(scores, is_id, objective._plain, folds), abs=1e-12)
 
 
 def test_a_study_goes_on_with_another_choice(chosen: tuple[Search, SearchResult]) -> None:
