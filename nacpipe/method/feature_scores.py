@@ -49,7 +49,7 @@ class FusedScore:
             value: Any = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
                 raise ParamsError(f"fused {name} is {value!r}; it must be a finite number")
-            if not abs(value) < 1e300:  # nor NaN
+            if not -1e300 < value < 1e300:  # nor NaN
                 raise ParamsError(f"fused {name} is {value!r}; it must be a finite number")
             object.__setattr__(self, name, float(value))
         if self.deviation <= 0:
