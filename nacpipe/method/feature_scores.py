@@ -46,10 +46,8 @@ class FusedScore:
         if self.method not in FEATURE_SCORES:
             raise ParamsError(f"fused method is {self.method!r}; known: {', '.join(FEATURE_SCORES)}")
         for name in ("mean", "deviation", "weight"):
-            value: Any = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
-                raise ParamsError(f"fused {name} is {value!r}; it must be a finite number")
-            if not -1e300 < value < 1e300:  # nor NaN
+            value = getattr(self, name)
+            if not (_is_number(value) and abs(value) < 1e300):  # nor NaN
                 raise ParamsError(f"fused {name} is {value!r}; it must be a finite number")
             object.__setattr__(self, name, float(value))
         if self.deviation <= 0:
@@ -64,6 +62,10 @@ class FusedScore:
         the batch it comes in, as coverage is.
         """
         return np.asarray(np.rint((scores - self.mean) / self.deviation / STEP) * STEP)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.floating) and not isinstance(value, bool)
 
 
 class FeatureScore(Protocol):
