@@ -21,6 +21,9 @@ EXTRACT_OPTIONS = $(BENCHMARK) --cache $(CACHE) \
 	$(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(LAYERS),--layers '$(LAYERS)') \
 	$(if $(TRAIN_IMAGES),--train-images $(TRAIN_IMAGES))
 
+# Images of containers often set it; then every process that a test starts compiles some thousand modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .NOTPARALLEL:
 .PHONY: help demo extract search evaluate test fuzz check format lint types wheel clean
 

@@ -7,6 +7,7 @@ import os
 # Before numpy and torch are imported, here and in the processes that tests start: xdist's workers share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import asyncio
 import gc
 import hashlib
 import importlib.util
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,11 +28,13 @@ from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
 from nacpipe.cache.layout import FORMAT_VERSION
 from nacpipe.files import is_url
 
+TO_THREAD = asyncio.to_thread
+
 pytest_plugins = ["tests.cifar_root", "tests.s3"]  # a data root, weights, a finished extraction; an S3 endpoint
 
 settings.register_profile("here", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
-settings.register_profile("quick", settings.get_profile("ci"), max_examples=25)  # make test
+settings.register_profile("quick", settings.get_profile("ci"), max_examples=12)  # make test
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 MARKERS = {"shared": "reference", "s3_endpoint": "server", "postgres": "server"}  # fixture → of every test that uses it
@@ -43,10 +47,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(MARKERS[fixture])
 
 
+def pytest_collection() -> None:
+    """Import without garbage collection: what is imported stays."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Leave what was imported out of every later garbage collection: it stays until the end."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,6 +64,24 @@ def no_fsync() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # which refuses a closed file as well
         yield
+
+
+async def _call(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    return function(*args, **options)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_zarr_threads() -> Iterator[None]:
+    """Zarr's event loop reads files and decodes chunks itself: a thread's start costs more than a small chunk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio, "to_thread", _call)
+        yield
+
+
+@pytest.fixture
+def zarr_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zarr's event loop hands over to threads, as it does outside the tests: for tests of what happens at one time."""
+    monkeypatch.setattr(asyncio, "to_thread", TO_THREAD)
 
 
 @pytest.fixture(scope="session")

@@ -257,3 +257,36 @@ def temperature(logits: Sequence[Sequence[float]], label: Sequence[int]) -> floa
         middle = math.sqrt(low * high)
         low, high = (low, middle) if rises(middle) else (middle, high)
     return 1 / low
+
+
+# --- feature scores ---------------------------------------------------------------------------------------------------
+
+
+def feature_score(
+    method: str,
+    features: Floats,  # (features,), of one image
+    logits: Floats,  # (classes,)
+    train: Floats,  # (images, features)
+    train_logits: Floats,  # (images, classes)
+    weight: Floats,  # (classes, features)
+    bias: Floats,  # (classes,)
+) -> float:
+    """NCI, fDBD or ViM of one image, from their papers."""
+    k = max(range(len(logits)), key=lambda j: logits[j])
+    if method != "ViM":
+        centred = [z - math.fsum(column) / len(train) for z, column in zip(features, train.T, strict=True)]
+        length = math.sqrt(math.fsum(z * z for z in centred))
+        if method == "NCI":
+            return math.fsum(w * z for w, z in zip(weight[k], centred, strict=True)) / length
+        others = [j for j in range(len(logits)) if j != k]
+        distances = [(logits[k] - logits[j]) / math.dist(weight[k], weight[j]) for j in others]
+        return math.fsum(distances) / len(others) / length
+    origin = -np.linalg.pinv(weight) @ bias
+    dimension = 1000 if len(features) > 1500 else 512 if len(features) >= 768 else len(features) // 2
+    _, _, directions = np.linalg.svd(train - origin, full_matrices=True)  # the largest spread first
+    null = directions[dimension:]
+    lengths = [float(np.linalg.norm(null @ (row - origin))) for row in train]
+    alpha = math.fsum(row.max() for row in train_logits) / math.fsum(lengths)
+    top = max(logits)
+    energy = top + math.log(math.fsum(math.exp(value - top) for value in logits))
+    return energy - alpha * float(np.linalg.norm(null @ (features - origin)))

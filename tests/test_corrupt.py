@@ -24,6 +24,7 @@ def test_a_changed_byte_is_found_or_changes_no_value(corrupt: ModuleType, tmp_pa
     assert tally.found > 0.8 * CHANGES
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_is_repaired_as_promised(corrupt: ModuleType, tmp_path: Path) -> None:
     """Each kind of object once, of a plain cache or of a sharded one."""
     tally = corrupt.run_changes(tmp_path, changes=0, repairs=len(corrupt.KINDS), seed=3)

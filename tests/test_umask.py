@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from nacpipe.cache import Cache
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Everything that writes, in a process of its own: the umask belongs to the whole process.
+# Everything that writes. The umask belongs to the whole process.
 CODE = """
 import io, os, shutil, sys, zipfile
 from dataclasses import replace
@@ -63,12 +64,40 @@ WRITTEN = [  # each by another piece of code
 ]
 
 
-@pytest.mark.parametrize(("umask", "mode"), [pytest.param("077", 0o600, marks=pytest.mark.slow), ("002", 0o664)])
-def test_the_umask_decides_the_mode_of_every_file(small_cache: Cache, tmp_path: Path, umask: str, mode: int) -> None:
-    command = [sys.executable, "-c", CODE, umask, str(Path(small_cache.path).resolve())]
+def run_in_another_process(umask: str, source: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, umask, source], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr
+
+
+def run_here(umask: str, source: str) -> None:
+    before = os.umask(0)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["-c", umask, source])
+            exec(compile(CODE, "everything that writes", "exec"), {})
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Optuna closes its databases when they are collected
+@pytest.mark.parametrize(
+    ("run", "umask", "mode"),
+    [pytest.param(run_in_another_process, "077", 0o600, marks=pytest.mark.slow), (run_here, "002", 0o664)],
+)
+def test_the_umask_decides_the_mode_of_every_file(
+    small_cache: Cache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[[str, str], None],
+    umask: str,
+    mode: int,
+) -> None:
+    source = str(Path(small_cache.path).resolve())
+    monkeypatch.chdir(tmp_path)
+    run(umask, source)
     files = {str(file.relative_to(tmp_path)): file for file in tmp_path.rglob("*") if file.is_file()}
     assert set(WRITTEN) <= set(files)
     assert any(name.startswith("figures/") for name in files)

@@ -21,6 +21,7 @@ import functools
 import gzip
 import importlib
 import importlib.resources
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,11 +142,13 @@ def _build_mnist(name: str) -> tuple[Images, Labels]:
 
 
 def _build_digits8x8() -> tuple[Images, Labels]:
-    digits = _import_extra("sklearn.datasets", "scikit-learn").load_digits()
-    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), from 0..16
+    # The file that scikit-learn's load_digits() parses, without importing scikit-learn: that takes scipy and pandas.
+    packed = (_find_extra("sklearn", "scikit-learn") / "datasets" / "data" / "digits.csv.gz").read_bytes()
+    table = np.loadtxt(gzip.decompress(packed).decode("ascii").splitlines(), delimiter=",", dtype=np.uint8)
+    grey = np.round(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), from 0..16
     margin = (SIDE - BOX) // 2
     images = np.pad(_resize(grey, BOX), ((0, 0), (margin, margin), (margin, margin)))
-    return images, digits.target.astype(np.int64)
+    return images, table[:, -1].astype(np.int64)
 
 
 def _build_letters(name: str) -> tuple[Images, Labels]:
@@ -218,9 +221,23 @@ def _import_extra(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingExtra(
-            f"the benchmark 'digits' needs {package}; install it with: pip install 'nacpipe[demo]'"
-        ) from error
+        raise _missing(package) from error
+
+
+def _find_extra(module: str, package: str) -> Path:
+    """Return the folder of an installed top-level module of the extra `demo`, which is not imported.
+
+    Raises:
+        MissingExtra: its package is not installed.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise _missing(package)
+    return Path(spec.submodule_search_locations[0])
+
+
+def _missing(package: str) -> MissingExtra:
+    return MissingExtra(f"the benchmark 'digits' needs {package}; install it with: pip install 'nacpipe[demo]'")
 
 
 _BUILDERS: dict[str, Callable[[], tuple[Images, Labels]]] = {

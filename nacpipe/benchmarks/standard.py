@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from nacpipe.benchmarks.synthetic import IMAGE_KINDS
 from nacpipe.errors import InputError
 
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -67,6 +68,9 @@ class Split:
     """Whether torchvision may download a data set that does not exist."""
     synthetic: tuple[str, ...] = ()
     """The kinds of OOD samples (synthetic.py) that are made from the images, which are those of id/val then."""
+    synthetic_if_missing: bool = False
+    """Whether such samples take its place where its list or all of its images do not exist and it was not requested by
+    name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +103,10 @@ class Benchmark:
             f"split {name!r} is not part of benchmark {self.name}; it has {', '.join(s.name for s in self.splits)}"
         )
 
+    def make_synthetic(self, split: str, kinds: tuple[str, ...] = IMAGE_KINDS) -> Split:
+        """Return the split of that name, to be made from the images of id/val."""
+        return replace(self.split("id/val"), name=split, synthetic=kinds)
+
 
 def _openood(
     name: str,
@@ -128,7 +136,7 @@ def _openood(
             make_split("id/val", f"val_{name}.txt"),
             make_split("id/test", f"test_{name}.txt"),
             *(make_split(f"csid/{k}", v, optional=True, pre_resized=k == "imagenet_c") for k, v in csid.items()),
-            make_split("ood/val", f"val_{val}.txt"),
+            make_split("ood/val", f"val_{val}.txt", synthetic_if_missing=True),
             *(make_split(f"ood/near/{key}", f"test_{key}.txt", optional=True) for key in near),
             *(make_split(f"ood/far/{key}", f"test_{key}.txt", optional=True) for key in far),
         ),

@@ -29,11 +29,18 @@ class SetStatus:
     """The first of those labels, and its image."""
     elsewhere: str = ""
     """The origin of images that are not checked here: Python packages, or torchvision."""
+    synthetic_if_missing: bool = False
+    """Whether `extract` makes the split from id/val where it has no list or no image."""
 
     @property
     def complete(self) -> bool:
         """Whether every listed image exists."""
         return self.images > 0 and not self.missing
+
+    @property
+    def is_made(self) -> bool:
+        """Whether `extract` makes the split from id/val."""
+        return self.synthetic_if_missing and self.missing == self.images
 
     @property
     def state(self) -> str:
@@ -63,7 +70,14 @@ def _check_split(benchmark: Benchmark, split: Split, root: Path) -> SetStatus:
     listed = read_list(benchmark, split, root)
     if listed is None:
         path = list_path(benchmark, split, root)
-        return SetStatus(split=split.name, source=split.source, images=0, missing=0, first=str(path))
+        return SetStatus(
+            split=split.name,
+            source=split.source,
+            images=0,
+            missing=0,
+            first=str(path),
+            synthetic_if_missing=split.synthetic_if_missing,
+        )
     missing = listed.missing(range(len(listed.names)))
     wrong = [] if split.name.startswith("ood/") else find_wrong_labels(listed.labels, benchmark.classes).tolist()
     return SetStatus(
@@ -71,6 +85,7 @@ def _check_split(benchmark: Benchmark, split: Split, root: Path) -> SetStatus:
         source=f"synthetic, from {listed.source}" if split.synthetic else listed.source,
         images=len(listed.names),
         missing=len(missing),
+        synthetic_if_missing=split.synthetic_if_missing,
         first=listed.where(missing[0]) if missing else "",
         wrong_labels=len(wrong),
         first_wrong=f"{listed.labels[wrong[0]]}, of {listed.where(wrong[0])}" if wrong else "",

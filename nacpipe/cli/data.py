@@ -152,6 +152,8 @@ def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
     for s in sets:
         if s.missing:
             note(f"{s.split}: {s.missing} of {s.images} images are not there, the first {s.first}")
+        if s.is_made:
+            note(f"{s.split}: until its images are there, extract makes it from those of id/val")
         if s.wrong_labels:
             note(
                 f"{s.split}: {s.wrong_labels} of {s.images} labels are outside 0 … {benchmark.classes - 1}; the first"

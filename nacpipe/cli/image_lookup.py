@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nacpipe.cli.output import note
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from nacpipe.benchmarks.standard import Benchmark
+    from nacpipe.benchmarks.standard import Benchmark, Split
     from nacpipe.cache import Cache
 
 TILES = 25  # on either side
@@ -53,7 +54,7 @@ def image_names(
     image_list = None
     try:
         opened, root = find_benchmark(cache, benchmark, data_root)
-        wanted = opened.split(split)
+        wanted = _as_extracted(opened, split, images)
         if not opened.packaged and wanted.kind != "torchvision":
             image_list = read_list(opened, wanted, root)
             if image_list is None:
@@ -64,6 +65,14 @@ def image_names(
         note(f"{image_list.path} is not the list that {split} was made from; paths are left out")
         image_list = None
     return [f"{images.get('list')}[{row}]" if image_list is None else str(image_list.file(row)) for row in index]
+
+
+def _as_extracted(benchmark: Benchmark, name: str, stored: Mapping[str, Any]) -> Split:
+    """The split as it was when it was extracted: where its list was missing it may have been made from id/val."""
+    synthetic = stored.get("synthetic")
+    if not isinstance(synthetic, Mapping):
+        return benchmark.split(name)
+    return benchmark.make_synthetic(name, tuple(synthetic.get("kinds", ())))
 
 
 def write_mosaic(
@@ -96,7 +105,7 @@ def write_mosaic(
     stored = cache[split].images
     opened, root = find_benchmark(cache, benchmark, data_root)
     count, seed = int(stored.get("images", 1)), int(stored.get("seed", 1))
-    images = open_images(opened, opened.split(split), root, train_images=count, train_seed=seed)
+    images = open_images(opened, _as_extracted(opened, split, stored), root, train_images=count, train_seed=seed)
     if images is None:
         raise ImageError(f"the images of {split} are not below {root}; say where they are with --data-root DIR")
     if images.sha256 != stored.get("sha256"):

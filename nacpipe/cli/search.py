@@ -36,6 +36,13 @@ SAMPLERS = ("terms", "layers", "tpe", "random", "grid", "nsga2", "cmaes")
     help="Of --val; default: guided, in other spaces auroc.",
 )
 @click.option("--val", default="ood/val", show_default=True, metavar="SPLIT", help="The split that plays OOD.")
+@click.option(
+    "--fuse",
+    default="auto",
+    show_default=True,
+    type=click.Choice(("auto", "none", "NCI", "fDBD", "ViM"), case_sensitive=False),
+    help="A feature score that is added to the sum; auto: the best in cross-validation, or none.",
+)
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Another seed is another study.")
 @click.option("--threads", type=click.IntRange(1), help="Cores to use; default: all.")
 @click.option("--layers", callback=split_layers, metavar="A,B", help="Layers to use, logits too; default: the cache's.")
@@ -164,6 +171,8 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
             for name, p in result.params.layers.items()
         ]
         extra = [field for field in ("source", "edges") if _chosen(search, field)]
+        if (fused := result.params.fused) is not None:
+            rows.append((fused.method, "", "", "", f"{fused.weight:.4f}", "", *[""] * len(extra)))
         print_table(("term", "bins", "saturation", "alpha", "weight", "alone, AUROC %", *extra), rows)
         checks = result.checks
         guide = "" if result.guide is None else f" ({result.guide} {percent(result.guide_val)} %)"
@@ -176,6 +185,11 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
             click.echo(
                 f"cross-validated: AUROC {percent(crossed.images)} % over images{own},"
                 f" {percent(crossed.clusters)} % over the classes that {search.request.val} is predicted as"
+            )
+        if fused is not None and crossed is not None and (without := result.without_fusion) is not None:
+            click.echo(
+                f"{fused.method} is a member of the sum; without it: {percent(without.images)} % over images,"
+                f" {percent(without.clusters)} % over classes"
             )
         if result.front is not None:
             click.echo(

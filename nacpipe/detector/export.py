@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 import nacpipe
 from nacpipe.cache import Cache
-from nacpipe.detector.file import Exported
+from nacpipe.detector.file import FUSED, Exported
 from nacpipe.errors import DetectorError, InputError, ValuesError
 from nacpipe.method.params import NacParams
 from nacpipe.method.term import LOGITS
@@ -38,7 +38,11 @@ def export_detector(cache: Cache, params: NacParams, keep: float = 0.95) -> Expo
     """
     if not 0 < keep <= 1:
         raise InputError(f"keep is {keep}; it must be above 0 and at most 1")
-    used = replace(params, layers={name: layer for name, layer in params.layers.items() if layer.weight > 0})
+    used = replace(
+        params,
+        layers={name: layer for name, layer in params.layers.items() if layer.weight > 0},
+        fused=params.fused if params.fused is not None and params.fused.weight > 0 else None,
+    )
     coverage, header = fit_coverage(cache, used), cache.header
     validation = coverage.score(cache["id/val"])
     embeds = not has_classes(cache)
@@ -46,6 +50,7 @@ def export_detector(cache: Cache, params: NacParams, keep: float = 0.95) -> Expo
     layers = dict.fromkeys(fitted.term.layer for fitted in terms)
     made = Exported(
         terms=terms,
+        fused=coverage.fused,
         taps=tuple(header.layer(name) for name in layers if name != LOGITS),
         threshold=choose_threshold(validation, keep),
         keep=keep,
@@ -74,7 +79,8 @@ def _check_size(made: Exported, arrays: Mapping[str, NDArray[Any]]) -> None:
         fitted.name: sum(array.nbytes for name, array in arrays.items() if name.startswith(f"{fitted.name}/"))
         for fitted in made.terms
     }
-    if (total := sum(sizes.values())) > MAX_BYTES:
+    fused = sum(array.nbytes for name, array in arrays.items() if name.startswith(f"{FUSED}."))
+    if (total := sum(sizes.values()) + fused) > MAX_BYTES:
         largest = max(sizes, key=sizes.__getitem__)
         raise DetectorError(
             f"its arrays have {total / 1e6:.0f} MB, at most {MAX_BYTES / 1e6:.0f} are written; the largest term is"

@@ -5,6 +5,8 @@
      "information": {…}}
 
 and the arrays of docs/detector.md. Version 1 has layers, each with its path and pooling, in place of taps and terms.
+Version 3 is version 2 with a feature score in the sum, `"fused": {"method", "mean", "deviation", "weight"}`; a detector
+without one is written as version 2.
 
 What comes from a file is checked here, number by number: it may be anyone's.
 """
@@ -31,14 +33,16 @@ from nacpipe.detector.term_arrays import ARRAYS, restore_term, store_term
 from nacpipe.errors import DetectorError, ParamsError
 from nacpipe.files import write_whole
 from nacpipe.method.class_groups import MAX_GROUPS, ClassGroups
+from nacpipe.method.feature_scores import FittedFusion, field_names, restore_feature_score
 from nacpipe.method.fitted_term import FittedTerm
 from nacpipe.method.outputs import OUTPUTS
-from nacpipe.method.params import layer_from_json, term_of
+from nacpipe.method.params import fused_from_json, layer_from_json, term_of
 from nacpipe.method.term import LOGITS
 from nacpipe.text import command_line
 
-VERSION = 2
+VERSION, VERSION_FUSED = 2, 3
 MAX_CLASSES, MAX_SIDE, MAX_NEURONS = 1_000_000, 4096, 2**24
+FUSED = "fused"  # before a dot, the arrays of a feature score
 CLASS_GROUPS = "class_groups"  # an array; a term's have a slash in their names
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -51,6 +55,8 @@ class Exported:
 
     terms: tuple[FittedTerm, ...]
     """Those of a weight above 0."""
+    fused: FittedFusion | None = None
+    """The feature score beside them, if there is one; of a weight above 0."""
     taps: tuple[LayerSpec, ...]
     """The layers of the terms but for the logits: where to tap and how to pool."""
     threshold: float
@@ -78,10 +84,11 @@ class Exported:
     def to_json(self) -> dict[str, Any]:
         """Return everything but the arrays, ready for json.dumps."""
         return {
-            "nacpipe_detector": VERSION,
+            "nacpipe_detector": VERSION if self.fused is None else VERSION_FUSED,
             "taps": [asdict(tap) for tap in self.taps],
             "terms": [{"name": fitted.name, "params": asdict(fitted.params)} for fitted in self.terms],
             **{_STORED_AS.get(name, name): getattr(self, name) for name in (*_WHOLE, "threshold", "keep")},
+            **({} if self.fused is None else {"fused": asdict(self.fused.params)}),
             "identity": dict(self.identity),
             "information": dict(self.information),
         }
@@ -93,6 +100,9 @@ class Exported:
             arrays |= {f"{fitted.name}/{what}": array for what, array in store_term(fitted).items()}
         if groups := [fitted.groups for fitted in self.terms if fitted.groups is not None]:
             arrays[CLASS_GROUPS] = groups[0].group_of
+        if self.fused is not None:
+            own = self.fused.feature_score.arrays()
+            arrays |= {f"{FUSED}.{what}": np.ascontiguousarray(array) for what, array in own.items()}
         return arrays
 
     @classmethod
@@ -104,10 +114,10 @@ class Exported:
         """
         if not isinstance(data, dict) or "nacpipe_detector" not in data:
             raise DetectorError("it is no exported detector")
-        if (version := data["nacpipe_detector"]) not in (1, VERSION):
+        if (version := data["nacpipe_detector"]) not in (1, VERSION, VERSION_FUSED):
             raise DetectorError(
-                f"it has version {_show(version)}, this nacpipe reads versions 1 and {VERSION}; use the nacpipe that"
-                " wrote it, or export again with: nacpipe export CACHE"
+                f"it has version {_show(version)}, this nacpipe reads versions 1 to {VERSION_FUSED}; use the nacpipe"
+                " that wrote it, or export again with: nacpipe export CACHE"
             )
         whole = {name: _whole(data, _STORED_AS.get(name, name), *limits) for name, limits in _WHOLE.items()}
         threshold, keep = _real(data, "threshold"), _real(data, "keep")
@@ -115,8 +125,11 @@ class Exported:
             raise DetectorError(f"keep is {keep}; it must be above 0 and at most 1")
         groups = _class_groups(arrays, whole["classes"])
         terms, taps = (_read_layers if version == 1 else _read_terms)(data, arrays, whole, groups)
+        fused = _read_fused(data, arrays, whole) if version == VERSION_FUSED else None
         names = [fitted.name for fitted in terms]
         known = {f"{name}/{what}" for name in names for what in ARRAYS} | {CLASS_GROUPS}
+        if fused is not None:
+            known |= {f"{FUSED}.{what}" for what in field_names(fused.params.method)}
         if unknown := sorted(set(arrays) - known):
             raise DetectorError(f"array {unknown[0]!r} belongs to no term")
         identity, information = (_object(data, name) for name in ("identity", "information"))
@@ -128,7 +141,8 @@ class Exported:
             raise DetectorError(f"its network gives {_show(given)}; known: {', '.join(OUTPUTS)}")
         _transform(identity.get("transform"))
         return cls(
-            terms=terms, taps=taps, threshold=threshold, keep=keep, identity=identity, information=information, **whole
+            terms=terms, fused=fused, taps=taps, threshold=threshold, keep=keep, identity=identity,
+            information=information, **whole,
         )  # fmt: skip
 
 
@@ -166,6 +180,46 @@ def _read_terms(
     if unused := sorted(set(by_name) - {fitted.term.layer for fitted in terms}):
         raise DetectorError(f"tap {unused[0]!r} is of no term")
     return terms, taps
+
+
+def _read_fused(data: Mapping[str, Any], arrays: Arrays, whole: Mapping[str, int]) -> FittedFusion:
+    """The feature score of version 3."""
+    try:
+        params = fused_from_json(data.get("fused"))
+    except ParamsError as error:
+        raise DetectorError(str(error)) from None
+    if params is None or params.weight == 0:
+        raise DetectorError("its fused score is not there or has weight 0; a detector holds only what counts")
+    own: dict[str, NDArray[Any]] = {}
+    for what in field_names(params.method):
+        if (array := arrays.get(f"{FUSED}.{what}")) is None:
+            raise DetectorError(f"the {what} of its fused {params.method} is not there")
+        own[what] = array
+    classes = whole["classes"]
+    features = next((own[what].size for what in ("mean", "origin") if what in own), 0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "weight": (classes, features),
+        "between": (classes, classes),
+        "mean": (features,),
+        "origin": (features,),
+        "principal": (features, own["principal"].shape[-1] if own.get("principal", _NONE).ndim else 0),
+        "alpha": (1,),
+    }
+    for what, array in own.items():
+        dtype = np.dtype(np.float32 if what == "weight" else np.float64)
+        if array.dtype != dtype or array.shape != shapes[what] or not array.size:
+            raise DetectorError(
+                f"the {what} of its fused {params.method} is {array.dtype} {array.shape}; wanted: {dtype}"
+                f" {shapes[what]}"
+            )
+        if not bool(np.isfinite(array).all()):
+            raise DetectorError(f"the {what} of its fused {params.method} is not finite")
+    if "between" in own and not bool((own["between"] >= 0).all()):
+        raise DetectorError(f"the between of its fused {params.method} is below 0")
+    return FittedFusion(params=params, feature_score=restore_feature_score(params.method, own))
+
+
+_NONE = np.empty(())
 
 
 def _read_layers(
@@ -299,7 +353,7 @@ def _show(value: Any) -> str:
 MAX_DETECTOR_BYTES = 2**30  # a detector is a few MB
 
 
-_DTYPES = ("F32", "U8", "U16", "I32")
+_DTYPES = ("F64", "F32", "U8", "U16", "I32")
 
 
 _KEY = "nacpipe_detector"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from nacpipe.detector.module import Detector, load_detector, select_values
 from nacpipe.errors import InputError, ValuesError
 from nacpipe.method.class_groups import ClassGroups, choose_groups
+from nacpipe.method.feature_scores import FittedFusion, fit_feature_score
 from nacpipe.method.fitted_term import FittedTerm, fit_term
 from nacpipe.method.params import NacParams, term_of
 from nacpipe.method.term import LOGITS, layer_of
 from nacpipe.networks.build import adopt_module
 from nacpipe.networks.layers import measure_layers
-from nacpipe.networks.taps import Taps, isolated
+from nacpipe.networks.taps import Tapped, Taps, isolated
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
 from nacpipe.scoring.params_file import read_params
 
@@ -68,7 +69,8 @@ def fit_detector(
 ) -> Detector:
     """Count the coverage of training images. Nothing is flagged: there is no threshold.
 
-    Of plain terms memory does not grow with the number of images; of other views the values of all are kept.
+    Of plain terms memory does not grow with the number of images; of other views, and of a fused score, the values of
+    all are kept.
 
     Args:
         network: on whatever device; images are taken there. It may be wrapped (torch.compile, DataParallel).
@@ -78,10 +80,11 @@ def fit_detector(
         layers: layer → module path, where the parameters call it otherwise.
 
     Raises:
-        InputError: there are no images, a layer is not in the network, or a pooling does not fit it.
+        InputError: there are no images, a layer is not in the network, a pooling does not fit it, or a fused score
+            needs a last linear layer that the network does not have.
         ValuesError: states are not finite.
     """
-    params = NacParams(layers={name: layer for name, layer in params.layers.items() if layer.weight > 0})
+    params = replace(params, layers={name: layer for name, layer in params.layers.items() if layer.weight > 0})
     network = unwrap(network)
     device = find_device_and_dtype(network)[0]
     coming = iter(batches)
@@ -97,6 +100,7 @@ def fit_detector(
     plain: dict[str, FittedTerm] = {}
     kept: dict[str, list[NDArray[np.float32]]] = {}  # of other views: they need all images at once
     logits: list[NDArray[np.float32]] = []
+    features: list[NDArray[np.float32]] = []
     for images in chain([first], coming):
         with (
             isolated(network, device),
@@ -114,7 +118,9 @@ def fit_detector(
                 plain[name] = plain[name].add(fitted) if name in plain else fitted
             else:
                 kept.setdefault(name, []).append(values)
-        if kept:
+        if params.fused is not None:
+            features.append(_features_of(tapped, params.fused.method))
+        if kept or features:
             logits.append(tapped.logits.float().cpu().numpy())
     groups = train_groups = None
     if any(term_of(name, params.layers[name]).view == "by_class" for name in kept):
@@ -123,13 +129,44 @@ def fit_detector(
         linear = network.get_submodule(model.classifier).weight if model.classifier is not None else None
         weight = linear.detach().float().cpu().numpy() if isinstance(linear, Tensor) else None
         groups, train_groups = group_images(np.concatenate(logits), weight)
+    fused = None
+    if params.fused is not None:
+        last = network.get_submodule(str(model.classifier))
+        weight, bias = (_to_array(getattr(last, what)) for what in ("weight", "bias"))
+        bias = np.zeros(len(weight), np.float32) if bias.size == 0 else bias
+        fused = FittedFusion(
+            params=params.fused,
+            feature_score=fit_feature_score(
+                params.fused.method, np.concatenate(features), np.concatenate(logits), weight, bias
+            ),
+        )
     counted = [
         plain[name]
         if name in plain
         else fit_term(name, layer, np.concatenate(kept.pop(name)), groups=groups, train_groups=train_groups)
         for name, layer in params.layers.items()
     ]
-    return Detector(network, counted, specs, first[:1].repeat(2, 1, 1, 1).to(device))
+    return Detector(network, counted, specs, first[:1].repeat(2, 1, 1, 1).to(device), fused=fused)
+
+
+def _features_of(tapped: Tapped, method: str) -> NDArray[np.float32]:
+    """The last linear layer's inputs, (images, features)."""
+    if tapped.features is None:
+        raise InputError(
+            f"the score holds {method}, which needs the input of a last linear layer; this network has none"
+        )
+    values: NDArray[np.float32] = tapped.features.float().cpu().numpy()
+    if not np.isfinite(values).all():
+        raise ValuesError("a training image's features are not finite")
+    return values
+
+
+def _to_array(parameter: Tensor | None) -> NDArray[np.float32]:
+    """A layer's parameter; of one that is not there, nothing."""
+    if parameter is None:
+        return np.empty(0, np.float32)
+    values: NDArray[np.float32] = parameter.detach().float().cpu().numpy()
+    return values
 
 
 def group_images(

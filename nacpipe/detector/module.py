@@ -26,6 +26,7 @@ from nacpipe.detector.file import Exported, read_detector
 from nacpipe.errors import DetectorError, InputError
 from nacpipe.extraction.request import AUTOCAST
 from nacpipe.method.coverage import combine_layers, layer_score, logits_gradient, select_source
+from nacpipe.method.feature_scores import FittedFusion
 from nacpipe.method.fitted_term import FittedTerm
 from nacpipe.method.term import LOGITS, Term
 from nacpipe.networks.checkpoints import hash_network
@@ -68,6 +69,7 @@ class Detector(nn.Module):
         mantissa_bits: int = ALL_BITS,
         name: str = "",
         outputs: str | None = None,
+        fused: FittedFusion | None = None,
     ) -> None:
         """Put a network and coverage together.
 
@@ -82,6 +84,7 @@ class Detector(nn.Module):
             mantissa_bits: of the mantissa of activations and gradients, if the cache rounded them.
             name: the network's, for messages.
             outputs: what the network gives, as the cache had it; None finds it out.
+            fused: the feature score beside the terms, if there is one.
 
         Raises:
             DetectorError: a layer has another number of neurons, or a pooling is not known.
@@ -90,7 +93,10 @@ class Detector(nn.Module):
         super().__init__()
         network = unwrap(network)
         self.network, self.threshold = network, threshold
-        self.weights = np.array([fitted.params.weight for fitted in terms])
+        self.fused = fused
+        self.weights = np.array(
+            [*(fitted.params.weight for fitted in terms), *([] if fused is None else [fused.params.weight])]
+        )
         self._lookups = [Lookup(fitted) for fitted in terms]
         self._autocast, self._mantissa_bits = autocast, mantissa_bits
         for spec in taps:
@@ -105,6 +111,11 @@ class Detector(nn.Module):
         with isolated(network, like.device):
             trial = run_trial_batch(name or type(network).__name__, network, like, gives_features=outputs == "features")
             self.classifier, self._outputs = trial.classifier, outputs or trial.outputs
+            if fused is not None and self.classifier is None:
+                raise DetectorError(
+                    f"its score holds {fused.params.method}, which needs the input of a last linear layer; this network"
+                    " has none"
+                )
             self._direct = find_penultimate(network, self._specs, self.classifier, like) if self._gradients else set()
         self._overwritten: Set[str] | None = None
         self(like)
@@ -118,6 +129,13 @@ class Detector(nn.Module):
             values = select_values(tapped, fitted.term, self._mantissa_bits)
             finite &= torch.isfinite(values).all(dim=1).cpu().numpy()
             term_scores.append(layer_score(lookup(values, logits), fitted.counted, fitted.params.saturation))
+        if self.fused is not None:
+            assert tapped.features is not None
+            features = round_bits(tapped.features.float(), self._mantissa_bits)
+            finite &= torch.isfinite(features).all(dim=1).cpu().numpy()
+            with np.errstate(all="ignore"):  # of images that are not finite
+                term_scores.append(self.fused.score(features.cpu().numpy(), logits))
+            finite &= np.isfinite(term_scores[-1])
         scores = combine_layers(np.stack(term_scores), self.weights)
         scores[~finite] = np.nan
         device = tapped.logits.device
@@ -153,9 +171,10 @@ def select_values(tapped: Tapped, term: Term, mantissa_bits: int = ALL_BITS) -> 
         activation = tapped.logits.float().cpu()
         gradient = torch.from_numpy(logits_gradient(activation.numpy()))
     else:
-        activation, gradient = (
-            round_bits(values[term.layer].float(), mantissa_bits) for values in (tapped.activation, tapped.gradient)
-        )
+        activation = round_bits(tapped.activation[term.layer].float(), mantissa_bits)
+        if term.source == "activation":  # there may be no gradient
+            return activation
+        gradient = round_bits(tapped.gradient[term.layer].float(), mantissa_bits)
     return select_source(activation, gradient, term.source)  # type: ignore[arg-type, return-value]  # as arrays do
 
 
@@ -262,4 +281,5 @@ def attach(exported: Exported, network: nn.Module) -> Detector:
         mantissa_bits=exported.mantissa_bits,
         name=str(identity.get("architecture", "")),
         outputs=str(identity.get("outputs", "logits")),
+        fused=exported.fused,
     )

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from nacpipe.benchmarks.lists import list_path
-from nacpipe.benchmarks.standard import Benchmark
+from nacpipe.benchmarks.standard import Split
 from nacpipe.benchmarks.toml import choose_root, open_benchmark
 from nacpipe.cache import Header, LayerSpec, open_cache
 from nacpipe.cache.address import holds_cache, open_store
@@ -161,7 +161,7 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         check_layer_names(list(name_layers(request.layers)))
     sets, notes = _open_sets(request)
     if not (dry or request.splits):
-        sets = _with_images(benchmark, sets, notes)
+        sets = _with_images(request, sets, notes)
     if dry:
         network = blank_network(model, benchmark, request.checkpoint, request.weights_transform)
     else:
@@ -246,14 +246,23 @@ def _check_block(request: ExtractRequest, header: Header) -> None:
         raise InputError(f"{option} is {header.block_rows}: {problem}; make it smaller")
 
 
-def _with_images(benchmark: Benchmark, sets: Sequence[ImageSet], notes: list[str]) -> list[ImageSet]:
-    """Leave out optional sets without any image, with a note: lists come in one archive, images in many."""
-    kept = []
+def _with_images(request: ExtractRequest, sets: Sequence[ImageSet], notes: list[str]) -> list[ImageSet]:
+    """Leave out optional sets without any image, with a note: lists come in one archive, images in many.
+
+    A set that can be made from id/val is made from it.
+    """
+    benchmark, kept = open_benchmark(request.benchmark), []
     for images in sets:
-        if benchmark.split(images.name).optional and len(images.missing()) == images.index.size:
-            notes.append(f"{images.name}: left out, none of its {images.index.size} images is there")
-        else:
+        split = benchmark.split(images.name)
+        if len(images.missing()) < images.index.size:
             kept.append(images)
+        elif split.optional:
+            notes.append(f"{images.name}: left out, none of its {images.index.size} images is there")
+        elif split.synthetic_if_missing and (made := _open(request, benchmark.make_synthetic(split.name))):
+            notes += [f"{images.name}: none of the {images.index.size} images of {images.source} is there", *made.notes]
+            kept.append(made)
+        else:
+            kept.append(images)  # refused, by its first image
     return kept
 
 
@@ -279,14 +288,10 @@ def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
     notes: list[str] = []
     wanted = [s for s in benchmark.splits if not request.splits or s.name in request.splits or s.name in request.redo]
     for split in wanted:
-        images = open_images(
-            benchmark,
-            split,
-            root,
-            train_images=request.train_images,
-            train_seed=request.train_seed,
-            allow_truncated=request.allow_truncated,
-        )
+        images = _open(request, split)
+        if images is None and split.synthetic_if_missing and not request.splits:
+            images = _open(request, benchmark.make_synthetic(split.name))
+            notes += [f"{split.name}: its list is not there ({split.source})"] if images is not None else []
         if images is not None:
             images.check_labels(benchmark.classes)
             sets.append(images)
@@ -297,12 +302,27 @@ def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
             path = list_path(benchmark, split, root)
             what = "folder of images" if split.kind == "folders" else "image list"
             made = ""
-            if split.name == "ood/val" and not split.synthetic:
-                made = ", or have it made from id/val: [ood.val] synthetic = true in a benchmark file of your own"
+            if split.synthetic_if_missing:
+                made = ", or leave --splits out to have it made from id/val"
+            elif split.name == "ood/val" and not split.synthetic:
+                made = ", or have it made from id/val: [ood.val] synthetic = true in the benchmark's file"
             raise ImageError(
                 f"{split.name}: there is no {what} {path}; say where the data is with --data-root DIR{made}"
             )
     return sets, notes
+
+
+def _open(request: ExtractRequest, split: Split) -> ImageSet | None:
+    """Return a split's images as the request chooses them, or None if its list does not exist."""
+    benchmark = open_benchmark(request.benchmark)
+    return open_images(
+        benchmark,
+        split,
+        choose_root(benchmark, request.data_root),
+        train_images=request.train_images,
+        train_seed=request.train_seed,
+        allow_truncated=request.allow_truncated,
+    )
 
 
 def _check_features(path: str, stored: Header, wanted: Header, network: Network) -> None:

@@ -67,18 +67,31 @@ def cross_validate(
 
     A fold that holds out, or leaves, one side alone is left out.
     """
+    return cross_validate_each(scores, is_id, plain, folds, [None])[0]
+
+
+def cross_validate_each(
+    scores: Sequence[NDArray[np.floating]],  # per term: (trials, images)
+    is_id: NDArray[np.bool_],  # (images,)
+    plain: Mapping[str, Floats],
+    folds: Sequence[Rows],
+    extras: Sequence[Floats | None],  # each (images,)
+) -> list[float]:
+    """Return what `cross_validate` does, for each of `extras` as one more term of one trial; None stands for none."""
     splits = [(held, np.setdiff1d(np.arange(is_id.size), held)) for held in folds]
     splits = [pair for pair in splits if all(is_id[rows].any() and not is_id[rows].all() for rows in pair)]
     if not splits:
-        return float("nan")
+        return [float("nan")] * len(extras)
     targets = [_target(is_id, plain, kept) for _, kept in splits]
     trials = _best_trials(scores, is_id.size, [kept for _, kept in splits], targets)  # (terms, folds)
-    reached = []
-    for (held, kept), target, best in zip(splits, targets, trials.T, strict=True):
-        chosen = np.stack([term[trial] for term, trial in zip(scores, best, strict=True)], axis=1)
-        combined = chosen[held] @ ridge_weights(chosen[kept], target)
-        reached.append(auroc(combined[is_id[held]], combined[~is_id[held]]))
-    return float(np.mean(reached))
+    reached = np.empty((len(splits), len(extras)))
+    for fold, ((held, kept), target, best) in enumerate(zip(splits, targets, trials.T, strict=True)):
+        terms = [term[trial] for term, trial in zip(scores, best, strict=True)]
+        for place, extra in enumerate(extras):
+            chosen = np.stack(terms if extra is None else [*terms, extra], axis=1)
+            combined = chosen[held] @ ridge_weights(chosen[kept], target)
+            reached[fold, place] = auroc(combined[is_id[held]], combined[~is_id[held]])
+    return [float(value) for value in reached.mean(axis=0)]
 
 
 def _target(is_id: NDArray[np.bool_], plain: Mapping[str, Floats], kept: Rows) -> Floats:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
 import numpy as np
 
 from nacpipe.errors import ParamsError
 from nacpipe.method.coverage import Edges
+from nacpipe.method.feature_scores import FusedScore
 from nacpipe.method.term import SOURCES, Source, Term, parse_term
 
 MIN_BINS, MAX_BINS = 4, 100_000
@@ -54,6 +55,8 @@ class NacParams:
 
     layers: Mapping[str, LayerParams]
     """By the terms' names, `layer3` or `layer3:activation:by_class`. Where a name has a source, it is the record's."""
+    fused: FusedScore | None = None
+    """A feature score that is one more member of the sum; None where coverage alone is."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -66,16 +69,13 @@ class NacParams:
                 raise ParamsError(f"layer {name!r} is named after its source, which is {layer.source!r}")
 
     def to_json(self) -> dict[str, Any]:
-        """Return `{"layers": {name: {field: value}}}`, ready for json.dumps."""
-        return {
-            "layers": {
-                name: {f.name: getattr(layer, f.name) for f in fields(layer)} for name, layer in self.layers.items()
-            }
-        }
+        """Return `{"layers": {name: {field: value}}}`, ready for json.dumps; with `fused` where there is one."""
+        layers = {name: {f.name: getattr(layer, f.name) for f in fields(layer)} for name, layer in self.layers.items()}
+        return {"layers": layers, **({} if self.fused is None else {"fused": asdict(self.fused)})}
 
     @classmethod
     def from_json(cls, data: Any) -> NacParams:
-        """Read what `to_json` returns; keys beside `layers` are ignored.
+        """Read what `to_json` returns; keys beside `layers` and `fused` are ignored.
 
         Raises:
             ParamsError: the data is not of that form, naming the layer and field.
@@ -83,7 +83,10 @@ class NacParams:
         layers = data.get("layers") if isinstance(data, dict) else None
         if not isinstance(layers, dict):
             raise ParamsError('parameters need an object {"layers": {NAME: {"bins": …, "saturation": …, "alpha": …}}}')
-        return cls(layers={str(name): layer_from_json(str(name), entry) for name, entry in layers.items()})
+        return cls(
+            layers={str(name): layer_from_json(str(name), entry) for name, entry in layers.items()},
+            fused=fused_from_json(data.get("fused")),
+        )
 
 
 def layer_from_json(name: str, entry: Any) -> LayerParams:
@@ -105,6 +108,20 @@ def layer_from_json(name: str, entry: Any) -> LayerParams:
         return LayerParams(**{"source": named, **entry})
     except ParamsError as error:
         raise ParamsError(f"layer {name!r}: {error}") from None
+
+
+def fused_from_json(entry: Any) -> FusedScore | None:
+    """Read the entry of a fused score; None stands for none.
+
+    Raises:
+        ParamsError: it is not of that form.
+    """
+    if entry is None:
+        return None
+    known = [f.name for f in fields(FusedScore)]
+    if not isinstance(entry, dict) or sorted(map(str, entry)) != sorted(known):
+        raise ParamsError(f"fused must be an object with {', '.join(known)}")
+    return FusedScore(**entry)
 
 
 def term_of(name: str, params: LayerParams) -> Term:

@@ -111,7 +111,7 @@ def measure_layers(
     Raises:
         InputError: a layer or pooling is not known, they do not fit each other, or a layer has no gradient.
     """
-    draft, notes = _choose_layers(network, layers, poolings)
+    draft, notes = _choose_layers(network, layers, poolings, gradients)
     model = network.model
     try:
         with Taps(network.module, draft, model.classifier, outputs=model.outputs, gradients=gradients) as taps:
@@ -180,7 +180,9 @@ def _width(module: nn.Module) -> int | None:
     return None
 
 
-def _choose_layers(network: Network, layers: Layers, poolings: Poolings) -> tuple[list[LayerSpec], tuple[str, ...]]:
+def _choose_layers(
+    network: Network, layers: Layers, poolings: Poolings, gradients: bool
+) -> tuple[list[LayerSpec], tuple[str, ...]]:
     """Return the layers, with 0 neurons until they are counted, and notes."""
     model = network.model
     wanted = name_layers(layers or model.default)
@@ -202,7 +204,7 @@ def _choose_layers(network: Network, layers: Layers, poolings: Poolings) -> tupl
     for name, target in wanted.items():
         path, pooling = table.get(target, (target, ""))
         if target not in table:
-            shape = _check_tappable(name, path, modules[path], seen)
+            shape = _check_tappable(name, path, modules[path], seen, gradients)
             pooling = guess_pooling(modules[path], shape)
             if name not in chosen:
                 notes.append(
@@ -222,28 +224,30 @@ def _check_pools(names: Sequence[str], poolings: Poolings) -> dict[str, str]:
     return dict(poolings)
 
 
-def _check_tappable(name: str, path: str, module: nn.Module, seen: dict[str, _ModuleOutput]) -> tuple[int, ...]:
+def _check_tappable(
+    name: str, path: str, module: nn.Module, seen: dict[str, _ModuleOutput], gradients: bool
+) -> tuple[int, ...]:
     """Return the shape of a module's output for two images."""
     if path not in seen:
         why = " (it is part of a scripted module, which takes no hooks)" if is_scripted(module) else ""
         raise InputError(f"layer {name!r} did not run in a forward pass{why}")
-    if (reason := _why_untappable(seen[path])) is not None:
+    if (reason := _why_untappable(seen[path], gradients)) is not None:
         raise InputError(f"layer {name!r} cannot be tapped: {reason}")
-    if not seen[path].used:
+    if gradients and not seen[path].used:
         raise InputError(f"layer {name!r} {NO_GRADIENT}")
     output = seen[path].output
     assert isinstance(output, Tensor)
     return tuple(output.shape)
 
 
-def _why_untappable(seen: _ModuleOutput) -> str | None:
+def _why_untappable(seen: _ModuleOutput, gradients: bool = True) -> str | None:
     """Return why a module's output cannot be tapped, or None if it can."""
     output = seen.output
     if not isinstance(output, Tensor):
         return f"it returns {type(output).__name__}, not one tensor"
     if output.dim() not in (2, 3, 4) or output.shape[0] != 2:
         return f"for two images it gives {_format_shape(output.shape)}, not two times 1 to 3 dimensions"
-    if why := why_no_gradient(output):
+    if gradients and (why := why_no_gradient(output)):
         return f"it gives {why}"
     if seen.identity:
         return "it returns its input unchanged; tap the module before it"

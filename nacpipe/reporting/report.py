@@ -22,9 +22,9 @@ from nacpipe.cache import Cache
 from nacpipe.evaluation.inspection import summarise_cache
 from nacpipe.evaluation.method_scores import MethodScores, ScoredCache, score_cache
 from nacpipe.evaluation.tables import footnotes, verdicts
+from nacpipe.method.guide import choose_guide, score_plainly
 from nacpipe.method.metrics import Scores, auroc, detect
 from nacpipe.method.params import NacParams
-from nacpipe.method.plain_scores import energy
 from nacpipe.reporting.figures import (
     draw_coverage,
     draw_histogram,
@@ -93,7 +93,10 @@ def read_cache_report(
 
 
 def check_overfitting(cache: Cache, coverage: Coverage) -> pd.DataFrame:
-    """Return one row for NAC and, where there are logits, one for Energy: how well they tell id/val from …
+    """Return a row for NAC and, where there are logits, one for the best plain score: how well they tell id/val from …
+
+    The best plain score is the search's guide: the one with the highest AUROC of id/val against ood/val. There is none
+    where the cache holds no finished ood/val.
 
     Columns: method, val_auroc and val_fpr95 (from ood/val), subtrain_auroc (from id/subtrain; 0.5 is the ideal).
     A split that the cache does not hold, or not finished, is NaN.
@@ -101,8 +104,13 @@ def check_overfitting(cache: Cache, coverage: Coverage) -> pd.DataFrame:
     names = ("id/val", "ood/val", "id/subtrain")
     splits = {name: cache[name] for name in names if name in cache and cache.peek(name).sealed}
     methods = {"NAC": {name: coverage.score(split) for name, split in splits.items()}}
-    if has_logits(cache):
-        methods["Energy"] = {name: energy(split.read("logits")) for name, split in splits.items()}
+    if has_logits(cache) and {"id/val", "ood/val"} <= splits.keys():
+        plain = {name: score_plainly(split.read("logits")) for name, split in splits.items()}
+        inside, outside = plain["id/val"], plain["ood/val"]
+        is_id = np.repeat([True, False], [splits[name].rows for name in ("id/val", "ood/val")])
+        guide = choose_guide({name: np.concatenate([inside[name], outside[name]]) for name in inside}, is_id)
+        assert guide is not None
+        methods[guide.name] = {name: scores[guide.name] for name, scores in plain.items()}
     rows = []
     for method, scores in methods.items():
         row = dict.fromkeys(("val_auroc", "val_fpr95", "subtrain_auroc"), math.nan)
@@ -134,6 +142,8 @@ def draw_cache_report(report: CacheReport) -> dict[str, dict[str, Figure]]:
     layers = {f"coverage-{name.replace(':', '-')}": draw_coverage(name, layer) for name, layer in fitted.items()}
     total = float(report.coverage.weights.sum())
     weights = {name: layer.weight / total for name, layer in report.params.layers.items()}
+    if (fused := report.params.fused) is not None:
+        weights[fused.method] = fused.weight / total
     search = {"weights": draw_weights(weights)}
     if explanation is not None:
         if explanation.parameters["importance"].notna().any():
@@ -237,15 +247,16 @@ def _overfitting(report: CacheReport, named: bool) -> str:
     """The result of the overfitting check, in words."""
     where = f" ({report.cache.path})" if named else ""
     subtrain = dict(zip(report.overfitting["method"], report.overfitting["subtrain_auroc"], strict=True))
-    nac, energy_auroc = subtrain["NAC"], subtrain.get("Energy", math.nan)
+    nac = subtrain.pop("NAC")
     if nac != nac:
         return f"Overfitting check{where}: not made, the cache has no finished id/subtrain and id/val."
     text = f"Overfitting check{where}: id/val against id/subtrain, AUROC {_percent(nac)} % (50 is ideal"
-    if energy_auroc != energy_auroc:
+    if not subtrain:
         return f"{text})."
-    overfits = nac < energy_auroc - OVERFIT_POINTS
-    warning = f"more than {100 * OVERFIT_POINTS:g} points below Energy's: the coverage may be overfitted."
-    return f"{text}; Energy's {_percent(energy_auroc)} %): {warning if overfits else 'no sign of overfitting.'}"
+    ((guide, own),) = subtrain.items()
+    overfits = nac < own - OVERFIT_POINTS
+    warning = f"more than {100 * OVERFIT_POINTS:g} points below {guide}'s: the coverage may be overfitted."
+    return f"{text}; {guide}'s {_percent(own)} %): {warning if overfits else 'no sign of overfitting.'}"
 
 
 def _results(frame: pd.DataFrame) -> list[tuple[str, list[list[Table]]]]:
@@ -288,6 +299,8 @@ def _layers(report: CacheReport) -> Table:
             name, str(layer.bins), str(layer.saturation), f"{layer.alpha:.4g}", layer.source, layer.edges,
             f"{layer.weight:.4f}", *(_percent(aurocs.get(column, math.nan)) for column in ("alone", "without")),
         ])  # fmt: skip
+    if (fused := report.params.fused) is not None:
+        rows.append([fused.method, *["–"] * 5, f"{fused.weight:.4f}", *["–"] * 2])
     columns = ["layer", "bins", "saturation", "alpha", "state of", "edges", "weight"]
     columns += ["alone,\nAUROC %", "without it,\nAUROC %"]
     return Table(columns=columns, rows=rows)

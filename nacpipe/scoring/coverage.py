@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, SplitView
 from nacpipe.method.coverage import combine_layers
+from nacpipe.method.feature_scores import FittedFusion
 from nacpipe.method.fitted_term import FittedTerm, fit_term
 from nacpipe.method.params import NacParams, term_of
 from nacpipe.method.term import Source
+from nacpipe.scoring.fusion import read_feature_score
 from nacpipe.scoring.states import check_layers, read_layer, read_source
 from nacpipe.scoring.views import assign_groups, read_groups
 
@@ -31,6 +33,8 @@ class Coverage:
 
     layers: Mapping[str, FittedTerm]
     """By the terms' names in the parameters."""
+    fused: FittedFusion | None = None
+    """The feature score beside them, if there is one."""
 
     def score(self, split: SplitView, block: int = 4096) -> NDArray[np.float64]:
         """Return the score of every sample of a split, (rows,), reading `block` rows at a time."""
@@ -41,10 +45,12 @@ class Coverage:
         return scores
 
     def _score_terms(self, split: SplitView, rows: slice) -> list[NDArray[np.float64]]:
-        """Each term's scores of some rows; the source of a layer is read once for views that follow each other."""
-        logits = (
-            split.read("logits", rows) if any(fitted.groups is not None for fitted in self.layers.values()) else None
-        )
+        """Each member's scores of some rows, the fused score's last.
+
+        The source of a layer is read once for views that follow each other.
+        """
+        needs_logits = self.fused is not None or any(fitted.groups is not None for fitted in self.layers.values())
+        logits = split.read("logits", rows) if needs_logits else None
         read: tuple[str, Source] | None = None
         term_scores = []
         for name, fitted in self.layers.items():
@@ -52,19 +58,24 @@ class Coverage:
             if read != (term.layer, term.source):
                 values, read = read_source(split, term.layer, term.source, rows), (term.layer, term.source)
             term_scores.append(fitted.score(values, logits))
+        if self.fused is not None:
+            assert logits is not None
+            term_scores.append(self.fused.score(split.read("features", rows), logits))
         return term_scores
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """(terms,), as given."""
-        return np.array([fitted.params.weight for fitted in self.layers.values()])
+        """(terms,), as given; the fused score's last."""
+        fused = [] if self.fused is None else [self.fused.params.weight]
+        return np.array([*(fitted.params.weight for fitted in self.layers.values()), *fused])
 
 
 def fit_coverage(cache: Cache, params: NacParams) -> Coverage:
     """Count the training states of every term.
 
     Raises:
-        ParamsError: a layer is not in the cache, or a term needs classes that the network does not give.
+        ParamsError: a layer is not in the cache, a term needs classes that the network does not give, or a fused score
+            the last linear layer that the cache does not hold.
         ValuesError: a state is not finite, or a term has no components.
     """
     check_layers(cache, list(params.layers))
@@ -80,7 +91,10 @@ def fit_coverage(cache: Cache, params: NacParams) -> Coverage:
         if read != (term.layer, term.source):
             values, read = read_layer([train], term.layer, term.source), (term.layer, term.source)
         fitted[name] = fit_term(name, layer, values, groups=groups, train_groups=train_groups)
-    return Coverage(fitted)
+    fused = None
+    if params.fused is not None:
+        fused = FittedFusion(params=params.fused, feature_score=read_feature_score(cache, params.fused.method))
+    return Coverage(fitted, fused)
 
 
 def score_splits(cache: Cache, params: NacParams, splits: Sequence[str]) -> dict[str, NDArray[np.float64]]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nacpipe.cache import Cache
 from nacpipe.method.counting import Asked, fill_ranked
 from nacpipe.method.coverage import bin_edges, combine_layers, layer_score, product_borders
+from nacpipe.method.feature_scores import FeatureScoreName
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.term import Source, parse_term
 from nacpipe.scoring.term_index import TermIndex, TermIndexer
@@ -66,7 +67,13 @@ class Scorer:
     """
 
     def __init__(
-        self, index: IndexOf, rows: Mapping[str, slice], remember: int = REMEMBER_BYTES, *, one_by_one: bool = False
+        self,
+        index: IndexOf,
+        rows: Mapping[str, slice],
+        remember: int = REMEMBER_BYTES,
+        *,
+        one_by_one: bool = False,
+        feature_scores: Callable[[FeatureScoreName], NDArray[np.float64]] | None = None,
     ) -> None:
         """Score from these indexes.
 
@@ -75,8 +82,9 @@ class Scorer:
             rows: split → its samples' places in the index.
             remember: bytes of layer scores that are kept.
             one_by_one: never use two indexes at once, where `index` does not keep all.
+            feature_scores: method → its scores of all splits, (samples,); for parameters with a fused score.
         """
-        self.index = index
+        self.index, self.feature_scores = index, feature_scores
         self.rows = dict(rows)
         self._remembered: OrderedDict[tuple[str, LayerParams], NDArray[np.float64]] = OrderedDict()
         self._room, self._one_by_one = remember, one_by_one
@@ -102,8 +110,12 @@ class Scorer:
 
     def scores(self, params: NacParams) -> NDArray[np.float64]:
         """Return the scores of all splits, (samples,); `rows` says which are whose."""
-        layer_scores = np.stack(self.layer_scores(params.layers))
-        return combine_layers(layer_scores, np.array([layer.weight for layer in params.layers.values()]))
+        scores, weights = self.layer_scores(params.layers), [layer.weight for layer in params.layers.values()]
+        if (fused := params.fused) is not None:
+            assert self.feature_scores is not None
+            scores.append(fused.standardise(self.feature_scores(fused.method)))
+            weights.append(fused.weight)
+        return combine_layers(np.stack(scores), np.array(weights))
 
     def _ask(self, layer: str, params: LayerParams) -> Asked:
         borders = product_borders(bin_edges(params.bins, params.edges), params.alpha)

@@ -172,7 +172,8 @@ def _layers(search: Search, trials: Sequence[FrozenTrial], params: NacParams) ->
         without = np.nan
         if any(p.weight > 0 for p in others.values()):
             without_it = NacParams(layers=others)
-            weighed = search.objective.weigh(without_it) if search.objective.fits else without_it
+            fused = None if params.fused is None else params.fused.method
+            weighed = search.objective.weigh(without_it, fused) if search.objective.fits else without_it
             without = search.objective.measure(weighed).val_auroc
         rows.append({"layer": name, "weight": layer.weight, "alone": alone.get(name, np.nan), "without": without})
     return pd.DataFrame(rows, columns=["layer", "weight", "alone", "without"])

@@ -29,13 +29,15 @@ from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.identity import VAL, bound_splits
 from nacpipe.errors import InputError, NoValuesError, ParamsError
 from nacpipe.method.class_groups import count_groups_for
-from nacpipe.method.cross_validation import cluster_folds, cross_validate, image_folds
+from nacpipe.method.cross_validation import cluster_folds, cross_validate_each, image_folds
+from nacpipe.method.feature_scores import FeatureScoreName
 from nacpipe.method.guide import choose_guide, guided_target, score_plainly
 from nacpipe.method.metrics import auroc
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.plain_scores import PLAIN_SCORES
 from nacpipe.method.published import published_params
 from nacpipe.method.term import Source, parse_term, view_of
+from nacpipe.scoring.fusion import compute_feature_scores, read_feature_score
 from nacpipe.scoring.states import check_layers, has_logits
 from nacpipe.scoring.term_index import TermIndex
 from nacpipe.scoring.trial_scorer import IndexOf, Scorer, index_from, split_rows
@@ -97,7 +99,9 @@ class Objective:
         scored = [*[SUBTRAIN] * with_subtrain, *self.splits[1:]]
         many = space == "auto"  # dozens of terms, most of which are tried one by one
         index = index_from(self.cache, scored, self._index_bytes(scored) if many else None)
-        self.scorer = Scorer(index, split_rows(self.cache, scored), one_by_one=many)
+        self.scorer = Scorer(
+            index, split_rows(self.cache, scored), one_by_one=many, feature_scores=functools.cache(self._feature_scores)
+        )
         self._scoring = threading.Lock()  # `n_jobs` of Optuna: a trial is scored on all cores, one at a time
         id_rows, ood_rows = (self.cache[name].rows for name in ("id/val", self.val))
         self._is_id = np.repeat([True, False], [id_rows, ood_rows])
@@ -160,9 +164,19 @@ class Objective:
         """Return a completed trial's parameters."""
         return trial_params(trial, self.recorded)
 
-    def weigh(self, params: NacParams) -> NacParams:
-        """Return the parameters with weights in closed form from id/val and the split that plays OOD."""
-        return self.evaluator.weigh(params)
+    def weigh(self, params: NacParams, fuse: FeatureScoreName | None = None) -> NacParams:
+        """Return the parameters with weights in closed form from id/val and the split that plays OOD.
+
+        Args:
+            params: of all terms.
+            fuse: a feature score that is weighed as one more term.
+
+        Raises:
+            ParamsError: the cache holds no last linear layer, which a feature score needs.
+            NoValuesError: the feature score is the same for all images of id/val, or not finite.
+        """
+        fused = None if fuse is None else self.evaluator.standardise_fused(fuse)[0]
+        return self.evaluator.weigh(replace(params, fused=fused))
 
     def measure(self, params: NacParams) -> ValidationMetrics:
         """Return the validation metrics of parameters."""
@@ -174,17 +188,24 @@ class Objective:
             return None
         return self.evaluator.check(PLAIN_SCORES[self.guide.name](self._read_logits(self.scorer.rows)))
 
-    def cross_validate(self, trials: Sequence[FrozenTrial]) -> CrossValidation | None:
+    def cross_validate(
+        self, trials: Sequence[FrozenTrial], fuse: Sequence[FeatureScoreName | None] = (None,)
+    ) -> dict[FeatureScoreName | None, CrossValidation]:
         """Return how the choice among these trials of single terms does on samples that it was not made by.
 
-        None where a term was not tried alone.
+        Args:
+            trials: completed ones.
+            fuse: feature scores, each of which is one more term; None for none.
+
+        Returns:
+            The same for each of `fuse`; empty where a term was not tried alone.
         """
         terms: dict[str, list[LayerParams]] = {name: [] for name in self.space}
         for trial in trials:
             if (name := lone_term(trial.user_attrs["weights"])) is not None:
                 terms[name].append(self.params(trial).layers[name])
         if not all(terms.values()):
-            return None
+            return {}
         pair = [self.scorer.rows[name] for name in ("id/val", self.val)]
         scores = []
         for name, tried in terms.items():
@@ -193,16 +214,28 @@ class Objective:
                 np.stack([np.concatenate([one[rows] for rows in pair]).astype(np.float32) for one in of_trials])
             )
         predicted = self._read_logits(("id/val", self.val)).argmax(axis=1)
-        values = {
-            name: cross_validate(scores, self._is_id, self._plain, folds)
-            for name, folds in (
-                ("images", image_folds(self._is_id)),
-                ("clusters", cluster_folds(self._is_id, predicted)),
-            )
+        folds = {"images": image_folds(self._is_id), "clusters": cluster_folds(self._is_id, predicted)}
+        extras: list[NDArray[np.float64] | None] = []
+        for method in fuse:
+            fused = None if method is None else self.evaluator.standardise_fused(method)[1]
+            extras.append(None if fused is None else np.concatenate([fused[rows] for rows in pair]))
+        reached = {
+            name: cross_validate_each(scores, self._is_id, self._plain, rows, extras) for name, rows in folds.items()
         }
-        if math.isnan(values["clusters"]):  # all are predicted as one class
-            values["clusters"] = values["images"]
-        return CrossValidation(**values, guide=self._guide_on(image_folds(self._is_id)))
+        guide = self._guide_on(folds["images"])
+        return {
+            method: CrossValidation(
+                images=images,
+                clusters=images if math.isnan(clusters) else clusters,  # all are predicted as one class
+                guide=guide,
+            )
+            for method, images, clusters in zip(fuse, reached["images"], reached["clusters"], strict=True)
+        }
+
+    def _feature_scores(self, method: FeatureScoreName) -> NDArray[np.float64]:
+        """A feature score of all splits, (samples,) as `scorer.rows` has them."""
+        fitted = read_feature_score(self.cache, method)
+        return compute_feature_scores(fitted, [self.cache[name] for name in self.scorer.rows])
 
     def _guide_on(self, folds: Sequence[NDArray[np.intp]]) -> float | None:
         """The guide's mean AUROC over folds."""

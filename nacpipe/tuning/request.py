@@ -13,6 +13,7 @@ from nacpipe.files import beside_cache
 from nacpipe.method.params import NacParams
 from nacpipe.tuning.validation import CrossValidation, ObjectiveName, ValidationMetrics
 
+FuseChoice = Literal["auto", "none", "NCI", "fDBD", "ViM"]
 SamplerName = Literal["terms", "layers", "tpe", "random", "grid", "nsga2", "cmaes"]
 DEFAULT_TRIALS = 2000
 
@@ -51,6 +52,9 @@ class SearchRequest:
     layers: tuple[str, ...] = ()
     """Names; none means all that the cache holds."""
     threads: int | None = None
+    fuse: FuseChoice = "auto"
+    """A feature score that is one more member of the sum: `NCI`, `fDBD`, `ViM`, `none`, or `auto`: with the sampler
+    `terms` the one that is best in cross-validation, or none. It changes the result of a study, not its trials."""
     storage: str | None = None
     """A journal file or a database URL; none means X.study.log beside the cache."""
     study: str = "nac"
@@ -89,6 +93,7 @@ class SearchRequest:
             "layers": list(self.layers),
             "storage": None if self.storage is None else self.shown,
             "study": self.study,
+            "fuse": self.fuse,
         }
 
     @classmethod
@@ -99,7 +104,7 @@ class SearchRequest:
             ParamsError: the record is not one of `to_json`.
         """
         try:
-            request = cls(cache=cache, **{**options, "layers": tuple(options["layers"])})
+            request = cls(cache=cache, **{"fuse": "none", **options, "layers": tuple(options["layers"])})
         except (KeyError, TypeError) as error:
             raise ParamsError(f"the record of the search's options is damaged ({error})") from None
         if request.storage is not None and "://" not in request.storage and not Path(request.storage).exists():
@@ -144,6 +149,8 @@ class SearchResult:
     """trials, timeout, patience or interrupted."""
     cross_validated: CrossValidation | None = None
     """On samples that it was not chosen by; None where it was not measured."""
+    without_fusion: CrossValidation | None = None
+    """The same without the fused score; None where there is none, or where it was not measured."""
     front: int | None = None
     """Trials on the Pareto front, where two objectives were searched for."""
 
@@ -181,6 +188,7 @@ class SearchResult:
             "seed": self.seed,
             "ended": self.ended,
             **({"cross_validated": self.cross_validated.to_json()} if self.cross_validated is not None else {}),
+            **({"without_fusion": self.without_fusion.to_json()} if self.without_fusion is not None else {}),
             **({"front": self.front} if self.front is not None else {}),
             **({"val_correlation": self.checks.val_correlation} if self.checks.val_correlation is not None else {}),
         }

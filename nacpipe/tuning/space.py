@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nacpipe.method.feature_scores import FusedScore
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.term import Source, source_of
 from nacpipe.scoring.alpha_range import measure_alpha
@@ -210,14 +211,15 @@ def to_json(space: Space) -> dict[str, Any]:
     return {name: layer.to_json() for name, layer in space.items()}
 
 
-def with_weights(layers: Mapping[str, LayerParams], weights: NDArray[np.float64]) -> NacParams:
-    """Return parameters with these weights, (layers,), normalised to sum 1."""
-    shares = weights / weights.sum()
+def with_weights(
+    layers: Mapping[str, LayerParams], weights: NDArray[np.float64], fused: FusedScore | None = None
+) -> NacParams:
+    """Return parameters with these weights, (layers,), the fused score's last if there is one, normalised to sum 1."""
+    shares = [float(share) for share in weights / weights.sum()]
+    own = shares[: len(layers)]
     return NacParams(
-        layers={
-            name: replace(layer, weight=float(share))
-            for (name, layer), share in zip(layers.items(), shares, strict=True)
-        }
+        layers={name: replace(layer, weight=share) for (name, layer), share in zip(layers.items(), own, strict=True)},
+        fused=None if fused is None else replace(fused, weight=shares[len(layers)]),
     )
 
 

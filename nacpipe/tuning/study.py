@@ -7,6 +7,7 @@ moment loses the trial that it was computing and nothing else (runner.py).
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import optuna
@@ -15,10 +16,12 @@ from optuna.trial import FrozenTrial
 
 import nacpipe
 from nacpipe.cache.identity import diff, fingerprint
-from nacpipe.errors import InputError, StudyError
+from nacpipe.errors import InputError, NoValuesError, StudyError
+from nacpipe.method.feature_scores import FEATURE_SCORES, FeatureScoreName
 from nacpipe.method.params import NacParams
 from nacpipe.method.term import layer_of
 from nacpipe.method.threads import set_threads
+from nacpipe.scoring.fusion import why_not_fused
 from nacpipe.text import command_line, escape_bytes
 from nacpipe.tuning.objective import SUBTRAIN, Objective
 from nacpipe.tuning.request import DEFAULT_TRIALS, SearchRequest, SearchResult
@@ -27,6 +30,8 @@ from nacpipe.tuning.space import to_json
 from nacpipe.tuning.storage import backend, is_there, open_storage, opening
 from nacpipe.tuning.trials import best_trial, completed_trials, lone_term, pareto_front
 from nacpipe.tuning.validation import DIRECTIONS, CrossValidation
+
+NO_FUSION = "none"  # in the record of cross-validation
 
 
 class Search:
@@ -53,6 +58,7 @@ class Search:
             published=(request.space, request.how) == ("paper", "layers"),
         )
         self.cache = self.objective.cache
+        self._check_fusion()
         self.trials = _trials(request, self.make_sampler(0))
         self.study = self._open(create)
         self._chosen: tuple[str, ...] = ()
@@ -61,6 +67,17 @@ class Search:
     def make_sampler(self, finished: int) -> BaseSampler:
         """Return the sampler of a study that has so many finished trials."""
         return make_sampler(self.request.how, self.objective, self.request.seed, finished)
+
+    def _check_fusion(self) -> None:
+        """Refuse a feature score that was asked for by name where there can be none."""
+        fuse = self.request.fuse
+        if fuse == "auto" or fuse == "none":
+            return
+        if not self.objective.fits:
+            raise InputError(f'--fuse {fuse} is weighed in closed form: leave out weight, or say weight = "fit"')
+        if why := why_not_fused(self.cache):
+            raise InputError(f"--fuse {fuse} needs the last linear layer; {why}")
+        self.objective.evaluator.standardise_fused(fuse)
 
     def _identity(self, terms: Collection[str]) -> dict[str, Any]:
         """The states of these terms' layers that the search reads."""
@@ -135,6 +152,7 @@ class Search:
             guide_val=measured.val_auroc if measured else None,
             guide_subtrain=measured.subtrain_auroc if measured else None,
             cross_validated=self._cross_validated(trials),
+            without_fusion=self._cross_validations(trials).get(None) if params.fused is not None else None,
             alone=self.alone(trials),
             trials=len(trials),
             seconds=session_seconds(trials),
@@ -148,22 +166,56 @@ class Search:
         trials = self.completed()
         if self.study is None or self.request.how != "terms" or self._cross_validated(trials) is not None:
             return
-        if (measured := self.objective.cross_validate(trials)) is not None:
-            self.study.set_user_attr("cross_validated", {"trials": len(trials), **measured.to_json()})
+        if measured := self.objective.cross_validate(trials, [None, *self._candidates()]):
+            by_fusion = {method or NO_FUSION: one.to_json() for method, one in measured.items()}
+            kept = {"trials": len(trials), "fuse": self.request.fuse, "by_fusion": by_fusion}
+            self.study.set_user_attr("cross_validated", kept)
+
+    def _candidates(self) -> list[FeatureScoreName]:
+        """The feature scores that may be a member of the sum; of `auto` those that this cache has."""
+        fuse = self.request.fuse
+        if fuse != "auto":
+            return [] if fuse == "none" else [fuse]
+        if why_not_fused(self.cache) is not None:
+            return []
+        candidates: list[FeatureScoreName] = []
+        for method in FEATURE_SCORES:
+            with suppress(NoValuesError):
+                self.objective.evaluator.standardise_fused(method)
+                candidates.append(method)
+        return candidates
+
+    def _cross_validations(self, trials: Sequence[FrozenTrial]) -> dict[FeatureScoreName | None, CrossValidation]:
+        """What was measured with so many trials, by fused score; empty where it was not, or for another `--fuse`."""
+        assert self.study is not None
+        kept = self.study.user_attrs.get("cross_validated", {})
+        if (kept.get("trials"), kept.get("fuse")) != (len(trials), self.request.fuse):
+            return {}
+        return {
+            None if method == NO_FUSION else method: CrossValidation(**one) for method, one in kept["by_fusion"].items()
+        }
 
     def _cross_validated(self, trials: Sequence[FrozenTrial]) -> CrossValidation | None:
-        """What was measured with so many trials."""
-        assert self.study is not None
-        kept = dict(self.study.user_attrs.get("cross_validated", {}))
-        return CrossValidation(**kept) if kept.pop("trials", None) == len(trials) else None
+        """What was measured of the result of so many trials."""
+        return self._cross_validations(trials).get(self._fused(trials))
+
+    def _fused(self, trials: Sequence[FrozenTrial]) -> FeatureScoreName | None:
+        """The feature score that is a member of the sum: the one asked for, or the best in cross-validation."""
+        fuse = self.request.fuse
+        if fuse != "auto":
+            return None if fuse == "none" else fuse
+        measured = self._cross_validations(trials)
+        return max(measured, key=lambda method: measured[method].mean) if measured else None
 
     def choose(self, trials: Sequence[FrozenTrial]) -> NacParams:
         """Return the best trial's parameters; of terms that were tried alone, the best of each together."""
-        sampler = self.make_sampler(0)
+        sampler, fused = self.make_sampler(0), self._fused(trials)
         if isinstance(sampler, TermwiseSampler) and self.study is not None:
             params = sampler.together(self.study)
         else:
             params = self.objective.params(best_trial(trials, self.request.aim))
+        if fused is not None:
+            params = self.objective.weigh(params, fused)
         self._chosen = tuple(params.layers)
         return params
 
@@ -198,7 +250,8 @@ class Search:
         storage = asked.shown if asked.storage else None
         for option, value, usual in (
             ("trials", asked.trials, None), ("space", asked.space, "auto"), ("sampler", asked.sampler, None),
-            ("objective", asked.objective, None), ("val", asked.val, "ood/val"), ("seed", asked.seed, 1),
+            ("objective", asked.objective, None), ("val", asked.val, "ood/val"),
+            ("fuse", asked.fuse, "auto"), ("seed", asked.seed, 1),
             ("patience", patience or asked.patience, None),
             ("threads", asked.threads, None), ("storage", storage, None),
             ("study", asked.study, "nac"), ("layers", ",".join(asked.layers), ""), ("output", asked.output, None),

@@ -16,6 +16,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nacpipe.errors import NoValuesError
+from nacpipe.method.feature_scores import FeatureScoreName, FusedScore
 from nacpipe.method.metrics import auroc, fpr95
 from nacpipe.method.params import NacParams
 from nacpipe.method.weights import ridge_weights
@@ -82,6 +84,11 @@ class CrossValidation:
     guide: float | None
     """The best plain score's, over the folds of images; None where there is none."""
 
+    @property
+    def mean(self) -> float:
+        """NAC's mean over both kinds of folds: what chooses a fused score."""
+        return (self.images + self.clusters) / 2
+
     def to_json(self) -> dict[str, float | None]:
         """Return the record as params.json holds it."""
         return {"images": self.images, "clusters": self.clusters, "guide": self.guide}
@@ -97,19 +104,38 @@ class Evaluator:
         self._target = target
 
     def weigh(self, params: NacParams) -> NacParams:
-        """Return the parameters with weights in closed form from id/val and the OOD split."""
-        scores = np.stack(self.scorer.layer_scores(params.layers))
+        """Return the parameters with weights in closed form from id/val and the OOD split; a fused score is a term."""
+        members = self.scorer.layer_scores(params.layers)
+        if params.fused is not None:
+            members.append(self.standardise_fused(params.fused.method)[1])
+        scores = np.stack(members)
         id_scores, ood_scores = scores[:, self.scorer.rows["id/val"]], scores[:, self.scorer.rows[self._ood]]
         if self._target is None:
             weights = fisher_weights(id_scores, ood_scores)
         else:
             weights = ridge_weights(np.concatenate([id_scores, ood_scores], axis=1).T, self._target)
-        return with_weights(params.layers, weights)
+        return with_weights(params.layers, weights, params.fused)
+
+    def standardise_fused(self, method: FeatureScoreName) -> tuple[FusedScore, NDArray[np.float64]]:
+        """Return a feature score as a member of the sum, of weight 1, and its standardised scores, (samples,).
+
+        Raises:
+            NoValuesError: it is the same for all images of id/val, or not finite.
+        """
+        assert self.scorer.feature_scores is not None
+        scores = self.scorer.feature_scores(method)
+        own = scores[self.scorer.rows["id/val"]]
+        if not (np.isfinite(scores).all() and own.std() > 0):
+            raise NoValuesError(
+                f"{method} is the same for all images of id/val, or not finite; leave out --fuse {method}"
+            )
+        fused = FusedScore(method=method, mean=float(own.mean()), deviation=float(own.std()), weight=1.0)
+        return fused, fused.standardise(scores)
 
     def measure(self, params: NacParams) -> ValidationMetrics:
         """Score the search's splits under these parameters."""
         used = {name: layer for name, layer in params.layers.items() if layer.weight > 0}
-        return self.check(self.scorer.scores(NacParams(layers=used)))
+        return self.check(self.scorer.scores(NacParams(layers=used, fused=params.fused)))
 
     def check(self, scores: NDArray[np.float64]) -> ValidationMetrics:
         """Return the checks of any score of the search's samples, (samples,) as `scorer.rows` has them."""

@@ -235,7 +235,7 @@ def write_what_is_missing(path: Path, cache: Cache) -> None:
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(
     ("half", "step"),
-    [pytest.param(False, 1, marks=pytest.mark.slow), (False, 4), (True, 3)],
+    [pytest.param(False, 1, marks=pytest.mark.slow), pytest.param(False, 4, marks=pytest.mark.slow), (True, 3)],
     ids=["nothing written", "nothing written, some", "a leftover, some"],
 )
 def test_a_writer_killed_at_any_of_its_writes_can_go_on(

@@ -23,7 +23,10 @@ from nacpipe.cache.verify import verify_cache
 from nacpipe.errors import CacheError
 from tests.alike import prepare_split
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no flock, no limits")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="no flock, no limits"),
+    pytest.mark.usefixtures("zarr_threads"),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 ONLY_VAL = dict.fromkeys(["id/train", "id/subtrain", "id/test", "ood/val", "ood/near/letters", "ood/far/textures"], 0)

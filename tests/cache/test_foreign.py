@@ -142,7 +142,9 @@ def test_commands_work_beside_them(path: Path, tmp_path: Path) -> None:
     assert foreign(path).keys() == {*FILES, *FOLDERS}
 
 
-@pytest.mark.parametrize("key", ["label/c.99", "logits/c.3.0", "blocks/c.7"])
+@pytest.mark.parametrize(
+    "key", ["label/c.99", *(pytest.param(key, marks=pytest.mark.slow) for key in ("logits/c.3.0", "blocks/c.7"))]
+)
 def test_a_chunk_that_the_format_could_have_written_is_still_damage(path: Path, key: str) -> None:
     (path / "id/val" / key).parent.mkdir(exist_ok=True)
     (path / "id/val" / key).write_bytes(b"12345")
@@ -247,9 +249,15 @@ def lose_an_array(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "blocks"),
-    [(cut_a_chunk, 1), (exchange_chunks, 3), (lose_attributes, 3), (lose_the_group, 3), (cut_the_classifier, 0),
-     (lose_an_array, 0)],
-)  # fmt: skip
+    [
+        (cut_a_chunk, 1),
+        (lose_the_group, 3),
+        pytest.param(exchange_chunks, 3, marks=pytest.mark.slow),
+        pytest.param(lose_attributes, 3, marks=pytest.mark.slow),
+        pytest.param(cut_the_classifier, 0, marks=pytest.mark.slow),
+        pytest.param(lose_an_array, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_repair_and_a_writer_leave_them_where_they_are(
     path: Path, whole: Cache, damage: Callable[[Path], None], blocks: int
 ) -> None:

@@ -19,6 +19,8 @@ from nacpipe.files import is_url
 from tests.alike import assert_alike, copy_splits, prepare_split, write_rows
 from tests.s3 import BUCKET, variables
 
+pytestmark = pytest.mark.usefixtures("zarr_threads")
+
 
 @pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.server)])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:

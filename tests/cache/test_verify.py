@@ -251,7 +251,11 @@ def test_damage_in_metadata_costs_no_row(path: Path, whole: Cache) -> None:
 ALL_OF_VAL = [("id/val", 0), ("id/val", 1), ("id/val", 2)]
 
 
-@pytest.mark.parametrize(("digit", "bit", "rows"), [(0, 0, 50), (0, 1, 60), (1, 0, 41), (1, 3, 48)])
+@pytest.mark.parametrize(
+    ("digit", "bit", "rows"),
+    [(0, 0, 50), pytest.param(0, 1, 60, marks=pytest.mark.slow), (1, 0, 41),
+     pytest.param(1, 3, 48, marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_split_whose_number_of_rows_changed_is_dropped(
     path: Path, whole: Cache, digit: int, bit: int, rows: int
 ) -> None:
@@ -509,21 +513,23 @@ def little(
 @pytest.mark.parametrize(
     ("little", "damage", "changes"),
     [
-        (1, damage_a_chunk, [0, 1, 2]),  # the mark, the seal, the chunk
-        (1, damage_metadata, [1, 4]),
-        (1, exchange_chunks, [1, 2, 5, 38]),
-        (1, damage_labels, [0, 1, 2]),
         (2, damage_a_chunk, [0, 1, 2, 3]),  # the mark, the seal, the consolidated metadata, the chunk
-        (2, damage_metadata, [0, 1, 2, 3, 4, 5]),
-        (
-            2,
-            exchange_chunks,
-            [0, 1, 2, 3, 6, 7, 36],
-        ),  # attributes, copy, metadata of marks, marks, first rows, the last
-        (2, change_rows, [1, 2, 4, 20]),
         (2, lose_rows_of_an_unfinished_split, [0, 1, 2]),
         (2, damage_labels, [0, 1, 2]),  # the chunk, the seal, the consolidated metadata
-        (2, damage_labels_and_a_chunk, [0, 1, 2, 3, 4]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (1, damage_a_chunk, [0, 1, 2]),  # the mark, the seal, the chunk
+                (1, damage_metadata, [1, 4]),
+                (1, exchange_chunks, [1, 2, 5, 38]),
+                (1, damage_labels, [0, 1, 2]),
+                (2, damage_metadata, [0, 1, 2, 3, 4, 5]),
+                # attributes, copy, metadata of marks, marks, first rows, the last
+                (2, exchange_chunks, [0, 1, 2, 3, 6, 7, 36]),
+                (2, change_rows, [1, 2, 4, 20]),
+                (2, damage_labels_and_a_chunk, [0, 1, 2, 3, 4]),
+            )
+        ),
     ],
     indirect=["little"],
 )

@@ -63,31 +63,47 @@ def files_of(folder: Path) -> dict[str, Any]:
 
 # --- closed -----------------------------------------------------------------------------------------------------------
 
-CLOSED = ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "<&-"]
+QUICK = "<&- >&- 2>&-"  # a process each: make test tries all closed at once, make check one after the other as well
+CLOSED = [QUICK, *(pytest.param(one, marks=pytest.mark.slow) for one in ("2>&-", ">&-", ">&- 2>&-", "<&-"))]
+
+
+@pytest.fixture(scope="module")
+def usual(
+    small_cache: Cache, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[subprocess.CompletedProcess[bytes], dict[str, Any]]:
+    """A search with open streams, and what it left beside its cache and the parameters."""
+    shutil.copytree(small_cache.path, (folder := tmp_path_factory.mktemp("usual")) / "c.zarr")
+    write_params(folder / "p.json", PARAMS)
+    return run(folder, "", "search", "c.zarr", "--trials", "20"), files_of(folder)
 
 
 @pytest.mark.parametrize("redirect", CLOSED)
-def test_a_search_with_closed_streams_does_what_it_does(place: Path, tmp_path: Path, redirect: str) -> None:
-    shutil.copytree(place, whole := tmp_path / "whole")
-    usual = run(whole, "", "search", "c.zarr", "--trials", "20")
+def test_a_search_with_closed_streams_does_what_it_does(
+    place: Path, usual: tuple[subprocess.CompletedProcess[bytes], dict[str, Any]], redirect: str
+) -> None:
+    whole, left = usual
     done = run(place, redirect, "search", "c.zarr", "--trials", "20")
-    assert done.returncode == usual.returncode == 0
-    shutil.move(whole, place.parent / f"{place.name}-whole")
-    assert files_of(place) == files_of(place.parent / f"{place.name}-whole")
+    assert done.returncode == whole.returncode == 0
+    assert files_of(place) == left
     assert len(files_of(place)["c.study.log"]) == 20
-    without_clock = [line for line in usual.stdout.splitlines() if b" trials in " not in line]
+    without_clock = [line for line in whole.stdout.splitlines() if b" trials in " not in line]
     shown = [line for line in done.stdout.splitlines() if b" trials in " not in line]
     assert shown == ([] if ">&-" in redirect.replace("2>&-", "") else without_clock)
-    assert done.stderr == (b"" if "2>&-" in redirect else usual.stderr)
+    assert done.stderr == (b"" if "2>&-" in redirect else whole.stderr)
 
 
-@pytest.mark.parametrize("redirect", ["2>&-", ">&- 2>&-", "<&-"])
-def test_an_extraction_with_closed_streams_does_what_it_does(tmp_path: Path, redirect: str) -> None:
+@pytest.mark.parametrize(
+    "redirect", [">&- 2>&-", *(pytest.param(one, marks=pytest.mark.slow) for one in ("2>&-", "<&-"))]
+)
+def test_an_extraction_with_closed_streams_does_what_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redirect: str
+) -> None:
     asked = ["extract", "digits", "--splits", "id/train", "--train-images", "10", "--cache", "c.zarr"]
     done = run(tmp_path, redirect, *asked)
     assert done.returncode == 0
-    looked = run(tmp_path, "", "verify", "c.zarr")
-    assert (looked.returncode, looked.stdout) == (0, b"c.zarr: 1 splits, whole\n")
+    monkeypatch.chdir(tmp_path)
+    looked = shown("utf-8", "verify", "c.zarr")
+    assert (looked.exit_code, looked.stdout) == (0, "c.zarr: 1 splits, whole\n")
     assert (b"id/train" in done.stdout) == (redirect != ">&- 2>&-")
 
 
@@ -162,7 +178,11 @@ def test_a_host_without_streams(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("redirect", ["2> >(true)", "2>/dev/full", "2> >(exec head -c 1 >/dev/null)"])
+@pytest.mark.parametrize(
+    "redirect",
+    [pytest.param("2> >(true)", marks=pytest.mark.slow), "2>/dev/full",
+     pytest.param("2> >(exec head -c 1 >/dev/null)", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_what_stderr_does_not_take_is_dropped(place: Path, redirect: str) -> None:
     """A terminal that was closed, a pipe whose reader is gone, a full disk."""
     for args in (["search", "c.zarr", "--trials", "5"], ["search", "c.zarr", "--trials", "5"]):  # the second only notes
@@ -173,7 +193,7 @@ def test_what_stderr_does_not_take_is_dropped(place: Path, redirect: str) -> Non
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("more", [[], ["--csv"], ["--json"]])
+@pytest.mark.parametrize("more", [[], *(pytest.param([one], marks=pytest.mark.slow) for one in ("--csv", "--json"))])
 def test_results_that_a_full_disk_does_not_take_are_said(place: Path, more: list[str]) -> None:
     done = run(place, ">/dev/full", "evaluate", "c.zarr", "--params", "p.json", *more)
     assert done.returncode == 1
@@ -182,7 +202,7 @@ def test_results_that_a_full_disk_does_not_take_are_said(place: Path, more: list
     )
 
 
-@pytest.mark.parametrize("more", [[], ["--csv"]])
+@pytest.mark.parametrize("more", [[], pytest.param(["--csv"], marks=pytest.mark.slow)])
 def test_a_pipe_whose_reader_is_gone_ends_a_command(place: Path, more: list[str]) -> None:
     done = run(place, "> >(exec true)", "evaluate", "c.zarr", "--params", "p.json", *more)
     assert done.returncode in (0, 1)  # 0 where all was written before the reader ended
@@ -233,17 +253,18 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("charset", ENCODINGS)
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_terminal_shows_every_command(studied: str, charset: str, command: list[str]) -> None:
+def test_every_terminal_shows_every_command(studied: str, command: list[str]) -> None:
     args = [arg.format(studied) for arg in command]
-    usual, done = shown("utf-8", *args), shown(charset, *args)
-    assert done.exit_code == usual.exit_code == 0
-    text, wanted = done.stdout_bytes.decode(charset), usual.stdout_bytes.decode()
-    assert text.count("\n") == wanted.count("\n")
-    words = [word for word in wanted.split() if word.isascii()]
-    assert [word for word in words if word not in text.split()] == []  # nothing that the terminal has is lost
-    assert done.stderr_bytes.decode(charset).count("\n") == usual.stderr.count("\n")
+    usual = shown("utf-8", *args)
+    for charset in ENCODINGS:
+        done = shown(charset, *args)
+        assert done.exit_code == usual.exit_code == 0, charset
+        text, wanted = done.stdout_bytes.decode(charset), usual.stdout_bytes.decode()
+        assert text.count("\n") == wanted.count("\n"), charset
+        words = [word for word in wanted.split() if word.isascii()]
+        assert [word for word in words if word not in text.split()] == [], charset  # what the terminal has is not lost
+        assert done.stderr_bytes.decode(charset).count("\n") == usual.stderr.count("\n"), charset
 
 
 @pytest.mark.parametrize("charset", ENCODINGS)
@@ -288,11 +309,16 @@ def test_names_in_messages_are_shown_or_escaped(charset: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "variables",
     [
-        {"PYTHONIOENCODING": "cp1252"},
         {"PYTHONIOENCODING": "ascii"},
-        {"PYTHONIOENCODING": "latin-1:surrogateescape"},
-        {"LC_ALL": "C"},
-        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        *(
+            pytest.param(variables, marks=pytest.mark.slow)
+            for variables in (
+                {"PYTHONIOENCODING": "cp1252"},
+                {"PYTHONIOENCODING": "latin-1:surrogateescape"},
+                {"LC_ALL": "C"},
+                {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+            )
+        ),
     ],
     ids=str,
 )
@@ -306,7 +332,7 @@ def test_a_real_terminal_of_another_encoding(place: Path, variables: dict[str, s
             assert b"?" not in done.stdout
 
 
-@pytest.mark.parametrize("charset", ["utf-8", "cp1252", "ascii"])
+@pytest.mark.parametrize("charset", ["utf-8", pytest.param("cp1252", marks=pytest.mark.slow), "ascii"])
 def test_csv_is_utf8_and_json_ascii_whatever_the_terminal(
     place: Path, monkeypatch: pytest.MonkeyPatch, charset: str
 ) -> None:

@@ -139,6 +139,7 @@ def test_nor_do_they_when_a_read_is_interrupted(small_cache: Cache) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_one_damaged_chunk_among_hundreds_is_one_line_each_time(
     make_cache: Callable[..., Cache], tmp_path: Path
 ) -> None:

@@ -129,7 +129,7 @@ def grey(channels: int) -> dict[str, Any]:
 
 NAN = float("nan")
 WRONG = [
-    (change("nacpipe_detector", 3), "it has version 3, this nacpipe reads versions 1 and 2"),
+    (change("nacpipe_detector", 4), "it has version 4, this nacpipe reads versions 1 to 3"),
     (change("threshold", NAN), "threshold is nan; it must be a finite number"),
     (change("threshold", True), "threshold is True"),
     (change("threshold", 10**400), "threshold is 1000"),
@@ -345,7 +345,7 @@ def test_metadata_that_is_no_detector(text: str, tmp_path: Path) -> None:
 
 def test_arrays_of_other_types_are_not_read(tmp_path: Path) -> None:
     save_file({**arrays(), "more": np.zeros(2, np.int64)}, tmp_path / "d", metadata={"nacpipe_detector": "{}"})
-    with pytest.raises(DetectorError, match="array 'more' is I64; known: F32, U8, U16, I32"):
+    with pytest.raises(DetectorError, match="array 'more' is I64; known: F64, F32, U8, U16, I32"):
         read_detector(tmp_path / "d")
 
 

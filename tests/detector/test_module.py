@@ -173,7 +173,7 @@ def test_the_same_batches_give_the_caches_scores(case: Case) -> None:
         np.testing.assert_array_equal(run(detector, images, 128), expected)
 
 
-@pytest.mark.parametrize("how", ["1", "257", "channels-last"])
+@pytest.mark.parametrize("how", ["1", pytest.param("257", marks=pytest.mark.slow), "channels-last"])
 def test_other_batches_and_formats_give_nearly_the_same(case: Case, how: str) -> None:
     detector = load_detector(case.file, case.network())
     scores = []
@@ -490,6 +490,7 @@ def test_a_callers_autocast_does_not_reach_it(digits: Case) -> None:
     np.testing.assert_array_equal(found.score.numpy(), digits.cached("id/val")[:128])
 
 
+@pytest.mark.slow
 def test_a_half_type_is_used_where_the_states_were_counted_in_it(place: Path) -> None:
     request = ExtractRequest(
         benchmark="digits", model="digits_cnn", cache=place / "h.zarr", device="cpu", splits=SPLITS[:2],

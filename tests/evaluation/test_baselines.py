@@ -285,6 +285,7 @@ def test_the_command_shows_them_all(make_cache: Callable[..., Cache], tmp_path: 
     assert {row["second"] for row in json.loads(against.stdout)} == {"GEN"}
 
 
+@pytest.mark.slow
 def test_without_torch_and_pytorch_ood(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
     """All of them, in a process where torch, pytorch-ood, scikit-learn and scipy cannot be imported."""
     cache = make_cache(tmp_path / "c.zarr")

@@ -25,22 +25,26 @@ from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
 from nacpipe.networks.architectures import digits_cnn
 from nacpipe.networks.architectures.digits_cnn import DigitsCNN
+from tests.once import once
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 WEIGHTS = Path(digits_cnn.__file__).with_name("digits_cnn.safetensors")
 SPLITS = ("id/train", "id/val", "ood/val")
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """300 training digits, 500 others and 500 letters through the packaged network."""
-    path = tmp_path_factory.mktemp("baselines") / "d.zarr"
-    request = ExtractRequest(
-        benchmark="digits", model="digits_cnn", cache=path, splits=SPLITS, train_images=300, device="cpu"
-    )
-    extract(plan_extraction(request))
-    return open_cache(path)
+def digits(common: Path) -> Cache:
+    """300 training digits, 500 others and 500 letters through the packaged network; read only."""
+
+    def build(path: Path) -> None:
+        request = ExtractRequest(
+            benchmark="digits", model="digits_cnn", cache=path, splits=SPLITS, train_images=300, device="cpu"
+        )
+        extract(plan_extraction(request))
+
+    return open_cache(once(common / "built/digits300.zarr", build))
 
 
 @pytest.fixture(scope="module")

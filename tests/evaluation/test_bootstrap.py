@@ -128,6 +128,7 @@ def test_what_is_more_than_chance() -> None:
     assert set(none["reason"]) == {"it cannot"}
 
 
+@pytest.mark.slow
 def test_equal_methods_are_seldom_called_different() -> None:
     """At 0.9, one comparison in ten of equally good methods; 60 of them, seeded: within 5 of 6."""
     called = 0

@@ -129,7 +129,9 @@ def test_the_trial_takes_real_time(open_request: ExtractRequest) -> None:
     assert 0 < extraction._time_batch(plan_extraction(open_request)) < 60
 
 
-@pytest.mark.parametrize("rows", [8, 24, 512])
+@pytest.mark.parametrize(
+    "rows", [pytest.param(8, marks=pytest.mark.slow), 24, pytest.param(512, marks=pytest.mark.slow)]
+)
 def test_values_do_not_depend_on_it(finished: Cache, request_: ExtractRequest, rows: int) -> None:
     extract(plan_extraction(replace(request_, block_rows=rows)))
     made = open_cache(request_.cache)

@@ -132,6 +132,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         snapshots(DigitsCNN(), 0)
 
 
+@pytest.mark.slow
 def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trains for half a minute. In float64, held to AVX2, so that the numbers are the page's on all x86 machines."""
     page = (ROOT / "docs/model-selection.md").read_text("utf-8")

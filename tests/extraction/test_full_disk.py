@@ -111,6 +111,7 @@ def test_a_file_that_cannot_grow(undisturbed: Cache, tmp_path: Path) -> None:
     assert rows.stat().st_mtime_ns == before  # what was written was not computed again
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_again_and_again(undisturbed: Cache, disk: Callable[[str], Path]) -> None:
     """At the first split's metadata, then within the second's rows."""
     cache = disk("64k") / "x.zarr"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,8 +80,8 @@ def test_one_image_that_does_not_fit_is_an_error() -> None:
         list(BatchRunner(taps, torch.device("cpu"), lambda text: None)(torch.zeros(4, 3)))
 
 
-def test_fewer_bits_are_rounded_states_and_exact_logits(request_: ExtractRequest) -> None:
-    whole = make(request_)
+def test_fewer_bits_are_rounded_states_and_exact_logits(finished: Cache, request_: ExtractRequest) -> None:
+    whole = finished
     rounded = make(replace(request_, cache=request_.cache.with_name("rounded.zarr"), mantissa_bits=10))
     for path in whole.header.arrays():
         exact, kept = whole["id/val"].read(path), rounded["id/val"].read(path)
@@ -91,12 +92,12 @@ def test_fewer_bits_are_rounded_states_and_exact_logits(request_: ExtractRequest
         np.testing.assert_allclose(kept, exact, rtol=2.0**-11, atol=0)
         assert ((kept == 0) == (exact == 0)).all()
     with pytest.raises(IdentityError, match="keep_bits: stored 23, now 10"):
-        plan_extraction(replace(request_, mantissa_bits=10))
+        plan_extraction(replace(request_, cache=Path(whole.path), mantissa_bits=10))
 
 
 @pytest.mark.parametrize("dies", [False, True])
-def test_shards_hold_the_same_values(request_: ExtractRequest, dies: bool) -> None:
-    whole = make(request_)
+def test_shards_hold_the_same_values(finished: Cache, request_: ExtractRequest, dies: bool) -> None:
+    whole = finished
     sharded = replace(request_, cache=request_.cache.with_name("sharded.zarr"), shard_blocks=2)
     if dies:
 
@@ -115,14 +116,14 @@ def test_shards_hold_the_same_values(request_: ExtractRequest, dies: bool) -> No
 
 
 @pytest.mark.slow
-def test_half_precision_is_near_and_another_identity(request_: ExtractRequest) -> None:
-    whole = make(request_)
+def test_half_precision_is_near_and_another_identity(finished: Cache, request_: ExtractRequest) -> None:
+    whole = finished
     half = make(replace(request_, cache=request_.cache.with_name("half.zarr"), autocast="bf16"))
     exact, near = (c["id/val"].read("layers/layer3/activation") for c in (whole, half))
     difference = float(np.linalg.norm(near - exact) / np.linalg.norm(exact))
     assert 1e-6 < difference < 2e-2
     with pytest.raises(IdentityError, match="dtype: stored float32, now bf16"):
-        plan_extraction(replace(request_, autocast="bf16"))
+        plan_extraction(replace(request_, cache=Path(whole.path), autocast="bf16"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from PIL import Image
 
 from nacpipe.benchmarks.standard import find_benchmark
+from nacpipe.benchmarks.synthetic import IMAGE_KINDS, make_synthetic
 from nacpipe.cache import Cache, layout, open_cache
+from nacpipe.cli.image_lookup import image_names
 from nacpipe.errors import IdentityError, ImageError, InputError
-from nacpipe.extraction.dataset import build_transform
+from nacpipe.extraction.dataset import ImageSet, build_transform
 from nacpipe.extraction.distributed import Ranks
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import Plan, plan_extraction, total_bytes
@@ -120,6 +123,71 @@ def test_plan_of_chosen_and_forced_splits(finished: Cache, request_: ExtractRequ
         "id/val": "new",
         "id/test": "new",
     }
+
+
+# --- without an ood/val -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lacking(root: Path, request_: ExtractRequest, tmp_path: Path) -> ExtractRequest:
+    """The same with a data root of its own that has no list of ood/val."""
+    copy = tmp_path / "data"
+    shutil.copytree(root, copy)
+    (copy / "benchmark_imglist/cifar10/val_tin.txt").unlink()
+    return replace(request_, data_root=copy)
+
+
+def ood_val(plan: Plan) -> ImageSet:
+    return next(split.images for split in plan.splits if split.images.name == "ood/val")
+
+
+def test_where_the_list_is_missing_ood_val_is_made_from_id_val(lacking: ExtractRequest) -> None:
+    plan = plan_extraction(lacking)
+    assert "ood/val: its list is not there (val_tin.txt)" in plan.notes
+    assert any(
+        note.startswith("ood/val: made from the images of id/val (synthetic, version 1, seed 1): shuffle, mix")
+        for note in plan.notes
+    )
+    found = ood_val(plan)
+    assert found.identity()["synthetic"] == {"version": 1, "seed": 1, "kinds": list(IMAGE_KINDS), "side": 32}
+    base = next(split.images for split in plan.splits if split.images.name == "id/val")
+    expected = make_synthetic(np.stack([np.asarray(base.open(row)) for row in range(40)]), base.labels)
+    assert all((np.asarray(found.open(row)) == expected[row]).all() for row in range(40))
+    assert (found.labels == -1).all()
+
+
+def test_so_it_is_where_none_of_its_images_is_there(lacking: ExtractRequest, root: Path) -> None:
+    lists = Path("benchmark_imglist/cifar10/val_tin.txt")
+    shutil.copy(root / lists, lacking.data_root / lists)
+    shutil.rmtree(lacking.data_root / "images_classic/val_tin")
+    plan = plan_extraction(lacking)
+    assert "ood/val: none of the 21 images of val_tin.txt is there" in plan.notes
+    assert ood_val(plan).source == "synthetic, from val_cifar10.txt"
+    folder = lacking.data_root / "images_classic/val_tin"
+    folder.mkdir()
+    shutil.copy(root / "images_classic/val_tin/0.png", folder)  # one of 21: no longer on purpose
+    with pytest.raises(ImageError, match=r"^20 listed images are not there; the first is .*/1.png"):
+        plan_extraction(lacking)
+
+
+def test_an_ood_val_that_is_requested_by_name_is_not_made(lacking: ExtractRequest) -> None:
+    with pytest.raises(ImageError, match=r"^ood/val: there is no image list .*val_tin\.txt; say .* leave --splits"):
+        plan_extraction(replace(lacking, splits=("id/val", "ood/val")))
+
+
+def test_a_made_ood_val_is_found_again_and_not_taken_for_a_real_one(lacking: ExtractRequest, root: Path) -> None:
+    extract(plan_extraction(lacking))
+    cache = open_cache(lacking.cache)
+    assert cache["ood/val"].rows == 40
+    assert states(plan_extraction(lacking))["ood/val"] == "done"
+    folder = lacking.data_root / "images_classic/val_cifar10"
+    assert image_names(cache, "ood/val", [3]) == [str(folder / "3.png")]
+    lists = Path("benchmark_imglist/cifar10/val_tin.txt")
+    shutil.copy(root / lists, lacking.data_root / lists)
+    with pytest.raises(IdentityError, match=r"ood/val was made from other images: .*--redo ood/val"):
+        plan_extraction(lacking)
+    assert states(plan_extraction(replace(lacking, redo=("ood/val",))))["ood/val"] == "again"
+    assert image_names(cache, "ood/val", [3]) == [str(folder / "3.png")]  # what it was made from
 
 
 # --- the values -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from nacpipe.method.cross_validation import (
     cluster_folds,
     correlate,
     cross_validate,
+    cross_validate_each,
     image_folds,
 )
 from nacpipe.method.guide import choose_guide, guided_target, score_plainly
@@ -218,6 +219,9 @@ def test_cross_validation_is_the_slow_one(kind: str) -> None:
     found = cross_validate(scores, is_id, plain, folds)
     assert found == pytest.approx(slow_cross_validation(scores, is_id, plain, folds), abs=1e-9)
     assert 0.7 < found < 0.95
+    extra = signal + random.normal(0, 0.7, 110)
+    one_more = slow_cross_validation([*scores, extra[None]], is_id, plain, folds)
+    assert cross_validate_each(scores, is_id, plain, folds, [extra, None]) == pytest.approx([one_more, found], abs=1e-9)
     narrow = cross_validate([term.astype(np.float32) for term in scores], is_id, plain, folds)
     assert narrow == pytest.approx(found, abs=0.002)
 

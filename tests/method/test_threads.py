@@ -47,7 +47,7 @@ def python(code: str, cwd: Path, **variables: str) -> str:
     [
         pytest.param({"NUMBA_DISABLE_JIT": "1"}, marks=pytest.mark.slow),
         pytest.param({"NUMBA_DISABLE_JIT": "1", "NUMBA_CACHE_DIR": "/dev/null/x"}, marks=pytest.mark.slow),
-        {"NUMBA_THREADING_LAYER": "tbb"},  # not installed with numba
+        pytest.param({"NUMBA_THREADING_LAYER": "tbb"}, marks=pytest.mark.slow),  # not installed with numba
         pytest.param({"NUMBA_THREADING_LAYER_PRIORITY": "tbb tbb tbb"}, marks=pytest.mark.slow),
         pytest.param({"NUMBA_CACHE_DIR": "/dev/null/x"}, marks=pytest.mark.slow),
     ],
@@ -117,7 +117,7 @@ use()  # the parent's threads are still there
 @pytest.mark.parametrize(
     "in_child",
     [
-        "use()",
+        pytest.param("use()", marks=pytest.mark.slow),
         pytest.param("threads.set_threads(2); use()", marks=pytest.mark.slow),
         pytest.param("threads.set_threads(1); use()", marks=pytest.mark.slow),
         "child = os.fork(); use(); (os.waitpid(child, 0)[1] and os._exit(7)) if child else None",  # a grandchild too

@@ -174,7 +174,14 @@ def test_what_optimizers_keep_is_no_state_dict(tmp_path: Path) -> None:
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ckpt.pth", "best.ckpt", "weights.safetensors", "resnet20.th"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ckpt.pth",
+        "weights.safetensors",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("best.ckpt", "resnet20.th")),
+    ],
+)
 def test_a_folder_with_one_checkpoint_is_that_checkpoint(request_: ExtractRequest, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "cifar10_resnet20_augmix_default"
     folder.mkdir()

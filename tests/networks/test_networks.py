@@ -100,7 +100,9 @@ def far(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "resnet50" else name for name in SIDES]
+)
 def test_every_network_gives_the_definitions_states(name: str) -> None:
     model = find_model(name)
     torch.manual_seed(0)

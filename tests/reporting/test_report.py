@@ -24,7 +24,7 @@ from nacpipe.evaluation.tables import tabulate
 from nacpipe.method.coverage import bin_edges, coverage_table
 from nacpipe.method.metrics import auroc
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.method.plain_scores import energy
+from nacpipe.method.plain_scores import PLAIN_SCORES
 from nacpipe.reporting.figures import draw_coverage, draw_histogram, draw_roc, to_svg
 from nacpipe.reporting.report import check_overfitting, draw_cache_report, read_cache_report, render_report
 from nacpipe.scoring.coverage import fit_coverage
@@ -201,9 +201,18 @@ def test_the_overfitting_check_is_the_search_s(place: Path) -> None:
     found = check_overfitting(search.cache, fit_coverage(search.cache, result.params)).set_index("method")
     checks = result.checks
     assert found.loc["NAC"].tolist() == [checks.val_auroc, checks.val_fpr95, checks.subtrain_auroc]
-    scores = {name: energy(search.cache[name].read("logits")) for name in ("id/val", "id/subtrain", "ood/val")}
-    assert found.loc["Energy", "subtrain_auroc"] == auroc(scores["id/val"], scores["id/subtrain"])
-    assert found.loc["Energy", "val_auroc"] == auroc(scores["id/val"], scores["ood/val"])
+    guide = search.objective.guide
+    assert guide is not None and found.index.tolist() == ["NAC", guide.name]
+    aurocs = {
+        name: auroc(score(search.cache["id/val"].read("logits")), score(search.cache["ood/val"].read("logits")))
+        for name, score in PLAIN_SCORES.items()
+    }
+    assert guide.name == max(aurocs, key=aurocs.__getitem__)
+    assert found.loc[guide.name, "val_auroc"] == aurocs[guide.name]
+    score = PLAIN_SCORES[guide.name]
+    expected = auroc(*(score(search.cache[name].read("logits")) for name in ("id/val", "id/subtrain")))
+    assert found.loc[guide.name, "subtrain_auroc"] == expected == result.guide_subtrain
+    assert f"; {guide.name}'s {100 * expected:.2f} %)" in Reader((place / "page.html").read_text()).text
 
 
 def test_splits_that_are_not_there_are_no_number(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
@@ -337,6 +346,7 @@ def test_refusals(place: Path) -> None:
     assert (done.exit_code, "--output" in done.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_without_torch(place: Path) -> None:
     code = """
 import sys

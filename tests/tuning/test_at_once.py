@@ -80,12 +80,16 @@ def trials(where: str, study: str) -> list[int]:
     return sorted(trial.user_attrs["position"] for trial in found)
 
 
-PLACES = ["{}/s.log", "sqlite:///{}/s.db", "sqlite+pysqlite:///{}/s.db"]
+PLACES = ["{}/s.log", "sqlite:///{}/s.db", pytest.param("sqlite+pysqlite:///{}/s.db", marks=pytest.mark.slow)]
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Optuna closes its databases when they are collected
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("old", [False, True], ids=["new storage", "new study in an old storage"])
+@pytest.mark.parametrize(
+    "old",
+    [pytest.param(False, id="new storage"),
+     pytest.param(True, id="new study in an old storage", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_one_runs_and_the_other_is_refused(
     small_cache: Cache, tmp_path: Path, together: Together, place: str, old: bool
 ) -> None:
@@ -111,7 +115,7 @@ def test_one_runs_and_the_other_is_refused(
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.parametrize("place", PLACES[:2])
+@pytest.mark.parametrize("place", [pytest.param(PLACES[0], marks=pytest.mark.slow), PLACES[1]])
 def test_two_studies_are_made_at_once_in_one_storage(
     small_cache: Cache, tmp_path: Path, together: Together, place: str
 ) -> None:

@@ -43,6 +43,7 @@ def trials(journal: Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in ("value", "params")} for line in lines if "datetime_complete" in line]
 
 
+@pytest.mark.slow
 def test_a_journal_torn_by_a_full_disk_goes_on(small_cache: Cache, tmp_path: Path) -> None:
     (whole := tmp_path / "whole").mkdir()
     assert search(small_cache, whole, 0).returncode == 0

@@ -400,6 +400,7 @@ def test_a_server_that_is_not_there(small_cache: Cache) -> None:
         Search(SearchRequest(cache=small_cache.path, storage="postgresql+psycopg://nac@127.0.0.1:1/x"))
 
 
+@pytest.mark.server
 def test_a_server_that_goes_away_is_said_in_one_line(small_cache: Cache, tmp_path: Path) -> None:
     from tests.tuning.postgres import find_programs, running
 

@@ -140,6 +140,7 @@ def test_a_lock_left_by_a_dead_process_is_free(
     assert trials_of(search)[:TRIALS] == expected
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_ends_with_the_trials_asked_for(small_cache: Cache, tmp_path: Path) -> None:
     """SIGKILL, each time once this many lines are in the journal and somewhere in the next few milliseconds."""
     killed = tmp_path / "killed.log"

@@ -12,7 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.errors import InputError
-from nacpipe.evaluation.posthoc.detector import Linear, Samples, Score, Training, class_means
+from nacpipe.evaluation.posthoc.detector import Samples, Score, Training, class_means
+from nacpipe.method.feature_scores import (
+    FeatureScore,
+    FeatureScoreName,
+    find_origin,
+    find_principal,
+    fit_feature_score,
+    residual_lengths,
+    vim_dimension,
+)
 from nacpipe.method.plain_scores import Floats, energy
 
 RIDGE = 1e-6  # added to the diagonal of a scatter matrix, as pytorch-ood does
@@ -106,34 +115,15 @@ def fit_vim(training: Training) -> Score:
 
     Alpha makes the mean length of the training images their mean largest logit.
     """
-    origin = _origin(training.linear)
-    centred = training.samples.features - origin
-    principal = _principal(centred, vim_dimension(centred.shape[1]))
-
-    def lengths(values: Floats) -> Floats:  # (samples, features) → (samples,)
-        return np.asarray(np.linalg.norm(values - (values @ principal) @ principal.T, axis=1))
-
-    parts = np.array_split(centred, 1 + len(centred) // 4096)  # lengths() holds three times what it is given
-    mean_length = np.concatenate([lengths(part) for part in parts]).mean()
-    alpha = training.samples.linear_logits.max(axis=1).mean(dtype=np.float64) / mean_length
-    return lambda samples: energy(samples.linear_logits) - alpha * lengths(samples.features - origin)
+    fitted = _fit(training, "ViM")
+    return lambda samples: fitted.score(samples.features, samples.linear_logits)
 
 
 def fit_residual(training: Training) -> Score:
     """Residual (Wang et al., CVPR 2022): the negative length of z + W⁺ b outside the principal subspace, ViM's."""
-    origin = _origin(training.linear)
-    principal = _principal(training.samples.features - origin, vim_dimension(training.linear.weight.shape[1]))
-
-    def score(samples: Samples) -> Floats:
-        centred = samples.features - origin
-        return np.asarray(-np.linalg.norm(centred - (centred @ principal) @ principal.T, axis=1))
-
-    return score
-
-
-def vim_dimension(features: int) -> int:
-    """The paper's 1,000 for wide features, 512 for those of a ViT, half of what is narrower."""
-    return 1000 if features > 1500 else 512 if features >= 768 else features // 2
+    origin = find_origin(training.linear.weight, training.linear.bias)
+    principal = find_principal(training.samples.features - origin, vim_dimension(training.linear.weight.shape[1]))
+    return lambda samples: -residual_lengths(samples.features - origin, principal)
 
 
 def fit_she(training: Training) -> Score:
@@ -152,33 +142,20 @@ def fit_fdbd(training: Training) -> Score:
 
     The boundary between k and j is |l_k − l_j| / ‖w_k − w_j‖ away.
     """
-    weight = training.linear.weight.astype(np.float64)
-    mean = training.samples.features.mean(axis=0, dtype=np.float64)
-    squared = (weight**2).sum(axis=1)
-    between = np.sqrt(np.maximum(squared[:, None] + squared - 2 * weight @ weight.T, 0))  # (classes, classes)
-    np.fill_diagonal(between, 1.0)
-
-    def score(samples: Samples) -> Floats:
-        logits = samples.linear_logits.astype(np.float64)
-        predicted = logits.argmax(axis=1)
-        boundaries = ((logits.max(axis=1)[:, None] - logits) / between[predicted]).sum(axis=1)
-        distance = np.maximum(np.linalg.norm(samples.features - mean, axis=1), 1e-8)
-        return np.asarray(boundaries / ((logits.shape[1] - 1) * distance))
-
-    return score
+    fitted = _fit(training, "fDBD")
+    return lambda samples: fitted.score(samples.features, samples.linear_logits)
 
 
 def fit_nci(training: Training) -> Score:
     """NCI (Liu & Qin, CVPR 2025): w_k · (z − mean features) / ‖z − mean features‖, without the norm of z."""
-    weight = training.linear.weight
-    mean = training.samples.features.mean(axis=0, dtype=np.float64)
+    fitted = _fit(training, "NCI")
+    return lambda samples: fitted.score(samples.features, samples.linear_logits)
 
-    def score(samples: Samples) -> Floats:
-        centred = samples.features - mean
-        rows = weight[samples.linear_logits.argmax(axis=1)]
-        return np.asarray((centred * rows).sum(axis=1) / np.linalg.norm(centred, axis=1))
 
-    return score
+def _fit(training: Training, method: FeatureScoreName) -> FeatureScore:
+    """Fit a score that can also be a member of NAC's sum."""
+    samples, linear = training.samples, training.linear
+    return fit_feature_score(method, samples.features, samples.linear_logits, linear.weight, linear.bias)
 
 
 def _gaussians(
@@ -209,35 +186,6 @@ def _squared_distances(values: Floats, means: Floats, precision: Floats) -> Floa
     turned = values @ precision
     own = (turned * values).sum(axis=1)[:, None]
     return np.asarray(own - 2 * turned @ means.T + ((means @ precision) * means).sum(axis=1))
-
-
-def _origin(linear: Linear) -> Floats:
-    """−W⁺ b, (features,): the shortest z with W z + b = 0, from the smaller of W Wᵀ and Wᵀ W.
-
-    Singular values of W below float32's rounding count as 0.
-    """
-    weight, bias = linear.weight.astype(np.float64), linear.bias.astype(np.float64)
-    wide = weight.shape[0] <= weight.shape[1]
-    values, vectors = np.linalg.eigh(weight @ weight.T if wide else weight.T @ weight)
-    rounding = max(weight.shape) * float(np.finfo(np.float32).eps)
-    kept = values > rounding**2 * values[-1]
-    right = bias if wide else weight.T @ bias
-    solved = vectors[:, kept] @ ((vectors[:, kept].T @ right) / values[kept])
-    return np.asarray(-(weight.T @ solved if wide else solved))
-
-
-def _principal(values: Floats, dimension: int) -> Floats:  # (samples, features)
-    """The directions of the largest spread around 0, (features, at most dimension).
-
-    Of fewer samples than features, from the samples' inner products: a matrix of (samples, samples).
-    """
-    samples, features = values.shape
-    if samples >= features:
-        return np.asarray(np.linalg.eigh(values.T @ values)[1][:, -dimension:])  # eigenvalues ascend
-    squares, vectors = np.linalg.eigh(values @ values.T)
-    squares, vectors = squares[-dimension:], vectors[:, -dimension:]
-    kept = squares > samples * np.finfo(np.float64).eps * squares[-1]
-    return np.asarray(values.T @ (vectors[:, kept] / np.sqrt(squares[kept])))
 
 
 def _unit(features: NDArray[np.float32]) -> Floats:

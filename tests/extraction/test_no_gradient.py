@@ -1,0 +1,150 @@
+"""Forward passes alone: the same activations, half the arrays, and a detector that needs no backward pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+from nacpipe.benchmarks.toml import open_benchmark
+from nacpipe.cache import LayerSpec, open_cache
+from nacpipe.cache.verify import verify_cache
+from nacpipe.cli import main
+from nacpipe.detector.export import export_detector
+from nacpipe.detector.module import attach
+from nacpipe.errors import CacheError, IdentityError, InputError, ParamsError
+from nacpipe.extraction.dataset import build_transform, load_batches, open_images
+from nacpipe.extraction.pipeline import extract
+from nacpipe.extraction.plan import plan_extraction
+from nacpipe.extraction.request import ExtractRequest
+from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.networks.build import load_network
+from nacpipe.networks.models import find_model
+from nacpipe.networks.taps import Taps, freeze
+from nacpipe.scoring.coverage import score_splits
+from nacpipe.tuning.space_file import read_spec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def forward(request_: ExtractRequest, tmp_path: Path) -> ExtractRequest:
+    """A cache without gradients, beside the request's own."""
+    forward = replace(request_, cache=tmp_path / "forward.zarr", gradient=False)
+    extract(plan_extraction(forward))
+    return forward
+
+
+def no_backward(*_: object, **__: object) -> None:
+    raise AssertionError("a backward pass")
+
+
+def test_activations_are_those_of_an_extraction_with_gradients(
+    forward: ExtractRequest, request_: ExtractRequest
+) -> None:
+    extract(plan_extraction(request_))
+    whole, half = open_cache(request_.cache), open_cache(forward.cache)
+    assert (whole.header.gradients, half.header.gradients) == (True, False)
+    assert list(half) == list(whole)
+    for name, split in half.items():
+        assert split["avgpool"].gradient is None
+        for path in half.header.arrays():
+            np.testing.assert_allclose(split.read(path), whole[name].read(path), rtol=1e-5, atol=1e-6, err_msg=path)
+    assert set(whole.header.arrays()) - set(half.header.arrays()) == {
+        f"layers/{spec.name}/gradient" for spec in whole.header.layers
+    }
+    assert not list(Path(forward.cache).rglob("gradient"))
+    assert verify_cache(half) == []
+
+
+def test_one_kind_of_cache_is_not_gone_on_with_as_the_other(forward: ExtractRequest) -> None:
+    with pytest.raises(IdentityError, match="gradients: stored false, now nothing"):
+        plan_extraction(replace(forward, gradient=True))
+    assert "--no-gradient" in open_cache(forward.cache).command()
+
+
+def test_no_backward_pass_runs(request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.autograd, "grad", no_backward)
+    monkeypatch.setattr(Tensor, "backward", no_backward)
+    with pytest.raises(InputError, match="a backward pass"):
+        plan_extraction(request_)
+    extract(plan_extraction(replace(request_, gradient=False)))
+
+
+def test_what_counts_gradients_is_refused(forward: ExtractRequest) -> None:
+    cache = open_cache(forward.cache)
+    assert {
+        tuple(given["source"].values) for name, given in read_spec("auto", cache, ()).items() if name[:6] != "logits"
+    } == {("activation",)}
+    with pytest.raises(
+        ParamsError, match=r"without gradients \(extract --no-gradient\), and the space paper counts the product"
+    ):
+        read_spec("paper", cache, ())
+    params = NacParams(layers={"avgpool": LayerParams(bins=20, saturation=5, alpha=0.5)})
+    with pytest.raises(CacheError, match="was written without gradients"):
+        score_splits(cache, params, ["id/val"])
+    for words in (["id/val"], ["id/val", "avgpool"]):
+        done = CliRunner().invoke(main, ["inspect", str(forward.cache), *words], prog_name="nacpipe")
+        assert done.exit_code == 0, done.output
+        assert "activation" in done.output
+        assert "gradient" not in done.output
+
+
+def test_a_detector_of_activations_scores_as_the_cache_without_a_backward_pass(
+    forward: ExtractRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = open_cache(forward.cache)
+    params = NacParams(
+        layers={
+            "avgpool:activation": LayerParams(bins=20, saturation=5, alpha=0.05, source="activation", weight=0.5),
+            "layer2:activation": LayerParams(bins=10, saturation=3, alpha=0.01, source="activation", weight=0.5),
+        }
+    )
+    benchmark = open_benchmark(forward.benchmark)
+    network = load_network(find_model(forward.model), benchmark, forward.checkpoint, torch.device("cpu"))
+    monkeypatch.setattr(torch.autograd, "grad", no_backward)
+    detector = attach(export_detector(cache, params), network.module)
+    root = Path(str(forward.data_root))
+    images = open_images(benchmark, benchmark.split("id/val"), root, train_images=20, train_seed=1)
+    assert images is not None
+    transform = build_transform(network.transform, images.pre_resized)
+    batches = load_batches(images, [range(cache["id/val"].rows)], transform, 0)
+    found = detector(next(iter(batches))).score.numpy()
+    np.testing.assert_allclose(found, score_splits(cache, params, ["id/val"])["id/val"], rtol=1e-6)
+
+
+class InPlace(nn.Module):
+    """A layer whose output the next line overwrites, and a quantised one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.quantised, self.fc = nn.Identity(), Quantised(), nn.Linear(4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        values = self.first(images * 2)
+        values.mul_(0)
+        return torch.as_tensor(
+            self.fc(self.quantised(images).dequantize().flatten(1)[:, :4] + values.flatten(1)[:, :4])
+        )
+
+
+class Quantised(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.quantize_per_tensor(images, 0.25, 0, torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # such networks are in use
+def test_networks_that_change_in_place_or_are_quantised_are_tapped() -> None:
+    torch.manual_seed(0)
+    network, images = freeze(InPlace()), torch.round(torch.randn(3, 2, 2, 2) * 4) / 4
+    layers = [LayerSpec(name=name, path=name, pooling="sum-nchw", neurons=2) for name in ("first", "quantised")]
+    with Taps(network, layers, "fc", gradients=False) as taps:
+        tapped = taps(images)
+    torch.testing.assert_close(tapped.activation["first"], 2 * images.sum((2, 3)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(tapped.activation["quantised"], images.sum((2, 3)), rtol=0, atol=1e-6)
+    assert tapped.gradient == {}
