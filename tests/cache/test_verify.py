@@ -390,7 +390,7 @@ def test_a_split_whose_attributes_are_damaged_is_dropped(path: Path, whole: Cach
 
 
 def flip_the_root(path: Path) -> None:
-    flip(path / "zarr.json", 150)
+    flip(path / "zarr.json", 0)
 
 
 def edit_the_root(path: Path) -> None:

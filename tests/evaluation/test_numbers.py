@@ -39,7 +39,8 @@ def change(small_cache: Cache, tmp_path: Path) -> Callable[..., Cache]:
             split = small_cache[name]
             arrays = {key: split.read(key).copy() for key in small_cache.header.arrays()}
             for key, value in values.items():
-                arrays[small_cache.header.layer_array(*key.split("__"))][...] = value
+                layer, _, what = key.partition("__")
+                arrays[small_cache.header.layer_array(layer, what) if what else key][...] = value
             writer.drop(name)
             prepare_split(writer, split)
             for block, start in enumerate(range(0, split.rows, 16)):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from numpy.typing import NDArray
 from PIL import Image
 
 from nacpipe.benchmarks.standard import Benchmark, Split, Transform
@@ -116,17 +118,16 @@ def wrong_cache(
     """The function that makes a cache in which the first labels of a split are of class 12 and −1."""
 
     def make(counts: dict[str, int]) -> Cache:
-        write = CacheWriter.write_block
+        prepare = CacheWriter.prepare
 
-        def write_block(self: CacheWriter, name: str, block: int, arrays: dict[str, np.ndarray]) -> None:  # type: ignore[type-arg]
-            if block == 0 and name in counts:
-                label = arrays["label"].copy()
+        def prepare_wrong(self: CacheWriter, name: str, *args: Any, label: NDArray[np.int64], **known: Any) -> Any:
+            if name in counts:
+                label = label.copy()
                 label[: counts[name]] = np.resize([12, -1], counts[name])
-                arrays = {**arrays, "label": label}
-            write(self, name, block, arrays)
+            return prepare(self, name, *args, label=label, **known)
 
         with monkeypatch.context() as patch:
-            patch.setattr(CacheWriter, "write_block", write_block)
+            patch.setattr(CacheWriter, "prepare", prepare_wrong)
             return write_cache(tmp_path / "c.zarr", rows={"csid/shifted": 25})
 
     return make
