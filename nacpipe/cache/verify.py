@@ -164,8 +164,8 @@ def _verify_split(cache: Cache, name: str, broken: set[str], progress: Callable[
                 whole = False
                 yield damage(path, block, what)
         progress(name, min(header.block_rows, split.rows - block * header.block_rows))
-    for path in WHOLE:
-        if path not in broken and is_whole(split.array(path), header) and (split.sealed or marks.any()):
+    for path in WHOLE if split.sealed or marks.any() else ():  # a split that was only begun lacks arrays
+        if path not in broken and is_whole(split.array(path), header):
             for lost in _verify_whole(cache, name, split.array(path)):
                 whole = False
                 yield lost

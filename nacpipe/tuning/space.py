@@ -216,10 +216,10 @@ def with_weights(
 ) -> NacParams:
     """Return parameters with these weights, (layers,), the fused score's last if there is one, normalised to sum 1."""
     shares = [float(share) for share in weights / weights.sum()]
-    own = shares[: len(layers)]
+    own, last = (shares, 0.0) if fused is None else (shares[:-1], shares[-1])
     return NacParams(
         layers={name: replace(layer, weight=share) for (name, layer), share in zip(layers.items(), own, strict=True)},
-        fused=None if fused is None else replace(fused, weight=shares[len(layers)]),
+        fused=None if fused is None else replace(fused, weight=last),
     )
 
 

@@ -256,19 +256,23 @@ def test_the_default_search_takes_every_term_and_is_cross_validated(cache: str, 
         f"{layer}{source}" for layer in ("avgpool", "layer1", "logits") for source in ("", ":activation", ":gradient")
     }
     assert {line.split()[0] for line in lines[1:19]} == names | {f"{name}:components" for name in names}
-    assert lines[20].startswith("id/val against ood/val: AUROC ")
+    assert lines[19].split()[0] == "NCI"  # the feature score that cross-validation adds to the sum
+    assert lines[21].startswith("id/val against ood/val: AUROC ")
     assert re.fullmatch(
         r"cross-validated: AUROC \d+\.\d\d % over images \(\w+ \d+\.\d\d %\), \d+\.\d\d % over the classes that ood/val"
         r" is predicted as",
-        lines[21],
+        lines[22],
     )
-    assert lines[23].startswith("1081 trials in ")  # 18 terms, 60 trials each, and all together
+    assert lines[23].startswith("NCI is a member of the sum; without it: ")
+    assert lines[25].startswith("1081 trials in ")  # 18 terms, 60 trials each, and all together
     stored = json.loads((tmp_path / "c.params.json").read_text())
     crossed = stored["result"]["cross_validated"]
     assert set(crossed) == {"images", "clusters", "guide"}
+    assert stored["fused"]["method"] == "NCI"
     assert 0.5 < crossed["images"] <= 1
     assert stored["result"]["guide"] in ("MSP", "MaxLogit", "Energy", "Entropy", "GEN")
-    assert sum(layer["weight"] for layer in stored["layers"].values()) == pytest.approx(1)
+    members = [*stored["layers"].values(), stored["fused"]]
+    assert sum(member["weight"] for member in members) == pytest.approx(1)
     assert nacpipe("search", cache, "--status").stdout == printed.stdout
     assert nacpipe("search", cache, "--explain").exit_code == 0
     assert nacpipe("evaluate", cache).exit_code == 0
