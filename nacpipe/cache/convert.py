@@ -62,6 +62,11 @@ def _is_same(source: str | Path, target: str | Path) -> bool:
 def _convert_split(old: Cache, writer: CacheWriter, name: str, progress: Callable[[str, int], None]) -> None:
     """Copy the blocks of a split that the copy lacks, and seal it where the old one is sealed."""
     if name in (copy := open_cache(writer.path)) and copy.peek(name).sealed:
+        ours, theirs = copy.peek(name), old.peek(name)
+        if (ours.rows, ours.images) != (theirs.rows, theirs.images):
+            raise CacheError(
+                f"{writer.path}: {name} is of other images than that of {old.path}; give the copy another place"
+            )
         progress(name, copy.peek(name).rows)
         return
     split = old[name] if old.peek(name).sealed else old.peek(name)
@@ -70,7 +75,11 @@ def _convert_split(old: Cache, writer: CacheWriter, name: str, progress: Callabl
         raise CacheError(f"{writer.path} has other blocks than {old.path}; give the copy another place")
     written = split.marks()
     done = writer.prepare(name, split.rows, split.images, **known)
-    paths = dict(zip(writer.header.arrays(), old.header.arrays(), strict=True))
+    paths = {path: path for path in writer.header.arrays()}
+    for spec in old.header.layers:  # by name: the copy can have them in another order
+        for what in ("activation", "gradient"):
+            if (new := writer.header.layer_array(spec.name, what)) in paths:
+                paths[new] = old.header.layer_array(spec.name, what)
     for start in range(0, done.size, old.header.shard_blocks):
         unit = slice(start, start + old.header.shard_blocks)
         rows = slice(start * old.header.block_rows, min(unit.stop * old.header.block_rows, split.rows))

@@ -32,6 +32,7 @@ _NUMBER = "(?:0|[1-9][0-9]*)"
 _DRAFT = re.compile(
     rf"(?:zarr\.json|zarr\.[0-9a-f]+|(?:{_NUMBER}|c(?:\.{_NUMBER}){{0,2}})(?:\.[0-9a-f]+)?)\.partial"
 )  # those of durability.py and of Zarr
+_CHUNK_FOLDER = re.compile(rf"/c(?:/{_NUMBER})?$")  # of version 1, below an array's folder
 _CHUNK = re.compile(rf"(.+)/c[./]({_NUMBER})(?:[./]0)?")
 
 
@@ -100,6 +101,12 @@ def is_draft(key: str) -> bool:
     return _DRAFT.fullmatch(key.rpartition("/")[2]) is not None
 
 
+def is_own_draft(key: str, own: re.Pattern[str]) -> bool:
+    """Return whether a key is that of a partial file in a folder of the cache, given `own_keys`."""
+    folder = _CHUNK_FOLDER.sub("", key.rpartition("/")[0])
+    return is_draft(key) and own.fullmatch(f"{folder}/zarr.json" if folder else "zarr.json") is not None
+
+
 def remove_own(store: Store, header: Header, path: str) -> None:
     """Remove the cache's objects below a path, with drafts, then empty folders.
 
@@ -109,9 +116,9 @@ def remove_own(store: Store, header: Header, path: str) -> None:
     pattern = own_keys(header)
     steps: dict[int, list[str]] = {0: [], 1: [], 2: [], 3: []}
     for key in sorted(list_keys(store, path)):
-        if key.endswith("/blocks/zarr.json"):
+        if pattern.fullmatch(key) and key.endswith("/blocks/zarr.json"):
             steps[0].append(key)
-        elif pattern.fullmatch(key) or is_draft(key):
+        elif pattern.fullmatch(key) or is_own_draft(key, pattern):
             mark = (parse_chunk_key(key) or ("", 0))[0].endswith("/blocks")
             steps[1 if mark else 3 if key == f"{path}/zarr.json" else 2].append(key)
     for step in steps.values():

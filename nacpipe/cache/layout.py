@@ -23,6 +23,7 @@ from zarr.core.sync import sync
 
 from nacpipe.cache.identity import fingerprint
 from nacpipe.errors import FormatError, InputError
+from nacpipe.method.term import layer_of
 from nacpipe.text import why_reserved
 
 FORMAT_VERSION = 2
@@ -183,6 +184,8 @@ class Header:
                 " use the nacpipe that wrote it, or extract again into another --cache"
             )
         digest = attributes.get("digest")  # caches of the first versions have none
+        if digest is None and version != 1:
+            raise FormatError("the cache's attributes are damaged (they have no digest)")
         if digest is not None and digest != fingerprint({k: v for k, v in attributes.items() if k != "digest"}):
             raise FormatError("the cache's attributes are damaged (they do not match their digest)")
         try:
@@ -257,7 +260,7 @@ def _check_old_names(names: list[str]) -> None:
     for name in names:
         if name in ("blocks", "features", "logits", "label", "index", "classifier") or name.startswith("."):
             raise InputError(f"layer name {name!r} cannot be used in a cache of version 1")
-        if not name or "/" in name or ":" in name:
+        if not name or "/" in name or layer_of(name) != name:
             raise InputError(f"layer name {name!r} cannot be used in a cache")
 
 

@@ -50,7 +50,7 @@ def repair_cache(path: str | Path) -> list[str]:
         objects = Objects(path)
         cache = _open_whole_root(path)
         if disk:
-            remove_drafts(disk)
+            remove_drafts(disk, cache.header)
         for _ in range(ROUNDS):
             if not (damage := verify_cache(cache)):
                 break

@@ -265,7 +265,7 @@ def read_consolidated(root: bytes) -> Mapping[str, Any]:
 
 def _chunk_keys(path: str, content: Any) -> Iterator[str]:
     """Yield the keys of an array's chunks by its shape; none of a group, and none where the metadata are damaged."""
-    with contextlib.suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
+    with contextlib.suppress(Exception):  # a crafted copy raises any error; the array itself is refused in words
         if content["node_type"] == "array":
             rows, size = int(content["shape"][0]), int(content["chunk_grid"]["configuration"]["chunk_shape"][0])
             dot = content["chunk_key_encoding"].get("configuration", {}).get("separator", "/")

@@ -15,7 +15,7 @@ import contextlib
 import shlex
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from nacpipe.cache.consolidated import consolidate
 from nacpipe.cache.digest import split_digest
 from nacpipe.cache.durability import sync_files, writing
 from nacpipe.cache.identity import comparable_fields, diff
-from nacpipe.cache.keys import is_draft, list_own, remove_own
+from nacpipe.cache.keys import is_draft, is_own_draft, list_own, own_keys, remove_own
 from nacpipe.cache.layout import (
     ALL_BITS,
     Header,
@@ -81,14 +81,14 @@ class CacheWriter:
             self.root, self.header = open_root(self.path, mode="r+")
             check_identity(self.path, self.header, header)
             if first and self._disk:
-                remove_drafts(self._disk)
+                remove_drafts(self._disk, self.header)
             if first:
                 consolidate(self.root, self.header, self.path)  # after a crash before that
         elif self._is_taken():
             raise CacheError(f"{self.path} is there already and is not a cache; give another --cache")
         else:
             if self._disk:
-                remove_drafts(self._disk)  # of an interrupted creation of the root
+                remove_drafts(self._disk, header)  # of an interrupted creation of the root
             store = open_store(self.path, write=True)
             self.root = zarr.create_group(store, zarr_format=3, attributes=header.to_attributes())
             self.header = header
@@ -107,7 +107,7 @@ class CacheWriter:
     def _sync_chunk(self, key: str) -> None:
         """Wait until a chunk is on the disk, and in version 2 its entry in the array's folder.
 
-        The folders above that one have been synced since the array was created.
+        The folders above that one have been synced by `prepare`.
         """
         if self._disk:
             file = self._disk / key
@@ -116,6 +116,11 @@ class CacheWriter:
     def _sync_below(self, path: str) -> None:
         if self._disk:
             self._sync(*list_own(self.root.store, self.header, path))
+
+    def _sync_metadata(self, name: str) -> None:
+        """Wait until the metadata of a split's groups and arrays, and the folders above them, are on the disk."""
+        inside = [*self.header.groups(), *self.header.arrays(), "blocks"]
+        self._sync(f"{name}/zarr.json", *(f"{name}/{path}/zarr.json" for path in inside))
 
     def write_classifier(self, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
         """Store the last linear layer, once: weight (classes, features), bias (classes,)."""
@@ -180,7 +185,8 @@ class CacheWriter:
             if missing:
                 self._remove(f"{name}/blocks")  # marks must not outlive their arrays
                 self._arrays.clear()
-                for path in self.header.groups():
+            for path in self.header.groups():
+                if not self._holds(f"{name}/{path}"):
                     group.require_group(path)
             for path in missing:
                 self._remove(f"{name}/{path}")
@@ -195,8 +201,8 @@ class CacheWriter:
                 raise FormatError(
                     f"{self.path}: {name}/{array} {what}; repair it with: {command_line('repair', self.path)}"
                 )
-            if missing:
-                self._sync_below(name)
+            if not group.attrs.get("sealed"):  # also what a killed run had created and not synced
+                self._sync_metadata(name)
         return open_cache(self.path).peek(name).marks()
 
     def _write_whole(self, name: str, path: str, values: NDArray[np.int64] | None, *, sealed: bool) -> None:
@@ -242,7 +248,10 @@ class CacheWriter:
             expected_shape = (stop - start, *targets[path].shape[1:])
             if data.shape != expected_shape:  # zarr would broadcast
                 raise CacheError(f"{name}/{path}, block {block}: got shape {data.shape}, expected {expected_shape}")
-        list(self._pool.map(lambda path: self._write_rows(targets[path], path, block, arrays[path]), arrays))
+        tasks = [self._pool.submit(self._write_rows, targets[path], path, block, data) for path, data in arrays.items()]
+        wait(tasks)  # also after an error: nothing is written any more when this returns
+        for task in tasks:
+            task.result()
         self._check_there()  # Zarr would have created the folders of a removed store again, with these rows alone
         self._open(f"{name}/blocks")[block : block + count] = 1
 
@@ -377,9 +386,10 @@ def round_mantissa(values: NDArray[np.float32], mantissa_bits: int) -> NDArray[n
     return np.asarray(encoded).view(np.float32).reshape(values.shape)
 
 
-def remove_drafts(path: Path) -> None:
-    """Remove the partial files of a killed writer."""
+def remove_drafts(path: Path, header: Header) -> None:
+    """Remove the partial files of a killed writer; those in folders that are not the cache's are somebody else's."""
+    own = own_keys(header)
     for leftover in path.rglob("*.partial"):
-        if is_draft(leftover.name):
+        if is_own_draft(leftover.relative_to(path).as_posix(), own):
             with contextlib.suppress(OSError):
                 leftover.unlink()

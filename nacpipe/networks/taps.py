@@ -80,8 +80,8 @@ class Taps:
                 batch finds them and sets `overwritten`.
             outputs: the kind of the network's outputs; for probabilities, the loss is that of their logarithms.
             autocast: a half type that the network runs in; the results are float32.
-            gradients: False: a forward pass in inference mode alone; outputs are pooled when their layer runs, so that
-                nothing that later modules do to them matters.
+            gradients: False: a forward pass alone; outputs are pooled when their layer runs, so that nothing that later
+                modules do to them matters.
 
         Raises:
             InputError: a path names no module, or a module that takes no hooks, naming layer and path.
@@ -141,8 +141,7 @@ class Taps:
     def _run(self, images: Tensor) -> Tapped:
         device = images.device.type
         precision = nullcontext() if self.autocast is None else torch.autocast(device, dtype=self.autocast)
-        recorded = torch.inference_mode() if self._pools_at_once else torch.set_grad_enabled(self._backward)
-        with recorded, precision, run_eagerly():
+        with torch.set_grad_enabled(self._backward), precision, run_eagerly(), _without_fast_paths():
             logits = self.network(images)
         if missing := [s.name for s in self.layers if s.name not in self._outputs]:
             raise InputError(f"layer {missing[0]!r} did not run in a forward pass")
@@ -291,6 +290,17 @@ def find_penultimate(
         and torch.equal(tapped.activation[spec.name], tapped.features)
         and torch.allclose(tapped.gradient[spec.name], closed_form, rtol=1e-3, atol=1e-6)
     )
+
+
+@contextmanager
+def _without_fast_paths() -> Iterator[None]:
+    """Run attention as a pass with gradients does: torch's fast path, where none is recorded, rounds otherwise."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _check_pooling(spec: LayerSpec, output: Tensor) -> None:

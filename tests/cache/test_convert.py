@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from nacpipe.cache import Cache, CacheWriter, open_cache
+from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
 from nacpipe.cache.convert import convert_cache
 from nacpipe.cache.verify import verify_cache
 from nacpipe.cli import main
-from nacpipe.errors import FormatError, IdentityError, InputError
+from nacpipe.errors import CacheError, FormatError, IdentityError, InputError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "caches" / "v1"
 
@@ -139,3 +139,39 @@ def test_the_command(old: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert nacpipe("convert", name, "new.zarr") == said.replace("would be copied", "copied")
     assert json.loads(nacpipe("convert", name, "new.zarr", "--json"))["format"] == {"from": 1, "to": 2}
     assert_copied(old, open_cache("new.zarr"))
+
+
+def two_layers(path: Path, names: tuple[str, str]) -> CacheWriter:
+    """A cache of two layers of one width, whose states are their names' lengths."""
+    layers = tuple(LayerSpec(name=name, path=name, pooling="none", neurons=2) for name in names)
+    header = Header(
+        identity={"benchmark": "made up"}, information={}, block_rows=4, layers=layers, classes=2, features=0
+    )
+    return CacheWriter(path, header)
+
+
+def write_two(writer: CacheWriter, images: str, rows: int = 4) -> None:
+    writer.prepare("id/val", rows, {"list": images, "sha256": "0" * 64})
+    arrays: dict[str, Any] = {
+        writer.header.layer_array(spec.name, what): np.full((rows, 2), len(spec.name), np.float32)
+        for spec in writer.header.layers
+        for what in ("activation", "gradient")
+    }
+    rest = {"logits": np.zeros((rows, 2), np.float32), "label": np.zeros(rows, int), "index": np.arange(rows)}
+    writer.write_block("id/val", 0, {**arrays, **rest})
+    writer.seal("id/val")
+
+
+def test_layers_are_copied_by_name_whatever_their_order(tmp_path: Path) -> None:
+    write_two(two_layers(tmp_path / "old.zarr", ("a", "bcd")), "val.txt")
+    two_layers(tmp_path / "new.zarr", ("bcd", "a"))
+    new = convert_cache(tmp_path / "old.zarr", tmp_path / "new.zarr")
+    for name in ("a", "bcd"):
+        assert (new["id/val"].read_layer(name, "activation") == len(name)).all()
+
+
+def test_a_copy_of_other_images_is_not_taken_for_a_copy(tmp_path: Path) -> None:
+    write_two(two_layers(tmp_path / "old.zarr", ("a", "bcd")), "val.txt")
+    write_two(two_layers(tmp_path / "new.zarr", ("a", "bcd")), "other.txt")
+    with pytest.raises(CacheError, match="id/val is of other images than that of"):
+        convert_cache(tmp_path / "old.zarr", tmp_path / "new.zarr")

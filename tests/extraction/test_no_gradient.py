@@ -148,3 +148,23 @@ def test_networks_that_change_in_place_or_are_quantised_are_tapped() -> None:
     torch.testing.assert_close(tapped.activation["first"], 2 * images.sum((2, 3)), rtol=0, atol=1e-6)
     torch.testing.assert_close(tapped.activation["quantised"], images.sum((2, 3)), rtol=0, atol=1e-6)
     assert tapped.gradient == {}
+
+
+def test_attention_gives_the_same_bits_with_and_without_a_backward_pass() -> None:
+    """Torch's fast path of attention, taken where nothing is recorded, rounds otherwise."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    network = freeze(nn.Sequential(nn.Flatten(2), encoder, nn.Flatten(), nn.Linear(5 * 16, 3)))
+    images = torch.randn(9, 5, 4, 4)
+    layers = [LayerSpec(name=name, path=name, pooling="sum-tokens", neurons=16) for name in ("0", "1")]
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    with Taps(network, layers, "3") as taps:
+        both = taps(images)
+    with Taps(network, layers, "3", gradients=False) as taps:
+        alone = taps(images)
+    for name in ("0", "1"):
+        assert torch.equal(alone.activation[name], both.activation[name])
+    assert torch.equal(alone.logits, both.logits)
+    assert torch.backends.mha.get_fastpath_enabled() == enabled
+    alone.logits.add_(1)  # no inference tensors
+    assert not alone.logits.is_inference()
