@@ -17,6 +17,7 @@ from zarr.storage import LocalStore
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cache.durability import replace_file
+from nacpipe.cache.identity import fingerprint
 from nacpipe.cache.layout import FORMAT_VERSION
 from nacpipe.cache.repair import repair_cache
 from nacpipe.cache.verify import Damage, check_metadata, verify_cache
@@ -401,10 +402,16 @@ def empty_the_root(path: Path) -> None:
     (path / "zarr.json").write_bytes(b"")
 
 
+def fit_the_digest(attributes: dict[str, Any]) -> None:
+    """Give a root's attributes the digest that fits them, as a program that computes it does."""
+    attributes["digest"] = fingerprint({key: value for key, value in attributes.items() if key != "digest"})
+
+
 def strip_the_root(path: Path) -> None:
     """As a program of somebody else may write it."""
     content = json.loads((path / "zarr.json").read_text())
-    del content["attributes"]["digest"], content["attributes"]["identity"]["benchmark"]
+    del content["attributes"]["identity"]["benchmark"]
+    fit_the_digest(content["attributes"])
     (path / "zarr.json").write_text(json.dumps(content))
 
 
@@ -676,8 +683,8 @@ def test_images_that_are_no_object_are_damage_in_words(path: Path, images: objec
 def test_attributes_of_the_root_that_do_not_fit_are_refused(path: Path, change: dict[str, Any], message: str) -> None:
     file = path / "zarr.json"
     content = json.loads(file.read_text())
-    del content["attributes"]["digest"]  # as the first caches, or someone who computes it himself
     content["attributes"].update(change)
+    fit_the_digest(content["attributes"])
     file.write_text(json.dumps(content))
     with pytest.raises(FormatError, match=rf"the cache's attributes are damaged \(.*{message}"):
         open_cache(path)
@@ -686,9 +693,9 @@ def test_attributes_of_the_root_that_do_not_fit_are_refused(path: Path, change: 
 def test_what_only_a_writer_needs_is_told_by_the_validator(path: Path) -> None:
     file = path / "zarr.json"
     content = json.loads(file.read_text())
-    del content["attributes"]["digest"]
     unfit = {"weights": "abc", "source": "net.py", "transform": {"crop": 3}, "outputs": "pixels"}
     content["attributes"]["identity"] = unfit
+    fit_the_digest(content["attributes"])
     file.write_text(json.dumps(content))
     assert [d.what for d in check_metadata(open_cache(path))] == [
         *(f"identity lacks {key}" for key in ("benchmark", "architecture", "family", "dtype")),
