@@ -184,8 +184,6 @@ class Header:
                 " use the nacpipe that wrote it, or extract again into another --cache"
             )
         digest = attributes.get("digest")  # caches of the first versions have none
-        if digest is None and version != 1:
-            raise FormatError("the cache's attributes are damaged (they have no digest)")
         if digest is not None and digest != fingerprint({k: v for k, v in attributes.items() if k != "digest"}):
             raise FormatError("the cache's attributes are damaged (they do not match their digest)")
         try:

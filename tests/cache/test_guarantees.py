@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -94,14 +93,6 @@ def test_foreign_files_that_look_like_the_caches_stay(path: Path) -> None:
     CacheWriter(path, open_cache(path).header).drop("id/val")
     assert all((path / name).exists() for name in foreign)
     assert not own.exists()
-
-
-def test_a_root_of_this_version_has_a_digest(path: Path) -> None:
-    content = json.loads((path / "zarr.json").read_text())
-    del content["attributes"]["digest"]
-    (path / "zarr.json").write_text(json.dumps(content))
-    with pytest.raises(FormatError, match="they have no digest"):
-        open_cache(path)
 
 
 def test_layer_names_that_version_1_had_are_read(small_cache: Cache, tmp_path: Path) -> None:
