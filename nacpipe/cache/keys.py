@@ -25,7 +25,7 @@ from zarr.core.common import concurrent_map
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-from nacpipe.cache.layout import SPLIT_PARENTS, Header
+from nacpipe.cache.layout import SPLIT_PARENTS, Header, chunk_separator
 from nacpipe.cache.store import MAX_REQUESTS
 
 _NUMBER = "(?:0|[1-9][0-9]*)"
@@ -40,7 +40,7 @@ def own_keys(header: Header) -> re.Pattern[str]:
     """Return the pattern of the keys, from the store's root, that belong to a cache, without drafts."""
     arrays = {"blocks": 0, **{path: width for path, (width, _) in header.arrays().items()}}
     inside = ["zarr\\.json", *(f"{re.escape(group)}/zarr\\.json" for group in header.groups())]
-    dot = "/" if header.version == 1 else "\\."
+    dot = re.escape(chunk_separator(header))
     for path, width in arrays.items():
         inside.append(f"{re.escape(path)}/(?:zarr\\.json|c{dot}{_NUMBER}{f'{dot}0' if width else ''})")
     parents = "|".join(SPLIT_PARENTS)

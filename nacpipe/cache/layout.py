@@ -328,7 +328,17 @@ def create_marks(group: zarr.Group, blocks: int, header: Header) -> zarr.Array[A
 
 def chunk_key_encoding(header: Header) -> Any:
     """Return Zarr's name for how the keys of chunks are made: c/7/0, from version 2 on c.7.0."""
-    return {"name": "default", "separator": "/" if header.version == 1 else "."}
+    return {"name": "default", "separator": chunk_separator(header)}
+
+
+def chunk_separator(header: Header) -> str:
+    """Return what stands between the numbers of a chunk's key."""
+    return "/" if header.version == 1 else "."
+
+
+def mark_key(header: Header, block: int) -> str:
+    """Return the key, from a split, of a block's mark."""
+    return f"blocks/c{chunk_separator(header)}{block}"
 
 
 def _dimension_names(path: str, width: int, header: Header) -> tuple[str, ...]:
@@ -342,9 +352,12 @@ def _dimension_names(path: str, width: int, header: Header) -> tuple[str, ...]:
 
 def chunk_key(array: zarr.Array[Any], block: int, header: Header) -> str:
     """Return the key, from the store's root, of the object that holds a block of an array."""
-    outer = (array.shards or array.chunks)[0]
-    place = (block * header.block_rows // outer, *(0 for _ in array.shape[1:]))
-    return f"{array.path}/{array.metadata.encode_chunk_key(place)}"
+    return object_key(array, block * header.block_rows // (array.shards or array.chunks)[0])
+
+
+def object_key(array: zarr.Array[Any], number: int) -> str:
+    """Return the key, from the store's root, of an array's object of that number along the rows."""
+    return f"{array.path}/{array.metadata.encode_chunk_key((number, *(0 for _ in array.shape[1:])))}"
 
 
 def is_whole(array: zarr.Array[Any], header: Header) -> bool:

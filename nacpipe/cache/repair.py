@@ -21,11 +21,11 @@ from nacpipe.cache.address import Objects
 from nacpipe.cache.consolidated import consolidate
 from nacpipe.cache.durability import sync_files, writing
 from nacpipe.cache.keys import list_own, list_split, parse_chunk_key, remove_own
-from nacpipe.cache.layout import WHOLE, Header, chunk_key, is_whole, whole_chunk_rows
+from nacpipe.cache.layout import WHOLE, chunk_key, is_whole, mark_key, object_key, whole_chunk_rows
 from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.reader import Cache, open_cache
 from nacpipe.cache.validation import root_problems
-from nacpipe.cache.verify import BEYOND_ROWS, STALE_COPY, Damage, expected_objects, mark_key, verify_cache
+from nacpipe.cache.verify import BEYOND_ROWS, STALE_COPY, Damage, expected_objects, verify_cache
 from nacpipe.cache.writer import remove_drafts
 from nacpipe.errors import CacheError, FormatError
 from nacpipe.files import is_url
@@ -110,9 +110,9 @@ def _repair_split(cache: Cache, objects: Objects, name: str, found: Sequence[Dam
     if beyond := [d for d in found if d.what == BEYOND_ROWS]:
         for d in beyond:
             assert d.block is not None
-            key = f"{d.array}/{split.array(d.array).metadata.encode_chunk_key(_place(header, d.array, d.block))}"
-            objects.remove(f"{name}/{key}")
-            yield f"{name}/{key} {d.what}: it is removed"
+            key = object_key(split.array(d.array), d.block)
+            objects.remove(key)
+            yield f"{key} {d.what}: it is removed"
     elif arrays := [d.array for d in found if d.block is None and d.rows is None]:
         for array in dict.fromkeys(arrays):
             objects.replace(f"{name}/{array}/zarr.json", expected[f"{array}/zarr.json"])
@@ -156,11 +156,6 @@ def _whole_arrays(cache: Cache, name: str) -> list[str]:
     return whole
 
 
-def _place(header: Header, array: str, number: int) -> tuple[int, ...]:
-    width = 0 if array == "blocks" else header.arrays()[array][0]
-    return (number, 0) if width else (number,)
-
-
 def _unseal(cache: Cache, objects: Objects, name: str) -> None:
     content = json.loads(objects.read(f"{name}/zarr.json") or b"")
     content["attributes"].update(sealed=False, digest=None)
@@ -181,9 +176,12 @@ def _take_marks(cache: Cache, objects: Objects, name: str, found: Sequence[Damag
 
     In this order, since an extract after a kill would seal marked blocks, and leaves a sealed split as it is.
     """
-    for block in sorted({d.block for d in found if d.block is not None}):
-        objects.remove(f"{name}/{mark_key(cache.header, block)}")
-    _sync_folder(cache, f"{name}/blocks/c" if cache.header.version == 1 else f"{name}/blocks")
+    marks = [
+        f"{name}/{mark_key(cache.header, block)}" for block in sorted({d.block for d in found if d.block is not None})
+    ]
+    for mark in marks:
+        objects.remove(mark)
+    _sync_folder(cache, marks[0].rpartition("/")[0])
     _unseal(cache, objects, name)
     for d in found:
         if d.block is not None:  # a writer of a shard would read it

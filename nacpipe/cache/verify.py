@@ -33,6 +33,7 @@ from nacpipe.cache.layout import (
     is_there,
     is_whole,
     list_split_paths,
+    mark_key,
 )
 from nacpipe.cache.reader import Cache
 from nacpipe.cache.store import WebStore
@@ -151,24 +152,25 @@ def _verify_split(cache: Cache, name: str, broken: set[str], progress: Callable[
         return Damage(split=name, array=array, what=what, block=block, rows=rows)
 
     marks = np.ones(blocks, bool) if "blocks" in broken else split.marks()
+    begun = not (split.sealed or marks.any())  # it may lack arrays, and nothing in it vouches for any
+    paths = [] if begun else [path for path in header.arrays() if path not in broken]
+    at_once = [path for path in paths if is_whole(split.array(path), header)]
+    by_block = [path for path in paths if path not in at_once]
     for block in range(blocks):
         if split.sealed and not marks[block]:
             whole = False
             yield damage("blocks", block, NO_MARK)
         elif not marks[block]:
             continue
-        for path in header.arrays():
-            if path in broken or is_whole(split.array(path), header):
-                continue
+        for path in by_block:
             if what := _chunk_problem(cache, split.array(path), block):
                 whole = False
                 yield damage(path, block, what)
         progress(name, min(header.block_rows, split.rows - block * header.block_rows))
-    for path in WHOLE if split.sealed or marks.any() else ():  # a split that was only begun lacks arrays
-        if path not in broken and is_whole(split.array(path), header):
-            for lost in _verify_whole(cache, name, split.array(path)):
-                whole = False
-                yield lost
+    for path in at_once:
+        for lost in _verify_whole(cache, name, split.array(path)):
+            whole = False
+            yield lost
     if split.sealed and whole:
         keys = list_split(cache.root.store, header, name)
         if not matches_seal(cache.root, name, split.attributes, keys, sharded=header.shard_blocks > 1):
@@ -195,8 +197,8 @@ def _unlike_header(cache: Cache, name: str, keys: Sequence[str]) -> Iterator[Dam
 
     Looked for only where the seal does not fit: another nacpipe or compressor may have written other metadata.
     """
-    header, rows, sharded = cache.header, cache.peek(name).rows, cache.header.shard_blocks > 1
-    split = cache.peek(name)
+    header, split, sharded = cache.header, cache.peek(name), cache.header.shard_blocks > 1
+    rows = split.rows
     blocks = count_blocks(rows, header.block_rows)
     counts = {"blocks": blocks, **{path: count_objects(split.array(path)) for path in header.arrays()}}
     written = expected_objects(header, rows, [path for path in WHOLE if is_whole(split.array(path), header)])
@@ -235,11 +237,6 @@ def expected_objects(header: Header, rows: int, whole: Sequence[str]) -> dict[st
         create_array(group, path, rows, width, dtype, header, whole=path in whole)
     create_marks(group, count_blocks(rows, header.block_rows), header)[0] = 1
     return sync(_contents(store))
-
-
-def mark_key(header: Header, block: int) -> str:
-    """Return the key, from a split, of a block's mark."""
-    return f"blocks/c{'/' if header.version == 1 else '.'}{block}"
 
 
 async def _contents(store: MemoryStore) -> dict[str, bytes]:
