@@ -48,8 +48,15 @@ def convert_cache(
         writer = CacheWriter(target, replace(old.header, version=FORMAT_VERSION))
         if (classifier := old.classifier()) is not None:
             writer.write_classifier(*classifier)
+        if writer.header.block_rows != old.header.block_rows or writer.header.shard_blocks != old.header.shard_blocks:
+            raise CacheError(f"{writer.path} has other blocks than {old.path}; give the copy another place")
+        copy = open_cache(target)
         for name in old:
-            _convert_split(old, writer, name, progress)
+            if name in copy and copy.peek(name).sealed:
+                _check_copied(old, copy, name)
+                progress(name, copy.peek(name).rows)
+            else:
+                _convert_split(old, writer, name, progress)
     return open_cache(target)
 
 
@@ -59,20 +66,16 @@ def _is_same(source: str | Path, target: str | Path) -> bool:
     return Path(source).resolve() == Path(target).resolve()
 
 
+def _check_copied(old: Cache, copy: Cache, name: str) -> None:
+    ours, theirs = copy.peek(name), old.peek(name)
+    if (ours.rows, ours.images) != (theirs.rows, theirs.images):
+        raise CacheError(f"{copy.path}: {name} is of other images than that of {old.path}; give the copy another place")
+
+
 def _convert_split(old: Cache, writer: CacheWriter, name: str, progress: Callable[[str, int], None]) -> None:
     """Copy the blocks of a split that the copy lacks, and seal it where the old one is sealed."""
-    if name in (copy := open_cache(writer.path)) and copy.peek(name).sealed:
-        ours, theirs = copy.peek(name), old.peek(name)
-        if (ours.rows, ours.images) != (theirs.rows, theirs.images):
-            raise CacheError(
-                f"{writer.path}: {name} is of other images than that of {old.path}; give the copy another place"
-            )
-        progress(name, copy.peek(name).rows)
-        return
     split = old[name] if old.peek(name).sealed else old.peek(name)
     known = {"label": split.label, "index": split.index} if split.sealed else {}
-    if writer.header.block_rows != old.header.block_rows or writer.header.shard_blocks != old.header.shard_blocks:
-        raise CacheError(f"{writer.path} has other blocks than {old.path}; give the copy another place")
     written = split.marks()
     done = writer.prepare(name, split.rows, split.images, **known)
     paths = {path: path for path in writer.header.arrays()}
