@@ -49,11 +49,6 @@ class SplitView(Mapping[str, LayerView]):
         self._group = group
         self._arrays: dict[str, zarr.Array[Any]] = {}  # opened once
 
-    @property
-    def has_gradients(self) -> bool:
-        """Whether the cache has gradients."""
-        return self._cache.header.gradients
-
     def __getitem__(self, layer: str) -> LayerView:
         try:
             spec = self._cache.header.layer(layer)

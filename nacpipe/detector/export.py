@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,12 +37,7 @@ def export_detector(cache: Cache, params: NacParams, keep: float = 0.95) -> Expo
     """
     if not 0 < keep <= 1:
         raise InputError(f"keep is {keep}; it must be above 0 and at most 1")
-    used = replace(
-        params,
-        layers={name: layer for name, layer in params.layers.items() if layer.weight > 0},
-        fused=params.fused if params.fused is not None and params.fused.weight > 0 else None,
-    )
-    coverage, header = fit_coverage(cache, used), cache.header
+    coverage, header = fit_coverage(cache, params.used()), cache.header
     validation = coverage.score(cache["id/val"])
     embeds = not has_classes(cache)
     terms = tuple(coverage.layers.values())

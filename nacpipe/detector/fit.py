@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def fit_detector(
             needs a last linear layer that the network does not have.
         ValuesError: states are not finite.
     """
-    params = replace(params, layers={name: layer for name, layer in params.layers.items() if layer.weight > 0})
+    params = params.used()
     network = unwrap(network)
     device = find_device_and_dtype(network)[0]
     coming = iter(batches)
@@ -95,7 +95,8 @@ def fit_detector(
         wrapped = adopt_module(network, first[:1].repeat(2, 1, 1, 1).to(device))
         named = [name for name in dict.fromkeys(map(layer_of, params.layers)) if name != LOGITS]
         paths = {name: (layers or {}).get(name, name) for name in named}
-        specs = measure_layers(wrapped, paths, list(poolings.items())).layers if named else ()
+        gradients = any(term_of(name, layer).needs_gradient for name, layer in params.layers.items())
+        specs = measure_layers(wrapped, paths, list(poolings.items()), gradients=gradients).layers if named else ()
     model, overwritten = wrapped.model, None
     plain: dict[str, FittedTerm] = {}
     kept: dict[str, list[NDArray[np.float32]]] = {}  # of other views: they need all images at once
@@ -104,7 +105,9 @@ def fit_detector(
     for images in chain([first], coming):
         with (
             isolated(network, device),
-            Taps(network, specs, model.classifier, overwritten=overwritten, outputs=model.outputs) as taps,
+            Taps(
+                network, specs, model.classifier, overwritten=overwritten, outputs=model.outputs, gradients=gradients
+            ) as taps,
         ):
             tapped = taps(images.detach().to(device))
             overwritten = taps.overwritten

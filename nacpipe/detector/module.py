@@ -103,7 +103,7 @@ class Detector(nn.Module):
             if spec.pooling not in POOLINGS:
                 raise DetectorError(f"layer {spec.name!r}: pooling {spec.pooling!r} is not known")
         self._specs = list(taps)
-        self._gradients = any(fitted.term.layer != LOGITS and fitted.term.source != "activation" for fitted in terms)
+        self._gradients = any(fitted.term.needs_gradient for fitted in terms)
         if self._gradients and any(parameter.is_inference() for parameter in network.parameters()):
             raise InputError(
                 "the network was made under torch.inference_mode, which forbids gradients; make it outside"
@@ -172,7 +172,7 @@ def select_values(tapped: Tapped, term: Term, mantissa_bits: int = ALL_BITS) -> 
         gradient = torch.from_numpy(logits_gradient(activation.numpy()))
     else:
         activation = round_bits(tapped.activation[term.layer].float(), mantissa_bits)
-        if term.source == "activation":  # there may be no gradient
+        if not term.needs_gradient:  # there may be none
             return activation
         gradient = round_bits(tapped.gradient[term.layer].float(), mantissa_bits)
     return select_source(activation, gradient, term.source)  # type: ignore[arg-type, return-value]  # as arrays do

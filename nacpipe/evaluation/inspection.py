@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from nacpipe.cache import Cache, SplitView
+from nacpipe.cache import Cache
 from nacpipe.errors import IdentityError, ValuesError
 from nacpipe.method.coverage import bin_edges, select_source
 from nacpipe.method.fitted_term import FittedTerm, find_components, fit_term
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.sorted_index import index_columns
-from nacpipe.method.term import LOGITS, Source, layer_of, source_of, view_of
+from nacpipe.method.term import Source, layer_of, source_of, view_of
 from nacpipe.scoring.alpha_range import measure_alpha
 from nacpipe.scoring.coverage import Coverage, fit_coverage
 from nacpipe.scoring.states import PIECE, check_layers, has_classes, held_sources, read_states
@@ -93,7 +93,7 @@ def inspect_layer(cache: Cache, split: str, layer: str, params: LayerParams | No
         CacheError: the split, or with parameters id/train, is not there or not finished.
     """
     check_layers(cache, [layer])
-    values = _read_values(cache[split], layer)
+    values = _read_values(cache, split, layer)
     if params is not None:
         cache["id/train"]  # refuses a cache without it: there would be no coverage
     sources = {source_of(layer)} | ({params.source} if params is not None else set())
@@ -137,17 +137,17 @@ def _distributions(values: Mapping[str, Values]) -> pd.DataFrame:
 def _values_and_states(cache: Cache, split: str, layer: str, params: LayerParams | None) -> dict[str, Values]:
     """The values of `_read_values`, and with parameters the states; the layer is checked first."""
     check_layers(cache, [layer])
-    values = _read_values(cache[split], layer)
+    values = _read_values(cache, split, layer)
     return values if params is None else {**values, "state": _states(values, params)}
 
 
-def _read_values(split: SplitView, layer: str) -> dict[str, Values]:
+def _read_values(cache: Cache, split: str, layer: str) -> dict[str, Values]:
     """Activation, gradient and product of all samples and neurons, (rows, neurons) each; those that the cache has."""
-    if not split.has_gradients and layer_of(layer) != LOGITS:
-        activation, _ = read_states(split, layer, "activation")
+    if held_sources(cache, layer_of(layer)) == ("activation",):
+        activation, _ = read_states(cache[split], layer, "activation")
         assert activation is not None
         return {"activation": activation}
-    activation, gradient = read_states(split, layer)
+    activation, gradient = read_states(cache[split], layer)
     assert activation is not None
     assert gradient is not None
     with np.errstate(over="ignore", invalid="ignore"):  # infinities are shown, not refused
@@ -247,9 +247,9 @@ def describe_layers(cache: Cache, split: str, params: NacParams | None = None, o
     held = params.layers if params is not None else {}
     rows = []
     for layer in [layer_of(only)] if only else list(opened):
-        usual = layer if opened.has_gradients else f"{layer}:activation"
+        usual = layer if "product" in held_sources(cache, layer) else f"{layer}:activation"
         terms = [only] if only else [term for term in held if layer_of(term) == layer] or [usual]
-        values = _read_values(opened, layer)
+        values = _read_values(cache, split, layer)
         training = _read_training(cache, split, layer, {source_of(term) for term in terms}, values)
         rows += [_layer_row(term, values, training, held.get(term)) for term in terms]
     return pd.DataFrame(rows)
@@ -370,7 +370,9 @@ def compare_splits(cache: Cache, other: Cache, split: str) -> pd.DataFrame:
         )
     rows = []
     for layer in [name for name in ours if name in theirs]:
-        values, other_values = _read_values(ours, layer), _read_values(theirs, layer)
+        values, other_values = _read_values(cache, split, layer), _read_values(other, split, layer)
+        if values.keys() != other_values.keys():  # one has no gradients: activations are beside activations
+            values, other_values = ({"activation": both["activation"]} for both in (values, other_values))
         sizes, other_sizes = _sizes(values), _sizes(other_values)
         rows.append(
             {

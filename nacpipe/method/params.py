@@ -68,6 +68,11 @@ class NacParams:
             if name.startswith(f"{term.layer}:{term.source}") and layer.source != term.source:
                 raise ParamsError(f"layer {name!r} is named after its source, which is {layer.source!r}")
 
+    def used(self) -> NacParams:
+        """Return the same without members of weight 0, which add nothing to the score."""
+        layers = {name: layer for name, layer in self.layers.items() if layer.weight > 0}
+        return NacParams(layers=layers, fused=self.fused if self.fused is not None and self.fused.weight > 0 else None)
+
     def to_json(self) -> dict[str, Any]:
         """Return `{"layers": {name: {field: value}}}`, ready for json.dumps; with `fused` where there is one."""
         layers = {name: {f.name: getattr(layer, f.name) for f in fields(layer)} for name, layer in self.layers.items()}

@@ -42,6 +42,11 @@ class Term:
         parts += [self.view] if self.view != "plain" else []
         return ":".join(parts)
 
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether a backward pass is needed for its values: of the logits, the gradient follows from themselves."""
+        return self.layer != LOGITS and self.source != "activation"
+
     def __str__(self) -> str:
         return self.name
 

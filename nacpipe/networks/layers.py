@@ -199,7 +199,7 @@ def _choose_layers(
             )
     chosen = _check_pools(list(wanted), poolings)
     table = {**{path: (path, pooling) for path, pooling in model.layers.values()}, **model.layers}
-    seen = _record_outputs(network) if any(target not in table for target in wanted.values()) else {}
+    seen = _record_outputs(network, gradients) if any(target not in table for target in wanted.values()) else {}
     specs, notes = [], []
     for name, target in wanted.items():
         path, pooling = table.get(target, (target, ""))
@@ -254,7 +254,7 @@ def _why_untappable(seen: _ModuleOutput, gradients: bool = True) -> str | None:
     return None
 
 
-def _record_outputs(network: Network) -> dict[str, _ModuleOutput]:
+def _record_outputs(network: Network, gradients: bool = True) -> dict[str, _ModuleOutput]:
     """Run two blank images and return every module's output, in the order of their last runs.
 
     Every output outside a graph starts a new one: the first module's, and those after .detach() or under torch.no_grad.
@@ -290,7 +290,8 @@ def _record_outputs(network: Network) -> dict[str, _ModuleOutput]:
     try:
         with torch.enable_grad(), run_eagerly():
             logits = network.module(network.blank(2))
-        _mark_used(logits, list(seen.values()))
+        if gradients:
+            _mark_used(logits, list(seen.values()))
     except InputError:
         raise
     except Exception as error:  # user code may raise any error

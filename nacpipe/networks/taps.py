@@ -103,12 +103,10 @@ class Taps:
         if classifier is not None:
             if classifier not in modules:
                 raise InputError(f"the network has no module {classifier!r} to be its classifier")
-            if {spec.name for spec in layers} <= penultimate:
+            if gradients and {spec.name for spec in layers} <= penultimate:
                 self._linear = modules[classifier]
         self._pools_at_once = not gradients
-        if self._pools_at_once:
-            self._linear = None
-        self._backward = bool(layers) and self._linear is None and gradients
+        self._backward = gradients and bool(layers) and self._linear is None
         self._outputs: dict[str, Tensor] = {}
         # (layer, the tensor passed on to the next module, torch's count of in-place changes of that tensor)
         self._passed_on: list[tuple[str, Tensor, int]] = []
@@ -146,12 +144,7 @@ class Taps:
         if missing := [s.name for s in self.layers if s.name not in self._outputs]:
             raise InputError(f"layer {missing[0]!r} did not run in a forward pass")
         if self._pools_at_once:
-            return Tapped(
-                activation={s.name: self._outputs[s.name] for s in self.layers},
-                gradient={},
-                logits=_widen(logits),
-                features=None if self._features is None else _widen(torch.flatten(self._features, 1)),
-            )
+            return self._to_tapped(logits, self._outputs, {})
         changed = {name for name, passed_on, version in self._passed_on if passed_on._version != version}
         if self.overwritten is None:
             self.overwritten = frozenset(changed)
@@ -163,10 +156,14 @@ class Taps:
             _check_pooling(spec, self._outputs[spec.name])
         with torch.no_grad():
             logits_gradient = self._loss_gradient(_widen(logits))
+        pooled = {s.name: _pool(s, self._outputs[s.name].detach()) for s in self.layers}
+        return self._to_tapped(logits.detach(), pooled, self._gradients(logits, logits_gradient))
+
+    def _to_tapped(self, logits: Tensor, activation: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> Tapped:
         return Tapped(
-            activation={s.name: _pool(s, self._outputs[s.name].detach()) for s in self.layers},
-            gradient=self._gradients(logits, logits_gradient),
-            logits=_widen(logits.detach()),
+            activation={spec.name: activation[spec.name] for spec in self.layers},
+            gradient=gradient,
+            logits=_widen(logits),
             features=None if self._features is None else _widen(torch.flatten(self._features, 1)),
         )
 
@@ -294,7 +291,10 @@ def find_penultimate(
 
 @contextmanager
 def _without_fast_paths() -> Iterator[None]:
-    """Run attention as a pass with gradients does: torch's fast path, where none is recorded, rounds otherwise."""
+    """Run attention without torch's fast path, which rounds otherwise: it is taken wherever no gradient is recorded.
+
+    That depends on the layers that are tapped, and a detector taps fewer than its cache.
+    """
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

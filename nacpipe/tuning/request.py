@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from nacpipe.errors import ParamsError
 from nacpipe.files import beside_cache
+from nacpipe.method.feature_scores import FeatureScoreName
 from nacpipe.method.params import NacParams
 from nacpipe.tuning.validation import CrossValidation, ObjectiveName, ValidationMetrics
 
-FuseChoice = Literal["auto", "none", "NCI", "fDBD", "ViM"]
+FuseChoice = Literal["auto", "none"] | FeatureScoreName
 SamplerName = Literal["terms", "layers", "tpe", "random", "grid", "nsga2", "cmaes"]
 DEFAULT_TRIALS = 2000
 

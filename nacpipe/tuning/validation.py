@@ -134,8 +134,7 @@ class Evaluator:
 
     def measure(self, params: NacParams) -> ValidationMetrics:
         """Score the search's splits under these parameters."""
-        used = {name: layer for name, layer in params.layers.items() if layer.weight > 0}
-        return self.check(self.scorer.scores(NacParams(layers=used, fused=params.fused)))
+        return self.check(self.scorer.scores(params.used()))
 
     def check(self, scores: NDArray[np.float64]) -> ValidationMetrics:
         """Return the checks of any score of the search's samples, (samples,) as `scorer.rows` has them."""

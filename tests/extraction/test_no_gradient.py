@@ -16,12 +16,15 @@ from nacpipe.cache import LayerSpec, open_cache
 from nacpipe.cache.verify import verify_cache
 from nacpipe.cli import main
 from nacpipe.detector.export import export_detector
+from nacpipe.detector.fit import fit_detector
 from nacpipe.detector.module import attach
 from nacpipe.errors import CacheError, IdentityError, InputError, ParamsError
+from nacpipe.evaluation.inspection import compare_splits
 from nacpipe.extraction.dataset import build_transform, load_batches, open_images
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
+from nacpipe.method.fitted_term import fit_term
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
@@ -165,6 +168,36 @@ def test_attention_gives_the_same_bits_with_and_without_a_backward_pass() -> Non
     for name in ("0", "1"):
         assert torch.equal(alone.activation[name], both.activation[name])
     assert torch.equal(alone.logits, both.logits)
+    with Taps(network, layers[1:], "3") as taps:  # a detector taps fewer layers than its cache
+        fewer = taps(images)
+    assert torch.equal(fewer.activation["1"], both.activation["1"])
+    assert torch.equal(fewer.logits, both.logits)
     assert torch.backends.mha.get_fastpath_enabled() == enabled
     alone.logits.add_(1)  # no inference tensors
     assert not alone.logits.is_inference()
+
+
+def test_what_is_counted_from_images_needs_no_backward_pass_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    images = torch.randn(12, 1, 8, 8)
+    layer = LayerParams(bins=9, saturation=3, alpha=0.05, source="activation")
+    params = NacParams(layers={"1:activation": layer, "0": replace(layer, source="product", weight=0.0)})
+    monkeypatch.setattr(torch.autograd, "grad", no_backward)
+    detector = fit_detector(network, params, [images[:8], images[8:]], {})
+    with Taps(
+        freeze(network), [LayerSpec(name="1", path="1", pooling="sum-nchw", neurons=4)], "3", gradients=False
+    ) as taps:
+        values = taps(images).activation["1"].numpy()
+    fitted = fit_term("1:activation", layer, values)
+    np.testing.assert_array_equal(detector._lookups[0].fitted.counts, fitted.counts)
+    assert len(detector._lookups) == 1  # what has weight 0 is not counted
+
+
+def test_caches_of_both_kinds_are_compared_by_their_activations(
+    forward: ExtractRequest, request_: ExtractRequest
+) -> None:
+    extract(plan_extraction(request_))
+    found = compare_splits(open_cache(forward.cache), open_cache(request_.cache), "id/val")
+    assert found["alike"].to_numpy() == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(found["ratio"], 1, rtol=1e-5)
