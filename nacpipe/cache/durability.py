@@ -18,22 +18,18 @@ def sync_files(files: Iterable[Path], root: Path) -> None:
     files = list(files)
     folders = {folder for file in files for folder in file.parents if folder == root or root in folder.parents}
     for path in (*files, *sorted(folders)):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # folders on some file systems
-            raise
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # folders on some file systems
+                raise
+        finally:
+            os.close(handle)
 
 
 def replace_file(file: Path, content: bytes) -> None:
-    """Write a file atomically; it and its entry in the folder are on the disk when this returns."""
+    """Write a file atomically, with fsync."""
     draft = file.with_name(f"{file.name}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
     with draft.open("wb") as out:
@@ -41,7 +37,6 @@ def replace_file(file: Path, content: bytes) -> None:
         out.flush()
         os.fsync(out.fileno())
     draft.replace(file)
-    _sync(file.parent)
 
 
 @contextlib.contextmanager
