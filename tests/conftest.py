@@ -14,19 +14,22 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import zarr.core.sync
 from hypothesis import settings
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, CacheWriter, Header, LayerSpec, open_cache
 from nacpipe.cache.layout import FORMAT_VERSION
 from nacpipe.files import is_url
+from tests import prefork
 
 TO_THREAD = asyncio.to_thread
 
@@ -38,6 +41,19 @@ settings.register_profile("quick", settings.get_profile("ci"), max_examples=12) 
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 MARKERS = {"shared": "reference", "s3_endpoint": "server", "postgres": "server"}  # fixture → of every test that uses it
+
+
+IN_MEMORY, ROOM = Path("/dev/shm"), 8 << 30  # a whole run leaves some gigabytes
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Put the tests' folders into memory where there is room: they make, read and remove half a million small files."""
+    if config.option.basetemp or "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    if IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > ROOM:
+        config.option.basetemp = folder = IN_MEMORY / f"nacpipe-tests-{os.getpid()}"
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,18 +86,55 @@ async def _call(function: Callable[..., Any], *args: Any, **options: Any) -> Any
     return function(*args, **options)
 
 
+class InlineLoops:
+    """What `zarr.core.sync` takes for asyncio: a coroutine runs in the thread that asks for it, on a loop of its own.
+
+    Handing each over to Zarr's thread and back costs many times what a small chunk or a `zarr.json` does.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[asyncio.AbstractEventLoop] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    def run_coroutine_threadsafe(
+        self, coroutine: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop
+    ) -> Future[Any]:
+        if asyncio._get_running_loop() is not None:
+            return asyncio.run_coroutine_threadsafe(coroutine, loop)
+        try:
+            own = self._free.pop()
+        except IndexError:
+            own = asyncio.new_event_loop()
+        done: Future[Any] = Future()
+        try:
+            done.set_result(own.run_until_complete(coroutine))
+        finally:
+            self._free.append(own)
+        return done
+
+    def close(self) -> None:
+        while self._free:
+            self._free.pop().close()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_zarr_threads() -> Iterator[None]:
-    """Zarr's event loop reads files and decodes chunks itself: a thread's start costs more than a small chunk."""
+    """Zarr reads files and decodes chunks in the thread that asks: a hand-over costs more than a small chunk."""
+    loops = InlineLoops()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asyncio, "to_thread", _call)
+        patch.setattr(zarr.core.sync, "asyncio", loops)
         yield
+    loops.close()
 
 
 @pytest.fixture
 def zarr_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zarr's event loop hands over to threads, as it does outside the tests: for tests of what happens at one time."""
+    """Zarr's event loop and its threads work as they do outside the tests: for tests of what happens at one time."""
     monkeypatch.setattr(asyncio, "to_thread", TO_THREAD)
+    monkeypatch.setattr(zarr.core.sync, "asyncio", asyncio)
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +142,12 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all xdist workers of this run share."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_commands(common: Path) -> None:
+    """Where `nacpipe_words` meets the process that forks commands."""
+    prefork.folder = common
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nacpipe.cache import Cache
+from tests.prefork import python_words
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,6 +31,7 @@ from nacpipe.benchmarks.archives import Archive
 from nacpipe.benchmarks.download import DownloadPlan, download
 from nacpipe.benchmarks.train_split import TrainSplit, write_split
 from nacpipe.tuning.storage import only_runner, open_storage
+from tests.prefork import python_words
 
 run = lambda *args: main([*args], standalone_mode=False)
 shutil.copytree(source, "x.zarr", copy_function=shutil.copyfile)
@@ -67,7 +69,7 @@ WRITTEN = [  # each by another piece of code
 def run_in_another_process(umask: str, source: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", CODE, umask, source], capture_output=True, text=True, check=False, env=environment
+        [*python_words(), "-c", CODE, umask, source], capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
 

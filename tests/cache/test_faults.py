@@ -22,6 +22,7 @@ from nacpipe.cache.lock import CacheLock
 from nacpipe.cache.verify import verify_cache
 from nacpipe.errors import CacheError
 from tests.alike import prepare_split
+from tests.prefork import python_words
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="no flock, no limits"),
@@ -58,6 +59,7 @@ def assert_whole(path: Path, whole: Cache) -> None:
 HOLD = """
 import sys
 from nacpipe.cache.lock import CacheLock
+from tests.prefork import python_words
 lock = CacheLock(sys.argv[1])
 getattr(lock, sys.argv[2])()
 print("held", flush=True)
@@ -196,11 +198,11 @@ def test_a_read_only_folder_is_read_and_never_written(tmp_path: Path, whole: Cac
         os.chmod(folder, 0o555)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     for folder in tmp_path.parents:
-        if folder.name.startswith(("pytest-", "popen-")):  # pytest's own, and those of its workers
+        if folder.name.startswith(("pytest-", "popen-", "nacpipe-tests-")):  # pytest's own, and those of its workers
             os.chmod(folder, 0o755)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", READ_ONLY, whole.path, str(tmp_path / "new.zarr")],
+            [*python_words(), "-c", READ_ONLY, whole.path, str(tmp_path / "new.zarr")],
             capture_output=True,
             text=True,
             check=False,

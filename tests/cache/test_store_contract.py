@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from nacpipe.cache.verify import foreign_files, verify_cache
 from nacpipe.errors import CacheError, FormatError
 from nacpipe.files import is_url
 from tests.alike import assert_alike, copy_splits, prepare_split, write_rows
+from tests.prefork import python_words
 from tests.s3 import BUCKET, variables
 
 pytestmark = pytest.mark.usefixtures("zarr_threads")
@@ -73,7 +73,7 @@ def test_a_writer_that_was_killed_goes_on(place: str, here: Cache) -> None:
         Store.set = dying
         writer.write_block("id/val", 1, {{path: array[16:32] for path, array in arrays.items()}})
     """
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=120).returncode == 9
+    assert subprocess.run([*python_words(), "-c", textwrap.dedent(script)], timeout=120).returncode == 9
     with pytest.raises(CacheError, match=r"id/val is not finished \(1 of 3 blocks\)"):
         open_cache(place)["id/val"]
     marks = prepare_split(CacheWriter(place, here.header), split)

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from nacpipe.cache import Cache, CacheWriter
 from nacpipe.cli import main
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.scoring.params_file import read_params, write_params
+from tests.prefork import python_words
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -309,7 +309,7 @@ def test_inspecting_writes_nothing(place: Path) -> None:
 def test_an_interrupted_search_says_how_to_go_on(cache: str, tmp_path: Path, number: signal.Signals) -> None:
     journal = tmp_path / "c.study.log"
     child = subprocess.Popen(
-        [sys.executable, "-m", "nacpipe", "search", cache, "--trials", "1000000"],
+        [*python_words(), "-m", "nacpipe", "search", cache, "--trials", "1000000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -23,6 +23,7 @@ from nacpipe.cache import Cache
 from nacpipe.cli import main
 from nacpipe.cli import output as show
 from nacpipe.cli.output import Progress
+from tests.prefork import python_words
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -213,7 +214,7 @@ def test_an_interrupt_on_a_terminal_leaves_a_clean_line(small_cache: Cache, tmp_
     """The terminal says that it has no columns, as a new one does."""
     shutil.copytree(small_cache.path, tmp_path / "c.zarr")
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "nacpipe", "search", "c.zarr", "--space", "paper", "--trials", "1000000"]
+    command = [*python_words(), "-m", "nacpipe", "search", "c.zarr", "--space", "paper", "--trials", "1000000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, cwd=tmp_path, env=environment) as process:
         os.close(theirs)

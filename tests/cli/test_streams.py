@@ -25,6 +25,7 @@ from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.scoring.params_file import write_params
 from nacpipe.text import escape_bytes
 from nacpipe.tuning import runner as sweep
+from tests.prefork import python_words
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMS = NacParams(layers={"avgpool": LayerParams(bins=20, saturation=5, alpha=0.5)})
@@ -33,7 +34,7 @@ PARAMS = NacParams(layers={"avgpool": LayerParams(bins=20, saturation=5, alpha=0
 def run(folder: Path, redirect: str, *args: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
     """Run a command in a folder with its streams as a shell redirects them."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    command = ["bash", "-c", f'exec "$@" {redirect}', "bash", sys.executable, "-m", "nacpipe", *args]
+    command = ["bash", "-c", f'exec "$@" {redirect}', "bash", *python_words(environment), "-m", "nacpipe", *args]
     return subprocess.run(command, capture_output=True, check=False, env=environment, cwd=folder, timeout=300)
 
 
@@ -142,7 +143,7 @@ except SystemExit:
     sys.exit(0 if file.fileno() > 2 else 7)
 """
     whole = (place / "c.zarr/zarr.json").read_bytes()
-    command = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", sys.executable, "-c", code]
+    command = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", *python_words(), "-c", code]
     assert subprocess.run(command, cwd=place, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
     assert (place / "c.zarr/zarr.json").read_bytes() == whole
 
@@ -209,7 +210,7 @@ def test_a_pipe_whose_reader_is_gone_ends_a_command(place: Path, more: list[str]
     assert b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "nacpipe", "evaluate", "c.zarr", "--params", "p.json", *more]
+    command = [*python_words(), "-m", "nacpipe", "evaluate", "c.zarr", "--params", "p.json", *more]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     gone = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=place, env=environment)
     os.close(write)

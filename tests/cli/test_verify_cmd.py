@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from nacpipe.cache import Cache
 from nacpipe.cli import main
+from tests.prefork import python_words
 
 
 def nacpipe(*args: str) -> Result:
@@ -118,7 +119,7 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 def test_reads_that_are_still_under_way_say_nothing_at_the_end(damaged: Path) -> None:
     """asyncio would write of each that it was destroyed."""
-    words = [sys.executable, "-c", SLOW, "inspect", "c.zarr", "id/val", "layer1"]
+    words = [*python_words(), "-c", SLOW, "inspect", "c.zarr", "id/val", "layer1"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=ENV, timeout=50)
     assert done.returncode == 1
     assert "reading" in done.stdout
@@ -128,7 +129,7 @@ def test_reads_that_are_still_under_way_say_nothing_at_the_end(damaged: Path) ->
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a child on Windows")
 def test_nor_do_they_when_a_read_is_interrupted(small_cache: Cache) -> None:
-    words = [sys.executable, "-c", SLOW, "inspect", small_cache.path, "id/val", "layer1"]
+    words = [*python_words(), "-c", SLOW, "inspect", small_cache.path, "id/val", "layer1"]
     with subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV) as child:
         assert child.stdout is not None and child.stdout.readline() == "reading\n"
         child.send_signal(signal.SIGINT)
@@ -150,7 +151,7 @@ def test_one_damaged_chunk_among_hundreds_is_one_line_each_time(
     content = bytearray(chunk.read_bytes())
     content[20] ^= 1
     chunk.write_bytes(bytes(content))
-    words = [sys.executable, "-m", "nacpipe", "inspect", str(path), "id/val", "layer1"]
+    words = [*python_words(), "-m", "nacpipe", "inspect", str(path), "id/val", "layer1"]
     for _ in range(4):
         done = subprocess.run(words, capture_output=True, text=True, check=False, env=ENV)
         assert done.returncode == 1

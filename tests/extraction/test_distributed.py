@@ -15,13 +15,15 @@ import pytest
 
 from nacpipe.cache import Cache, open_cache
 from nacpipe.extraction.distributed import Ranks
+from tests.prefork import python_words
 
 SPLITS = "id/val,ood/val,ood/near/letters"
 
 
 def command(cache: Path, *launcher: str) -> list[str]:
     options = ["--cache", str(cache), "--splits", SPLITS, "--batch-size", "32", "--device", "cpu", "--workers", "1"]
-    return [sys.executable, *launcher, "-m", "nacpipe", "extract", "digits", *options]
+    words = [sys.executable, *launcher] if launcher else python_words(environment())
+    return [*words, "-m", "nacpipe", "extract", "digits", *options]
 
 
 def two_ranks(cache: Path, port: int) -> list[str]:

@@ -28,6 +28,7 @@ from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.networks.build import blank_network, load_network
 from nacpipe.networks.models import find_model
 from nacpipe.networks.source import hash_source
+from tests.prefork import python_words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -142,7 +143,7 @@ def test_the_source_is_the_same_wherever_and_however_often_it_is_built(
         "print(load_network(find_model(sys.argv[1]), find_benchmark('cifar10'), None, torch.device('cpu')).source)"
     )
     (moved.parent / "other_of_caller.py").write_text("")  # the caller's module, which the file does not import
-    command = [sys.executable, "-c", code, f"{moved}:build", str(moved.parent)]
+    command = [*python_words(), "-c", code, f"{moved}:build", str(moved.parent)]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from nacpipe.errors import StudyError
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.storage import backend, is_server, only_runner, open_storage, study_file
 from nacpipe.tuning.study import Search
+from tests.prefork import python_words
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIALS = 25
@@ -28,6 +28,7 @@ SEARCHES = """
 import json, sys, time, optuna
 from click.testing import CliRunner
 from nacpipe.cli import main
+from tests.prefork import python_words
 
 create = optuna.create_study
 
@@ -48,7 +49,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Together]:
     """The function that runs two commands in two processes at once and returns their exit codes, stderr and errors."""
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", SEARCHES],
+            [*python_words(), "-c", SEARCHES],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nacpipe.cache import Cache
+from tests.prefork import python_words
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no limits on the size of files")
 
@@ -23,6 +24,7 @@ from nacpipe.tuning import study
 if int(sys.argv[1]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 from nacpipe.cli import main
+from tests.prefork import python_words
 main(sys.argv[2:], prog_name="nacpipe")
 """
 
@@ -30,7 +32,7 @@ main(sys.argv[2:], prog_name="nacpipe")
 def search(cache: Cache, folder: Path, limit: int) -> subprocess.CompletedProcess[str]:
     options = ["--trials", "20", "--storage", str(folder / "s.log"), "--output", str(folder / "p.json")]
     return subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit), "search", cache.path, *options],
+        [*python_words(), "-c", LIMITED, str(limit), "search", cache.path, *options],
         capture_output=True,
         text=True,
         check=False,

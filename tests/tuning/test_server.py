@@ -7,7 +7,6 @@ import itertools
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from nacpipe.tuning.request import SearchRequest, SearchResult
 from nacpipe.tuning.runner import run
 from nacpipe.tuning.storage import HEARTBEAT, open_storage
 from nacpipe.tuning.study import Search
+from tests.prefork import python_words
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*psycopg:ResourceWarning"),  # a command ends with its connections
@@ -70,7 +70,7 @@ def request_(cache: Cache, url: str, grid: Path, **more: Any) -> SearchRequest:
 
 
 def start(cache: Cache, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "nacpipe", "search", cache.path, "--threads", "1", *options]
+    command = [*python_words(), "-m", "nacpipe", "search", cache.path, "--threads", "1", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -25,6 +24,7 @@ from nacpipe.tuning import runner as sweep
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.storage import only_runner, open_storage
 from nacpipe.tuning.study import Search
+from tests.prefork import python_words
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIALS = 30
@@ -123,7 +123,7 @@ def test_a_lock_left_by_a_dead_process_is_free(
     shutil.copy(journal, where)
     hold = "import sys, time; from nacpipe.tuning.storage import TailMendingLock as L; L(sys.argv[1]).acquire();"
     child = subprocess.Popen(
-        [sys.executable, "-c", hold + "print('held', flush=True); time.sleep(600)", str(where)],
+        [*python_words(), "-c", hold + "print('held', flush=True); time.sleep(600)", str(where)],
         stdout=subprocess.PIPE,
         env=environment(),
     )
@@ -144,7 +144,7 @@ def test_a_lock_left_by_a_dead_process_is_free(
 def test_killed_three_times_it_ends_with_the_trials_asked_for(small_cache: Cache, tmp_path: Path) -> None:
     """SIGKILL, each time once this many lines are in the journal and somewhere in the next few milliseconds."""
     killed = tmp_path / "killed.log"
-    command = [sys.executable, "-m", "nacpipe", "search", small_cache.path, "--storage", str(killed)]
+    command = [*python_words(), "-m", "nacpipe", "search", small_cache.path, "--storage", str(killed)]
     command += ["--trials", "1000000", "--output", str(tmp_path / "p.json")]
     for lines in (2, 40, 150):
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
