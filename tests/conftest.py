@@ -57,10 +57,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by the fixtures that they use, so that none is forgotten."""
+    """Mark tests by the fixtures that they use, so that none is forgotten, and the repeats that `make test` omits."""
+    repeats: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:
+        if item.get_closest_marker("repeats") and not item.get_closest_marker("slow"):
+            repeats.setdefault((item.path, item.name.split("[")[0]), []).append(item)
         for fixture in MARKERS.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(MARKERS[fixture])
+    for same in repeats.values():
+        (kept,) = same[0].get_closest_marker("repeats").args  # type: ignore[union-attr]
+        spread = {round(place) for place in np.linspace(0, len(same) - 1, min(kept, len(same)))}
+        for place, item in enumerate(same):
+            if place not in spread:
+                item.add_marker("slow")
 
 
 def pytest_collection() -> None:

@@ -14,9 +14,13 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync_files(files: Iterable[Path], root: Path) -> None:
-    """Wait until these files are on the disk, and every folder from theirs up to the root."""
-    files = list(files)
-    folders = {folder for file in files for folder in file.parents if folder == root or root in folder.parents}
+    """Wait until these files, all below the root, are on the disk, and every folder from theirs up to the root."""
+    files, folders = list(files), {root}
+    for file in files:
+        folder = file.parent
+        while folder not in folders:
+            folders.add(folder)
+            folder = folder.parent
     for path in (*files, *sorted(folders)):
         handle = os.open(path, os.O_RDONLY)
         try:

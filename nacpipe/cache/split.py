@@ -197,7 +197,7 @@ class SplitView(Mapping[str, LayerView]):
         """
         root, header = self._cache.root, self._cache.header
         sharded = header.shard_blocks > 1
-        for array, what in split_problems(self._group, header):
+        for array, what in split_problems(self._group, header, self._arrays):
             raise self._damaged(array or "zarr.json", what)
         if isinstance(root.store, WebStore):
             return

@@ -36,6 +36,9 @@ TRANSFORM = ("resize", "crop", "mean", "std")
 MAX_ROWS = 2**40
 _SHA256 = re.compile("[0-9a-f]{64}")
 
+Arrays = dict[str, zarr.Array[Any]]
+"""By their paths in a split."""
+
 
 def open_member(root: zarr.Group, path: str) -> zarr.Group | zarr.Array[Any]:
     """Return a group or an array below the root.
@@ -85,8 +88,15 @@ def _describes_input(value: Any) -> bool:
     return isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
 
 
-def split_problems(group: zarr.Group, header: Header) -> Iterator[tuple[str, str]]:
-    """Yield (array, problem) of a split; the array is empty for problems of its attributes."""
+def split_problems(group: zarr.Group, header: Header, opened: Arrays | None = None) -> Iterator[tuple[str, str]]:
+    """Yield (array, problem) of a split; the array is empty for problems of its attributes.
+
+    Args:
+        group: the split's.
+        header: the cache's.
+        opened: its arrays that are open already; those that are opened here are added.
+    """
+    opened = {} if opened is None else opened
     attributes = dict(group.attrs)
     rows = attributes.get("rows")
     for what in attribute_problems(attributes):
@@ -97,11 +107,11 @@ def split_problems(group: zarr.Group, header: Header) -> Iterator[tuple[str, str
     for path, (width, dtype) in header.arrays().items():
         if begun and not is_there(group, f"{group.path}/{path}/zarr.json"):
             continue
-        for what in _array_problems(group, path, (rows, width) if width else (rows,), dtype, header):
+        for what in _array_problems(group, path, (rows, width) if width else (rows,), dtype, header, opened):
             yield path, what
     if begun:
         return
-    for what in _mark_problems(group, count_blocks(rows, header.block_rows), header):
+    for what in _mark_problems(group, count_blocks(rows, header.block_rows), header, opened):
         yield "blocks", what
 
 
@@ -138,7 +148,7 @@ def classifier_problems(root: zarr.Group, header: Header) -> Iterator[tuple[str,
             yield "", "has no attribute written"
         return
     for name, shape in (("weight", (header.classes, header.features)), ("bias", (header.classes,))):
-        metadata, what = _open_array(group, name)
+        metadata, what = _open_array(group, name, {})
         if metadata is None:
             yield name, what
         elif metadata.shape != shape or metadata.data_type.to_native_dtype() != np.dtype("float32"):
@@ -167,8 +177,10 @@ def image_problems(attributes: Mapping[str, Any]) -> Iterator[str]:
         yield "images.sha256 is not a sha256"
 
 
-def _array_problems(group: zarr.Group, path: str, shape: tuple[int, ...], dtype: str, header: Header) -> Iterator[str]:
-    metadata, what = _open_array(group, path)
+def _array_problems(
+    group: zarr.Group, path: str, shape: tuple[int, ...], dtype: str, header: Header, opened: Arrays
+) -> Iterator[str]:
+    metadata, what = _open_array(group, path, opened)
     if metadata is None:
         yield what
         return
@@ -210,8 +222,8 @@ def _key_problem(metadata: ArrayV3Metadata, header: Header) -> str | None:
     return None if found == wanted else f"has chunk keys of {found}, not {wanted}"
 
 
-def _mark_problems(group: zarr.Group, blocks: int, header: Header) -> Iterator[str]:
-    metadata, what = _open_array(group, "blocks")
+def _mark_problems(group: zarr.Group, blocks: int, header: Header, opened: Arrays) -> Iterator[str]:
+    metadata, what = _open_array(group, "blocks", opened)
     if metadata is None:
         yield what
         return
@@ -236,15 +248,16 @@ def _codec_problems(codecs: Any) -> Iterator[str]:
         yield "has codecs of another kind"
 
 
-def _open_array(group: zarr.Group, path: str) -> tuple[ArrayV3Metadata | None, str]:
+def _open_array(group: zarr.Group, path: str, opened: Arrays) -> tuple[ArrayV3Metadata | None, str]:
     try:
-        member = open_member(group, path)
+        member = opened[path] if path in opened else open_member(group, path)
     except KeyError:
         return None, "is not in the store"
     except FormatError as error:
         return None, str(error).split("/zarr.json ")[-1]
     if not isinstance(member, zarr.Array):
         return None, "is a group, not an array"
+    opened[path] = member
     metadata = member.metadata
     if not isinstance(metadata, ArrayV3Metadata):
         return None, "is not Zarr v3"

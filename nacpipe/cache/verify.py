@@ -38,6 +38,7 @@ from nacpipe.cache.layout import (
 from nacpipe.cache.reader import Cache
 from nacpipe.cache.store import WebStore
 from nacpipe.cache.validation import (
+    Arrays,
     classifier_problems,
     count_objects,
     has_no_marks,
@@ -278,9 +279,10 @@ def _check_split_metadata(cache: Cache, name: str) -> Iterator[Damage]:
         return
     group = open_member(cache.root, name)
     assert isinstance(group, zarr.Group)
-    if rows_problem := _rows_problem(group, cache.header):
+    opened: Arrays = {}
+    if rows_problem := _rows_problem(group, cache.header, opened):
         yield Damage(split=name, array="", what=rows_problem)
-    for array, what in split_problems(group, cache.header):
+    for array, what in split_problems(group, cache.header, opened):
         if not (array and rows_problem):  # it is not the arrays that are damaged
             yield Damage(split=name, array=array, what=what)
     for what in image_problems(group.attrs):
@@ -290,12 +292,13 @@ def _check_split_metadata(cache: Cache, name: str) -> Iterator[Damage]:
             yield Damage(split=name, array=path, what=what)
 
 
-def _rows_problem(group: zarr.Group, header: Header) -> str:
+def _rows_problem(group: zarr.Group, header: Header, opened: Arrays) -> str:
     """Return what is wrong with the attribute rows where most arrays agree on another number; else nothing."""
     lengths = []
     for path in header.arrays():
         with contextlib.suppress(KeyError, FormatError):
             if isinstance(member := open_member(group, path), zarr.Array) and member.ndim:
+                opened[path] = member
                 lengths.append(member.shape[0])
     rows, expected = group.attrs.get("rows"), len(header.arrays())
     for held, arrays in Counter(lengths).most_common(1):

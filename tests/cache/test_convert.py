@@ -48,6 +48,7 @@ def bytes_of(folder: str | Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
 
 
+@pytest.mark.repeats(2)
 def test_every_value_is_copied_and_the_old_cache_is_as_it_was(old: Cache, tmp_path: Path) -> None:
     before = bytes_of(old.path)
     assert_copied(old, convert_cache(old.path, tmp_path / "new.zarr"))
@@ -57,6 +58,7 @@ def test_every_value_is_copied_and_the_old_cache_is_as_it_was(old: Cache, tmp_pa
     assert bytes_of(tmp_path / "new.zarr") == first
 
 
+@pytest.mark.repeats(1)
 def test_a_conversion_that_was_stopped_goes_on(old: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, left = CacheWriter.write_block, 4
 
@@ -124,6 +126,7 @@ def test_what_cannot_be_a_copy_is_refused(old: Cache, tmp_path: Path, small_cach
         convert_cache(old.path, tmp_path / "older.zarr")
 
 
+@pytest.mark.repeats(1)
 def test_the_command(old: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = Path(old.path).name

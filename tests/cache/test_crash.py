@@ -150,6 +150,7 @@ def test_what_is_left_of_a_drop_is_not_handed_out(tmp_path: Path, build: Build, 
             cache["id/val"]
 
 
+@pytest.mark.repeats(4)
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("rows", [40, 50, 10])
 def test_a_drop_that_was_cut_short_can_be_repeated(
@@ -232,6 +233,7 @@ def write_what_is_missing(path: Path, cache: Cache) -> None:
     writer.seal("id/val")
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(
     ("half", "step"),

@@ -191,6 +191,7 @@ for path in sys.argv[1], sys.argv[2]:
 """
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_is_read_and_never_written(tmp_path: Path, whole: Cache) -> None:
     for folder, _, files in os.walk(tmp_path):
         for name in files:

@@ -126,6 +126,7 @@ def test_it_is_whole_by_its_own_seals(golden: Cache) -> None:
     assert verify_cache(golden) == []
 
 
+@pytest.mark.repeats(6)
 def test_its_scores_are_what_they_were(golden: Cache) -> None:
     for params, file in (
         (PARAMS, "v1/scores.json"),
@@ -151,6 +152,7 @@ def zarr_metadata(path: Path) -> Mapping[str, Any]:
     }
 
 
+@pytest.mark.repeats(3)
 def test_it_can_be_gone_on_with(golden: Cache) -> None:
     """Another split beside those that are there, in the form of theirs, and the seals of all hold."""
     split, writer = golden["id/val"], CacheWriter(golden.path, replace(golden.header, version=2))
@@ -174,6 +176,7 @@ def test_it_can_be_gone_on_with(golden: Cache) -> None:
             assert content.get(key) == new[path].get(key), (path, key)
 
 
+@pytest.mark.repeats(3)
 def test_a_damaged_block_is_repaired_in_its_version(golden: Cache) -> None:
     split, header = golden["id/val"], golden.header
     logits = {path: split.read(path) for path in header.arrays()}

@@ -115,6 +115,7 @@ def test_at_a_server_shards_come_in_ranges(monkeypatch: pytest.MonkeyPatch) -> N
     assert Counting.most <= 1000
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("kind", [Plain, Ranges])
 def test_a_web_server_without_ranges_is_asked_for_whole_shards(
     kind: type[Plain], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

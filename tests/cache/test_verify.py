@@ -100,6 +100,7 @@ def test_a_whole_cache_has_no_damage(path: Path) -> None:
     assert repair_cache(path) == []
 
 
+@pytest.mark.repeats(2)
 @pytest.mark.parametrize(("whole", "position"), [(1, -1), (2, 0), (2, 30), (2, -1)], indirect=["whole"])
 def test_a_damaged_chunk_is_named_and_its_block_alone_is_computed_again(
     path: Path, whole: Cache, position: int
@@ -138,6 +139,7 @@ def assert_whole(path: Path, whole: Cache) -> None:
 # --- labels and places, which are written before the blocks -----------------------------------------------------------
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("array", ["label", "index"])
 @pytest.mark.parametrize("how", ["changed", "lost"])
 def test_damaged_labels_are_written_again_and_no_block_is_computed(
@@ -161,6 +163,7 @@ def test_damaged_labels_are_written_again_and_no_block_is_computed(
     assert_whole(path, whole)
 
 
+@pytest.mark.repeats(2)
 @pytest.mark.parametrize("lose", ["metadata", "all"])
 @pytest.mark.parametrize("shard_blocks", [1, 2, 4])
 def test_labels_without_metadata_cost_no_row(tmp_path: Path, whole: Cache, shard_blocks: int, lose: str) -> None:
@@ -516,6 +519,7 @@ def little(
     return make_cache(tmp_path_factory.mktemp("little") / "c.zarr", rows=rows, version=request.param)
 
 
+@pytest.mark.repeats(2)
 @pytest.mark.parametrize("repaired_again", [True, False])
 @pytest.mark.parametrize(
     ("little", "damage", "changes"),

@@ -208,6 +208,7 @@ def test_what_is_not_there(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- verify -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("url", SERVERS, indirect=True)
 def test_a_whole_cache_has_no_damage(url: str) -> None:
     there = open_cache(url)
@@ -248,6 +249,7 @@ def test_verify_finds_metadata_that_differ_from_the_copy(copy: tuple[Path, str])
     ]
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("check", [verify_cache, check_metadata])
 def test_verify_finds_a_stale_copy(copy: tuple[Path, str], check: Callable[[Cache], list[Any]]) -> None:
     path, url = copy

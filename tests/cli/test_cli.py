@@ -278,6 +278,7 @@ def test_the_default_search_takes_every_term_and_is_cross_validated(cache: str, 
     assert nacpipe("evaluate", cache).exit_code == 0
 
 
+@pytest.mark.repeats(2)
 @pytest.mark.parametrize("storage", ["{}/s.log", "sqlite:///{}/s.db"])
 @pytest.mark.parametrize("option", ["--status", "--dry-run"])
 def test_looking_writes_nothing(cache: str, tmp_path: Path, option: str, storage: str) -> None:
@@ -305,6 +306,7 @@ def test_inspecting_writes_nothing(place: Path) -> None:
 # --- interrupted ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_search_says_how_to_go_on(cache: str, tmp_path: Path, number: signal.Signals) -> None:
     journal = tmp_path / "c.study.log"

@@ -190,6 +190,7 @@ def test_a_network_of_your_own(place: Path, detector: Path, tmp_path: Path) -> N
     assert own.stdout == ours.stdout
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_the_next_line_runs_as_it_stands(place: Path, tmp_path: Path, checkpoint: bool) -> None:
     """But for the images."""

@@ -113,6 +113,7 @@ def test_the_page_runs_as_it_stands(place: Path) -> None:
     assert set(cache["ood/far/noise"].label.tolist()) == {-1}
 
 
+@pytest.mark.slow
 def test_a_set_that_comes_later_is_added_and_one_that_changes_is_refused(place: Path) -> None:
     crosses = place / "pictures/lists/crosses.txt"
     crosses.rename(crosses.with_suffix(".later"))

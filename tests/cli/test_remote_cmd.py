@@ -72,6 +72,7 @@ def test_search_and_evaluate_find_what_they_find_in_a_folder(
     assert proxy.faults.total() > faults
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("kind", [Plain, Ranges])
 def test_search_and_evaluate_read_a_web_server(
     make_cache: Callable[..., Cache], tmp_path: Path, kind: type[Plain]

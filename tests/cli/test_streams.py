@@ -254,6 +254,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.repeats(5)
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_terminal_shows_every_command(studied: str, command: list[str]) -> None:
     args = [arg.format(studied) for arg in command]
@@ -366,6 +367,7 @@ def test_csv_to_a_stream_of_text_alone(place: Path, monkeypatch: pytest.MonkeyPa
 # --- files that hold names --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
 def test_files_take_names_that_are_no_utf8(
     small_cache: Cache, make_cache: Callable[..., Cache], tmp_path: Path

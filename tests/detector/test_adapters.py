@@ -216,6 +216,7 @@ def test_their_metrics_are_ours(seed: int) -> None:
     assert auroc(scores, labels) == pytest.approx(detect(id_scores, ood_scores).auroc, abs=1e-6)
 
 
+@pytest.mark.repeats(1)
 @needs_pytorch_ood
 @pytest.mark.parametrize("source", ["d.safetensors", "p.json", "record"])
 def test_pytorch_ood_from_end_to_end(cache: Cache, place: Path, network: nn.Module, source: str) -> None:

@@ -127,6 +127,7 @@ def digits(digits_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Case
     return make_case(request, tmp_path_factory.mktemp("fused") / "d.safetensors")
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("method", FEATURE_SCORES)
 def test_the_same_batches_give_the_caches_scores(digits: Case, method: FeatureScoreName, tmp_path: Path) -> None:
     params = replace(digits.params, fused=FusedScore(method=method, mean=1.0, deviation=2.0, weight=0.5))
@@ -143,6 +144,7 @@ def test_the_same_batches_give_the_caches_scores(digits: Case, method: FeatureSc
     assert found.is_ood[1] and torch.isnan(found.score).tolist() == [False, True, False]
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("method", FEATURE_SCORES)
 def test_a_detector_counted_from_batches_is_the_caches(digits: Case, method: FeatureScoreName) -> None:
     cache = open_cache(digits.cache.path)

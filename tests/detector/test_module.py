@@ -173,6 +173,7 @@ def test_the_same_batches_give_the_caches_scores(case: Case) -> None:
         np.testing.assert_array_equal(run(detector, images, 128), expected)
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("how", ["1", pytest.param("257", marks=pytest.mark.slow), "channels-last"])
 def test_other_batches_and_formats_give_nearly_the_same(case: Case, how: str) -> None:
     detector = load_detector(case.file, case.network())

@@ -113,6 +113,7 @@ def test_weibull_of_greatest_likelihood() -> None:
     assert np.exp(-((10_002.9 / scale[2]) ** shape[2])) == 1.0
 
 
+@pytest.mark.repeats(4)
 @pytest.mark.parametrize(
     "name",
     ["DICE", "fDBD", "Mahalanobis", "MDS++", "RMD", "RMDS++", "OpenMax", "Relation", "CFOOD", "WeiPer", "GradNorm"],

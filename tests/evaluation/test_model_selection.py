@@ -224,6 +224,7 @@ def refuse_judges(first: Cache, second: Cache, message: str) -> None:
     assert list(found.columns) == ["checkpoint", "images", "area_avgpool", "area_layer1", "test_in"]
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("lacks", ["csid/b", "csid/b_out", "id/val"])
 def test_a_set_that_only_one_cache_has_judges_nothing(
     caches: list[Cache], make_cache: Callable[..., Cache], tmp_path: Path, lacks: str
@@ -237,6 +238,7 @@ def test_a_set_that_only_one_cache_has_judges_nothing(
     )
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("split", ["csid/a", "csid/a_out", "id/val"])
 def test_accuracies_of_other_images_are_not_compared(
     caches: list[Cache], make_cache: Callable[..., Cache], tmp_path: Path, split: str
@@ -389,6 +391,7 @@ def test_none_is_chosen_where_none_classifies_an_image(run: list[Cache]) -> None
     assert "no checkpoint is chosen: the checkpoint classifies no image of id/train correctly" in alone.stderr
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("wrong", [(0, 1), (1, 2), (0, 2)])
 def test_a_checkpoint_that_classifies_no_image_is_never_chosen(run: list[Cache], wrong: tuple[int, ...]) -> None:
     """Wherever it stands, and whatever parameters would make of its area."""

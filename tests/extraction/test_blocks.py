@@ -51,6 +51,7 @@ def test_a_block_is_a_power_of_two_of_batches_and_ten_seconds_at_most(
     assert rows == batch_size or (rows <= 512 and rows // batch_size * seconds <= 10)
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize(("seconds", "rows"), [(0.01, 512), (1.2, 64), (60.0, 8)])
 def test_it_is_chosen_by_the_time_of_a_trial_batch_and_recorded(
     open_request: ExtractRequest, monkeypatch: pytest.MonkeyPatch, seconds: float, rows: int

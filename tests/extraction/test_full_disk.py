@@ -100,6 +100,7 @@ def assert_finished(cache: Path, undisturbed: Cache) -> None:
     assert not list(cache.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_grow(undisturbed: Cache, tmp_path: Path) -> None:
     cache = tmp_path / "x.zarr"
     with limited_files():

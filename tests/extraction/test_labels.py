@@ -133,6 +133,7 @@ def wrong_cache(
     return make
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("split", ["id/val", "id/train"])
 @pytest.mark.parametrize("count", [1, 2])  # class 12 alone, and a −1 beside it
 def test_baselines_say_why_they_are_empty(
@@ -168,6 +169,7 @@ def test_a_cache_with_right_labels_says_nothing(small_cache: Cache, tmp_path: Pa
     assert (done.exit_code, done.stderr) == (0, "")
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("split", ["csid/shifted", "id/val"])
 def test_rank_refuses_accuracies_of_wrong_labels(
     wrong_cache: Callable[[dict[str, int]], Cache], tmp_path: Path, split: str

@@ -95,6 +95,7 @@ def test_fewer_bits_are_rounded_states_and_exact_logits(finished: Cache, request
         plan_extraction(replace(request_, cache=Path(whole.path), mantissa_bits=10))
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("dies", [False, True])
 def test_shards_hold_the_same_values(finished: Cache, request_: ExtractRequest, dies: bool) -> None:
     whole = finished

@@ -224,6 +224,7 @@ def test_cache_holds_what_taps_give_batch_by_batch(finished: Cache, root: Path, 
     assert (weight == network.module.state_dict()["fc.weight"].numpy()).all()
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize(("batch_size", "workers"), [(5, 0), (40, 3)])
 def test_other_batch_sizes_and_workers_agree(
     finished: Cache, request_: ExtractRequest, batch_size: int, workers: int

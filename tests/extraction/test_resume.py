@@ -64,6 +64,7 @@ class CrashAfter:
         return write_block
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("calls", [*(pytest.param(calls, marks=pytest.mark.slow) for calls in (1, 2, 3)), 4, 9])
 def test_the_same_command_after_a_crash_gives_the_same_values(
     finished: Cache, request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch, calls: int
@@ -198,6 +199,7 @@ def test_a_split_that_only_lacks_its_seal_is_sealed(
     assert digest == finished["ood/val"].attributes["digest"]
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize(("shards", "rows"), [(1, [16]), (2, [32])], ids=["blocks", "shards"])
 def test_after_repair_the_same_command_runs_the_damaged_rows_alone(
     request_: ExtractRequest, shards: int, rows: list[int]

@@ -174,6 +174,7 @@ def test_what_optimizers_keep_is_no_state_dict(tmp_path: Path) -> None:
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize(
     "name",
     [

@@ -100,6 +100,7 @@ def far(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.repeats(5)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "resnet50" else name for name in SIDES]
 )
@@ -302,6 +303,7 @@ def test_a_file_of_that_name_comes_first(
     assert server["asked"] == []
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("form", ["augmix", "regmixup", "pixmix"])
 def test_other_training_schemes_load_into_the_same_row(tmp_path: Path, form: str) -> None:
     """AugMix's and DeepAugment's files carry DataParallel's prefix and an optimizer; OpenOOD's are plain."""

@@ -112,6 +112,7 @@ def test_a_file_of_other_content_has_the_benchmarks(published: Path, tmp_path: P
     )
 
 
+@pytest.mark.slow
 def test_a_transform_can_be_chosen(published: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": find_model("resnet18").build(10).state_dict()}, tmp_path / "resaved.pth")
     for file, chosen, expected, by in [

@@ -103,6 +103,7 @@ WRAPS: list[Callable[[nn.Module], nn.Module]] = [
 ]
 
 
+@pytest.mark.repeats(3)
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_a_wrapped_network_is_scored_as_the_network(
     cache: Cache, detector_file: Path, tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]
@@ -205,6 +206,7 @@ def inside():
 """
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "function", [pytest.param("compiled", marks=pytest.mark.slow), "parallel", "in_place", "inside"]

@@ -19,6 +19,7 @@ def search(*args: str) -> None:
     assert done.exit_code == 0, done.stderr
 
 
+@pytest.mark.repeats(3)
 @pytest.mark.parametrize(
     "asked",
     [

@@ -157,6 +157,7 @@ def test_the_pictures_as_files(place: Path) -> None:
             assert len(image.convert("RGB").getcolors(2**20) or []) > 20
 
 
+@pytest.mark.slow
 def test_training_runs(place: Path) -> None:
     caches = [f"{place}/s0.zarr", f"{place}/s1.zarr"]
     done = nacpipe("report", *caches, "--output", f"{place}/runs.html", "--figures", f"{place}/two")

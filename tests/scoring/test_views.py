@@ -273,6 +273,7 @@ def test_values_that_are_no_numbers_are_refused(tmp_path: Path, view: str) -> No
         score_splits(cache, NacParams(layers={term.name: params_of(term)}), ["id/val"])
 
 
+@pytest.mark.slow
 def test_one_term_at_a_time_takes_bounded_memory(tmp_path: Path) -> None:
     """At most four times the float32 bytes of one source of all layers and rows."""
     rows, neurons = {"id/train": 2048, "id/val": 2048, "ood/val": 1024}, 200

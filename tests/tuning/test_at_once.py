@@ -84,6 +84,7 @@ def trials(where: str, study: str) -> list[int]:
 PLACES = ["{}/s.log", "sqlite:///{}/s.db", pytest.param("sqlite+pysqlite:///{}/s.db", marks=pytest.mark.slow)]
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Optuna closes its databases when they are collected
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
@@ -115,6 +116,7 @@ def test_one_runs_and_the_other_is_refused(
         )  # the locks are gone  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("place", [pytest.param(PLACES[0], marks=pytest.mark.slow), PLACES[1]])
 def test_two_studies_are_made_at_once_in_one_storage(
@@ -128,6 +130,7 @@ def test_two_studies_are_made_at_once_in_one_storage(
         assert trials(where, "a-seed1") == trials(where, "b-seed1") == list(range(TRIALS))
 
 
+@pytest.mark.repeats(2)
 @pytest.mark.parametrize("option", ["--status", "--dry-run", "--explain"])
 @pytest.mark.parametrize("place", PLACES)
 def test_looking_needs_no_lock_and_writes_nothing(small_cache: Cache, tmp_path: Path, place: str, option: str) -> None:

@@ -68,6 +68,7 @@ def test_they_say_which_splits_they_are_bound_to(cache: Cache, val: str) -> None
     assert made_by["fingerprint"] == fingerprint(cache.search_identity(("id/train", "id/val", val), layers))
 
 
+@pytest.mark.repeats(2)
 @pytest.mark.parametrize(
     ("val", "change"),
     [

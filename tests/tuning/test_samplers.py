@@ -208,6 +208,7 @@ def inside(params: NacParams, space: Space) -> bool:
     return True
 
 
+@pytest.mark.repeats(2)
 @pytest.mark.usefixtures("short_generations")
 @pytest.mark.parametrize(
     ("sampler", "objective", "space"),
