@@ -155,8 +155,10 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def forked_commands(common: Path) -> None:
-    """Where `nacpipe_words` meets the process that forks commands."""
+    """Where `python_words` meets the process that forks; a run of many tests starts it before it is needed."""
     prefork.folder = common
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        prefork.start_server()
 
 
 @pytest.fixture(scope="session")

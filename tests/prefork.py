@@ -28,18 +28,33 @@ FREE = ("PYTHONIOENCODING", "PYTHONPATH", "PYTHONWARNINGS")
 
 def python_words(environment: Mapping[str, str] | None = None) -> list[str]:
     """Return the words that run Python in an environment; Python itself where the environment says how it starts."""
-    import subprocess
     import time
-
-    from tests.once import once
 
     real = [sys.executable]
     theirs = os.environ if environment is None else environment
     for name in {*theirs, *os.environ}:
         if name.startswith(FIXED) and name not in FREE and theirs.get(name) != os.environ.get(name):
             return real
-    if folder is None or not hasattr(os, "pidfd_open") or len(str(folder)) > 80:
+    if (address := start_server()) is None:
         return real
+    deadline = time.monotonic() + 120
+    while not address.exists():
+        assert time.monotonic() < deadline, "the process that forks commands did not start"
+        time.sleep(0.02)
+    return [sys.executable, "-I", "-S", __file__, str(address)]
+
+
+def start_server() -> Path | None:
+    """Start the process that forks, if no worker of this run has, and return the address that it will listen at.
+
+    None where it cannot be: on a system without pidfds, or in a folder whose name is too long for a socket's.
+    """
+    import subprocess
+
+    from tests.once import once
+
+    if folder is None or not hasattr(os, "pidfd_open") or len(str(folder)) > 80:
+        return None
     address = folder / "prefork"
 
     def start(_: object) -> None:
@@ -50,11 +65,8 @@ def python_words(environment: Mapping[str, str] | None = None) -> list[str]:
             start_new_session=True,
         )  # fmt: skip
         _server.append(server)
-        while not address.exists():
-            assert server.poll() is None, "the process that forks commands did not start"
-            time.sleep(0.02)
 
-    return [sys.executable, "-I", "-S", __file__, str(once(address, start))]
+    return once(address, start)
 
 
 def client(address: str, words: list[str]) -> None:

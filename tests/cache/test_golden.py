@@ -71,6 +71,7 @@ def test_none_is_missing_and_none_is_unread(version: int) -> None:
     )
 
 
+@pytest.mark.repeats(6)
 def test_every_value_is_what_was_written(golden: Cache) -> None:
     form, header = form_of(golden), golden.header
     rounded = form in ("keep_bits", "mantissa_bits")
@@ -122,6 +123,7 @@ def test_its_objects_are_those_of_its_version(golden: Cache) -> None:
         ]
 
 
+@pytest.mark.repeats(5)
 def test_it_is_whole_by_its_own_seals(golden: Cache) -> None:
     assert verify_cache(golden) == []
 

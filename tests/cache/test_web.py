@@ -187,6 +187,7 @@ def test_a_cache_of_which_no_split_is_finished_is_refused_in_words(tmp_path: Pat
         open_cache(f"{address}/x.zarr")
 
 
+@pytest.mark.repeats(2)
 @pytest.mark.parametrize("damage", ["[]", '{"metadata": 3}', '{"metadata": {"id/val": []}}', '{"metadata": null}', "7"])
 def test_broken_consolidated_metadata_are_an_error_in_words(copy: tuple[Path, str], damage: str) -> None:
     path, url = copy

@@ -105,6 +105,7 @@ def test_neighbouring_bars_are_averaged() -> None:
     assert sum(squeeze([1.0] * 1000, 64)) == 64
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("name", ["x.svg", "x.png"])
 def test_a_plot(cache: str, place: Path, tmp_path: Path, name: str) -> None:
     for more in (["--alpha", "2"], ["--compare", f"{place}/d.zarr"]):

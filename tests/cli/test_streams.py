@@ -334,6 +334,7 @@ def test_a_real_terminal_of_another_encoding(place: Path, variables: dict[str, s
             assert b"?" not in done.stdout
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("charset", ["utf-8", pytest.param("cp1252", marks=pytest.mark.slow), "ascii"])
 def test_csv_is_utf8_and_json_ascii_whatever_the_terminal(
     place: Path, monkeypatch: pytest.MonkeyPatch, charset: str

@@ -319,6 +319,7 @@ def view_params(cache: Cache, name: str) -> LayerParams:
     return LayerParams(bins=60, saturation=40, alpha=alpha, source=term.source)
 
 
+@pytest.mark.repeats(2)
 @pytest.mark.parametrize("term", VIEWS)
 def test_every_view_scores_as_the_cache_does(digits: Case, term: str, tmp_path: Path) -> None:
     params = NacParams(layers={term: view_params(digits.cache, term)})

@@ -71,6 +71,7 @@ def plain_area(cache: Cache, layer: str, params: LayerParams, split: str = "id/t
     )
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize(
     "params",
     [PAPER, LayerParams(bins=11, saturation=3, alpha=2.0, edges="linear")],

@@ -29,6 +29,7 @@ def test_scores_are_the_definitions(rows: list[list[float]]) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14 if name == "Energy" else 0)
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("classes", [1, 2, 99, 100, 101, pytest.param(1000, marks=pytest.mark.slow)])
 def test_scores_of_many_classes_are_the_definitions(classes: int) -> None:
     """GEN takes the 100 largest probabilities, of whichever classes."""

@@ -86,6 +86,7 @@ FORMS: dict[str, Callable[[], object]] = {
 }
 
 
+@pytest.mark.repeats(6)
 @pytest.mark.parametrize("form", FORMS)
 def test_the_state_dict_is_found_whatever_is_around_it(tmp_path: Path, form: str) -> None:
     network = load(FORMS[form](), tmp_path)

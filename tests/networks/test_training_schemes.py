@@ -154,6 +154,7 @@ def test_rows_of_wrapped_networks(scheme: str) -> None:
         assert model.classifier == ("linear" if scheme == "csi" else "fc")
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("scheme", ["cider", "godin"])
 def test_cache_of_a_network_without_a_classifier(request_: ExtractRequest, tmp_path: Path, scheme: str) -> None:
     torch.save(draw_state(scheme), tmp_path / "best.ckpt")

@@ -215,6 +215,7 @@ def test_a_url_is_told_from_a_path(where: str) -> None:
     assert study_file(where) == (None if file is None else Path(file))
 
 
+@pytest.mark.repeats(1)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize(
     "url", ["sqlite:///{}/s.db", "sqlite+pysqlite:///{}/s.db", "sqlite:///file:{}/s.db?uri=true"]
