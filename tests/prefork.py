@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_server: list[object] = []  # one at most, for as long as this process
 folder: Path | None = None  # which all workers of a run share; conftest.py says it
 # What Python, numba and torch read when they start or are imported: all commands have the server's.
 FIXED = ("LC_", "LANG", "PYTHON", "NUMBA_", "OMP_", "MKL_", "ONEDNN_", "TORCH")
@@ -49,8 +48,6 @@ def start_server() -> Path | None:
 
     None where it cannot be: on a system without pidfds, or in a folder whose name is too long for a socket's.
     """
-    import subprocess
-
     from tests.once import once
 
     if folder is None or not hasattr(os, "pidfd_open") or len(str(folder)) > 80:
@@ -59,12 +56,11 @@ def start_server() -> Path | None:
 
     def start(_: object) -> None:
         owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-        server = subprocess.Popen(
-            [sys.executable, __file__, "serve", str(address), str(owner)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=ROOT, env={**os.environ, "PYTHONPATH": ROOT},
-            start_new_session=True,
-        )  # fmt: skip
-        _server.append(server)
+        null = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1)]
+        words = [sys.executable, __file__, "serve", str(address), str(owner)]
+        os.posix_spawn(
+            sys.executable, words, {**os.environ, "PYTHONPATH": ROOT}, file_actions=null, setpgroup=0
+        )  # it ends with `owner`
 
     return once(address, start)
 

@@ -84,6 +84,7 @@ def run_here(umask: str, source: str) -> None:
         os.umask(before)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Optuna closes its databases when they are collected
 @pytest.mark.parametrize(
     ("run", "umask", "mode"),

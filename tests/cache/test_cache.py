@@ -124,6 +124,7 @@ def files_of(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(order=st.permutations([0, 1, 2, 2, 0]), cuts=st.sets(st.integers(1, 4)))
 def test_appending_in_any_order_and_any_number_of_calls_gives_the_same_bytes(order: list[int], cuts: set[int]) -> None:

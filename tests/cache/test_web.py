@@ -250,7 +250,7 @@ def test_verify_finds_metadata_that_differ_from_the_copy(copy: tuple[Path, str])
     ]
 
 
-@pytest.mark.repeats(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [verify_cache, check_metadata])
 def test_verify_finds_a_stale_copy(copy: tuple[Path, str], check: Callable[[Cache], list[Any]]) -> None:
     path, url = copy

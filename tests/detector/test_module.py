@@ -331,6 +331,7 @@ def test_every_view_scores_as_the_cache_does(digits: Case, term: str, tmp_path: 
         np.testing.assert_array_equal(run(detector, digits.images(split), 128), expected)
 
 
+@pytest.mark.slow
 def test_views_together_score_as_the_cache_does_in_groups_of_classes(place: Path) -> None:
     """800 training images of 10 classes make 8 groups."""
     request = ExtractRequest(
@@ -375,6 +376,7 @@ def test_layers_that_feed_the_classifier_need_no_backward_pass(digits: Case, mon
         load_detector(digits.file, network)
 
 
+@pytest.mark.slow
 def test_rounded_caches_are_scored_with_rounded_states(place: Path) -> None:
     request = ExtractRequest(
         benchmark="digits", model="digits_cnn", cache=place / "k.zarr", device="cpu", splits=SPLITS, mantissa_bits=6
@@ -503,6 +505,7 @@ def test_a_half_type_is_used_where_the_states_were_counted_in_it(place: Path) ->
     np.testing.assert_array_equal(found.score.numpy(), case.cached("id/val")[:128])
 
 
+@pytest.mark.slow
 def test_threads_do_not_mix_their_images(digits: Case) -> None:
     detector = load_detector(digits.file, digits.network())
     parts = list(digits.images("id/val").split(50))

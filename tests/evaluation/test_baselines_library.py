@@ -114,7 +114,7 @@ def test_every_name_is_a_baseline_and_is_checked() -> None:
     assert {*NETWORK, *OURS, *OPENOOD} == {*MORE_BASELINES}
 
 
-@pytest.mark.repeats(4)
+@pytest.mark.repeats(2)
 @pytest.mark.parametrize("name", NETWORK)
 def test_scores_are_those_of_the_library_on_the_network_itself(
     digits: Cache, images: dict[str, tuple[Tensor, Tensor]], name: str

@@ -206,6 +206,7 @@ def test_the_first_ranks_choice_is_everybodys(tmp_path: Path) -> None:
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_accuracy_is_said_once_id_train_is_done(finished: Cache, request_: ExtractRequest) -> None:
     """The weights are random, so there is something amiss."""
     said: list[str] = []

@@ -194,6 +194,7 @@ def test_what_is_counted_from_images_needs_no_backward_pass_either(monkeypatch: 
     assert len(detector._lookups) == 1  # what has weight 0 is not counted
 
 
+@pytest.mark.slow
 def test_caches_of_both_kinds_are_compared_by_their_activations(
     forward: ExtractRequest, request_: ExtractRequest
 ) -> None:

@@ -394,6 +394,7 @@ def test_a_layer_of_another_name_is_extracted_and_the_command_repeats_it(request
     assert plan_extraction(request).splits[0].state == "done"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "message"),
     [

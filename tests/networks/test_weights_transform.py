@@ -95,6 +95,7 @@ def test_a_published_file_is_recognised_by_its_content(published: Path) -> None:
     assert (second.transform.resize, second.prepared_by) == (232, "the weights IMAGENET1K_V2")
 
 
+@pytest.mark.slow
 def test_a_file_of_other_content_has_the_benchmarks(published: Path, tmp_path: Path) -> None:
     """And if it has the name of a published one, that is said."""
     other = tmp_path / "resnet50-11ad3fa6.pth"

@@ -180,6 +180,7 @@ def test_parameters_that_no_study_here_found(place: Path) -> None:
     assert "nacpipe search" not in page.text
 
 
+@pytest.mark.slow
 def test_foreign_names_are_text(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
     evil = "<script>alert('$x_$')</script>&amp;"
     name = evil.replace("/", "|")

@@ -186,6 +186,7 @@ def test_a_study_of_ours_is_optunas(small_cache: Cache, tmp_path: Path) -> None:
     assert frame["user_attrs_phase"][0] == "layer avgpool"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["{}/ours.log", pytest.param("sqlite:///{}/ours.db", marks=pytest.mark.slow)])
 def test_the_optuna_command_opens_it(small_cache: Cache, tmp_path: Path, where: str) -> None:
     url = where.format(tmp_path)
