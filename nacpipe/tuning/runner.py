@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from nacpipe.errors import StudyError
 from nacpipe.tuning.request import SearchResult
 from nacpipe.tuning.samplers import GridSampler
-from nacpipe.tuning.storage import cause, is_server
+from nacpipe.tuning.storage import cause, is_server, sync_study
 from nacpipe.tuning.study import Search, session_seconds
 from nacpipe.tuning.trials import NewTrials, trial_metrics
 
@@ -51,6 +51,8 @@ def run(search: Search, progress: Progress = lambda done, best: None) -> SearchR
             raise StudyError(
                 f"the study's storage went away: {cause(reason)}; go on with: {search.command()}"
             ) from error
+        finally:
+            sync_study(search.request.where)
     if ended == "interrupted" and not session.best:
         raise KeyboardInterrupt  # there is nothing to report
     if ended != "interrupted":

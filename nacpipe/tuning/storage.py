@@ -8,6 +8,7 @@ here the torn tail is cut off under the lock before anything is appended).
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -30,6 +31,9 @@ from nacpipe.tuning.request import without_password
 HEARTBEAT = 15  # seconds between a server study's signs of life; a trial without one for twice as long is repeated
 RETRIES = 3  # times that a trial is repeated
 ATTEMPTS = 5  # to make a new database's tables, where others do it in the same moment
+
+SYNC = 0.25  # seconds between two waits of a journal for the disk
+UNSYNCED = 1 << 22  # bytes; more than is appended in that time
 
 JOURNAL = b'{"op_code":'  # how Optuna's first line begins
 
@@ -58,17 +62,53 @@ class TailMendingLock:
         """Give the lock back."""
         os.close(self._held.pop())
 
+    def mend(self) -> None:
+        """Cut off what a power cut left of the last lines: a torn one, and all from a piece that was never written."""
+        self.acquire()
+        handle = self._held[-1]
+        start = max(0, os.fstat(handle).st_size - UNSYNCED)
+        tail = os.pread(handle, UNSYNCED, start)
+        if (hole := tail.find(b"\0")) >= 0:
+            os.ftruncate(handle, start + tail.rfind(b"\n", 0, hole) + 1)
+        self.release()
 
-class NamingJournal(JournalFileBackend):
-    """Optuna's journal; where the system refuses a line (a full disk), its error names the file."""
+
+class Journal(JournalFileBackend):
+    """Optuna's journal, which waits for the disk (fsync) at most every SYNC seconds.
+
+    Every line is with the system before `append_logs` returns: a process that is killed loses none. A power cut can
+    lose those of the last SYNC seconds; `sync_study` waits for them.
+    """
+
+    def __init__(self, path: str, lock_obj: Any) -> None:
+        """Keep a study in a file."""
+        super().__init__(path, lock_obj=lock_obj)
+        self._lock_of_file, self._synced = lock_obj, float("-inf")
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append lines."""
+        """Append lines; where the system refuses one (a full disk), its error names the file."""
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
         try:
-            super().append_logs(logs)
+            self._lock_of_file.acquire()
+            try:
+                with open(self._file_path, "ab") as file:
+                    file.write(lines.encode())
+                    file.flush()
+                    if time.monotonic() - self._synced >= SYNC:
+                        os.fsync(file.fileno())
+                        self._synced = time.monotonic()
+            finally:
+                self._lock_of_file.release()
         except OSError as error:
             error.filename = error.filename or self._file_path
             raise
+
+
+def sync_study(where: str) -> None:
+    """Wait until a journal is on the disk; databases wait by themselves."""
+    if not backend(where) and Path(where).exists():
+        with open(where, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def _check_journal(handle: int, path: str) -> None:
@@ -205,12 +245,11 @@ def open_storage(where: str, *, write: bool = True) -> BaseStorage:
         if not Path(where).parent.is_dir():
             raise StudyError(f"the folder of the study {where} is not there")
         if sys.platform == "win32":
-            return JournalStorage(NamingJournal(where, lock_obj=JournalFileOpenLock(where)))
+            return JournalStorage(Journal(where, lock_obj=JournalFileOpenLock(where)))
         lock = TailMendingLock(where)
         if write:
-            lock.acquire()  # mends the tail before the first reading
-            lock.release()
-        return JournalStorage(NamingJournal(where, lock_obj=lock))  # type: ignore[arg-type]
+            lock.mend()
+        return JournalStorage(Journal(where, lock_obj=lock))
     except StudyError:
         raise
     except Exception as error:  # every database driver has errors of its own

@@ -21,6 +21,7 @@ import pytest
 from nacpipe.cache import Cache
 from nacpipe.errors import CacheError, StudyError
 from nacpipe.tuning import runner as sweep
+from nacpipe.tuning import storage
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.storage import only_runner, open_storage
 from nacpipe.tuning.study import Search
@@ -107,6 +108,35 @@ def test_garbage_after_the_last_line_is_cut_off(
     torn.write_bytes(whole + garbage)
     assert trials_of(run(request_(small_cache, torn))) == expected
     assert torn.read_bytes().startswith(whole + b'{"op_code"')
+
+
+@pytest.mark.parametrize("after", [b"", b"\n", b'": 1}\n', "the next lines"])
+def test_lines_that_a_power_cut_left_unwritten_are_cut_off(
+    small_cache: Cache, journal: Path, expected: Trials, tmp_path: Path, after: bytes | str
+) -> None:
+    """Between two waits for the disk the system writes in an order of its own: a hole reads as zeros."""
+    lines = journal.read_bytes().splitlines(keepends=True)
+    torn, whole = tmp_path / "s.log", b"".join(lines[:20])
+    rest = b"".join(lines[21:]) if isinstance(after, str) else after
+    torn.write_bytes(whole + lines[20][:40] + b"\0" * 4096 + rest)
+    assert trials_of(run(request_(small_cache, torn))) == expected
+    assert torn.read_bytes().startswith(whole + b'{"op_code"')
+
+
+def test_a_journal_waits_for_the_disk_at_the_end_and_four_times_a_second(
+    small_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, synced, clock = tmp_path / "s.log", list[int](), [0.0]
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    monkeypatch.setattr(storage.time, "monotonic", lambda: clock[0])
+    journal = storage.Journal(str(where), storage.TailMendingLock(str(where)))
+    for clock[0] in (0.0, 0.1, 0.2, 0.3, 0.4, 0.6):
+        journal.append_logs([{"op_code": 1}])
+    line = len(b'{"op_code":1}\n')
+    assert synced == [line, 4 * line, 6 * line]
+    storage.sync_study(str(where))
+    assert synced[3:] == [6 * line]
+    assert list(journal.read_logs(0)) == [{"op_code": 1}] * 6
 
 
 def test_a_line_that_is_no_json_is_refused(small_cache: Cache, journal: Path, tmp_path: Path) -> None:
