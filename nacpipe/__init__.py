@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nacpipe.evaluation.method_scores import score_cache
     from nacpipe.evaluation.score_files import save_scores
     from nacpipe.evaluation.tables import evaluate, evaluate_runs, tabulate
+    from nacpipe.extraction.library import extract
     from nacpipe.method.metrics import detect
     from nacpipe.method.params import LayerParams, NacParams
     from nacpipe.scoring.coverage import score_splits
@@ -45,6 +46,7 @@ _HOMES = {
     "compare_methods": "nacpipe.evaluation.bootstrap",
     "save_scores": "nacpipe.evaluation.score_files",
     "NacError": "nacpipe.errors",
+    "extract": "nacpipe.extraction.library",
     "load_detector": "nacpipe.detector.module",
     "Objective": "nacpipe.tuning.objective",
     "LayerwiseSampler": "nacpipe.tuning.samplers",
@@ -67,6 +69,7 @@ __all__ = [
     "detect",
     "evaluate",
     "evaluate_runs",
+    "extract",
     "load_detector",
     "open_cache",
     "read_params",

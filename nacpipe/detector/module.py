@@ -30,7 +30,8 @@ from nacpipe.method.feature_scores import FittedFusion
 from nacpipe.method.fitted_term import FittedTerm
 from nacpipe.method.term import LOGITS, Term
 from nacpipe.networks.checkpoints import hash_network
-from nacpipe.networks.taps import POOLINGS, Tapped, Taps, find_penultimate, isolated
+from nacpipe.networks.poolings import POOLINGS
+from nacpipe.networks.taps import Tapped, Taps, find_penultimate, isolated
 from nacpipe.networks.trial import run_trial_batch
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
 
