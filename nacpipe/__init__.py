@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nacpipe.cache import Cache, open_cache
-    from nacpipe.detector.module import load_detector
+    from nacpipe.detector.module import Detector, load_detector
     from nacpipe.errors import NacError
     from nacpipe.evaluation.bootstrap import add_confidence, compare_methods
     from nacpipe.evaluation.method_scores import score_cache
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from nacpipe.method.params import LayerParams, NacParams
     from nacpipe.scoring.coverage import score_splits
     from nacpipe.scoring.params_file import read_params, write_params
+    from nacpipe.tuning.library import tune
     from nacpipe.tuning.objective import Objective
+    from nacpipe.tuning.request import SearchResult
     from nacpipe.tuning.samplers import GridSampler, LayerwiseSampler, TermwiseSampler
 
 __version__ = "0.1.0"
@@ -47,6 +49,9 @@ _HOMES = {
     "save_scores": "nacpipe.evaluation.score_files",
     "NacError": "nacpipe.errors",
     "extract": "nacpipe.extraction.library",
+    "Detector": "nacpipe.detector.module",
+    "tune": "nacpipe.tuning.library",
+    "SearchResult": "nacpipe.tuning.request",
     "load_detector": "nacpipe.detector.module",
     "Objective": "nacpipe.tuning.objective",
     "LayerwiseSampler": "nacpipe.tuning.samplers",
@@ -56,11 +61,13 @@ _HOMES = {
 
 __all__ = [
     "Cache",
+    "Detector",
     "GridSampler",
     "LayerParams",
     "LayerwiseSampler",
     "NacError",
     "NacParams",
+    "SearchResult",
     "Objective",
     "TermwiseSampler",
     "__version__",
@@ -77,6 +84,7 @@ __all__ = [
     "score_cache",
     "score_splits",
     "tabulate",
+    "tune",
     "write_params",
 ]
 
