@@ -6,19 +6,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+import nacpipe
+from nacpipe.cache.layout import ALL_BITS
+from nacpipe.detector.file import Exported
 from nacpipe.detector.module import Detector, load_detector, select_values
 from nacpipe.errors import InputError, ValuesError
+from nacpipe.extraction.samples import EXAMPLES
 from nacpipe.method.class_groups import ClassGroups, choose_groups
 from nacpipe.method.feature_scores import FittedFusion, fit_feature_score
 from nacpipe.method.fitted_term import FittedTerm, fit_term
 from nacpipe.method.params import NacParams, term_of
 from nacpipe.method.term import LOGITS, layer_of
 from nacpipe.networks.build import adopt_module
+from nacpipe.networks.call import PLAIN_CALL, Call, describe_input, map_tensors, move, take_rows
 from nacpipe.networks.layers import measure_layers
 from nacpipe.networks.taps import Tapped, Taps, isolated
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
@@ -63,9 +69,10 @@ class DetectorSource:
 def fit_detector(
     network: nn.Module,
     params: NacParams,
-    batches: Iterable[Tensor],  # each (n, channels, side, side), prepared for the network
+    batches: Iterable[Any],  # the network's inputs
     poolings: Mapping[str, str],
     layers: Mapping[str, str] | None = None,
+    call: Call = PLAIN_CALL,
 ) -> Detector:
     """Count the coverage of training images. Nothing is flagged: there is no threshold.
 
@@ -78,6 +85,7 @@ def fit_detector(
         batches: training images.
         pools: layer → pooling, where the guess is wrong.
         layers: layer → module path, where the parameters call it otherwise.
+        call: how the network is called.
 
     Raises:
         InputError: there are no images, a layer is not in the network, a pooling does not fit it, or a fused score
@@ -87,12 +95,13 @@ def fit_detector(
     params = params.used()
     network = unwrap(network)
     device = find_device_and_dtype(network)[0]
-    coming = iter(batches)
+    coming = (call.arguments(batch) for batch in batches)
     first = next(coming, None)
     if first is None:
         raise InputError("there are no training images to count")
+    examples, rows = move(take_rows(first, 0, EXAMPLES), device), 0
     with isolated(network, device):
-        wrapped = adopt_module(network, first[:1].repeat(2, 1, 1, 1).to(device))
+        wrapped = adopt_module(network, examples, call)
         named = [name for name in dict.fromkeys(map(layer_of, params.layers)) if name != LOGITS]
         paths = {name: (layers or {}).get(name, name) for name in named}
         gradients = any(term_of(name, layer).needs_gradient for name, layer in params.layers.items())
@@ -106,11 +115,13 @@ def fit_detector(
         with (
             isolated(network, device),
             Taps(
-                network, specs, model.classifier, overwritten=overwritten, outputs=model.outputs, gradients=gradients
+                network, specs, model.classifier, overwritten=overwritten, outputs=model.outputs, gradients=gradients,
+                call=call,
             ) as taps,
-        ):
-            tapped = taps(images.detach().to(device))
+        ):  # fmt: skip
+            tapped = taps(move(map_tensors(Tensor.detach, images), device))
             overwritten = taps.overwritten
+        rows += len(tapped.logits)
         for name, layer in params.layers.items():
             term = term_of(name, layer)
             values = select_values(tapped, term).cpu().numpy()
@@ -149,7 +160,28 @@ def fit_detector(
         else fit_term(name, layer, np.concatenate(kept.pop(name)), groups=groups, train_groups=train_groups)
         for name, layer in params.layers.items()
     ]
-    return Detector(network, counted, specs, first[:1].repeat(2, 1, 1, 1).to(device), fused=fused)
+    exported = Exported(
+        terms=tuple(counted),
+        fused=fused,
+        taps=tuple(specs),
+        threshold=-np.inf,
+        keep=1.0,
+        classes=tapped.logits.shape[1],
+        outputs=tapped.logits.shape[1],
+        train_rows=rows,
+        mantissa_bits=ALL_BITS,
+        identity={
+            "benchmark": "own",
+            "architecture": model.name,
+            "family": model.family,
+            "weights": wrapped.weights_sha256,
+            "input": describe_input(examples, call.mask_of(examples)),
+            "dtype": "float32",
+            **({} if model.outputs == "logits" else {"outputs": model.outputs}),
+        },
+        information={"nacpipe": nacpipe.__version__},
+    )
+    return Detector(network, counted, specs, examples, fused=fused, call=call, exported=exported)
 
 
 def _features_of(tapped: Tapped, method: str) -> NDArray[np.float32]:
