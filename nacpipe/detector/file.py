@@ -142,8 +142,8 @@ class Exported:
             raise DetectorError("it is no exported detector")
         if (version := data["nacpipe_detector"]) not in (1, VERSION, VERSION_FUSED, VERSION_VALIDATED):
             raise DetectorError(
-                f"it has version {_show(version)}, this nacpipe reads versions 1 to {VERSION_VALIDATED}; use the nacpipe"
-                " that wrote it, or export again with: nacpipe export CACHE"
+                f"it has version {_show(version)}, this nacpipe reads versions 1 to {VERSION_VALIDATED}; use the"
+                " nacpipe that wrote it, or export again with: nacpipe export CACHE"
             )
         whole = {name: _whole(data, _STORED_AS.get(name, name), *limits) for name, limits in _WHOLE.items()}
         threshold, keep = _real(data, "threshold"), _real(data, "keep")
@@ -151,7 +151,9 @@ class Exported:
             raise DetectorError(f"keep is {keep}; it must be above 0 and at most 1")
         groups = _class_groups(arrays, whole["classes"])
         terms, taps = (_read_layers if version == 1 else _read_terms)(data, arrays, whole, groups)
-        has_fused = version == VERSION_FUSED or (version == VERSION_VALIDATED and "fused" in data)
+        has_fused = version == VERSION_FUSED or (
+            version == VERSION_VALIDATED and ("fused" in data or any(name.startswith(f"{FUSED}.") for name in arrays))
+        )
         fused = _read_fused(data, arrays, whole) if has_fused else None
         validation = _validation(arrays) if version == VERSION_VALIDATED else None
         names = [fitted.name for fitted in terms]

@@ -117,7 +117,7 @@ def test_an_explanation_adds_up(wine: Any) -> None:
 
 
 def test_another_network_is_refused(wine: Any) -> None:
-    kind, cache, params = wine
+    _, cache, params = wine
     other = torch.nn.Sequential(torch.nn.Linear(13, 3))
     with pytest.raises(DetectorError, match="exported for another network"):
         nacpipe.Detector.from_cache(cache, params, other)
