@@ -24,17 +24,18 @@ from nacpipe.cache import Cache, LayerSpec, open_cache
 from nacpipe.cache.identity import diff
 from nacpipe.cache.layout import ALL_BITS
 from nacpipe.detector.calibration import Calibration, calibrate_scores
+from nacpipe.detector.count import count_coverage
 from nacpipe.detector.explanation import Explanation, explain_sample
 from nacpipe.detector.export import export_detector
 from nacpipe.detector.file import Exported, keep_scores, read_detector, write_detector
+from nacpipe.detector.values import round_bits, select_values
 from nacpipe.errors import DetectorError, InputError, ValuesError
 from nacpipe.extraction.request import AUTOCAST
 from nacpipe.extraction.samples import split_label
-from nacpipe.method.coverage import combine_layers, layer_score, logits_gradient, select_source
+from nacpipe.method.coverage import combine_layers, layer_score
 from nacpipe.method.feature_scores import FittedFusion
 from nacpipe.method.fitted_term import FittedTerm
 from nacpipe.method.params import NacParams
-from nacpipe.method.term import LOGITS, Term
 from nacpipe.networks.call import PLAIN_CALL, Call, Mask, device_of, map_tensors, move, repeat_samples
 from nacpipe.networks.checkpoints import hash_network
 from nacpipe.networks.poolings import POOLINGS
@@ -276,11 +277,10 @@ class Detector(nn.Module):
             InputError: there are no samples, a layer is not in the network, or a pooling does not fit it.
             ValuesError: states are not finite.
         """
-        from nacpipe.detector.fit import fit_detector
-
         call = Call(prepare=prepare, logits=logits, mask=mask)
         batches = (split_label(batch)[0] for batch in loader)
-        return fit_detector(network, params, batches, pooling or {}, layers, call)
+        exported, examples = count_coverage(network, params, batches, pooling or {}, layers, call)
+        return cls(network, exported.terms, exported.taps, examples, fused=exported.fused, call=call, exported=exported)
 
     @classmethod
     def load(
@@ -398,19 +398,6 @@ class Detector(nn.Module):
         return tapped
 
 
-def select_values(tapped: Tapped, term: Term, mantissa_bits: int = ALL_BITS) -> Tensor:
-    """Return a term's source of a layer or the logits, (n, neurons) float32."""
-    if term.layer == LOGITS:
-        activation = tapped.logits.float().cpu()
-        gradient = torch.from_numpy(logits_gradient(activation.numpy()))
-    else:
-        activation = round_bits(tapped.activation[term.layer].float(), mantissa_bits)
-        if not term.needs_gradient:  # there may be none
-            return activation
-        gradient = round_bits(tapped.gradient[term.layer].float(), mantissa_bits)
-    return select_source(activation, gradient, term.source)  # type: ignore[arg-type, return-value]  # as arrays do
-
-
 class Lookup:
     """One term's table: values → Σ over neurons of min(count, saturation) at each sample's bins."""
 
@@ -454,16 +441,6 @@ class Lookup:
         places = bins.clamp_(0, table.shape[1] - 1) + table.shape[1] * torch.arange(table.shape[0], device=device)
         sums: NDArray[np.int64] = table.take(places).sum(dim=1).cpu().numpy()
         return sums
-
-
-def round_bits(values: Tensor, mantissa_bits: int) -> Tensor:
-    """Return float32 values with `mantissa_bits` bits of mantissa, rounded half to even, as the cache does."""
-    drop = ALL_BITS - mantissa_bits
-    if drop == 0:
-        return values
-    bits = values.contiguous().view(torch.int32)
-    bits = bits + ((bits >> drop) & 1) + ((1 << (drop - 1)) - 1)
-    return (bits >> drop << drop).view(torch.float32)
 
 
 def load_detector(file: str | Path, network: nn.Module, call: Call = PLAIN_CALL) -> Detector:
