@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from taps import bare, forward, measure, specs
 
-from nacpipe.detector.module import Detector, select_values
+from nacpipe.detector.module import Detector
+from nacpipe.detector.values import select_values
 from nacpipe.method.class_groups import ClassGroups
 from nacpipe.method.feature_scores import FittedFusion, FusedScore, fit_feature_score
 from nacpipe.method.fitted_term import FittedTerm, fit_term

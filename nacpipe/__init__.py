@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nacpipe.cache import Cache, open_cache
-    from nacpipe.detector.module import load_detector
+    from nacpipe.detector.module import Detector, load_detector
     from nacpipe.errors import NacError
     from nacpipe.evaluation.bootstrap import add_confidence, compare_methods
     from nacpipe.evaluation.method_scores import score_cache
     from nacpipe.evaluation.score_files import save_scores
     from nacpipe.evaluation.tables import evaluate, evaluate_runs, tabulate
+    from nacpipe.extraction.library import extract
     from nacpipe.method.metrics import detect
     from nacpipe.method.params import LayerParams, NacParams
     from nacpipe.scoring.coverage import score_splits
     from nacpipe.scoring.params_file import read_params, write_params
+    from nacpipe.tuning.library import tune
     from nacpipe.tuning.objective import Objective
+    from nacpipe.tuning.request import SearchResult
     from nacpipe.tuning.samplers import GridSampler, LayerwiseSampler, TermwiseSampler
 
 __version__ = "0.1.0"
@@ -45,6 +48,10 @@ _HOMES = {
     "compare_methods": "nacpipe.evaluation.bootstrap",
     "save_scores": "nacpipe.evaluation.score_files",
     "NacError": "nacpipe.errors",
+    "extract": "nacpipe.extraction.library",
+    "Detector": "nacpipe.detector.module",
+    "tune": "nacpipe.tuning.library",
+    "SearchResult": "nacpipe.tuning.request",
     "load_detector": "nacpipe.detector.module",
     "Objective": "nacpipe.tuning.objective",
     "LayerwiseSampler": "nacpipe.tuning.samplers",
@@ -54,12 +61,14 @@ _HOMES = {
 
 __all__ = [
     "Cache",
+    "Detector",
     "GridSampler",
     "LayerParams",
     "LayerwiseSampler",
     "NacError",
     "NacParams",
     "Objective",
+    "SearchResult",
     "TermwiseSampler",
     "__version__",
     "add_confidence",
@@ -67,6 +76,7 @@ __all__ = [
     "detect",
     "evaluate",
     "evaluate_runs",
+    "extract",
     "load_detector",
     "open_cache",
     "read_params",
@@ -74,6 +84,7 @@ __all__ = [
     "score_cache",
     "score_splits",
     "tabulate",
+    "tune",
     "write_params",
 ]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import shlex
+from collections.abc import Iterable, Sequence
 
 
 def command_line(*words: object) -> str:
@@ -40,3 +42,13 @@ def label_set(split: str) -> str:
     """Return how tables name a set: the last part of its split's name; all of it where that part is reserved."""
     name = split.rpartition("/")[2]
     return split if why_reserved(name) else name
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table as HTML, with every text escaped."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<table><thead>{line('th', header)}</thead><tbody>{body}</tbody></table>"

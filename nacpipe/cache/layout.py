@@ -46,7 +46,9 @@ STORED_AS = {"mantissa_bits": "keep_bits"}  # names in version 1 that differ
 LAYERS = "layers"  # the group of a split's layers
 WHOLE = ("label", "index")  # known before a split is run: a chunk of theirs can hold many blocks
 WHOLE_ROWS = 2**20  # at most, of such a chunk
-POOLINGS = ("sum-nchw", "sum-nhwc", "sum-tokens", "class-token", "none")
+POOLINGS = (
+    *("sum-nchw", "sum-nhwc", "sum-ncdhw", "sum-ndhwc", "sum-ncl", "sum-tokens", "sum-lnc", "class-token", "none"),
+)
 SPLIT_PARENTS = ("id", "csid", "ood/near", "ood/far")
 RESERVED = ("logits",)  # the name of the terms of the logits themselves
 _LAYER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
@@ -61,7 +63,7 @@ class LayerSpec:
     path: str
     """The module's path inside the network."""
     pooling: str
-    """How the output becomes one number per neuron: sum-nchw, sum-nhwc, sum-tokens, class-token or none."""
+    """How the output becomes one number per neuron: one of `POOLINGS`."""
     neurons: int
 
 

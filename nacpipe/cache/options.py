@@ -135,6 +135,8 @@ def finishing_command(information: Mapping[str, Any], cache: str | Path) -> str:
     """
     if (options := read_options(information)) is not None:
         return format_command(options, cache)
+    if information.get("written_by") == "nacpipe.extract":
+        return f"nacpipe.extract(network, splits, {str(cache)!r})"
     recorded = information.get("command")
     if isinstance(recorded, str) and _is_extract(recorded):
         return recorded

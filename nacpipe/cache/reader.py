@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import html
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from nacpipe.cache.split import SplitView
 from nacpipe.cache.store import WebStore
 from nacpipe.cache.validation import classifier_problems, open_member
 from nacpipe.errors import CacheError, FormatError, InputError, NacError
-from nacpipe.text import command_line, escape_bytes
+from nacpipe.text import command_line, escape_bytes, html_table
 
 
 def open_cache(path: str | Path) -> Cache:
@@ -135,6 +136,20 @@ class Cache(Mapping[str, SplitView]):
         if split.sealed:
             self._sealed[name] = split
         return split
+
+    def _repr_html_(self) -> str:
+        """Return the cache as a notebook shows it: its splits and layers."""
+        splits = [
+            (name, str(split.rows), "yes" if split.sealed else "no")
+            for name, split in ((name, self.peek(name)) for name in self)
+        ]
+        layers = [(spec.name, spec.path, spec.pooling, str(spec.neurons)) for spec in self.header.layers]
+        return (
+            f"<p>{html.escape(self.path)}: {html.escape(str(self.header.identity.get('architecture')))},"
+            f" {self.header.classes} classes</p>"
+            + html_table(("split", "samples", "finished"), splits)
+            + html_table(("layer", "module", "pooling", "neurons"), layers)
+        )
 
     def command(self) -> str:
         """Return the command that made this cache, which also finishes it."""

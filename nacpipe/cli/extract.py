@@ -43,10 +43,10 @@ def extract_options(command: Any) -> Any:
                      help="Prepare images as for these published weights (nacpipe models), or benchmark; default: as"
                      " the weights need."),
         click.option("--layers", callback=split_layers, metavar="A,B",
-                     help="Layers to tap, by alias or module path, NAME=PATH for another name; default: the paper's"
-                     " four."),
+                     help="Layers to tap, by alias or module path, NAME=PATH for another name; default: auto, the"
+                     " paper's four, or of an own network the classifier's input and the ends of stages."),
         click.option("--pooling", "poolings", multiple=True, callback=_split_poolings, metavar="LAYER=KIND",
-                     help="sum-nchw, sum-nhwc, sum-tokens, class-token or none; again for each layer."),
+                     help="sum-nchw, sum-nhwc, sum-tokens, class-token, none, …; again for each layer."),
         click.option("--data-root", type=click.Path(path_type=Path),
                      help="Folder with benchmark_imglist/ and the images; default: data, or the root of FILE.toml."),
         click.option("--cache", type=Address(),
@@ -209,6 +209,7 @@ def print_plans(plans: Sequence[Plan], as_json: bool) -> None:
 def _plan_json(plan: Plan) -> dict[str, Any]:
     from nacpipe.extraction.plan import total_bytes
 
+    transform = plan.network.image_transform
     rows = [
         {
             "split": s.images.name,
@@ -225,7 +226,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "cache": str(plan.request.cache),
         "exists": plan.exists,
-        "transform": {**plan.network.transform.to_json(), "interpolation": plan.network.transform.interpolation},
+        "transform": {**transform.to_json(), "interpolation": transform.interpolation},
         "splits": rows,
         "notes": plan.notes,
     }
@@ -249,8 +250,8 @@ def _print_plan(plan: Plan, rows: Sequence[dict[str, Any]]) -> None:
     click.echo(
         f"\n{plan.request.cache}: {'goes on' if plan.exists else 'new'}, {plan.todo_rows(Ranks())} images to run"
     )
-    click.echo(f"layers (neurons): {layers}; device {plan.request.device}, batches of {plan.request.batch_size}")
-    click.echo(f"transform: {plan.network.transform.describe()}")
+    click.echo(f"layers (neurons): {layers}; device {plan.device}, batches of {plan.request.batch_size}")
+    click.echo(f"transform: {plan.network.image_transform.describe()}")
     at_most = "at most " if plan.blocks_are_open else ""
     why = ", about ten seconds of work: a trial batch is timed first" if plan.blocks_are_open else ""
     click.echo(f"blocks of {at_most}{plan.header.block_rows} rows{why}")

@@ -84,14 +84,15 @@ def layers(model: str, benchmark: str | None, as_json: bool) -> None:
     """
     from nacpipe.benchmarks.toml import open_benchmark
     from nacpipe.networks.build import blank_network
-    from nacpipe.networks.layers import list_layers
+    from nacpipe.networks.layers import choose_layers, list_layers
     from nacpipe.networks.models import find_model
 
     row = find_model(model)
     network = blank_network(row, open_benchmark(benchmark or row.benchmark), None)
     tappable = list_layers(network)
+    default = set(row.default or choose_layers(network).values())
     if as_json:
-        print_json([{**asdict(layer), "default": layer.name in row.default} for layer in tappable])
+        print_json([{**asdict(layer), "default": layer.name in default} for layer in tappable])
         return
     print_table(
         ("layer", "module", "output", "pooling", "neurons", ""),
@@ -102,21 +103,23 @@ def layers(model: str, benchmark: str | None, as_json: bool) -> None:
                 "×".join(str(n) for n in layer.shape),
                 layer.pooling + ("?" if layer.guessed else ""),
                 str(layer.neurons),
-                _remark(layer),
+                _remark(layer, layer.name in default),
             )
             for layer in tappable
         ],
         left=4,
     )
-    side = network.transform.crop
-    note(f"images of {side}×{side}; tapped by default: {', '.join(row.default) or '–'}")
+    side = network.image_transform.crop
+    chosen = row.default or [layer.name for layer in reversed(tappable) if layer.name in default]
+    note(f"images of {side}×{side}; tapped by default: {', '.join(chosen)}")
 
 
-def _remark(layer: Tappable) -> str:
-    """A remark on a layer that runs several times, or whose name a cache cannot have."""
+def _remark(layer: Tappable, default: bool) -> str:
+    """A remark on a layer that is tapped by default or runs several times, or whose name a cache cannot have."""
     from nacpipe.cache.layout import free_name, layer_name_problem
 
-    remarks = [f"the last of {layer.runs} runs"] if layer.runs > 1 else []
+    remarks = ["default"] if default else []
+    remarks += [f"the last of {layer.runs} runs"] if layer.runs > 1 else []
     if layer_name_problem(layer.name):
         remarks.append(f"--layers {shlex.quote(f'{free_name(layer.name)}={layer.name}')}")
     return "; ".join(remarks)

@@ -16,7 +16,7 @@ from nacpipe.cli.output import Progress, note, print_csv, print_json, print_tabl
 if TYPE_CHECKING:
     from nacpipe.detector.predict import ScoredImage
 
-_COLUMNS = ("image", "score", "is_ood", "predicted", "error")
+_COLUMNS = ("image", "score", "percentile", "is_ood", "predicted", "error")
 
 
 @click.command()
@@ -88,5 +88,6 @@ def _csv_line(values: Iterable[Any]) -> str:
 
 
 def _cells(row: ScoredImage) -> list[str]:
-    values: list[Any] = [row.image, None if row.score is None else f"{row.score:.6g}", row.is_ood, row.predicted]
+    values: list[Any] = [row.image, None if row.score is None else f"{row.score:.6g}"]
+    values += [None if row.percentile is None else f"{row.percentile:.1f}", row.is_ood, row.predicted]
     return ["–" if value is None else str(value) for value in values]

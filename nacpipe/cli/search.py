@@ -89,15 +89,14 @@ def search(status: bool, explain: bool, dry_run: bool, as_json: bool, **asked: A
 
 def run_search(request: SearchRequest, as_json: bool = False) -> SearchResult:
     """Run a search with progress on stderr, write the parameters, print what was found."""
-    from nacpipe.scoring.params_file import write_params
+    from nacpipe.tuning.library import save_result
     from nacpipe.tuning.storage import only_runner
     from nacpipe.tuning.study import Search
 
     with only_runner(request.where, request.study_name):  # before the study is made: two at once would both make it
         search = Search(request)
         result = _run(search)
-    target = _where_to(search, result)
-    write_params(target, result.params, result=result.to_json(), made_by=search.made_by())
+    target = save_result(search, result, note)
     print_result(result, search, as_json)
     note(f"wrote {target}")
     if result.guide_is_better:
@@ -131,26 +130,6 @@ def _run(search: Search) -> SearchResult:
     best = {"auroc": "best", "pareto": shown}.get(request.aim, f"best {shown}")
     with Progress("search", {"": search.trials}, {"": done}, unit="trial") as progress:
         return run(search, lambda told, value: progress.step(told - progress.done, more=f"{best} {100 * value:.2f} %"))
-
-
-def _where_to(search: Search, result: SearchResult) -> Path:
-    """Where the result goes: a better one of another study is not replaced unless its file is named."""
-    from nacpipe.files import beside_cache
-    from nacpipe.scoring.params_file import read_section
-
-    request = search.request
-    try:
-        made_by, before = (read_section(request.target, section) for section in ("made_by", "result"))
-        name, value = str(made_by["study_name"]), float(before["val_auroc"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return request.target
-    if name == request.study_name:
-        return request.target
-    if request.output is None and value > result.checks.val_auroc:
-        note(f"{request.target} stays: it holds the better result of {name} ({percent(value)} %)")
-        return beside_cache(str(request.cache), f".{request.study_name}.params.json")
-    note(f"{request.target} held the result of {name} ({percent(value)} %); it is replaced")
-    return request.target
 
 
 def print_result(result: SearchResult, search: Search, as_json: bool) -> None:

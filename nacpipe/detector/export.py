@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import nacpipe
 from nacpipe.cache import Cache
-from nacpipe.detector.file import FUSED, Exported
+from nacpipe.detector.file import FUSED, Exported, keep_scores
 from nacpipe.errors import DetectorError, InputError, ValuesError
 from nacpipe.method.params import NacParams
 from nacpipe.method.term import LOGITS
@@ -53,6 +53,7 @@ def export_detector(cache: Cache, params: NacParams, keep: float = 0.95) -> Expo
         train_rows=cache["id/train"].rows,
         mantissa_bits=header.mantissa_bits,
         identity={**header.identity, "splits": {name: dict(cache[name].images) for name in ("id/train", "id/val")}},
+        validation=keep_scores(validation),
         information={"nacpipe": nacpipe.__version__, "cache": cache.path, "extraction": dict(header.information)},
     )
     try:

@@ -6,7 +6,9 @@
 
 and the arrays of docs/detector.md. Version 1 has layers, each with its path and pooling, in place of taps and terms.
 Version 3 is version 2 with a feature score in the sum, `"fused": {"method", "mean", "deviation", "weight"}`; a detector
-without one is written as version 2.
+without one is written as version 2. Version 4 is either of them with `validation_scores`, float64 in ascending order,
+from which a score's percentile is read; `fused` may be there or not, and the identity may have `input` in place of
+`transform`.
 
 What comes from a file is checked here, number by number: it may be anyone's.
 """
@@ -40,9 +42,11 @@ from nacpipe.method.params import fused_from_json, layer_from_json, term_of
 from nacpipe.method.term import LOGITS
 from nacpipe.text import command_line
 
-VERSION, VERSION_FUSED = 2, 3
+VERSION, VERSION_FUSED, VERSION_VALIDATED = 2, 3, 4
+MAX_VALIDATION = 10_001  # scores of id/val that are kept: all, or quantiles of so many
 MAX_CLASSES, MAX_SIDE, MAX_NEURONS = 1_000_000, 4096, 2**24
 FUSED = "fused"  # before a dot, the arrays of a feature score
+VALIDATION = "validation_scores"
 CLASS_GROUPS = "class_groups"  # an array; a term's have a slash in their names
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -75,16 +79,36 @@ class Exported:
     """What it is made from: the cache's identity, and the image lists of id/train and id/val."""
     information: Mapping[str, Any]
     """Versions and origin: shown, never compared."""
+    validation: NDArray[np.float64] | None = None
+    """Scores of id/val, or quantiles of them, ascending; None in files of earlier versions."""
 
     @property
     def transform(self) -> Transform:
-        """How images are prepared for the network."""
+        """How images are prepared for the network.
+
+        Raises:
+            DetectorError: its input are no images that nacpipe prepares.
+        """
+        if self.prepares_input:
+            described = self.identity["input"].get("description", "")
+            raise DetectorError(f"it takes {described}, no image files; use it from Python: nacpipe.Detector.load")
         return _transform(self.identity.get("transform"))
+
+    @property
+    def prepares_input(self) -> bool:
+        """Whether the caller prepares the network's input."""
+        return self.identity.get("transform") is None and isinstance(self.identity.get("input"), Mapping)
+
+    @property
+    def _version(self) -> int:
+        if self.validation is not None:
+            return VERSION_VALIDATED
+        return VERSION if self.fused is None else VERSION_FUSED
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the arrays, ready for json.dumps."""
         return {
-            "nacpipe_detector": VERSION if self.fused is None else VERSION_FUSED,
+            "nacpipe_detector": self._version,
             "taps": [asdict(tap) for tap in self.taps],
             "terms": [{"name": fitted.name, "params": asdict(fitted.params)} for fitted in self.terms],
             **{_STORED_AS.get(name, name): getattr(self, name) for name in (*_WHOLE, "threshold", "keep")},
@@ -103,6 +127,8 @@ class Exported:
         if self.fused is not None:
             own = self.fused.feature_score.arrays()
             arrays |= {f"{FUSED}.{what}": np.ascontiguousarray(array) for what, array in own.items()}
+        if self.validation is not None:
+            arrays[VALIDATION] = self.validation
         return arrays
 
     @classmethod
@@ -114,10 +140,10 @@ class Exported:
         """
         if not isinstance(data, dict) or "nacpipe_detector" not in data:
             raise DetectorError("it is no exported detector")
-        if (version := data["nacpipe_detector"]) not in (1, VERSION, VERSION_FUSED):
+        if (version := data["nacpipe_detector"]) not in (1, VERSION, VERSION_FUSED, VERSION_VALIDATED):
             raise DetectorError(
-                f"it has version {_show(version)}, this nacpipe reads versions 1 to {VERSION_FUSED}; use the nacpipe"
-                " that wrote it, or export again with: nacpipe export CACHE"
+                f"it has version {_show(version)}, this nacpipe reads versions 1 to {VERSION_VALIDATED}; use the"
+                " nacpipe that wrote it, or export again with: nacpipe export CACHE"
             )
         whole = {name: _whole(data, _STORED_AS.get(name, name), *limits) for name, limits in _WHOLE.items()}
         threshold, keep = _real(data, "threshold"), _real(data, "keep")
@@ -125,9 +151,15 @@ class Exported:
             raise DetectorError(f"keep is {keep}; it must be above 0 and at most 1")
         groups = _class_groups(arrays, whole["classes"])
         terms, taps = (_read_layers if version == 1 else _read_terms)(data, arrays, whole, groups)
-        fused = _read_fused(data, arrays, whole) if version == VERSION_FUSED else None
+        has_fused = version == VERSION_FUSED or (
+            version == VERSION_VALIDATED and ("fused" in data or any(name.startswith(f"{FUSED}.") for name in arrays))
+        )
+        fused = _read_fused(data, arrays, whole) if has_fused else None
+        validation = _validation(arrays) if version == VERSION_VALIDATED else None
         names = [fitted.name for fitted in terms]
         known = {f"{name}/{what}" for name in names for what in ARRAYS} | {CLASS_GROUPS}
+        if validation is not None:
+            known.add(VALIDATION)
         if fused is not None:
             known |= {f"{FUSED}.{what}" for what in field_names(fused.params.method)}
         if unknown := sorted(set(arrays) - known):
@@ -139,10 +171,12 @@ class Exported:
             raise DetectorError(f"its network's dtype is {_show(dtype)}; known: float32, bf16")
         if (given := identity.get("outputs", "logits")) not in OUTPUTS:
             raise DetectorError(f"its network gives {_show(given)}; known: {', '.join(OUTPUTS)}")
-        _transform(identity.get("transform"))
+        given_input = identity.get("input")
+        if not (version == VERSION_VALIDATED and "transform" not in identity and isinstance(given_input, dict)):
+            _transform(identity.get("transform"))
         return cls(
             terms=terms, fused=fused, taps=taps, threshold=threshold, keep=keep, identity=identity,
-            information=information, **whole,
+            information=information, validation=validation, **whole,
         )  # fmt: skip
 
 
@@ -284,6 +318,24 @@ def _term(entry: Any, arrays: Arrays, train_rows: int, groups: ClassGroups | Non
         return restore_term(name, params, own, train_rows, groups if view == "by_class" else None)
     except DetectorError as error:
         raise DetectorError(f"layer {name!r}: {error}") from None
+
+
+def _validation(arrays: Arrays) -> NDArray[np.float64]:
+    scores = arrays.get(VALIDATION)
+    if scores is None or scores.dtype != np.float64 or scores.ndim != 1 or not 0 < scores.size <= MAX_VALIDATION:
+        found = "not there" if scores is None else f"{scores.dtype} {scores.shape}"
+        raise DetectorError(f"its {VALIDATION} are {found}; wanted: float64 (1 to {MAX_VALIDATION},)")
+    if not bool(np.isfinite(scores).all()) or bool((np.diff(scores) < 0).any()):
+        raise DetectorError(f"its {VALIDATION} are not finite or do not ascend")
+    return scores
+
+
+def keep_scores(scores: NDArray[np.float64]) -> NDArray[np.float64]:  # (samples,)
+    """Return scores in ascending order; of very many, quantiles."""
+    ordered = np.sort(scores)
+    if ordered.size <= MAX_VALIDATION:
+        return ordered
+    return ordered[np.round(np.linspace(0, ordered.size - 1, MAX_VALIDATION)).astype(np.intp)]
 
 
 def _class_groups(arrays: Arrays, classes: int) -> ClassGroups | None:

@@ -10,27 +10,36 @@ computes for an image may, in its last bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nacpipe.cache import LayerSpec
+from nacpipe.cache import Cache, LayerSpec, open_cache
 from nacpipe.cache.identity import diff
 from nacpipe.cache.layout import ALL_BITS
-from nacpipe.detector.file import Exported, read_detector
-from nacpipe.errors import DetectorError, InputError
+from nacpipe.detector.calibration import Calibration, calibrate_scores
+from nacpipe.detector.count import count_coverage
+from nacpipe.detector.explanation import Explanation, explain_sample
+from nacpipe.detector.export import export_detector
+from nacpipe.detector.file import Exported, keep_scores, read_detector, write_detector
+from nacpipe.detector.values import round_bits, select_values
+from nacpipe.errors import DetectorError, InputError, ValuesError
 from nacpipe.extraction.request import AUTOCAST
-from nacpipe.method.coverage import combine_layers, layer_score, logits_gradient, select_source
+from nacpipe.extraction.samples import split_label
+from nacpipe.method.coverage import combine_layers, layer_score
 from nacpipe.method.feature_scores import FittedFusion
 from nacpipe.method.fitted_term import FittedTerm
-from nacpipe.method.term import LOGITS, Term
+from nacpipe.method.params import NacParams
+from nacpipe.networks.call import PLAIN_CALL, Call, Mask, device_of, map_tensors, move, repeat_samples
 from nacpipe.networks.checkpoints import hash_network
-from nacpipe.networks.taps import POOLINGS, Tapped, Taps, find_penultimate, isolated
+from nacpipe.networks.poolings import POOLINGS
+from nacpipe.networks.taps import Tapped, Taps, find_penultimate, isolated
 from nacpipe.networks.trial import run_trial_batch
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
 
@@ -42,12 +51,17 @@ class Detected(NamedTuple):
     """(n, classes), the network's own."""
     score: Tensor
     """(n,) float64 (float32 where the device has none); larger = more like the training data."""
+    percentile: Tensor
+    """(n,), of the score's type: percent of id/val's scores that are lower, 0 to 100; NaN where they are not known."""
     is_ood: Tensor
     """(n,) bool: the score is below the threshold, or states are not finite (the score is then NaN)."""
 
 
 class Detector(nn.Module):
-    """A classifier with its coverage: images in, (logits, score, is_ood) out.
+    """A classifier with its coverage: a batch in, (logits, score, percentile, is_ood) out.
+
+    A batch is the network's input: a tensor, a tuple of tensors (its arguments) or a mapping (its keyword arguments),
+    or what `prepare` makes one of these of.
 
     Works whatever the caller's gradient mode, and leaves the network's modes, flags and gradients as they were; during
     a call it is in evaluation mode. Calls from several threads wait for each other. Where all layers are the
@@ -62,7 +76,7 @@ class Detector(nn.Module):
         network: nn.Module,
         terms: Sequence[FittedTerm],
         taps: Sequence[LayerSpec],
-        like: Tensor,  # (2, channels, height, width)
+        like: Any = None,
         *,
         threshold: float = -np.inf,
         autocast: torch.dtype | None = None,
@@ -70,6 +84,8 @@ class Detector(nn.Module):
         name: str = "",
         outputs: str | None = None,
         fused: FittedFusion | None = None,
+        call: Call = PLAIN_CALL,
+        exported: Exported | None = None,
     ) -> None:
         """Put a network and coverage together.
 
@@ -77,14 +93,16 @@ class Detector(nn.Module):
             network: the classifier, on whatever device; what torch.compile or DataParallel wrap is taken out of it.
             terms: the coverage.
             taps: the layers of these terms but for the logits.
-            like: images of the kind to come, of any content, on the network's device; they are run to see whether all
-                fits.
+            like: the network's arguments for a few samples of the kind to come, of any content, on its device; they are
+                run to see whether all fits. None: the first batch is.
             threshold: the lowest score that counts as ID; by default nothing is flagged.
             autocast: the half type that the states were counted in.
             mantissa_bits: of the mantissa of activations and gradients, if the cache rounded them.
             name: the network's, for messages.
             outputs: what the network gives, as the cache had it; None finds it out.
             fused: the feature score beside the terms, if there is one.
+            call: how the network is called.
+            exported: the detector without its network, to be saved.
 
         Raises:
             DetectorError: a layer has another number of neurons, or a pooling is not known.
@@ -93,6 +111,9 @@ class Detector(nn.Module):
         super().__init__()
         network = unwrap(network)
         self.network, self.threshold = network, threshold
+        self._call, self._exported, self._name = call, exported, name or type(network).__name__
+        self.validation = None if exported is None else exported.validation
+        """Scores of id/val, ascending, among which a score's percentile is."""
         self.fused = fused
         self.weights = np.array(
             [*(fitted.params.weight for fitted in terms), *([] if fused is None else [fused.params.weight])]
@@ -108,22 +129,58 @@ class Detector(nn.Module):
             raise InputError(
                 "the network was made under torch.inference_mode, which forbids gradients; make it outside"
             )
-        with isolated(network, like.device):
-            trial = run_trial_batch(name or type(network).__name__, network, like, gives_features=outputs == "features")
-            self.classifier, self._outputs = trial.classifier, outputs or trial.outputs
-            if fused is not None and self.classifier is None:
-                raise DetectorError(
-                    f"its score holds {fused.params.method}, which needs the input of a last linear layer; this network"
-                    " has none"
-                )
-            self._direct = find_penultimate(network, self._specs, self.classifier, like) if self._gradients else set()
         self._overwritten: Set[str] | None = None
-        self(like)
+        self._given_outputs = outputs
+        self._ready = False
+        if like is not None:
+            self._set_up(like, examples=not isinstance(like, Tensor))
+            self._detect(self._run(like))
 
-    def forward(self, images: Tensor) -> Detected:  # (n, channels, height, width), prepared for the network
-        tapped = self._run(images)
+    def _set_up(self, like: Any, *, examples: bool) -> None:
+        """Find the classifier and the layers that are its input, by a trial batch."""
+        outputs, network = self._given_outputs, self.network
+        with isolated(network, device_of(like)):
+            trial = run_trial_batch(
+                self._name, network, like, gives_features=outputs == "features", call=self._call, examples=examples
+            )
+            self.classifier, self._outputs = trial.classifier, outputs or trial.outputs
+            if self.fused is not None and self.classifier is None:
+                raise DetectorError(
+                    f"its score holds {self.fused.params.method}, which needs the input of a last linear layer; this"
+                    " network has none"
+                )
+            self._direct: Set[str] = frozenset()
+            if self._gradients:
+                few = repeat_samples(like, 2)
+                self._direct = find_penultimate(network, self._specs, self.classifier, few, self._call)
+        self._ready = True
+
+    def forward(self, batch: Any) -> Detected:
+        """Score a batch of n samples.
+
+        Args:
+            batch: the network's input, without labels, such as (n, channels, height, width); it is taken to the
+                network's device.
+
+        Raises:
+            InputError: the network fails on the first batch, or a mask does not fit.
+            DetectorError: a layer has another number of neurons than was counted.
+        """
+        return self._detect(self._run(self._arguments(batch)))
+
+    def _arguments(self, batch: Any) -> Any:
+        arguments = self._call.arguments(batch)
+        device = find_device_and_dtype(self.network)[0]
+        if device_of(arguments) != device:
+            arguments = move(arguments, device)
+        if not self._ready:
+            self._set_up(arguments, examples=True)
+        return arguments
+
+    def _term_scores(self, tapped: Tapped) -> tuple[list[NDArray[np.float64]], NDArray[np.bool_]]:
+        """Return every term's score (n,), the fused one's last, and which samples are finite (n,)."""
         logits = tapped.logits.float().cpu().numpy()
-        term_scores, finite = [], np.ones(len(images), bool)
+        term_scores, finite = [], np.ones(len(logits), bool)
         for lookup in self._lookups:
             fitted = lookup.fitted
             values = select_values(tapped, fitted.term, self._mantissa_bits)
@@ -136,19 +193,194 @@ class Detector(nn.Module):
             with np.errstate(all="ignore"):  # of images that are not finite
                 term_scores.append(self.fused.score(features.cpu().numpy(), logits))
             finite &= np.isfinite(term_scores[-1])
+        return term_scores, finite
+
+    def _detect(self, tapped: Tapped) -> Detected:
+        term_scores, finite = self._term_scores(tapped)
         scores = combine_layers(np.stack(term_scores), self.weights)
         scores[~finite] = np.nan
         device = tapped.logits.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
         return Detected(
             logits=tapped.logits,
-            score=torch.from_numpy(scores).to(device, torch.float32 if device.type == "mps" else torch.float64),
+            score=torch.from_numpy(scores).to(device, dtype),
+            percentile=torch.from_numpy(self._percentiles(scores)).to(device, dtype),
             is_ood=torch.from_numpy(~(scores >= self.threshold)).to(device),
         )
 
-    def _run(self, images: Tensor) -> Tapped:
+    def _percentiles(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the percent of id/val's scores that are lower, (n,)."""
+        if self.validation is None:
+            return np.full(len(scores), np.nan)
+        percentiles = 100.0 * np.searchsorted(self.validation, scores, side="left") / self.validation.size
+        percentiles[np.isnan(scores)] = np.nan
+        return percentiles
+
+    @classmethod
+    def from_cache(
+        cls,
+        cache: Cache | str | Path,
+        params: NacParams,
+        network: nn.Module,
+        *,
+        keep: float = 0.95,
+        prepare: Callable[[Any], Any] | None = None,
+        logits: Callable[[Any], Tensor] | None = None,
+        mask: Mask | None = None,
+    ) -> Detector:
+        """Count the coverage of a cache's id/train, and choose the threshold on its id/val.
+
+        Args:
+            cache: a finished cache, or its path or URL.
+            params: from `tune` or `read_params`.
+            network: the very network of the cache, on whatever device.
+            keep: the share of id/val that shall not be flagged, above 0 and at most 1.
+            prepare: as for `extract`.
+            logits: as for `extract`.
+            mask: as for `extract`.
+
+        Raises:
+            DetectorError: the network has other weights or layers than the cache was made with.
+            CacheError: the cache is not there or not finished.
+            InputError: keep is no share, or parameters do not fit the cache.
+        """
+        opened = cache if isinstance(cache, Cache) else open_cache(cache)
+        exported = export_detector(opened, params, keep)
+        return attach(exported, network, Call(prepare=prepare, logits=logits, mask=mask))
+
+    @classmethod
+    def fit(
+        cls,
+        network: nn.Module,
+        loader: Iterable[Any],
+        params: NacParams,
+        *,
+        pooling: Mapping[str, str] | None = None,
+        layers: Mapping[str, str] | None = None,
+        prepare: Callable[[Any], Any] | None = None,
+        logits: Callable[[Any], Tensor] | None = None,
+        mask: Mask | None = None,
+    ) -> Detector:
+        """Count the coverage of training samples, without a cache. Nothing is flagged before `calibrate`.
+
+        Args:
+            network: the classifier, on whatever device.
+            loader: batches of training samples: inputs, `(input, label)`, or mappings; labels are not used.
+            params: their terms name the network's modules, or `layers`' names.
+            pooling: layer → pooling, where the guess is wrong.
+            layers: layer → module path, where the parameters call it otherwise.
+            prepare: as for `extract`.
+            logits: as for `extract`.
+            mask: as for `extract`.
+
+        Raises:
+            InputError: there are no samples, a layer is not in the network, or a pooling does not fit it.
+            ValuesError: states are not finite.
+        """
+        call = Call(prepare=prepare, logits=logits, mask=mask)
+        batches = (split_label(batch)[0] for batch in loader)
+        exported, examples = count_coverage(network, params, batches, pooling or {}, layers, call)
+        return cls(network, exported.terms, exported.taps, examples, fused=exported.fused, call=call, exported=exported)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        network: nn.Module,
+        *,
+        prepare: Callable[[Any], Any] | None = None,
+        logits: Callable[[Any], Tensor] | None = None,
+        mask: Mask | None = None,
+    ) -> Detector:
+        """Read a detector that `save` or `nacpipe export` wrote, and put it on its network.
+
+        Raises:
+            DetectorError: the file is not there or malformed, or the network has other weights or layers.
+        """
+        return load_detector(path, network, Call(prepare=prepare, logits=logits, mask=mask))
+
+    def save(self, path: str | Path) -> None:
+        """Write the detector without its network: tables, threshold and identity, as safetensors.
+
+        Raises:
+            DetectorError: it has no threshold yet, or was not made by `from_cache`, `fit` or `load`.
+            InputError: the file cannot be written.
+        """
+        if self._exported is None:
+            raise DetectorError("this detector has no identity; make it by from_cache, fit or load")
+        if not np.isfinite(self.threshold):
+            raise DetectorError("this detector has no threshold yet; choose one with calibrate(loader)")
+        write_detector(path, replace(self._exported, threshold=self.threshold, validation=self.validation))
+
+    def calibrate(self, loader: Iterable[Any], keep: float = 0.95, *, confidence: float = 0.95) -> Calibration:
+        """Choose the threshold, and what percentiles refer to, by one's own in-distribution data.
+
+        Args:
+            loader: batches of samples that are in-distribution and were not trained on: inputs, `(input, label)`, or
+                mappings.
+            keep: the share of them that shall not be flagged, above 0 and at most 1.
+            confidence: of the interval.
+
+        Returns:
+            The threshold, and between which shares of such data will not be flagged: of n samples, k of which are kept,
+            the share is distributed as Beta(k, n − k + 1).
+
+        Raises:
+            InputError: keep or confidence is no share, or there are no samples.
+            ValuesError: a score is not finite.
+        """
+        for name, share in (("keep", keep), ("confidence", confidence)):
+            if not 0 < share <= 1:
+                raise InputError(f"{name} is {share}; it must be above 0 and at most 1")
+        parts = [self(split_label(batch)[0]).score.double().cpu().numpy() for batch in loader]
+        scores = np.concatenate(parts) if parts else np.empty(0)
+        if scores.size == 0:
+            raise InputError("there are no samples to calibrate with")
+        if wrong := int(np.isnan(scores).sum()):
+            raise ValuesError(f"{wrong} of {scores.size} samples have no finite score")
+        calibration = calibrate_scores(scores, keep, confidence)
+        self.threshold, self.validation = calibration.threshold, keep_scores(scores)
+        if self._exported is not None:
+            self._exported = replace(self._exported, keep=keep)
+        return calibration
+
+    def explain(self, batch: Any, *, neurons: int = 10) -> list[Explanation]:
+        """Return for each sample of a batch which terms and neurons made its score low.
+
+        Args:
+            batch: as `forward` takes it.
+            neurons: how many of the sample's neurons of lowest coverage are listed.
+
+        Raises:
+            InputError: a mask does not fit.
+        """
+        tapped = self._run(self._arguments(batch))
+        detected, (term_scores, _) = self._detect(tapped), self._term_scores(tapped)
+        logits = tapped.logits.float().cpu().numpy()
+        shares = self.weights / self.weights.sum()
+        entries = []
+        for lookup, share in zip(self._lookups, shares, strict=False):
+            values = select_values(tapped, lookup.fitted.term, self._mantissa_bits).cpu().numpy()
+            entries.append((lookup.fitted, float(share), values, lookup.fitted.entries(np.nan_to_num(values), logits)))
+        names = [lookup.fitted.name for lookup in self._lookups]
+        names += [] if self.fused is None else [self.fused.params.method]
+        return [
+            explain_sample(
+                score=float(detected.score[row]),
+                percentile=float(detected.percentile[row]),
+                names=names,
+                weights=shares,
+                term_scores=np.array([scores[row] for scores in term_scores]),
+                entries=[(fitted, share, values[row], covered[row]) for fitted, share, values, covered in entries],
+                neurons=neurons,
+            )
+            for row in range(len(logits))
+        ]
+
+    def _run(self, images: Any) -> Tapped:
         """One pass, as extraction makes it, whatever mode the caller is in."""
         with (
-            isolated(self.network, images.device),
+            isolated(self.network, device_of(images)),
             Taps(
                 self.network,
                 self._specs,
@@ -158,24 +390,12 @@ class Detector(nn.Module):
                 outputs=self._outputs,
                 autocast=self._autocast,
                 gradients=self._gradients,
+                call=self._call,
             ) as taps,
         ):
-            tapped = taps(images.detach())
+            tapped = taps(map_tensors(Tensor.detach, images))
             self._overwritten = taps.overwritten
         return tapped
-
-
-def select_values(tapped: Tapped, term: Term, mantissa_bits: int = ALL_BITS) -> Tensor:
-    """Return a term's source of a layer or the logits, (n, neurons) float32."""
-    if term.layer == LOGITS:
-        activation = tapped.logits.float().cpu()
-        gradient = torch.from_numpy(logits_gradient(activation.numpy()))
-    else:
-        activation = round_bits(tapped.activation[term.layer].float(), mantissa_bits)
-        if not term.needs_gradient:  # there may be none
-            return activation
-        gradient = round_bits(tapped.gradient[term.layer].float(), mantissa_bits)
-    return select_source(activation, gradient, term.source)  # type: ignore[arg-type, return-value]  # as arrays do
 
 
 class Lookup:
@@ -223,17 +443,7 @@ class Lookup:
         return sums
 
 
-def round_bits(values: Tensor, mantissa_bits: int) -> Tensor:
-    """Return float32 values with `mantissa_bits` bits of mantissa, rounded half to even, as the cache does."""
-    drop = ALL_BITS - mantissa_bits
-    if drop == 0:
-        return values
-    bits = values.contiguous().view(torch.int32)
-    bits = bits + ((bits >> drop) & 1) + ((1 << (drop - 1)) - 1)
-    return (bits >> drop << drop).view(torch.float32)
-
-
-def load_detector(file: str | Path, network: nn.Module) -> Detector:
+def load_detector(file: str | Path, network: nn.Module, call: Call = PLAIN_CALL) -> Detector:
     """Put an exported detector on the network that it was made for.
 
     To get the scores of the cache to the last bit, do as `nacpipe score` does (docs/decisions/same-values.md): on
@@ -244,24 +454,25 @@ def load_detector(file: str | Path, network: nn.Module) -> Detector:
         file: from `nacpipe export`.
         network: with the very weights, on whatever device; images must come prepared as `Exported.transform` says.
             It may be wrapped (torch.compile, DataParallel); the network inside is what runs.
+        call: how the network is called.
 
     Raises:
         DetectorError: the file is not there or malformed, or the network has other weights or layers.
     """
     exported = read_detector(file)
     try:
-        return attach(exported, network)
+        return attach(exported, network, call)
     except DetectorError as error:
         raise DetectorError(f"{file}: {error}") from None
 
 
-def attach(exported: Exported, network: nn.Module) -> Detector:
+def attach(exported: Exported, network: nn.Module, call: Call = PLAIN_CALL) -> Detector:
     """Put an exported detector on its network.
 
     Raises:
         DetectorError: the network has other weights or layers.
     """
-    identity, transform = exported.identity, exported.transform
+    identity = exported.identity
     network = unwrap(network)
     if differences := diff({"weights": identity["weights"]}, {"weights": hash_network(network)}):
         inside = [name for name, child in network.named_children() if hash_network(child) == identity["weights"]]
@@ -269,17 +480,22 @@ def attach(exported: Exported, network: nn.Module) -> Detector:
         if inside:
             advice = f"that one is its module {inside[0]!r}: give network.{inside[0]}"
         raise DetectorError(f"it was exported for another network ({'; '.join(differences)}); {advice}")
-    side, (device, dtype) = transform.crop, find_device_and_dtype(network)
-    noise = torch.randn(2, len(transform.mean), side, side, generator=torch.Generator().manual_seed(0))
+    like = None
+    if not exported.prepares_input:
+        transform, (device, dtype) = exported.transform, find_device_and_dtype(network)
+        shape = (2, len(transform.mean), transform.crop, transform.crop)
+        like = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     return Detector(
         network,
         exported.terms,
         exported.taps,
-        noise.to(device, dtype),
+        like,
         threshold=exported.threshold,
         autocast=AUTOCAST["none" if identity["dtype"] == "float32" else identity["dtype"]],
         mantissa_bits=exported.mantissa_bits,
         name=str(identity.get("architecture", "")),
         outputs=str(identity.get("outputs", "logits")),
         fused=exported.fused,
+        call=call,
+        exported=exported,
     )

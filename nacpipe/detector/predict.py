@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,8 @@ class ScoredImage:
     image: str
     score: float | None
     """Larger = more like the training data; None where there is none."""
+    percentile: float | None
+    """Percent of id/val's scores that are lower; None where there is no score, or a file of an earlier version."""
     is_ood: bool | None
     predicted: int | None
     """The class of the largest logit or probability; None where the network gives features."""
@@ -144,18 +147,33 @@ def _score_batch(
     ready: Ready, run: BatchRunner[Detected], paths: Sequence[Path], images: Sequence[Tensor | ImageError]
 ) -> Iterator[ScoredImage]:
     good = [image for image in images if isinstance(image, Tensor)]
-    rows: Iterator[tuple[list[float], float, bool]] = iter(())
+    rows: Iterator[tuple[list[float], float, float, bool]] = iter(())
     if good:
         parts = list(run(torch.stack(good)))
         rows = (
             row
             for part in parts
-            for row in zip(part.logits.tolist(), part.score.tolist(), part.is_ood.tolist(), strict=True)
+            for row in zip(
+                part.logits.tolist(),
+                part.score.tolist(),
+                part.percentile.tolist(),
+                part.is_ood.tolist(),
+                strict=True,
+            )
         )
     for path, image in zip(paths, images, strict=True):
         if isinstance(image, ImageError):
-            yield ScoredImage(image=str(path), score=None, is_ood=None, predicted=None, error=str(image))
+            yield ScoredImage(
+                image=str(path), score=None, percentile=None, is_ood=None, predicted=None, error=str(image)
+            )
             continue
-        logits, score, is_ood = next(rows)
+        logits, score, percentile, is_ood = next(rows)
         predicted = logits.index(max(logits)) if ready.predicts else None
-        yield ScoredImage(image=str(path), score=score, is_ood=is_ood, predicted=predicted, error=None)
+        yield ScoredImage(
+            image=str(path),
+            score=score,
+            percentile=None if math.isnan(percentile) else percentile,
+            is_ood=is_ood,
+            predicted=predicted,
+            error=None,
+        )

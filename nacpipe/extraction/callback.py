@@ -31,14 +31,16 @@ from nacpipe.cache import CacheWriter, Header
 from nacpipe.cache.layout import BLOCK_ROWS, check_layer_names, check_split_name
 from nacpipe.errors import InputError
 from nacpipe.extraction.pipeline import to_arrays
-from nacpipe.networks.build import Network, adopt_module, classifier_weights
+from nacpipe.extraction.samples import EXAMPLES
+from nacpipe.networks.build import Network, adopt_module, classifier_weights, square_transform
+from nacpipe.networks.call import describe_input
 from nacpipe.networks.layers import MeasuredLayers, measure_layers, name_layers
 from nacpipe.networks.taps import Taps, isolated
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
 
 _SPLIT = re.compile(r"id/(train|val|test)|csid/[A-Za-z0-9][A-Za-z0-9_.-]*")
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # images (n, channels, side, side), labels (n,)
+Batches = Iterable[tuple[Tensor, Tensor]]  # inputs (n, …), labels (n,)
 
 
 class Snapshots:
@@ -63,7 +65,8 @@ class Snapshots:
                 that only the oracle uses.
             layers: module paths; or name in the cache → module path.
             poolings: layer → pooling, in place of the one that `nacpipe layers` shows.
-            transform: the transform that prepared the images; None: their pixels are 0 … 1.
+            transform: the transform that prepared the images; None: pixels of square images are 0 … 1, and other inputs
+                are described by their shape.
 
         Raises:
             InputError: the name of a split or layer is not allowed.
@@ -92,8 +95,7 @@ class Snapshots:
         # A DataLoader draws a seed from the global generator at each iteration.
         with torch.random.fork_rng(devices=[]), isolated(network, device):
             wrapped = adopt_module(network, _example_images(self.splits["id/train"]).to(device))
-            if self.transform is not None:
-                wrapped = replace(wrapped, transform=self.transform)
+            wrapped = replace(wrapped, transform=self.transform or square_transform(wrapped.examples))
             measured = measure_layers(wrapped, self.layers, list(self.poolings.items()))
             self.folder.mkdir(parents=True, exist_ok=True)
             writer = CacheWriter(target, _header(wrapped, measured))
@@ -110,7 +112,7 @@ class Snapshots:
 
 def _example_images(batches: Batches) -> Tensor:
     for images, _ in batches:
-        return images[:1].repeat(2, 1, 1, 1)
+        return images[:EXAMPLES]
     raise InputError("id/train has no images")
 
 
@@ -121,7 +123,11 @@ def _header(network: Network, measured: MeasuredLayers) -> Header:
             "architecture": network.model.name,
             "family": network.model.family,
             "weights": network.weights_sha256,
-            "transform": network.transform.to_json(),
+            **(
+                {"input": describe_input(network.examples)}
+                if network.transform is None
+                else {"transform": network.transform.to_json()}
+            ),
             "dtype": "float32",
             **({} if network.model.outputs == "logits" else {"outputs": network.model.outputs}),
         },

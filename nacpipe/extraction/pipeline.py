@@ -13,9 +13,10 @@ The number is chosen once, from the time of a trial batch, and later read from t
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ import torch
 from numpy.typing import NDArray
 
 from nacpipe.cache import CacheWriter, Header, open_cache
+from nacpipe.cache.layout import count_blocks
 from nacpipe.cache.lock import CacheLock
 from nacpipe.errors import CacheError, ValuesError
-from nacpipe.extraction.dataset import build_transform, load_batches
+from nacpipe.extraction.dataset import ImageSet, build_transform, load_batches
 from nacpipe.extraction.distributed import Ranks
 from nacpipe.extraction.plan import Plan, SplitPlan
-from nacpipe.extraction.request import BLOCK_SECONDS, choose_block_rows
+from nacpipe.extraction.request import BLOCK_SECONDS, ExtractRequest, choose_block_rows
+from nacpipe.extraction.samples import MapSamples, StreamSamples
 from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.build import classifier_weights
 from nacpipe.networks.taps import Tapped
@@ -93,9 +96,12 @@ def choose_blocks(plan: Plan, ranks: Ranks = Ranks(), note: Note = lambda text: 
 
 def _time_batch(plan: Plan) -> float:
     """Return the seconds that the network needs for a batch, after a first batch that is not timed."""
-    network, seconds = plan.network, 0.0
-    noise = torch.randn(network.blank(1).shape[1:], generator=torch.Generator().manual_seed(0)).to(network.dtype)
-    images = noise.expand(plan.request.batch_size, *noise.shape).contiguous()
+    network, seconds, size = plan.network, 0.0, plan.request.batch_size
+    if network.examples is None:
+        noise = torch.randn(network.blank(1).shape[1:], generator=torch.Generator().manual_seed(0)).to(network.dtype)
+        images = noise.expand(size, *noise.shape).contiguous()
+    else:
+        images = network.blank(size)
     with plan.taps() as taps:
         run = BatchRunner(lambda images: to_arrays(taps(images), plan.header), network.device)
         for _ in range(2):
@@ -126,11 +132,15 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
             if split.sealed:
                 continue
             name = split.images.name
+            if ranks.first and split.drop:
+                writer.drop(name)
+            if isinstance(split.images, StreamSamples):
+                _run_stream(plan, split.images, run, progress, writer)
+                if name == "id/train":
+                    note(_accuracy(plan.request.cache, plan.header.classes))
+                continue
             if ranks.first:
-                if split.drop:
-                    writer.drop(name)
-                index = split.images.index
-                label = split.images.labels[index]
+                label, index = _known(split.images)
                 writer.prepare(name, split.rows, split.images.identity(), label=label, index=index)
             ranks.wait()
             writing: deque[Future[None]] = deque()
@@ -170,21 +180,78 @@ def _run_blocks(
     plan: Plan, split: SplitPlan, ranks: Ranks, run: BatchRunner[Arrays], progress: Progress
 ) -> Iterator[tuple[int, Arrays]]:
     """Yield (first block, arrays) for every unit of this rank: a block, or a shard's blocks."""
-    units = ranks.share(plan.units(split))
-    batches = [batch for unit in units for batch in plan.batches(split, unit)]
-    transform = build_transform(plan.network.transform, split.images.pre_resized)
-    loaded = load_batches(
-        split.images, batches, transform, plan.request.workers, pin=plan.network.device.type == "cuda"
-    )
+    samples, units = split.images, ranks.share(plan.units(split))
+    assert not isinstance(samples, StreamSamples)
+    loaded = _load(plan, samples, [batch for unit in units for batch in plan.batches(split, unit)])
     for unit in units:
         parts: list[Arrays] = []
+        labels: list[NDArray[np.int64]] = []
         for batch in plan.batches(split, unit):
-            parts += run(next(loaded))
+            arguments, label = next(loaded)
+            parts += run(arguments)
+            labels.append(label)
             progress(split.images.name, len(batch))
         rows = plan.rows_of_unit(split, unit)
         index = split.images.index[rows.start : rows.stop]
         arrays: Arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        yield unit, {**arrays, "label": split.images.labels[index], "index": index}
+        yield unit, {**arrays, "label": np.concatenate(labels), "index": index}
+
+
+def _known(samples: ImageSet | MapSamples) -> tuple[NDArray[np.int64] | None, NDArray[np.int64]]:
+    """Return the labels and the positions of a split's samples, (rows,) each, before it is run; None: not known."""
+    return (samples.labels[samples.index] if isinstance(samples, ImageSet) else None), samples.index
+
+
+def _load(
+    plan: Plan, samples: ImageSet | MapSamples, batches: Sequence[range]
+) -> Iterator[tuple[Any, NDArray[np.int64]]]:
+    """Yield the network's arguments and the labels (n,) of every batch."""
+    pin = plan.network.device.type == "cuda"
+    if isinstance(samples, MapSamples):
+        yield from samples.load(batches, plan.header.classes, pin)
+        return
+    assert isinstance(plan.request, ExtractRequest)
+    transform = build_transform(plan.network.image_transform, samples.pre_resized)
+    loaded = load_batches(samples, batches, transform, plan.request.workers, pin=pin)
+    for batch, images in zip(batches, loaded, strict=True):
+        yield images, samples.labels[samples.index[batch.start : batch.stop]]
+
+
+def _run_stream(
+    plan: Plan, samples: StreamSamples, run: BatchRunner[Arrays], progress: Progress, writer: CacheWriter
+) -> None:
+    """Run an iterable's batches, and write the split when its length is known; meanwhile its numbers are in a file."""
+    size, blocks = plan.header.block_rows * plan.header.shard_blocks, 0
+    with tempfile.TemporaryDirectory(prefix="nacpipe-") as folder:
+        waiting: Arrays = {}
+        for arguments, label in samples.load(plan.header.classes):
+            parts = list(run(arguments))
+            batch: Arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            batch["label"] = label
+            waiting = {key: np.concatenate([waiting[key], batch[key]]) if waiting else batch[key] for key in batch}
+            progress(samples.name, len(label))
+            while len(waiting["label"]) >= size:
+                _save(Path(folder) / str(blocks), waiting, size)
+                waiting, blocks = {key: array[size:] for key, array in waiting.items()}, blocks + 1
+        _save(Path(folder) / str(blocks), waiting, size)
+        rows = blocks * size + len(waiting["label"])
+        index = np.arange(rows)
+        writer.prepare(samples.name, rows, samples.identity(), index=index)
+        for block in range(count_blocks(rows, size)):
+            arrays = {key: np.load(_file(Path(folder) / str(block), place)) for place, key in enumerate(waiting)}
+            here = index[block * size : (block + 1) * size]
+            writer.write_block(samples.name, block * plan.header.shard_blocks, {**arrays, "index": here})
+    writer.seal(samples.name)
+
+
+def _save(block: Path, arrays: Arrays, rows: int) -> None:
+    """Save the first rows of arrays, whose names can be no files' names."""
+    for place, array in enumerate(arrays.values()):
+        np.save(_file(block, place), array[:rows])
+
+
+def _file(block: Path, place: int) -> Path:
+    return block.with_name(f"{block.name}-{place}.npy")
 
 
 def to_arrays(tapped: Tapped, header: Header) -> Arrays:

@@ -21,30 +21,35 @@ from nacpipe.cache import Header, LayerSpec, open_cache
 from nacpipe.cache.address import holds_cache, open_store
 from nacpipe.cache.identity import diff
 from nacpipe.cache.layout import check_layer_names, count_blocks
+from nacpipe.cache.split import SplitView
 from nacpipe.cache.writer import check_identity
 from nacpipe.errors import IdentityError, ImageError, InputError
 from nacpipe.extraction.dataset import ImageSet, open_images
 from nacpipe.extraction.distributed import Ranks
 from nacpipe.extraction.request import (
     AUTOCAST,
+    AnyRequest,
     ExtractRequest,
     choose_block_rows,
     find_device,
     make_header,
     pin_arithmetic,
 )
+from nacpipe.extraction.samples import MapSamples, StreamSamples
 from nacpipe.files import is_url
 from nacpipe.networks.build import Network, blank_network, load_network
 from nacpipe.networks.layers import measure_layers, name_layers
 from nacpipe.networks.models import find_model
 from nacpipe.networks.taps import Taps, find_penultimate
 
+Samples = ImageSet | MapSamples | StreamSamples
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitPlan:
     """The work for one split."""
 
-    images: ImageSet
+    images: Samples
     todo: tuple[int, ...]
     """Blocks to write, ascending."""
     blocks: int
@@ -71,7 +76,7 @@ class SplitPlan:
 class Plan:
     """The plan of an extraction."""
 
-    request: ExtractRequest
+    request: AnyRequest
     header: Header
     network: Network = field(repr=False)
     penultimate: Set[str]
@@ -85,6 +90,11 @@ class Plan:
     splits: tuple[SplitPlan, ...]
     notes: tuple[str, ...]
     """Notes to print: sets that are left out, lists that replace others."""
+
+    @property
+    def device(self) -> str:
+        """The device, as it was asked for."""
+        return self.request.device if isinstance(self.request, ExtractRequest) else str(self.network.device)
 
     def with_block_rows(self, block_rows: int) -> Plan:
         """Return the plan of a new cache with this number of rows per block."""
@@ -134,6 +144,7 @@ class Plan:
             outputs=network.model.outputs,
             autocast=AUTOCAST[request.autocast],
             gradients=request.gradient,
+            call=network.call,
         )
 
 
@@ -167,12 +178,36 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     else:
         device = find_device(request.device, ranks.local, ranks.local_world)
         network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
-    notes += [f"images are prepared by {network.prepared_by}: {network.transform.describe()}", *network.notes]
-    layers, classes, features, layer_notes = measure_layers(
-        network, request.layers, request.poolings, gradients=request.gradient
-    )
-    notes += layer_notes
-    header = make_header(request, network, layers, classes, features)
+    notes += [f"images are prepared by {network.prepared_by}: {network.image_transform.describe()}", *network.notes]
+    measured = measure_layers(network, request.layers, request.poolings, gradients=request.gradient)
+    header = make_header(request, network, measured.layers, measured.classes, measured.features)
+    return plan_splits(request, header, network, sets, (*notes, *measured.notes), dry=dry)
+
+
+def plan_splits(
+    request: AnyRequest,
+    header: Header,
+    network: Network,
+    sets: Sequence[Samples],
+    notes: Sequence[str] = (),
+    *,
+    dry: bool = False,
+) -> Plan:
+    """Plan what is missing of these sets in a cache, which may exist; both the command line and Python come here.
+
+    Args:
+        request: the options.
+        header: a new cache's; of one that exists blocks and version are kept.
+        network: the network.
+        sets: what the splits are made from.
+        notes: what to print.
+        dry: weights and device are not known and not compared, and nothing is run.
+
+    Raises:
+        IdentityError: the cache has another identity, or a split was made from something else.
+        InputError: blocks are no multiple of the batch, or a listed image is missing.
+    """
+    notes, exists = list(notes), holds_cache(request.cache)
     if not exists:
         _check_block(request, header)
         if request.block_rows is None:
@@ -204,6 +239,10 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
             if images.name not in cache:
                 continue
             split = cache.peek(images.name)
+            if isinstance(images, StreamSamples):
+                done[images.name] = (_check_stream(cache.path, images, split, request.redo), split.marks())
+                redone += [] if done[images.name][0] else [images.name]  # it starts anew
+                continue
             if images.name in request.redo and (split.sealed or diff(split.images, images.identity())):
                 redone.append(images.name)  # an unfinished split was dropped before and continues
                 continue
@@ -213,15 +252,15 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     for images in sets:
         blocks = count_blocks(int(images.index.size), header.block_rows)
         sealed, marks = done.get(images.name, (False, np.zeros(blocks, bool)))
-        todo = () if sealed else tuple(int(b) for b in np.flatnonzero(~marks))
+        todo = () if sealed or isinstance(images, StreamSamples) else tuple(int(b) for b in np.flatnonzero(~marks))
         plans.append(SplitPlan(images=images, todo=todo, blocks=blocks, sealed=sealed, drop=images.name in redone))
     penultimate: Set[str] = frozenset()
     overwritten: Set[str] = frozenset()
     if not dry:
         for plan in plans:
-            if plan.todo:
+            if plan.todo and isinstance(plan.images, ImageSet):
                 plan.images.check(plan.images.index)
-        penultimate, overwritten = _prepare(request, network, layers)
+        penultimate, overwritten = _prepare(request, network, header.layers)
     return Plan(
         request=request,
         header=header,
@@ -235,7 +274,7 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     )
 
 
-def _check_block(request: ExtractRequest, header: Header) -> None:
+def _check_block(request: AnyRequest, header: Header) -> None:
     """Refuse blocks that are not a multiple of the batch, or that cannot be stored."""
     if header.block_rows % request.batch_size:
         raise InputError(
@@ -266,18 +305,20 @@ def _with_images(request: ExtractRequest, sets: Sequence[ImageSet], notes: list[
     return kept
 
 
-def _prepare(request: ExtractRequest, network: Network, layers: Sequence[LayerSpec]) -> tuple[Set[str], Set[str]]:
+def _prepare(request: AnyRequest, network: Network, layers: Sequence[LayerSpec]) -> tuple[Set[str], Set[str]]:
     """Set the memory format; return the layers that are the classifier's input, and those that are overwritten."""
     if request.channels_last_on(network.device):
         network.module.to(memory_format=torch.channels_last)
     if not request.gradient:
         return frozenset(), frozenset()
-    side = network.transform.crop
-    noise = torch.randn(2, len(network.transform.mean), side, side, generator=torch.Generator().manual_seed(0))
-    images, classifier = noise.to(network.device), network.model.classifier
-    with Taps(network.module, layers, classifier, outputs=network.model.outputs) as taps:
-        taps(images)
-    return find_penultimate(network.module, layers, classifier, images), taps.overwritten or frozenset()
+    inputs, classifier = network.examples, network.model.classifier
+    if inputs is None:
+        shape = network.blank(2).shape
+        inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(network.device)
+    with Taps(network.module, layers, classifier, outputs=network.model.outputs, call=network.call) as taps:
+        taps(inputs)
+    penultimate = find_penultimate(network.module, layers, classifier, inputs, network.call)
+    return penultimate, taps.overwritten or frozenset()
 
 
 def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
@@ -335,12 +376,22 @@ def _check_features(path: str, stored: Header, wanted: Header, network: Network)
         )
 
 
-def _check_images(path: str, images: ImageSet, stored: Any) -> None:
+def _check_images(path: str, images: Samples, stored: Any) -> None:
     if differences := diff(dict(stored), images.identity()):
-        raise IdentityError(
-            f"{path}: {images.name} was made from other images: {'; '.join(differences)}. Give the same options, or"
-            f" extract it again with --redo {shlex.quote(images.name)}"
-        )
+        if isinstance(images, ImageSet):
+            what, how = "images", f"Give the same options, or extract it again with --redo {shlex.quote(images.name)}"
+        else:
+            what, how = "data", f"Give the same data, or extract it again with redo=[{images.name!r}]"
+        raise IdentityError(f"{path}: {images.name} was made from other {what}: {'; '.join(differences)}. {how}")
+
+
+def _check_stream(path: str, images: StreamSamples, stored: SplitView, redo: Sequence[str]) -> bool:
+    """Return whether an iterable's split is finished and stays as it is; any other is begun anew."""
+    if not stored.sealed or images.name in redo:
+        return False
+    images.read_identity()
+    _check_images(path, images, stored.images)
+    return True
 
 
 def total_bytes(plan: Plan, splits: Sequence[SplitPlan]) -> int:

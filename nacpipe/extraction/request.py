@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torchvision
@@ -22,23 +22,46 @@ from nacpipe.cache.store import REMOTE_SHARD
 from nacpipe.errors import InputError
 from nacpipe.files import is_url
 from nacpipe.networks.build import Network
+from nacpipe.networks.layers import MeasuredLayers
 
 BLOCK_SECONDS = 10.0  # of work, which a kill loses
 AUTOCAST: Mapping[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExtractRequest(ExtractOptions):
-    """The options of an extraction, its address, and the splits that this run writes."""
+class _Running:
+    """What both kinds of requests tell of a run."""
 
-    cache: str | Path
-    """A folder, or a URL."""
-    splits: tuple[str, ...] = ()
-    """Names; empty: every split whose list exists."""
-    redo: tuple[str, ...] = ()
-    """Finished splits to drop and extract again."""
-    workers: int = 2
-    """Threads that decode images."""
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        @property
+        def cache(self) -> str | Path:
+            """A folder, or a URL."""
+
+        @property
+        def batch_size(self) -> int:
+            """Samples at once."""
+
+        @property
+        def mantissa_bits(self) -> int:
+            """Bits of mantissa to keep."""
+
+        @property
+        def block_rows(self) -> int | None:
+            """Rows of a block of a new cache."""
+
+        @property
+        def shard_blocks(self) -> int | None:
+            """Blocks in one stored object."""
+
+        @property
+        def autocast(self) -> str:
+            """The type that the network runs in."""
+
+        @property
+        def channels_last(self) -> bool | None:
+            """Memory format."""
 
     @property
     def blocks_per_object(self) -> int:
@@ -68,18 +91,91 @@ class ExtractRequest(ExtractOptions):
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractRequest(ExtractOptions, _Running):
+    """The options of an extraction, its address, and the splits that this run writes."""
+
+    cache: str | Path
+    """A folder, or a URL."""
+    splits: tuple[str, ...] = ()
+    """Names; empty: every split whose list exists."""
+    redo: tuple[str, ...] = ()
+    """Finished splits to drop and extract again."""
+    workers: int = 2
+    """Threads that decode images."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataRequest(_Running):
+    """The options of an extraction from data sets, and its address; of the same names as the command line's."""
+
+    cache: str | Path
+    """A folder, or a URL."""
+    batch_size: int
+    redo: tuple[str, ...] = ()
+    """Finished splits to drop and extract again."""
+    autocast: str = "none"
+    """none or bf16: the type that the network runs in."""
+    channels_last: bool | None = False
+    """Memory format; None means channels last on CUDA."""
+    mantissa_bits: int = ALL_BITS
+    """Bits of mantissa to keep of activations, gradients and features."""
+    block_rows: int | None = None
+    """Rows of a block of a new cache, a multiple of `batch_size`; None: about ten seconds of work, at most 512."""
+    shard_blocks: int | None = None
+    """Blocks in one stored object; None: one, and of a remote cache several."""
+    gradient: bool = True
+    """Whether gradients are computed and written; False: forward passes alone."""
+
+
+AnyRequest = ExtractRequest | DataRequest
+
+
 def make_header(
     request: ExtractRequest, network: Network, layers: tuple[LayerSpec, ...], classes: int, features: int
 ) -> Header:
     """Return a new cache's header, with its identity and information."""
-    benchmark, transform = open_benchmark(request.benchmark), network.transform
+    benchmark = open_benchmark(request.benchmark)
+    return build_header(
+        request,
+        network,
+        MeasuredLayers(layers=layers, classes=classes, features=features, notes=()),
+        benchmark=benchmark.name,
+        prepared={"transform": network.image_transform.to_json()},
+        information={
+            "checkpoint": network.model.default_weights if request.checkpoint is None else request.checkpoint.name,
+            "data_root": str(choose_root(benchmark, request.data_root)),
+            "options": request.to_json(),
+        },
+    )
+
+
+def build_header(
+    request: AnyRequest,
+    network: Network,
+    measured: MeasuredLayers,
+    *,
+    benchmark: str,
+    prepared: Mapping[str, Any],
+    information: Mapping[str, Any],
+) -> Header:
+    """Return a new cache's header.
+
+    Args:
+        request: the options.
+        network: the network.
+        measured: its layers.
+        benchmark: the name of the data.
+        prepared: the identity's `transform` or `input`.
+        information: what the information has besides versions, device and date.
+    """
     return Header(
         identity={
-            "benchmark": benchmark.name,
+            "benchmark": benchmark,
             "architecture": network.model.name,
             "family": network.model.family,
             "weights": network.weights_sha256,
-            "transform": transform.to_json(),
+            **prepared,
             "dtype": "float32" if request.autocast == "none" else request.autocast,
             "arithmetic": {
                 "device": network.device.type,
@@ -97,15 +193,13 @@ def make_header(
             "batch_size": request.batch_size,
             "channels_last": request.channels_last_on(network.device),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "checkpoint": network.model.default_weights if request.checkpoint is None else request.checkpoint.name,
-            "data_root": str(choose_root(benchmark, request.data_root)),
-            "options": request.to_json(),
+            **information,
             **({"no_classifier": network.no_classifier} if network.no_classifier else {}),
         },
         block_rows=request.block_rows or request.batch_size,
-        layers=layers,
-        classes=classes,
-        features=features,
+        layers=measured.layers,
+        classes=measured.classes,
+        features=measured.features,
         mantissa_bits=request.mantissa_bits,
         shard_blocks=request.blocks_per_object,
         gradients=request.gradient,

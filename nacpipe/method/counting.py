@@ -129,6 +129,14 @@ class SparseCounts:
         counts[np.repeat(np.arange(rows), np.diff(self.starts)), self.bins] = self.counts
         return counts
 
+    def group(self, number: int, bins: int) -> NDArray[np.int32]:
+        """Return the counts of one group, (neurons, bins − 1)."""
+        starts = self.starts[number * self.neurons : (number + 1) * self.neurons + 1]
+        counts = np.zeros((self.neurons, bins - 1), np.int32)
+        stored = slice(int(starts[0]), int(starts[-1]))
+        counts[np.repeat(np.arange(self.neurons), np.diff(starts)), self.bins[stored]] = self.counts[stored]
+        return counts
+
     def row_sums(self) -> NDArray[np.int64]:
         """Return the samples of each row, (groups · neurons,)."""
         total = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])

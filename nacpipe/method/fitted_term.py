@@ -81,6 +81,22 @@ class FittedTerm:
         """Return the mean over neurons of the table at each sample's bins."""
         return layer_score(self.sum_entries(values, logits), self.counted, self.params.saturation)
 
+    def entries(
+        self, values: NDArray[np.float32], logits: NDArray[np.floating] | None = None
+    ) -> NDArray[np.float64]:  # as `sum_entries` → (samples, counted)
+        """Return the coverage of every neuron's bin, or component's, in 0 … 1: its mean is the score."""
+        if self.components is not None:
+            values = self.components.project(values)
+        bins = np.clip(np.searchsorted(self.borders, values, side="right") - 1, 0, self.params.bins - 2)
+        if isinstance(self.table, SparseCounts):
+            assert self.groups is not None and logits is not None
+            rows = [self.table.group(int(group), self.params.bins) for group in self.groups.assign(logits)]
+            counts = np.stack([table[np.arange(len(table)), b] for table, b in zip(rows, bins, strict=True)])
+        else:
+            counts = self.table[np.arange(self.counted), bins]
+        covered: NDArray[np.float64] = np.minimum(counts, self.params.saturation) / float(self.params.saturation)
+        return covered
+
     def add(self, other: FittedTerm) -> FittedTerm:
         """Return a plain term with the counts of both, of the same parameters: images may be counted in batches."""
         assert self.term.view == "plain" and (self.name, self.params) == (other.name, other.params)

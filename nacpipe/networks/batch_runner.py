@@ -8,12 +8,12 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from nacpipe.errors import InputError
+from nacpipe.networks.call import count_samples, move, take_rows
 
 _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed")  # CUDA, MPS, CPU, cuDNN
 
@@ -25,7 +25,7 @@ class BatchRunner(Generic[Result]):
 
     def __init__(
         self,
-        run: Callable[[Tensor], Result],
+        run: Callable[[Any], Result],
         device: torch.device,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -40,32 +40,33 @@ class BatchRunner(Generic[Result]):
         self.size: int | None = None
         """The largest number of images at once; None: no batch failed yet."""
 
-    def __call__(self, images: Tensor) -> Iterator[Result]:  # (n, …), on any device
+    def __call__(self, images: Any) -> Iterator[Result]:  # n samples, on any device
         """Yield the results of a batch, in order: one, or one for each part of it.
 
         Raises:
             InputError: a single image does not fit.
         """
-        start, size = 0, self.size
-        while start < len(images):
-            part = images[start : start + (self.size or len(images))]
+        start, size, count = 0, self.size, count_samples(images)
+        while start < count:
+            stop = min(start + (self.size or count), count)
+            part = take_rows(images, start, stop)
             if (result := self._try(part)) is not None:
                 yield result
-                start += len(part)
-            elif len(part) == 1:
+                start = stop
+            elif stop - start == 1:
                 raise InputError(f"one image does not fit the memory of {self.device}; try --device cpu")
             else:
-                self.size = -(-len(part) // 2)
+                self.size = -(-(stop - start) // 2)
                 _free_memory(self.device)
         if self.size != size:
             self.note(
-                f"{size or len(images)} images at once do not fit the memory of {self.device}: from here on batches of"
+                f"{size or count} images at once do not fit the memory of {self.device}: from here on batches of"
                 f" {self.size}"
             )
 
-    def _try(self, images: Tensor) -> Result | None:
+    def _try(self, images: Any) -> Result | None:
         try:
-            return self.run(images.to(self.device, non_blocking=True))
+            return self.run(move(images, self.device))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

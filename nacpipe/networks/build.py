@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nacpipe.benchmarks.standard import Benchmark, Transform
 from nacpipe.errors import CheckpointError, InputError
+from nacpipe.networks.call import PLAIN_CALL, Call, cast_floats, device_of, repeat_samples
 from nacpipe.networks.checkpoint_folders import find_checkpoint
 from nacpipe.networks.checkpoints import (
     Weights,
@@ -37,7 +38,8 @@ class Network:
     module: nn.Module
     weights_sha256: str
     """Digest of names, types, shapes and values of the state dict: equal for equal weights in any file."""
-    transform: Transform
+    transform: Transform | None
+    """How images are prepared; None: the caller prepares the input (`examples`)."""
     device: torch.device
     dtype: torch.dtype = torch.float32
     """The type of its input images."""
@@ -49,11 +51,22 @@ class Network:
     """Notes to print about its weights and outputs."""
     prepared_by: str = ""
     """The origin of `transform`, in words."""
+    call: Call = PLAIN_CALL
+    examples: Any = field(default=None, repr=False)
+    """The network's arguments for a few samples, on its device; None: images of the transform's size."""
 
-    def blank(self, n: int) -> Tensor:
-        """Return n blank images of the network's size, (n, channels, crop, crop)."""
-        side = self.transform.crop
-        return torch.zeros(n, len(self.transform.mean), side, side, device=self.device, dtype=self.dtype)
+    @property
+    def image_transform(self) -> Transform:
+        """The transform of a network of images."""
+        assert self.transform is not None
+        return self.transform
+
+    def blank(self, n: int) -> Any:
+        """Return the arguments for n samples: blank images, (n, channels, crop, crop), or examples."""
+        if self.examples is not None:
+            return repeat_samples(self.examples, n)
+        side = self.image_transform.crop
+        return torch.zeros(n, len(self.image_transform.mean), side, side, device=self.device, dtype=self.dtype)
 
 
 def load_network(
@@ -121,27 +134,36 @@ def blank_network(
     return network if model.known else _run_trial_batch(network, benchmark)
 
 
-def adopt_module(module: nn.Module, images: Tensor) -> Network:
-    """Return a caller's module as a `Network` that is not in the table; the caller prepares the images.
+def adopt_module(module: nn.Module, examples: Any, call: Call = PLAIN_CALL) -> Network:
+    """Return a caller's module as a `Network` that is not in the table; the caller prepares the input.
 
     The module must be `frozen` during this call and while the result is used.
 
     Args:
         module: the network, unwrapped, on any device.
-        images: examples of its input, (n, channels, side, side).
+        examples: its arguments (`Call.arguments`) for a few samples, on its device.
+        call: how it is called.
 
     Raises:
-        InputError: the images are not square, or the network gives no logits for them, or different ones each time.
+        InputError: the network gives no logits for them, or different ones each time.
     """
-    if images.dim() != 4 or images.shape[2] != images.shape[3]:
-        raise InputError(f"images are {tuple(images.shape)}; wanted: (n, channels, side, side)")
-    side, name = images.shape[3], type(module).__name__
-    channels = images.shape[1]
-    transform = Transform(resize=side, crop=side, mean=(0.0,) * channels, std=(1.0,) * channels)
+    name = type(module).__name__
     model = Model(name=name, family="custom", build=lambda _: module, known=False)
-    dtype = find_device_and_dtype(module)[1] if images.is_floating_point() else images.dtype
-    network = Network(model, module, hash_network(module), transform, images.device, dtype)
-    return _add_trial_batch(network, run_trial_batch(name, module, images))
+    dtype = find_device_and_dtype(module)[1]
+    examples = cast_floats(examples, dtype)
+    trial = run_trial_batch(name, module, examples, call=call, examples=True)
+    network = Network(
+        model, module, hash_network(module), None, device_of(examples), dtype, call=call, examples=examples
+    )
+    return _add_trial_batch(network, trial)
+
+
+def square_transform(examples: Any) -> Transform | None:
+    """Return the transform of square images (n, 1 or 3 channels, side, side) in 0 … 1; None for other inputs."""
+    if not isinstance(examples, Tensor) or examples.dim() != 4 or examples.shape[2] != examples.shape[3]:
+        return None
+    channels, side = examples.shape[1], examples.shape[3]
+    return Transform(resize=side, crop=side, mean=(0.0,) * channels, std=(1.0,) * channels)
 
 
 def classifier_weights(network: Network) -> tuple[Tensor, Tensor] | None:

@@ -1,11 +1,7 @@
 """Choosing the tapped layers and the pooling of each, by the table's aliases or by module paths.
 
-For a module that is not in the table, two blank images run through the network, and its output's shape decides:
-
-    (2, units)                  none
-    (2, tokens, units)          sum-tokens
-    (2, c, h, w)                sum-nchw, or sum-nhwc if the last dimension is the width of its Linear or LayerNorm
-    (2, h, w, c)                sum-nhwc
+For a module that is not in the table, two samples run through the network, and its output's shape and the modules in it
+decide (poolings.py).
 """
 
 from __future__ import annotations
@@ -14,23 +10,27 @@ import contextlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nacpipe.cache import LayerSpec
+from nacpipe.cache.layout import free_name, layer_name_problem
 from nacpipe.errors import InputError
 from nacpipe.networks.batch_runner import is_out_of_memory
 from nacpipe.networks.build import Network
+from nacpipe.networks.call import first_output, replace_first
 from nacpipe.networks.checkpoints import first_line
 from nacpipe.networks.models import suggest_name
-from nacpipe.networks.taps import NO_GRADIENT, POOLINGS, Taps, clone_in_graph, start_graph, why_no_gradient
+from nacpipe.networks.poolings import POOLINGS, guess_pooling, known_layout
+from nacpipe.networks.taps import NO_GRADIENT, Taps, clone_in_graph, start_graph, why_no_gradient
 from nacpipe.networks.wrappers import is_scripted, run_eagerly
 from nacpipe.text import command_line
 
 Layers = Sequence[str] | Mapping[str, str]  # aliases or module paths, NAME=PATH among them; or name → path
+AUTO = "auto"
 Poolings = Sequence[tuple[str, str]]  # (layer's name, pooling), as requested
 
 
@@ -67,6 +67,10 @@ class _ModuleOutput:
     """The output of a module in a forward pass."""
 
     output: object
+    first: Tensor | None = field(repr=False)
+    """The output, or the first tensor of a tuple or mapping."""
+    time_first: bool
+    """Whether (length, 2, units) is an output for two samples: a module of the network is not batch_first."""
     runs: int
     identity: bool
     """Whether the module returned its input object unchanged."""
@@ -104,17 +108,25 @@ def measure_layers(
 
     Args:
         network: the network.
-        layers: aliases or module paths, or `NAME=PATH`, or a mapping; empty: the model's default layers.
+        layers: aliases or module paths, or `NAME=PATH`, or a mapping; empty or `auto`: the model's default layers, or
+            those of `choose_layers`.
         poolings: (layer's name, pooling) in place of the table's or the guessed ones.
         gradients: whether they need a gradient.
 
     Raises:
         InputError: a layer or pooling is not known, they do not fit each other, or a layer has no gradient.
     """
+    chosen_notes: tuple[str, ...] = ()
+    if (automatic := is_automatic(network, layers)) and not network.model.default:
+        layers = choose_layers(network)
+    elif automatic:
+        layers = network.model.default
     draft, notes = _choose_layers(network, layers, poolings, gradients)
     model = network.model
     try:
-        with Taps(network.module, draft, model.classifier, outputs=model.outputs, gradients=gradients) as taps:
+        with Taps(
+            network.module, draft, model.classifier, outputs=model.outputs, gradients=gradients, call=network.call
+        ) as taps:
             tapped = taps(network.blank(1))
     except InputError:
         raise
@@ -124,6 +136,12 @@ def measure_layers(
         LayerSpec(name=s.name, path=s.path, pooling=s.pooling, neurons=tapped.activation[s.name].shape[1])
         for s in draft
     )
+    if automatic and not network.model.default:
+        widths = ", ".join(f"{s.name} ({s.neurons} neurons, {s.pooling})" for s in measured)
+        where = command_line("layers", network.model.model_argument) if network.model.model_argument else ""
+        chosen_notes = (f"layers chosen: {widths}" + (f"; others: {where}" if where else ""),)
+        notes = tuple(note for note in notes if "is a guess" not in note)
+    notes = (*chosen_notes, *notes)
     return MeasuredLayers(
         layers=measured,
         classes=tapped.logits.shape[1],
@@ -132,23 +150,138 @@ def measure_layers(
     )
 
 
+def is_automatic(network: Network, layers: Layers) -> bool:
+    """Return whether layers are to be chosen: none are named, or `auto`, which is no module's name."""
+    if not layers:
+        return True
+    return not isinstance(layers, Mapping) and list(layers) == [AUTO] and AUTO not in network.model.layers
+
+
+def choose_layers(network: Network, count: int = 4) -> dict[str, str]:
+    """Choose the classifier's input and the ends of stages: name in the cache → module path, at most `count`.
+
+    A stage is a run of modules with outputs of one shape. The modules are the network's own children; a child that
+    holds most of the parameters is taken apart, and a chain of modules too, while there are fewer than `count` ends.
+    Where stages are still too few, the one of most blocks is divided evenly. The end of a stage that is the
+    classifier's input but for a factor (before an average over positions, say) is left out.
+
+        conv1 bn1 relu │ maxpool layer1 │ layer2 │ layer3 │ layer4 │ avgpool │ fc
+                                      ▲        ▲        ▲                  ▲
+
+    Raises:
+        InputError: no module can be tapped.
+    """
+    outputs = _record_outputs(network)
+    layers = {layer.path: layer for layer in list_layers(network)}
+    logits_of = network.model.classifier
+    trunk = [
+        path
+        for path in _take_apart(network.module, layers, count)
+        if path != logits_of and not _gives_logits(outputs[path], outputs, logits_of)
+    ]
+    if not trunk:
+        raise InputError(f"{network.model.name} has no module that can be tapped; choose some with --layers A,B")
+    stages: list[list[str]] = []
+    for path in trunk:
+        if stages and layers[stages[-1][-1]].shape == layers[path].shape:
+            stages[-1].append(path)
+        else:
+            stages.append([path])
+    ends = _distinct(network, [stage[-1] for stage in stages], layers)
+    blocks = [[p for p in stage if any(network.module.get_submodule(p).children())] for stage in stages]
+    if len(ends) < count and (longest := max(blocks, key=len))[1:]:
+        parts = count - len(ends) + 1
+        places = sorted({round(len(longest) * (part + 1) / parts) - 1 for part in range(parts)})
+        inside = [longest[place] for place in places if place >= 0]
+        ends = _distinct(network, [path for path in trunk if path in {*ends, *inside}], layers)
+    return {_layer_name(path): path for path in reversed(ends[-count:])}
+
+
+def _layer_name(path: str) -> str:
+    return free_name(path) if layer_name_problem(path) else path
+
+
+def _take_apart(network: nn.Module, layers: Mapping[str, Tappable], count: int) -> list[str]:
+    """Return the paths of the modules of the trunk, in the order in which they ran."""
+    order = {path: place for place, path in enumerate(layers)}
+    sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in network.named_modules()}
+    trunk = _children("", layers)
+    while True:
+        parts = {path: _children(path, layers) for path in trunk}
+        whole = [path for path in trunk if len(parts[path]) > 1 and 2 * sizes[path] > sizes[""]]
+        shapes = len({layers[path].shape for path in trunk})
+        chains = [path for path in trunk if len(parts[path]) > 1 and type(network.get_submodule(path)) is nn.Sequential]
+        taken = whole or (chains if shapes < count else [])
+        if not taken or (len(trunk) >= count and shapes >= count):
+            return sorted(trunk, key=order.__getitem__)
+        largest = max(taken, key=sizes.__getitem__)
+        trunk = [path for path in trunk if path != largest] + parts[largest]
+
+
+def _children(path: str, layers: Mapping[str, Tappable]) -> list[str]:
+    """Return the nearest modules below a path that can be tapped; a list of modules is not run itself."""
+    inside = [other for other in layers if other.startswith(f"{path}." if path else "")]
+    inside = [other for other in inside if other != path]
+    return [other for other in inside if not any(other.startswith(f"{between}.") for between in inside)]
+
+
+def _gives_logits(seen: _ModuleOutput, outputs: Mapping[str, _ModuleOutput], classifier: str | None) -> bool:
+    """Return whether a module's output is that of the classifier: the classifier itself, or what holds it last."""
+    last = None if classifier is None else outputs[classifier].first
+    same = last is not None and seen.first is not None and seen.first.shape == last.shape
+    return bool(same and seen.first is not None and last is not None and torch.equal(seen.first, last))
+
+
+def _distinct(network: Network, paths: Sequence[str], layers: Mapping[str, Tappable]) -> list[str]:
+    """Leave out layers whose pooled values are a later one's but for a factor."""
+    specs = [LayerSpec(name=p, path=p, pooling=layers[p].pooling, neurons=layers[p].neurons) for p in paths]
+    if network.device.type == "meta":
+        return list(paths)
+    with Taps(network.module, specs, None, gradients=False, call=network.call) as taps:
+        values = taps(_varied(network)).activation
+    kept: list[str] = []
+    for path in reversed(paths):
+        own = values[path].double()
+        others = [values[other].double() for other in kept if values[other].shape == own.shape]
+        if not any(_is_multiple(own, other) for other in others):
+            kept.append(path)
+    return kept[::-1]
+
+
+def _varied(network: Network) -> Any:
+    """Return examples, or noise where there are none: blank images have the same state everywhere."""
+    blank = network.blank(4)
+    if network.examples is not None:
+        return blank
+    noise = torch.randn(blank.shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(network.device, network.dtype)
+
+
+def _is_multiple(values: Tensor, of: Tensor) -> bool:
+    factor = float((values * of).sum() / of.square().sum().clamp(min=1e-30))
+    return bool(torch.allclose(values, factor * of, rtol=1e-3, atol=1e-4 * float(of.abs().max()) * abs(factor)))
+
+
 def list_layers(network: Network) -> list[Tappable]:
     """Return every module that can be tapped, in the order of their last runs."""
     aliases = {path: alias for alias, (path, _) in network.model.layers.items()}
     tappables = []
-    for path, seen in _record_outputs(network).items():
-        if not (path and isinstance(seen.output, Tensor) and _why_untappable(seen) is None and seen.used):
+    outputs = _record_outputs(network)
+    for path, seen in outputs.items():
+        if not path or _why_untappable(seen) is not None or not seen.used:
             continue
-        shape = tuple(seen.output.shape)
+        assert seen.first is not None
+        shape = tuple(seen.first.shape)
         alias = aliases.get(path)
-        pooling = network.model.layers[alias][1] if alias else guess_pooling(network.module.get_submodule(path), shape)
+        pooling = network.model.layers[alias][1] if alias else _guess_pooling(network.module, path, outputs)
+        kind = POOLINGS[pooling]
         tappables.append(
             Tappable(
                 name=alias or path,
                 path=path,
-                shape=shape[1:],
+                shape=tuple(size for axis, size in enumerate(shape) if axis != kind.samples),
                 pooling=pooling,
-                neurons=shape[1] if pooling == "sum-nchw" else shape[-1],
+                neurons=shape[kind.neurons],
                 guessed=alias is None,
                 runs=seen.runs,
             )
@@ -156,28 +289,17 @@ def list_layers(network: Network) -> list[Tappable]:
     return tappables
 
 
-def guess_pooling(module: nn.Module, shape: Sequence[int]) -> str:
-    """Guess the pooling of a module's output, of 2 to 4 dimensions.
-
-    The width of the last linear layer or layer norm in the module decides between (n, c, h, w) and (n, h, w, c).
-    Without one, the two equal dimensions are height and width, because images are square.
-    """
-    if len(shape) < 4:
-        return "none" if len(shape) == 2 else "sum-tokens"
-    _, first, middle, last = shape
-    width = _width(module)
-    if width in (first, last) and first != last:
-        return "sum-nhwc" if width == last else "sum-nchw"
-    return "sum-nhwc" if first == middle != last else "sum-nchw"
-
-
-def _width(module: nn.Module) -> int | None:
-    for part in reversed(list(module.modules())):
-        if isinstance(part, nn.Linear):
-            return part.out_features
-        if isinstance(part, nn.LayerNorm):
-            return int(part.normalized_shape[-1])
-    return None
+def _guess_pooling(network: nn.Module, path: str, outputs: Mapping[str, _ModuleOutput]) -> str:
+    """Guess a module's pooling; one without a width of its own has the layout of what ran before it."""
+    own, before = outputs[path].first, ""
+    rank = 0 if own is None else own.dim()
+    for other, seen in outputs.items():
+        shape = () if seen.first is None else tuple(seen.first.shape)
+        if other == path:
+            return guess_pooling(network.get_submodule(path), shape, before)
+        if len(shape) == rank and shape[0] == 2:
+            before = known_layout(network.get_submodule(other), shape) or before
+    raise KeyError(path)
 
 
 def _choose_layers(
@@ -205,10 +327,12 @@ def _choose_layers(
         path, pooling = table.get(target, (target, ""))
         if target not in table:
             shape = _check_tappable(name, path, modules[path], seen, gradients)
-            pooling = guess_pooling(modules[path], shape)
+            pooling = _guess_pooling(network.module, path, seen)
+            samples = POOLINGS[pooling].samples
+            own = [size for axis, size in enumerate(shape) if axis != samples]
             if name not in chosen:
                 notes.append(
-                    f"layer {name}: its output {_format_shape(shape[1:])} is pooled by {pooling}, which is a guess;"
+                    f"layer {name}: its output {_format_shape(own)} is pooled by {pooling}, which is a guess;"
                     f" another with --pooling {shlex.quote(f'{name}=KIND')}"
                 )
         specs.append(LayerSpec(name=name, path=path, pooling=chosen.get(name, pooling), neurons=0))
@@ -235,18 +359,19 @@ def _check_tappable(
         raise InputError(f"layer {name!r} cannot be tapped: {reason}")
     if gradients and not seen[path].used:
         raise InputError(f"layer {name!r} {NO_GRADIENT}")
-    output = seen[path].output
-    assert isinstance(output, Tensor)
+    output = seen[path].first
+    assert output is not None
     return tuple(output.shape)
 
 
 def _why_untappable(seen: _ModuleOutput, gradients: bool = True) -> str | None:
     """Return why a module's output cannot be tapped, or None if it can."""
-    output = seen.output
-    if not isinstance(output, Tensor):
-        return f"it returns {type(output).__name__}, not one tensor"
-    if output.dim() not in (2, 3, 4) or output.shape[0] != 2:
-        return f"for two images it gives {_format_shape(output.shape)}, not two times 1 to 3 dimensions"
+    output = seen.first
+    if output is None:
+        return f"it returns {type(seen.output).__name__}, which does not begin with a tensor"
+    time_first = seen.time_first and output.dim() == 3 and output.shape[1] == 2
+    if output.dim() not in (2, 3, 4, 5) or not (output.shape[0] == 2 or time_first):
+        return f"for two samples it gives {_format_shape(output.shape)}, not two times 1 to 4 dimensions"
     if gradients and (why := why_no_gradient(output)):
         return f"it gives {why}"
     if seen.identity:
@@ -267,16 +392,19 @@ def _record_outputs(network: Network, gradients: bool = True) -> dict[str, _Modu
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         versions[path] = [(value, -1 if value.is_inference() else value._version) for value in tensors]
 
-    def keep(path: str, output: object) -> object:
+    time_first = any(getattr(module, "batch_first", True) is False for module in network.module.modules())
+
+    def keep(path: str, whole: object) -> object:
+        output = first_output(whole)
         same = any(
             output is value and (version == -1 or value._version == version) for value, version in versions[path]
         )
         kept = None
-        if isinstance(output, Tensor) and output.is_floating_point():
+        if output is not None and output.is_floating_point():
             kept = start_graph(output)
         runs = 1 + (seen.pop(path).runs if path in seen else 0)
-        seen[path] = _ModuleOutput(output, runs, identity=same, kept=kept)
-        return output if kept is None else clone_in_graph(kept)
+        seen[path] = _ModuleOutput(whole, output, time_first, runs, identity=same, kept=kept)
+        return whole if kept is None else replace_first(whole, clone_in_graph(kept))
 
     handles: list[RemovableHandle] = []
     for path, module in network.module.named_modules():
@@ -289,7 +417,7 @@ def _record_outputs(network: Network, gradients: bool = True) -> dict[str, _Modu
             ]
     try:
         with torch.enable_grad(), run_eagerly():
-            logits = network.module(network.blank(2))
+            logits = network.call.run(network.module, network.blank(2))
         if gradients:
             _mark_used(logits, list(seen.values()))
     except InputError:
@@ -322,9 +450,12 @@ def _mark_used(logits: Tensor, seen: Sequence[_ModuleOutput]) -> None:
 
 
 def _forward_error(network: Network, error: Exception) -> InputError:
-    side, name = network.transform.crop, network.model.name
+    name = network.model.name
     if is_out_of_memory(error):
         return InputError(f"{name}: two images do not fit the memory of {network.device}; try --device cpu")
+    if network.transform is None:
+        return InputError(f"{name} cannot take its input: {first_line(error)}")
+    side = network.transform.crop
     return InputError(f"{name} cannot take images of {side}×{side} pixels: {first_line(error)}")
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +22,14 @@ from torch import Tensor, nn
 from nacpipe.cache import LayerSpec
 from nacpipe.errors import InputError
 from nacpipe.networks.batch_runner import is_out_of_memory
+from nacpipe.networks.call import PLAIN_CALL, Call, cast_floats, device_of, first_output, replace_first
 from nacpipe.networks.checkpoints import first_line
+from nacpipe.networks.poolings import POOLINGS, pool
 from nacpipe.networks.trial import first_tensor
 from nacpipe.networks.wrappers import find_device_and_dtype, is_scripted, run_eagerly, unwrapped_children
 
-POOLINGS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "sum-nchw": lambda x: x.sum(dim=(2, 3)) if x.dim() == 4 else x,  # (n, c, h, w) → (n, c)
-    "sum-nhwc": lambda x: x.sum(dim=(1, 2)) if x.dim() == 4 else x,  # (n, h, w, c) → (n, c)
-    "sum-tokens": lambda x: x.sum(dim=1),  # (n, tokens, units) → (n, units)
-    "class-token": lambda x: x[:, 0],  # (n, tokens, units) → (n, units)
-    "none": lambda x: x,  # (n, units)
-}
-
 # A network in use has hooks and changed flags, which calls from other threads must not see.
 _NETWORK_LOCK = threading.RLock()
-
-_DIMENSIONS = {"sum-nchw": (2, 4), "sum-nhwc": (2, 4), "sum-tokens": (3,), "class-token": (3,), "none": (2,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +60,7 @@ class Taps:
         outputs: str = "logits",
         autocast: torch.dtype | None = None,
         gradients: bool = True,
+        call: Call = PLAIN_CALL,
     ) -> None:
         """Register hooks on `layers` of `network`.
 
@@ -82,12 +76,16 @@ class Taps:
             autocast: a half type that the network runs in; the results are float32.
             gradients: False: a forward pass alone; outputs are pooled when their layer runs, so that nothing that later
                 modules do to them matters.
+            call: how the network is called, and which positions of padded samples count.
 
         Raises:
             InputError: a path names no module, or a module that takes no hooks, naming layer and path.
         """
         self.network, self.layers, self.autocast = network, layers, autocast
         self.overwritten = overwritten
+        self._call = call
+        self._mask: Tensor | None = None
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
         self._probabilities = outputs == "probabilities"
         self._dtype = find_device_and_dtype(network)[1]
         modules = dict(network.named_modules())
@@ -123,24 +121,31 @@ class Taps:
         for handle in self._handles:
             handle.remove()
 
-    def __call__(self, images: Tensor) -> Tapped:
-        """Run one batch (n, channels, height, width).
+    def __call__(self, images: Any) -> Tapped:
+        """Run one batch: the network's arguments (`Call.arguments`) for n samples, such as (n, channels, h, w).
 
         Raises:
-            InputError: a layer has no gradient, or its pooling does not fit its output.
+            InputError: a layer has no gradient, or its pooling or the mask does not fit its output.
         """
         try:
-            return self._run(images.to(self._dtype) if images.is_floating_point() else images)
+            self._mask = self._call.mask_of(images)
+            return self._run(cast_floats(images, self._dtype))
         finally:  # also after an error, so that the graph's memory is freed
             self._outputs.clear()
             self._passed_on.clear()
-            self._features = None
+            self._features = self._mask = None
 
-    def _run(self, images: Tensor) -> Tapped:
-        device = images.device.type
+    def _run(self, images: Any) -> Tapped:
+        device = device_of(images).type
         precision = nullcontext() if self.autocast is None else torch.autocast(device, dtype=self.autocast)
-        with torch.set_grad_enabled(self._backward), precision, run_eagerly(), _without_fast_paths():
-            logits = self.network(images)
+        with (
+            torch.set_grad_enabled(self._backward),
+            precision,
+            run_eagerly(),
+            _without_fast_paths(),
+            _without_cudnn(self._recurrent and self._backward and device == "cuda"),
+        ):
+            logits = self._call.run(self.network, images)
         if missing := [s.name for s in self.layers if s.name not in self._outputs]:
             raise InputError(f"layer {missing[0]!r} did not run in a forward pass")
         if self._pools_at_once:
@@ -156,7 +161,7 @@ class Taps:
             _check_pooling(spec, self._outputs[spec.name])
         with torch.no_grad():
             logits_gradient = self._loss_gradient(_widen(logits))
-        pooled = {s.name: _pool(s, self._outputs[s.name].detach()) for s in self.layers}
+        pooled = {s.name: self._pool(s, self._outputs[s.name].detach()) for s in self.layers}
         return self._to_tapped(logits.detach(), pooled, self._gradients(logits, logits_gradient))
 
     def _to_tapped(self, logits: Tensor, activation: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> Tapped:
@@ -200,17 +205,23 @@ class Taps:
         for spec, gradient in zip(self.layers, gradients, strict=True):
             if gradient is None:
                 raise InputError(f"layer {spec.name!r} {NO_GRADIENT}")
-            pooled[spec.name] = _pool(spec, gradient)
+            pooled[spec.name] = self._pool(spec, gradient)
         return pooled
 
-    def _output_hook(self, spec: LayerSpec) -> Callable[[nn.Module, object, object], Tensor]:
-        def hook(_module: nn.Module, _inputs: object, output: object) -> Tensor:
-            if not isinstance(output, Tensor):
-                raise InputError(f"layer {spec.name!r} returns {type(output).__name__}, not one tensor")
+    def _pool(self, spec: LayerSpec, values: Tensor) -> Tensor:
+        return pool(spec.name, spec.pooling, _widen(values), self._mask)
+
+    def _output_hook(self, spec: LayerSpec) -> Callable[[nn.Module, object, object], object]:
+        def hook(_module: nn.Module, _inputs: object, whole: object) -> object:
+            output = first_output(whole)
+            if output is None:
+                raise InputError(
+                    f"layer {spec.name!r} returns {type(whole).__name__}, which does not begin with a tensor"
+                )
             if self._pools_at_once:
                 _check_pooling(spec, output)
-                self._outputs[spec.name] = _pool(spec, output).clone()  # of `none` it is the output itself
-                return output
+                self._outputs[spec.name] = self._pool(spec, output).clone()  # of `none` it is the output itself
+                return whole
             if self._backward and (why := why_no_gradient(output)):
                 raise InputError(f"layer {spec.name!r} gives {why}")
             # The first tap starts the graph: parameters need no gradient, so no graph exists below it.
@@ -221,7 +232,7 @@ class Taps:
             if not passed_on.is_inference():
                 self._passed_on.append((spec.name, passed_on, passed_on._version))
             self._outputs[spec.name] = kept
-            return passed_on
+            return replace_first(whole, passed_on)
 
         return hook
 
@@ -266,7 +277,11 @@ def clone_in_graph(kept: Tensor) -> Tensor:
 
 
 def find_penultimate(
-    network: nn.Module, layers: Sequence[LayerSpec], classifier: str | None, images: Tensor
+    network: nn.Module,
+    layers: Sequence[LayerSpec],
+    classifier: str | None,
+    images: Any,
+    call: Call = PLAIN_CALL,
 ) -> Set[str]:
     """Return the names of the layers whose pooled output is the classifier's input.
 
@@ -274,7 +289,7 @@ def find_penultimate(
     """
     if classifier is None:
         return frozenset()
-    with Taps(network, layers, classifier) as taps:
+    with Taps(network, layers, classifier, call=call) as taps:
         tapped = taps(images)
     weight = network.get_submodule(classifier).weight
     if not isinstance(weight, Tensor) or tapped.features is None or weight.shape[0] != tapped.logits.shape[1]:
@@ -303,13 +318,14 @@ def _without_fast_paths() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
+def _without_cudnn(enabled: bool) -> AbstractContextManager[Any]:
+    """Run recurrent modules without cuDNN, whose backward pass exists in training mode alone."""
+    return torch.backends.cudnn.flags(enabled=False) if enabled else nullcontext()
+
+
 def _check_pooling(spec: LayerSpec, output: Tensor) -> None:
-    if output.dim() not in _DIMENSIONS[spec.pooling]:
+    if output.dim() not in POOLINGS[spec.pooling].dimensions:
         raise InputError(f"layer {spec.name!r} gives {tuple(output.shape)}, which {spec.pooling} does not pool")
-
-
-def _pool(spec: LayerSpec, values: Tensor) -> Tensor:
-    return POOLINGS[spec.pooling](_widen(values))
 
 
 def _widen(values: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,17 @@ from torch import Tensor, nn
 
 from nacpipe.errors import InputError
 from nacpipe.networks.batch_runner import BatchRunner, is_out_of_memory
+from nacpipe.networks.call import (
+    PLAIN_CALL,
+    Call,
+    cast_floats,
+    count_samples,
+    describe_input,
+    device_of,
+    map_tensors,
+    repeat_samples,
+    take_rows,
+)
 from nacpipe.networks.checkpoints import first_line
 from nacpipe.networks.wrappers import find_device_and_dtype, run_eagerly
 
@@ -43,33 +56,43 @@ class TrialBatch:
 def run_trial_batch(
     name: str,
     network: nn.Module,
-    like: Tensor,  # (n, …) images with the network's input shape, of any content
+    like: Any,  # n samples
     classes: int | None = None,
     *,
     gives_features: bool = False,
+    call: Call = PLAIN_CALL,
+    examples: bool = False,
 ) -> TrialBatch:
     """Run a network, in evaluation mode, on random images; the state of random generators is restored.
 
     Args:
         name: the network's name, for messages.
         network: `frozen`.
-        like: its shape, device and type (float or integer) are used, not its values.
+        like: a tensor, of which shape, device and type (float or integer) are used, not values; or examples.
         classes: the required width of the output; None accepts any.
         gives_features: the outputs are features, so that neither their kind nor a classifier is determined.
+        call: how the network is called.
+        examples: whether `like` are samples to run as they are, the first six.
 
     Raises:
         InputError: the network fails, its output has another shape, it is random in evaluation mode, or an image's
             logits depend on its batch.
     """
-    images, half = _draw_images(like, find_device_and_dtype(network)[1]), IMAGES // 2
-    with _keep_generators(like.device), torch.no_grad(), run_eagerly():
+    dtype, half = find_device_and_dtype(network)[1], IMAGES // 2
+    if examples or not isinstance(like, Tensor):
+        images = cast_floats(repeat_samples(like, IMAGES + half), dtype)
+    else:
+        images = _draw_images(like, dtype)
+    run = partial(_run, name, network, call, classes)
+    batch = take_rows(images, 0, IMAGES)
+    with _keep_generators(device_of(like)), torch.no_grad(), run_eagerly():
         with _record_linear(network) as inputs:
-            first = _run(name, network, images[:IMAGES], classes)
-        _check_repeatable(name, network, first, _run(name, network, images[:IMAGES], classes))
-        mixed = _run(name, network, torch.cat([images[:half], images[IMAGES:]]), classes)
+            first = run(batch)
+        _check_repeatable(name, network, first, run(batch))
+        mixed = run(map_tensors(lambda tensor: torch.cat([tensor[:half], tensor[IMAGES:]]), images))
         if not _alike(first[:half], mixed[:half], BATCH_DEPENDENCE * _spread(first)):
             for _ in range(3):  # a random network may have shown it only in this run
-                _check_repeatable(name, network, first, _run(name, network, images[:IMAGES], classes))
+                _check_repeatable(name, network, first, run(batch))
             raise InputError(
                 f"model {name!r} gives an image other logits in another batch: they differ by"
                 f" {_distance(first[:half], mixed[:half]):.2g}; look in its forward for batch norms in training"
@@ -130,30 +153,33 @@ def name_outputs(outputs: Tensor) -> str:  # (n, classes)
     return "logits"
 
 
-def _run(name: str, network: nn.Module, images: Tensor, classes: int | None) -> Tensor:
+def _run(name: str, network: nn.Module, call: Call, classes: int | None, images: Any) -> Tensor:
     """Return the logits of images, (n, classes), on the CPU; in parts if the memory is too small."""
-    run = BatchRunner(lambda part: _run_once(name, network, part, classes), images.device)
+    run = BatchRunner(lambda part: _run_once(name, network, call, classes, part), device_of(images))
     return torch.cat(list(run(images)))
 
 
-def _run_once(name: str, network: nn.Module, images: Tensor, classes: int | None) -> Tensor:
+def _run_once(name: str, network: nn.Module, call: Call, classes: int | None, images: Any) -> Tensor:
+    count = count_samples(images)
     try:
-        output = network(images)
+        output = call.run(network, images)
     except Exception as error:  # user code may raise any error
         if is_out_of_memory(error):
             raise
-        raise InputError(
-            f"model {name!r} fails on images of {images.shape[-1]} pixels: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        what = f"inputs {describe_input(images)['description']}"
+        if isinstance(images, Tensor) and images.dim() == 4 and images.shape[2] == images.shape[3]:
+            what = f"images of {images.shape[-1]} pixels"
+        raise InputError(f"model {name!r} fails on {what}: {type(error).__name__}: {first_line(error)}") from error
     floats = isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point()
-    if floats and output.shape[0] == len(images) and classes in (None, output.shape[1]):
+    if floats and output.shape[0] == count and classes in (None, output.shape[1]):
         logits: Tensor = output.detach().cpu().clone()  # on the CPU, because MPS has no float64
         return logits
     description = type(output).__name__
     if isinstance(output, Tensor):
         description = f"{tuple(output.shape)}" + ("" if output.is_floating_point() else f" of {output.dtype}")
-    wanted = f"({len(images)}, {'classes' if classes is None else classes})"
-    raise InputError(f"model {name!r} gives {description} for {len(images)} images; expected are logits, {wanted}")
+    wanted = f"({count}, {'classes' if classes is None else classes})"
+    kind = "images" if isinstance(images, Tensor) and images.dim() == 4 else "samples"
+    raise InputError(f"model {name!r} gives {description} for {count} {kind}; expected are logits, {wanted}")
 
 
 def _check_repeatable(name: str, network: nn.Module, first: Tensor, again: Tensor) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import optuna
 
 from nacpipe.errors import ParamsError
 from nacpipe.files import beside_cache
 from nacpipe.method.feature_scores import FeatureScoreName
 from nacpipe.method.params import NacParams
+from nacpipe.text import html_table
 from nacpipe.tuning.validation import CrossValidation, ObjectiveName, ValidationMetrics
 
 FuseChoice = Literal["auto", "none"] | FeatureScoreName
@@ -154,6 +157,13 @@ class SearchResult:
     """The same without the fused score; None where there is none, or where it was not measured."""
     front: int | None = None
     """Trials on the Pareto front, where two objectives were searched for."""
+    study: optuna.Study | None = field(default=None, repr=False, compare=False)
+    """The study, with every trial."""
+
+    @property
+    def best_plain(self) -> tuple[str, float] | None:
+        """The best plain score on the validation pair and its AUROC; None where the network gives no logits."""
+        return None if self.guide is None or self.guide_val is None else (self.guide, self.guide_val)
 
     @property
     def overestimates(self) -> bool:
@@ -172,6 +182,25 @@ class SearchResult:
         """True where NAC tells training images from others markedly better than the best plain score does."""
         subtrain, own = self.checks.subtrain_auroc, self.guide_subtrain
         return subtrain is not None and own is not None and subtrain < own - OVERFIT_POINTS
+
+    def _repr_html_(self) -> str:
+        """Return the result as a notebook shows it: the terms, and the checks in percent."""
+        columns = ("bins", "saturation", "alpha", "weight", "source")
+        rows = [
+            (name, *(f"{getattr(layer, column):.4g}" if column in ("alpha", "weight") else str(getattr(layer, column))
+                     for column in columns))
+            for name, layer in self.params.layers.items()
+        ]  # fmt: skip
+        if (fused := self.params.fused) is not None:
+            rows.append((fused.method, "", "", "", f"{fused.weight:.4g}", ""))
+        checks = [("AUROC", self.checks.val_auroc), ("FPR@95", self.checks.val_fpr95)]
+        if (crossed := self.cross_validated) is not None:
+            checks += [("AUROC, cross-validated", crossed.images)]
+        if (plain := self.best_plain) is not None:
+            checks += [(f"AUROC of {plain[0]}", plain[1])]
+        return html_table(("term", *columns), rows) + html_table(
+            ("id/val", "%"), [(name, f"{100 * value:.2f}") for name, value in checks]
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the `result` section of params.json."""

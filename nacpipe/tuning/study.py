@@ -159,6 +159,7 @@ class Search:
             seed=request.seed,
             ended=ended,
             front=len(pareto_front(trials)) if request.aim == "pareto" else None,
+            study=self.study,
         )
 
     def cross_validate(self) -> None:

@@ -124,7 +124,8 @@ def test_a_broken_image_is_named_and_the_others_are_scored(place: Path, detector
     threshold = read_detector(detector).threshold
     for row in rows:
         if row["image"] == broken:
-            assert row == {"image": broken, "score": None, "is_ood": None, "predicted": None, "error": said}
+            assert row == {"image": broken, "score": None, "percentile": None, "is_ood": None,
+                           "predicted": None, "error": said}  # fmt: skip
             continue
         number = int(Path(row["image"]).stem)
         assert row["score"] == pytest.approx(expected(place)[row["image"]], abs=1e-5)
@@ -138,12 +139,13 @@ def test_csv_and_table(place: Path, detector: Path) -> None:
     done = nacpipe("score", detector, *files, "--csv")
     assert (done.exit_code, done.stderr) == (0, "")
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
-    assert list(rows[0]) == ["image", "score", "is_ood", "predicted", "error"]
+    assert list(rows[0]) == ["image", "score", "percentile", "is_ood", "predicted", "error"]
     assert [row["image"] for row in rows] == [str(file) for file in files]  # as they were given
     assert [float(row["score"]) for row in rows] == pytest.approx([expected(place)[str(f)] for f in files], abs=1e-5)
     table = nacpipe("score", detector, *files).stdout.splitlines()
-    assert table[0].split() == ["image", "score", "is_ood", "predicted"]
-    assert table[1].split() == [str(files[0]), f"{float(rows[0]['score']):.6g}", rows[0]["is_ood"], "3"]
+    assert table[0].split() == ["image", "score", "percentile", "is_ood", "predicted"]
+    assert table[1].split() == [str(files[0]), f"{float(rows[0]['score']):.6g}",
+                                f"{float(rows[0]['percentile']):.1f}", rows[0]["is_ood"], "3"]  # fmt: skip
 
 
 @pytest.mark.parametrize("charset", ["utf-8", "cp1252", "ascii"])

@@ -129,7 +129,7 @@ def grey(channels: int) -> dict[str, Any]:
 
 NAN = float("nan")
 WRONG = [
-    (change("nacpipe_detector", 4), "it has version 4, this nacpipe reads versions 1 to 3"),
+    (change("nacpipe_detector", 5), "it has version 5, this nacpipe reads versions 1 to 4"),
     (change("threshold", NAN), "threshold is nan; it must be a finite number"),
     (change("threshold", True), "threshold is True"),
     (change("threshold", 10**400), "threshold is 1000"),

@@ -37,7 +37,7 @@ def test_what_was_exported_is_read(small_cache: Cache, method: FeatureScoreName,
     write_detector(tmp_path / "d", exported)
     found = read_detector(tmp_path / "d")
     assert found.to_json() == exported.to_json()
-    assert found.to_json()["nacpipe_detector"] == 3
+    assert found.to_json()["nacpipe_detector"] == 4
     assert found.fused is not None and found.fused.params == params.fused
     split = small_cache["ood/val"]
     features, logits = split.read("features"), split.read("logits")
@@ -50,7 +50,7 @@ def test_without_a_feature_score_the_file_is_as_it_was(small_cache: Cache) -> No
     for params in (NacParams(layers=LAYERS), replace(PARAMS, fused=replace(FUSED, weight=0.0))):
         exported = export_detector(small_cache, params)
         assert exported.fused is None
-        assert exported.to_json()["nacpipe_detector"] == 2 and "fused" not in exported.to_json()
+        assert exported.to_json()["nacpipe_detector"] == 4 and "fused" not in exported.to_json()
         assert not any(name.startswith("fused") for name in exported.to_arrays())
 
 

@@ -24,7 +24,8 @@ from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.writer import round_mantissa
 from nacpipe.detector.export import export_detector
 from nacpipe.detector.file import Exported, write_detector
-from nacpipe.detector.module import Detected, Detector, Lookup, attach, load_detector, round_bits
+from nacpipe.detector.module import Detected, Detector, Lookup, attach, load_detector
+from nacpipe.detector.values import round_bits
 from nacpipe.errors import DetectorError, InputError
 from nacpipe.extraction.dataset import build_transform, load_batches, open_images
 from nacpipe.extraction.pipeline import extract

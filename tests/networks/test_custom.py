@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import types
 from dataclasses import replace
@@ -170,24 +171,28 @@ def test_layers_that_cannot_be_tapped_say_why(file: Path) -> None:
         "same": "cannot be tapped: it returns its input unchanged; tap the module before it",
         "spare": r"has no gradient: the logits do not depend on its output, or forward runs what follows it under"
         r" torch\.no_grad, torch\.inference_mode or \.detach\(\); tap a layer behind that, or change forward",
-        "pair": "cannot be tapped: it returns tuple, not one tensor",
     }
     for name, reason in reasons.items():
         with pytest.raises(InputError, match=rf"^layer '{name}' {reason}$"):
             measure_layers(network, (name,))
     with pytest.raises(InputError, match=r"^layer 'nope' is not known for net\.py:build; known: the modules that this"):
         measure_layers(network, ("nope",))
-    message = (
-        r"^net\.py:build has no default layers; choose some with --layers A,B from: nacpipe layers /.*net\.py:build$"
+    chosen = measure_layers(network, ())
+    assert [spec.name for spec in chosen.layers] == ["mix", "pair", "act"]
+    (note,) = chosen.notes
+    assert re.fullmatch(
+        r"layers chosen: mix \(7 neurons, sum-tokens\), pair \(5 neurons, sum-tokens\), act \(6 neurons, sum-nchw\);"
+        r" others: nacpipe layers /.*net\.py:build",
+        note,
     )
-    with pytest.raises(InputError, match=message):
-        measure_layers(network, ())
+    assert measure_layers(network, ("auto",)) == chosen
     assert [(s.name, s.shape, s.pooling, s.neurons, s.runs) for s in list_layers(network)] == [
         ("stem", (6, 8, 8), "sum-nchw", 6, 1),
         ("norm", (6, 8, 8), "sum-nchw", 6, 1),  # which what follows changes in place
         ("act", (6, 8, 8), "sum-nchw", 6, 2),
         ("tokens.embed", (64, 5), "sum-tokens", 5, 1),
         ("tokens", (64, 5), "sum-tokens", 5, 1),
+        ("pair", (64, 5), "sum-tokens", 5, 1),
         ("mix", (64, 7), "sum-tokens", 7, 1),
         ("head", (10,), "none", 10, 1),
     ]
@@ -207,7 +212,8 @@ def test_pools_that_do_not_fit_are_refused(file: Path) -> None:
     for poolings, message in [
         (
             (("mix", "mean"),),
-            r"^pooling mix=mean: known poolings are sum-nchw, sum-nhwc, sum-tokens, class-token, none$",
+            r"^pooling mix=mean: known poolings are sum-nchw, sum-nhwc, sum-ncdhw, sum-ndhwc, sum-ncl, sum-tokens,"
+            r" sum-lnc, class-token, none$",
         ),
         ((("stem", "none"),), r"^pooling stem=none: the layers are mix$"),
         ((("mix", "sum-nchw"),), r"^layer 'mix' gives \(1, 64, 7\), which sum-nchw does not pool$"),

@@ -1,0 +1,123 @@
+"""From a network of any kind to a verdict, in Python: extract, tune, evaluate, detector, score."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+import nacpipe
+from nacpipe.detector.calibration import beta_quantile
+from nacpipe.errors import DetectorError, InputError
+from nacpipe.extraction.samples import split_label
+from tests.networks_of_any_kind import KINDS, Kind
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def batch_of(kind: Kind, split: str, rows: range) -> Any:
+    data = kind.splits[split]
+    return split_label(default_collate([data[row] for row in rows]))[0]
+
+
+def call_of(kind: Kind) -> dict[str, Any]:
+    return {key: kind.options[key] for key in ("prepare", "mask") if key in kind.options}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_from_a_network_to_a_verdict(name: str, tmp_path: Path) -> None:
+    kind = KINDS[name]()
+    cache = nacpipe.extract(
+        kind.network, kind.splits, tmp_path / "x.zarr", batch_size=16, block_rows=16, progress=False, **kind.options
+    )
+    result = nacpipe.tune(cache, space="paper", trials=12, threads=1, progress=False)
+    table = nacpipe.evaluate(cache, result.params)
+    assert not table.empty
+    scores = nacpipe.score_splits(cache, result.params, ["id/val", "ood/val"])
+    detector = nacpipe.Detector.from_cache(cache, result.params, kind.network, **call_of(kind))
+    for split in ("id/val", "ood/val"):
+        logits, score, percentile, is_ood = detector(batch_of(kind, split, range(16)))
+        assert logits.shape == (16, 3)
+        np.testing.assert_allclose(score, scores[split][:16], atol=0.02)
+        below = [100 * float(np.mean(scores["id/val"] < float(one))) for one in score]
+        np.testing.assert_allclose(percentile, below)
+        assert is_ood.tolist() == (score < detector.threshold).tolist()
+    detector.save(tmp_path / "d.safetensors")
+    again = nacpipe.Detector.load(tmp_path / "d.safetensors", kind.network, **call_of(kind))
+    batch = batch_of(kind, "id/test", range(8))
+    for one, other in zip(detector(batch), again(batch), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def wine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Kind, nacpipe.Cache, nacpipe.NacParams]:
+    kind, path = KINDS["wine"](), tmp_path_factory.mktemp("wine") / "x.zarr"
+    cache = nacpipe.extract(kind.network, kind.splits, path, progress=False)
+    return kind, cache, nacpipe.tune(cache, space="paper", trials=12, progress=False).params
+
+
+def test_a_detector_is_fitted_without_a_cache(wine: Any, tmp_path: Path) -> None:
+    kind, cache, params = wine
+    loader = DataLoader(kind.splits["id/train"], batch_size=32)
+    fitted = nacpipe.Detector.fit(kind.network, loader, params)
+    exported = nacpipe.Detector.from_cache(cache, params, kind.network)
+    batch = batch_of(kind, "id/test", range(20))
+    np.testing.assert_allclose(fitted(batch).score, exported(batch).score, atol=0.02)
+    assert not fitted(batch).is_ood.any()
+    assert fitted(batch).percentile.isnan().all()
+    with pytest.raises(DetectorError, match=r"no threshold yet; choose one with calibrate\(loader\)"):
+        fitted.save(tmp_path / "d.safetensors")
+    own = DataLoader(kind.splits["id/val"], batch_size=16)
+    found = fitted.calibrate(own, keep=0.9)
+    scores = torch.cat([fitted(x).score for x, _ in own])
+    assert (scores >= found.threshold).double().mean() >= 0.9
+    assert (scores > found.threshold).double().mean() < 0.9
+    assert found.samples == len(kind.splits["id/val"])
+    assert found.interval[0] < 0.9 < found.interval[1]
+    fitted.save(tmp_path / "d.safetensors")
+    again = nacpipe.Detector.load(tmp_path / "d.safetensors", kind.network)
+    assert again(batch).is_ood.tolist() == fitted(batch).is_ood.tolist()
+    with pytest.raises(InputError, match="keep is 0; it must be above 0 and at most 1"):
+        fitted.calibrate(own, keep=0)
+    with pytest.raises(InputError, match="there are no samples to calibrate with"):
+        fitted.calibrate([])
+
+
+def test_an_interval_is_the_beta_distributions() -> None:
+    """Beta(1, 1) is uniform; Beta(n, 1) has the distribution x ** n."""
+    assert beta_quantile(0.3, 1, 1) == pytest.approx(0.3)
+    assert beta_quantile(0.025, 20, 20) == pytest.approx(0.025 ** (1 / 20))
+    assert beta_quantile(0.975, 1, 20) == pytest.approx(1 - 0.025 ** (1 / 20))
+    draws = np.random.RandomState(0).beta(19, 2, 200_000)
+    assert beta_quantile(0.1, 19, 20) == pytest.approx(np.quantile(draws, 0.1), abs=2e-3)
+
+
+def test_an_explanation_adds_up(wine: Any) -> None:
+    kind, cache, params = wine
+    detector = nacpipe.Detector.from_cache(cache, params, kind.network)
+    batch = batch_of(kind, "ood/val", range(3))
+    detected = detector(batch)
+    for row, found in enumerate(detector.explain(batch, neurons=1000)):
+        assert found.score == pytest.approx(float(detected.score[row]))
+        assert found.percentile == float(detected.percentile[row])
+        assert float(found.terms["part"].sum()) == pytest.approx(found.score)
+        assert list(found.terms["score"]) == sorted(found.terms["score"])
+        assert 1 - float(found.neurons["missing"].sum()) == pytest.approx(found.score)
+        for name, own in found.neurons.groupby("term"):
+            (score,) = found.terms.loc[found.terms["term"] == name, "score"]
+            assert own["coverage"].mean() == pytest.approx(score)
+        assert math.isfinite(found.neurons["value"].iloc[0])
+        assert "<table" in found._repr_html_()
+    assert len(detector.explain(batch)[0].neurons) == 10
+
+
+def test_another_network_is_refused(wine: Any) -> None:
+    _, cache, params = wine
+    other = torch.nn.Sequential(torch.nn.Linear(13, 3))
+    with pytest.raises(DetectorError, match="exported for another network"):
+        nacpipe.Detector.from_cache(cache, params, other)

@@ -1,0 +1,262 @@
+"""Extraction from Python: any network, any data; values against a plain restatement, one sample at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import nacpipe
+from nacpipe.cache import Cache, CacheWriter, open_cache
+from nacpipe.errors import CacheError, IdentityError, InputError
+from tests.networks_of_any_kind import KINDS, Kind
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def extract(kind: Kind, path: Path, **more: Any) -> Cache:
+    options = {"batch_size": 8, "block_rows": 16, "progress": False, **kind.options, **more}
+    return nacpipe.extract(kind.network, kind.splits, path, **options)
+
+
+def restate(kind: Kind, layer: str, sample: Any) -> tuple[Tensor, Tensor]:
+    """Activation and gradient of one sample, pooled by their definition: the input alone, without its padding."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        kept["output"] = output if isinstance(output, Tensor) else output[0]
+
+    handle = kind.network.get_submodule(layer).register_forward_hook(keep)
+    try:
+        logits = kind.alone(sample)
+        loss = F.cross_entropy(logits, torch.full_like(logits, 1 / logits.shape[1]))
+        (gradient,) = torch.autograd.grad(loss, kept["output"])
+    finally:
+        handle.remove()
+    pool: Callable[[Tensor], Tensor] = kind.pools[layer]
+    return pool(kept["output"].detach()), pool(gradient)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_values_are_those_of_a_plain_restatement(name: str, tmp_path: Path) -> None:
+    kind = KINDS[name]()
+    cache = extract(kind, tmp_path / "x.zarr", layers=list(kind.pools), pooling=kind.pooling)
+    for split, data in kind.splits.items():
+        assert cache[split].rows == len(data)
+        for row in (0, len(data) - 1):
+            for layer in kind.pools:
+                activation, gradient = restate(kind, layer, data[row])
+                view = cache[split][layer]
+                assert view.gradient is not None
+                np.testing.assert_allclose(view.activation[row], activation, rtol=2e-4, atol=2e-5)
+                np.testing.assert_allclose(view.gradient[row], gradient, rtol=2e-3, atol=2e-6)
+    assert cache["id/val"].label.tolist() == [
+        kind.label(kind.splits["id/val"][i]) for i in range(len(kind.splits["id/val"]))
+    ]
+    assert set(cache["ood/val"].label.tolist()) == {-1}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_layers_are_chosen(name: str, tmp_path: Path) -> None:
+    kind = KINDS[name]()
+    cache = extract(kind, tmp_path / "x.zarr")
+    assert [spec.name for spec in cache.header.layers] == kind.chosen
+    assert cache.header.identity["input"] == kind.described
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["wine", "recurrent"])
+def test_a_killed_extraction_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = KINDS[name]()
+    whole = extract(kind, tmp_path / "whole.zarr")
+    done: list[int] = []
+    lock, write_block = threading.Lock(), CacheWriter.write_block
+
+    def crash(writer: CacheWriter, split: str, block: int, arrays: Mapping[str, Any]) -> None:
+        with lock:  # two blocks are written at once
+            if len(done) == 3:
+                raise Crash
+            write_block(writer, split, block, arrays)
+            done.append(arrays["index"].size)
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(CacheWriter, "write_block", crash)
+        extract(kind, tmp_path / "x.zarr")
+    with pytest.raises(CacheError, match=r"finish it with: nacpipe\.extract\(network, splits, "):
+        open_cache(tmp_path / "x.zarr")["id/train"]
+    rows: list[int] = []
+    cache = extract(kind, tmp_path / "x.zarr", progress=lambda _split, count: rows.append(count))
+    assert sum(rows) == sum(len(data) for data in kind.splits.values()) - sum(done)
+    for split in whole:
+        assert cache[split].attributes["digest"] == whole[split].attributes["digest"]
+    rows.clear()
+    extract(kind, tmp_path / "x.zarr", progress=lambda _split, count: rows.append(count))
+    assert rows == []
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        self.inputs, self.labels, self.reads = inputs, labels, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.reads += 1
+        yield from zip(self.inputs, self.labels, strict=True)
+
+
+def small() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    return network, torch.randn(50, 5), torch.arange(50) % 3
+
+
+def test_a_data_set_a_loader_and_an_iterable_give_the_same_values(tmp_path: Path) -> None:
+    network, x, y = small()
+    data = TensorDataset(x, y)
+    stream = Stream(x, y)
+    forms = [
+        data,
+        DataLoader(data, batch_size=7),
+        DataLoader(stream, batch_size=7),
+        [(x[i : i + 9], y[i : i + 9]) for i in range(0, 50, 9)],
+        iter([(x, y)]),
+    ]
+    caches = []
+    for number, form in enumerate(forms):
+        path = tmp_path / f"{number}.zarr"
+        caches.append(
+            nacpipe.extract(
+                network, {"id/train": form}, path, layers=["1"], batch_size=8, block_rows=16, progress=False
+            )
+        )
+    for cache in caches:
+        assert cache["id/train"].label.tolist() == y.tolist()
+        assert cache["id/train"].index.tolist() == list(range(50))
+        for path in ("layers/1/activation", "layers/1/gradient", "logits"):
+            np.testing.assert_allclose(
+                cache["id/train"].read(path), caches[0]["id/train"].read(path), rtol=1e-5, atol=1e-7
+            )
+    expected = torch.relu(x @ network[0].weight.T + network[0].bias).detach()
+    np.testing.assert_allclose(caches[0]["id/train"]["1"].activation[:], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_iterable_begins_anew_and_a_finished_one_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, x, y = small()
+    options: Any = {"layers": ["1"], "batch_size": 8, "block_rows": 16, "progress": False}
+    write_block, blocks = CacheWriter.write_block, []
+
+    def crash(writer: CacheWriter, split: str, block: int, arrays: Mapping[str, Any]) -> None:
+        write_block(writer, split, block, arrays)
+        blocks.append(block)
+        if len(blocks) == 2:
+            raise Crash
+
+    batches = DataLoader(Stream(x, y), batch_size=8)
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(CacheWriter, "write_block", crash)
+        nacpipe.extract(network, {"id/train": batches}, tmp_path / "x.zarr", **options)
+    cache = nacpipe.extract(network, {"id/train": batches}, tmp_path / "x.zarr", **options)
+    assert cache["id/train"].rows == 50
+    nacpipe.extract(network, {"id/train": batches}, tmp_path / "x.zarr", **options)
+    other = DataLoader(Stream(x + 1, y), batch_size=8)
+    with pytest.raises(IdentityError, match=r"id/train was made from other data: sha256.*redo=\['id/train'\]"):
+        nacpipe.extract(network, {"id/train": other}, tmp_path / "x.zarr", **options)
+    cache = nacpipe.extract(network, {"id/train": other}, tmp_path / "x.zarr", redo=["id/train"], **options)
+    expected = torch.relu((x + 1) @ network[0].weight.T + network[0].bias).detach()
+    np.testing.assert_allclose(cache["id/train"]["1"].activation[:], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_identity_is_class_length_labels_and_content_or_a_fingerprint(tmp_path: Path) -> None:
+    network, x, y = small()
+    options: Any = {"layers": ["1"], "progress": False}
+    nacpipe.extract(network, {"id/train": TensorDataset(x, y)}, tmp_path / "x.zarr", **options)
+    for changed in (TensorDataset(x, (y + 1) % 3), TensorDataset(x * 2, y), TensorDataset(x[:49], y[:49])):
+        with pytest.raises(IdentityError, match="id/train was made from other data"):
+            nacpipe.extract(network, {"id/train": changed}, tmp_path / "x.zarr", **options)
+    path, named = tmp_path / "named.zarr", {"fingerprint": "v1", **options}
+    nacpipe.extract(network, {"id/train": TensorDataset(x, y)}, path, **named)
+    nacpipe.extract(network, {"id/train": TensorDataset(x * 2, y)}, path, **named)
+    with pytest.raises(IdentityError, match="sha256: stored"):
+        nacpipe.extract(network, {"id/train": TensorDataset(x, y)}, path, **{**named, "fingerprint": "v2"})
+
+
+class Noisy(Dataset[Any]):
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, row: int) -> Any:
+        return torch.randn(5), row % 3
+
+
+class Ragged(Dataset[Any]):
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, row: int) -> Any:
+        return torch.ones(3 + row % 4, 5), row % 3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: DataLoader(d, shuffle=True), "takes samples by RandomSampler, which shuffles"),
+        (lambda d: DataLoader(d, batch_size=8, drop_last=True), "drops the last batch; make it with drop_last=False"),
+        (lambda d: Noisy(), "sample 0 of Noisy is another each time it is read"),
+        (lambda d: Ragged(), r"samples differ in shape \(\(3, 5\); .*give mask="),
+        (lambda d: [], "id/train has no samples"),
+        (lambda d: 3, "id/train is int; give a map-style data set, a DataLoader, or an iterable of batches"),
+        (lambda d: TensorDataset(d.tensors[0]), r"id/train: samples have no label; give \(input, label\)"),
+        (lambda d: TensorDataset(d.tensors[0], d.tensors[1] + 1), r"id/train: .* labels are outside 0 … 2"),
+        (lambda d: TensorDataset(d.tensors[0], d.tensors[1].float()), "labels are float32"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(make: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    network, x, y = small()
+    with pytest.raises(InputError, match=message):
+        nacpipe.extract(network, {"id/train": make(TensorDataset(x, y))}, tmp_path / "x.zarr", progress=False)
+
+
+def test_other_requests_are_refused(tmp_path: Path) -> None:
+    network, x, y = small()
+    data = TensorDataset(x, y)
+    with pytest.raises(InputError, match="split 'train' is not known; known: id/train"):
+        nacpipe.extract(network, {"train": data}, tmp_path / "x.zarr", progress=False)
+    with pytest.raises(InputError, match="redo names 'id/val'; the splits are id/train"):
+        nacpipe.extract(network, {"id/train": data}, tmp_path / "x.zarr", redo=["id/val"], progress=False)
+    with pytest.raises(InputError, match="batch-size is 0"):
+        nacpipe.extract(network, {"id/train": data}, tmp_path / "x.zarr", batch_size=0, progress=False)
+    with pytest.raises(InputError, match="pooling 1=sum-ncl: "):
+        nacpipe.extract(
+            network, {"id/train": data}, tmp_path / "x.zarr", layers=["0"], pooling={"1": "sum-ncl"}, progress=False
+        )
+
+
+def test_the_network_is_as_it_was(tmp_path: Path) -> None:
+    network, x, y = small()
+    network.train()
+    network[0].weight.requires_grad_(False)
+    nacpipe.extract(network, {"id/train": TensorDataset(x, y)}, tmp_path / "x.zarr", progress=False)
+    assert all(module.training for module in network.modules())
+    assert [p.requires_grad for p in network.parameters()] == [False, True, True, True]
+
+
+def test_notes_and_a_bar_are_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    network, x, y = small()
+    nacpipe.extract(network, {"id/train": TensorDataset(x, y)}, tmp_path / "x.zarr")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "layers chosen: 1 (8 neurons, none)" in err
+    assert "50/50" in err
+    assert "id/train: accuracy" in err
