@@ -243,7 +243,7 @@ def test_score(nacpipe: Callable[..., Result], tmp_path: Path, monkeypatch: pyte
 
     def rows(_ready: object, paths: list[Path], *_: Any) -> Iterator[score.ScoredImage]:
         for path in paths:
-            yield score.ScoredImage(image=str(path), score=0.5, is_ood=False, predicted=1, error=None)
+            yield score.ScoredImage(image=str(path), score=0.5, percentile=40.0, is_ood=False, predicted=1, error=None)
 
     monkeypatch.setattr(score, "find_images", lambda paths: list(paths))
     monkeypatch.setattr(score, "prepare", lambda *_: score.Ready(None, None, None, True))  # type: ignore[arg-type]

@@ -211,8 +211,12 @@ def test_extraction_refuses_the_others_by_name(
 
 
 def mean_as_score(images: torch.Tensor) -> SimpleNamespace:
-    """Stands for a detector."""
-    return SimpleNamespace(logits=images.flatten(1), score=images.mean((1, 2, 3)), is_ood=images.flatten(1)[:, 0] > 0)
+    """Stands for a detector; its file holds no scores of id/val."""
+    score = images.mean((1, 2, 3))
+    is_ood = images.flatten(1)[:, 0] > 0
+    return SimpleNamespace(
+        logits=images.flatten(1), score=score, percentile=torch.full_like(score, torch.nan), is_ood=is_ood
+    )
 
 
 def test_score_sees_the_scaled_values_and_names_the_others(tmp_path: Path) -> None:
@@ -223,6 +227,7 @@ def test_score_sees_the_scaled_values_and_names_the_others(tmp_path: Path) -> No
     ready = Ready(mean_as_score, AS_THEY_ARE, torch.device("cpu"), predicts=False)  # type: ignore[arg-type]
     rows = list(score_images(ready, paths, batch_size=2, workers=2))
     middle = np.mean([EIGHT[2], EIGHT[3], EIGHT[8], EIGHT[9]])  # the centre of 2 × 6
+    assert {row.percentile for row in rows} == {None}
     assert [row.score for row in rows] == [pytest.approx(middle, abs=1e-3) if n in KNOWN else None for n in names]
     assert [row.error for row in rows] == [
         None
