@@ -138,6 +138,8 @@ def missing_chunks(arrays: Mapping[str, zarr.Array[Any]], keys: Iterable[str]) -
 def classifier_problems(root: zarr.Group, header: Header) -> Iterator[tuple[str, str]]:
     """Yield (array, problem) of the last linear layer, if it is written."""
     if not is_there(root, "classifier/zarr.json"):
+        if any(is_there(root, f"classifier/{name}/zarr.json") for name in ("weight", "bias")):
+            yield "", "has no zarr.json: it was lost, or a removal was interrupted"
         return
     group = open_member(root, "classifier")
     if not isinstance(group, zarr.Group):

@@ -568,11 +568,20 @@ def test_a_repair_killed_at_any_change_can_be_run_again(
         assert_whole(path, whole)
 
 
-def test_the_classifier_is_written_again(path: Path, whole: Cache) -> None:
-    flip(path / "classifier/weight/c.0.0", 5)
-    with pytest.raises(CacheError, match=r"classifier is damaged .*checksum"):
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda folder: flip(folder / "weight/c.0.0", 5), r"classifier is damaged .*checksum"),
+        (lambda folder: (folder / "zarr.json").unlink(), r"classifier/ has no zarr\.json: it was lost"),
+        (lambda folder: (folder / "bias/zarr.json").unlink(), r"classifier/bias is not in the store"),
+    ],
+    ids=["changed", "lost", "an array lost"],
+)
+def test_the_classifier_is_written_again(path: Path, whole: Cache, damage: Callable[[Path], None], what: str) -> None:
+    damage(path / "classifier")
+    with pytest.raises(CacheError, match=what):
         open_cache(path).classifier()
-    assert [(d.split, d.array) for d in damage_of(path)] == [("classifier", "")]
+    assert [d.split for d in damage_of(path)] == ["classifier"]
     assert repair_cache(path) == ["classifier: is to be written again"]
     assert extract_again(path, whole) == []
     assert_whole(path, whole)
