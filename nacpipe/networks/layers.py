@@ -290,15 +290,20 @@ def list_layers(network: Network) -> list[Tappable]:
 
 
 def _guess_pooling(network: nn.Module, path: str, outputs: Mapping[str, _ModuleOutput]) -> str:
-    """Guess a module's pooling; one without a width of its own has the layout of what ran before it."""
+    """Guess a module's pooling; one without a width of its own has the layout of what ran before it and is as wide."""
     own, before = outputs[path].first, ""
-    rank = 0 if own is None else own.dim()
+    own_shape = () if own is None else tuple(own.shape)
     for other, seen in outputs.items():
-        shape = () if seen.first is None else tuple(seen.first.shape)
         if other == path:
-            return guess_pooling(network.get_submodule(path), shape, before)
-        if len(shape) == rank and shape[0] == 2:
-            before = known_layout(network.get_submodule(other), shape) or before
+            return guess_pooling(network.get_submodule(path), own_shape, before)
+        shape = () if seen.first is None else tuple(seen.first.shape)
+        if (
+            len(shape) == len(own_shape)
+            and shape[0] == 2
+            and (layout := known_layout(network.get_submodule(other), shape))
+        ):
+            channels = POOLINGS[layout].neurons
+            before = layout if shape[channels] == own_shape[channels] else ""
     raise KeyError(path)
 
 
