@@ -89,5 +89,5 @@ def test_the_notebook_is_of_format_4_without_outputs() -> None:
 def test_readme_page_and_notebook_have_the_same_lines() -> None:
     setup, verdict, *_ = CODE.findall(PAGE)
     assert [cell.strip() for cell in cells()[:2]] == [setup.strip(), verdict.strip()]
-    program = setup.replace("DataLoader, ", "").strip() + "\n\n" + verdict.strip()
+    program = setup.strip() + "\n\n" + verdict.strip()
     assert readme_program().strip() == program
