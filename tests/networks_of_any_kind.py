@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -113,8 +114,6 @@ def wine() -> Kind:
 
 
 def pytest_import(name: str) -> Any:
-    import pytest
-
     return pytest.importorskip(name, reason=f"{name} is an extra of the tests")
 
 
@@ -314,7 +313,7 @@ def hugging_face() -> Kind:
         splits=splits,
         alone=lambda sample: network(**tokenize([sample[0]])).logits,
         pools={"bert.embeddings": sum_over(1), **{f"{layer}.output": sum_over(1) for layer in layers}},
-        chosen=[],
+        chosen=["bert.pooler", "bert.encoder.layer.1", "bert.encoder.layer.0", "bert.embeddings"],
         described={"shape": [], "description": "input_ids int64 (length); attention_mask int64 (length)"},
         options={"prepare": tokenize},
     )
@@ -323,3 +322,5 @@ def hugging_face() -> Kind:
 KINDS: Mapping[str, Callable[[], Kind]] = {
     kind.__name__: functools.cache(kind) for kind in (wine, masked, text, recurrent, volumes, wide_images, hugging_face)
 }
+_SLOW = ("hugging_face",)  # its library takes seconds to import
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in KINDS]

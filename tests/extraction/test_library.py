@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import nacpipe
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.errors import CacheError, IdentityError, InputError
-from tests.networks_of_any_kind import KINDS, Kind
+from tests.networks_of_any_kind import KINDS, NAMES, Kind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,7 +45,7 @@ def restate(kind: Kind, layer: str, sample: Any) -> tuple[Tensor, Tensor]:
     return pool(kept["output"].detach()), pool(gradient)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_values_are_those_of_a_plain_restatement(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]()
     cache = extract(kind, tmp_path / "x.zarr", layers=list(kind.pools), pooling=kind.pooling)
@@ -64,7 +64,7 @@ def test_values_are_those_of_a_plain_restatement(name: str, tmp_path: Path) -> N
     assert set(cache["ood/val"].label.tolist()) == {-1}
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_layers_are_chosen(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]()
     cache = extract(kind, tmp_path / "x.zarr")
@@ -76,7 +76,10 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("wine", "recurrent") else pytest.param(name, marks=pytest.mark.slow) for name in KINDS],
+)
 def test_a_killed_extraction_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = KINDS[name]()
     whole = extract(kind, tmp_path / "whole.zarr")
