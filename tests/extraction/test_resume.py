@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cache.lock import CacheLock
+from nacpipe.cache.options import format_command
 from nacpipe.cache.repair import repair_cache
 from nacpipe.cache.verify import verify_cache
+from nacpipe.cli import main
 from nacpipe.errors import CacheError, IdentityError, ImageError, StudyError
 from nacpipe.extraction import pipeline as extraction
 from nacpipe.extraction.distributed import Ranks
@@ -166,6 +169,17 @@ def test_more_training_images_extract_id_train_alone(
         Search(study)
     with pytest.raises(StudyError, match=r"Give another --storage FILE"):
         Search(study)
+
+
+def test_the_command_says_that_id_train_is_extracted_anew(request_: ExtractRequest) -> None:
+    small = replace(request_, train_images=10, splits=("id/train", "id/val"))
+    extract(plan_extraction(small))
+    words = format_command(replace(small, train_images=20), request_.cache).split()[1:]
+    done = CliRunner().invoke(main, [*words, "--splits", "id/train,id/val", "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "id/train is extracted anew: --train-images is 20, it was 10; the other splits stay." in done.stderr
+    states = {line.split()[0]: line.split()[-1] for line in done.stdout.splitlines() if line.startswith("id/")}
+    assert states == {"id/train": "again", "id/val": "done"}
 
 
 def test_fewer_training_images_and_another_seed_ask_for_redo(request_: ExtractRequest) -> None:
