@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -113,9 +114,7 @@ def wine() -> Kind:
 
 
 def pytest_import(name: str) -> Any:
-    import pytest
-
-    return pytest.importorskip(name)
+    return pytest.importorskip(name, reason=f"{name} is an extra of the tests")
 
 
 class Padded(Dataset[Any]):
@@ -296,6 +295,32 @@ def wide_images() -> Kind:
     return plain_kind(network, make, pools, ["6", "2", "1"], [3, 6, 10])
 
 
+def hugging_face() -> Kind:
+    """A class of the library `transformers`, built from a config: nothing is downloaded."""
+    transformers = pytest_import("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    network = transformers.BertForSequenceClassification(config)
+    splits = {name: Words(rows, seed, name.startswith("ood/")) for seed, (name, rows) in enumerate(SPLITS.items())}
+    batch, labels = tokenize(splits["id/train"].texts), torch.tensor(splits["id/train"].labels)
+    train(network, lambda: F.cross_entropy(network(**batch).logits, labels), 15)
+    layers = [f"bert.encoder.layer.{number}" for number in (0, 1)]
+    return Kind(
+        network=network,
+        splits=splits,
+        alone=lambda sample: network(**tokenize([sample[0]])).logits,
+        pools={"bert.embeddings": sum_over(1), **{f"{layer}.output": sum_over(1) for layer in layers}},
+        chosen=["bert.pooler", "bert.encoder.layer.1", "bert.encoder.layer.0", "bert.embeddings"],
+        described={"shape": [], "description": "input_ids int64 (length); attention_mask int64 (length)"},
+        options={"prepare": tokenize},
+    )
+
+
 KINDS: Mapping[str, Callable[[], Kind]] = {
-    kind.__name__: functools.cache(kind) for kind in (wine, masked, text, recurrent, volumes, wide_images)
+    kind.__name__: functools.cache(kind) for kind in (wine, masked, text, recurrent, volumes, wide_images, hugging_face)
 }
+_SLOW = ("hugging_face",)  # its library takes seconds to import
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in KINDS]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -127,14 +127,19 @@ def format_command(options: ExtractOptions, cache: str | Path) -> str:
     return command_line(*words, "--cache", cache)
 
 
-def finishing_command(information: Mapping[str, Any], cache: str | Path) -> str:
+def finishing_command(information: Mapping[str, Any], cache: str | Path, train_images: int | None = None) -> str:
     """Return the command that made a cache, which also finishes it.
+
+    Args:
+        information: the header's.
+        cache: where the cache is.
+        train_images: of its id/train; None: as many as when it was made. More can have been extracted since.
 
     A cache of an earlier nacpipe holds that command as text, with the address that the cache had then; it is returned
     as it is. Text that nacpipe did not write is not returned: a person would run it.
     """
     if (options := read_options(information)) is not None:
-        return format_command(options, cache)
+        return format_command(options if train_images is None else replace(options, train_images=train_images), cache)
     if information.get("written_by") == "nacpipe.extract":
         return f"nacpipe.extract(network, splits, {str(cache)!r})"
     recorded = information.get("command")

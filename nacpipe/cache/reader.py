@@ -153,7 +153,14 @@ class Cache(Mapping[str, SplitView]):
 
     def command(self) -> str:
         """Return the command that made this cache, which also finishes it."""
-        return finishing_command(self.header.information, self.path)
+        return finishing_command(self.header.information, self.path, self._train_images())
+
+    def _train_images(self) -> int | None:
+        try:
+            count = self.peek("id/train").images.get("images") if "id/train" in self else None
+        except NacError:  # damaged, or just being extracted again
+            return None
+        return count if type(count) is int else None
 
     def classifier(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """Return the last linear layer's weight (classes, features) and bias (classes,), or None."""

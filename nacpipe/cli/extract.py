@@ -53,7 +53,8 @@ def extract_options(command: Any) -> Any:
                      help="A folder or s3://…; default: cache/BENCHMARK-MODEL.zarr. Of several runs each adds -s0, …"
                      " before .zarr, or stands for {run}."),
         click.option("--train-images", type=int, default=1000, show_default=True,
-                     help="Images of id/train, the same number of each class."),
+                     help="Images of id/train, the same number of each class. For more than a cache has, id/train alone"
+                     " is extracted anew."),
         click.option("--train-seed", type=click.IntRange(0, 2**32 - 1), default=1, show_default=True,
                      help="Seed of their choice."),
         click.option("--batch-size", type=int, default=128, show_default=True, help="Images at once."),

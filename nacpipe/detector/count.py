@@ -60,7 +60,7 @@ def count_coverage(
     coming = (call.arguments(batch) for batch in batches)
     first = next(coming, None)
     if first is None:
-        raise InputError("there are no training images to count")
+        raise InputError("there are no training samples to count")
     examples, rows = move(take_rows(first, 0, EXAMPLES), device), 0
     with isolated(network, device):
         wrapped = adopt_module(network, examples, call)

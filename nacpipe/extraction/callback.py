@@ -113,7 +113,7 @@ class Snapshots:
 def _example_images(batches: Batches) -> Tensor:
     for images, _ in batches:
         return images[:EXAMPLES]
-    raise InputError("id/train has no images")
+    raise InputError("id/train has no samples")
 
 
 def _header(network: Network, measured: MeasuredLayers) -> Header:
@@ -159,7 +159,7 @@ def _run_split(
         digest.update(images.detach().cpu().contiguous().numpy().tobytes())
         digest.update(parts[-1]["label"].tobytes())
     if not parts:
-        raise InputError(f"{name} has no images")
+        raise InputError(f"{name} has no samples")
     arrays = {path: np.concatenate([part[path] for part in parts]) for path in parts[0]}
     arrays["index"] = np.arange(arrays["label"].size)
     return arrays, {"list": "given by the training loop", "sha256": digest.hexdigest()}

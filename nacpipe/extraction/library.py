@@ -24,7 +24,7 @@ from nacpipe.extraction.plan import Plan, plan_splits
 from nacpipe.extraction.request import DataRequest, build_header, find_device, pin_arithmetic
 from nacpipe.extraction.samples import MapSamples, StreamSamples, open_samples
 from nacpipe.networks.build import adopt_module
-from nacpipe.networks.call import Call, Mask, describe_input, move
+from nacpipe.networks.call import ATTENTION_MASK, Call, Mask, describe_input, move
 from nacpipe.networks.layers import AUTO, measure_layers, name_layers
 from nacpipe.networks.taps import isolated
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
@@ -156,7 +156,10 @@ def _plan(
         prepared={"input": describe_input(examples, call.mask_of(examples))},
         information={"written_by": "nacpipe.extract"},
     )
-    return plan_splits(request, header, adopted, samples, (*adopted.notes, *measured.notes))
+    notes = [*adopted.notes, *measured.notes]
+    if call.mask is None and call.mask_of(examples) is not None:
+        notes.append(f"the argument {ATTENTION_MASK} is taken as the mask: positions where it is 0 are padding")
+    return plan_splits(request, header, adopted, samples, notes)
 
 
 def _open_splits(

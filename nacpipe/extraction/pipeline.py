@@ -36,6 +36,7 @@ from nacpipe.extraction.request import BLOCK_SECONDS, ExtractRequest, choose_blo
 from nacpipe.extraction.samples import MapSamples, StreamSamples
 from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.build import classifier_weights
+from nacpipe.networks.call import name_sample
 from nacpipe.networks.taps import Tapped
 
 ACCURACY_ROWS = 8192  # rows that are read at once
@@ -137,7 +138,7 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
             if isinstance(split.images, StreamSamples):
                 _run_stream(plan, split.images, run, progress, writer)
                 if name == "id/train":
-                    note(_accuracy(plan.request.cache, plan.header.classes))
+                    note(_accuracy(plan))
                 continue
             if ranks.first:
                 label, index = _known(split.images)
@@ -154,12 +155,14 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
             if ranks.first:
                 writer.seal(name)
                 if name == "id/train" and plan.network.model.outputs != "features":
-                    note(_accuracy(plan.request.cache, plan.header.classes))
+                    note(_accuracy(plan))
 
 
-def _accuracy(cache: str | Path, classes: int) -> str:
+def _accuracy(plan: Plan) -> str:
     """Return a note on the accuracy on id/train, from the cache; a low one shows wrong weights or images."""
-    split, correct = open_cache(cache)["id/train"], 0
+    split, classes, correct = open_cache(plan.request.cache)["id/train"], plan.header.classes, 0
+    examples = plan.network.examples
+    samples = "images" if examples is None else f"{name_sample(examples)}s"
     try:
         for start in range(0, split.rows, ACCURACY_ROWS):
             rows = slice(start, min(start + ACCURACY_ROWS, split.rows))
@@ -167,11 +170,11 @@ def _accuracy(cache: str | Path, classes: int) -> str:
     except ValuesError as error:  # every use of the logits refuses them
         return str(error)
     share = correct / split.rows
-    text = f"id/train: accuracy {100 * share:.2f} % of {split.rows} images"
+    text = f"id/train: accuracy {100 * share:.2f} % of {split.rows} {samples}"
     if share < max(0.5, 1.5 / classes):
         text += (
-            "; a trained network classifies most images correctly: check the weights, the normalisation, the order of"
-            " the classes"
+            f"; a trained network classifies most {samples} correctly: check the weights, the normalisation, the order"
+            " of the classes"
         )
     return text
 

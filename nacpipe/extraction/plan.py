@@ -246,6 +246,10 @@ def plan_splits(
             if images.name in request.redo and (split.sealed or diff(split.images, images.identity())):
                 redone.append(images.name)  # an unfinished split was dropped before and continues
                 continue
+            if wants_more := _wants_more(images, split.images):
+                redone.append(images.name)
+                notes.append(wants_more)
+                continue
             _check_images(cache.path, images, split.images)
             done[images.name] = (split.sealed, split.marks())
     plans = []
@@ -374,6 +378,21 @@ def _check_features(path: str, stored: Header, wanted: Header, network: Network)
             f"{path} was made with {stored.features} features, now there are {wanted.features}{why};"
             " give another --cache"
         )
+
+
+def _wants_more(images: Samples, stored: Any) -> str:
+    """Return the note that id/train is extracted anew because --train-images is larger, all else equal; or "".
+
+    A smaller number, such as the default's where the option is left out, is not taken: states would be lost unasked.
+    """
+    wanted, before = images.identity(), dict(stored)
+    more, fewer = wanted.pop("images", None), before.pop("images", None)
+    if not isinstance(more, int) or not isinstance(fewer, int) or more <= fewer or wanted != before:
+        return ""
+    return (
+        f"{images.name} is extracted anew: --train-images is {more}, it was {fewer}; the other splits stay. Searches"
+        " are bound to its images: give the next one another --storage FILE"
+    )
 
 
 def _check_images(path: str, images: Samples, stored: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from nacpipe.errors import InputError
-from nacpipe.networks.call import count_samples, move, take_rows
+from nacpipe.networks.call import count_samples, move, name_sample, take_rows
 
 _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed")  # CUDA, MPS, CPU, cuDNN
 
@@ -54,14 +54,16 @@ class BatchRunner(Generic[Result]):
                 yield result
                 start = stop
             elif stop - start == 1:
-                raise InputError(f"one image does not fit the memory of {self.device}; try --device cpu")
+                raise InputError(
+                    f"one {name_sample(images)} does not fit the memory of {self.device}; try --device cpu"
+                )
             else:
                 self.size = -(-(stop - start) // 2)
                 _free_memory(self.device)
         if self.size != size:
             self.note(
-                f"{size or count} images at once do not fit the memory of {self.device}: from here on batches of"
-                f" {self.size}"
+                f"{size or count} {name_sample(images)}s at once do not fit the memory of {self.device}: from here on"
+                f" batches of {self.size}"
             )
 
     def _try(self, images: Any) -> Result | None:

@@ -132,6 +132,11 @@ def count_samples(arguments: Any) -> int:
     return len(tensors[0][1])
 
 
+def name_sample(arguments: Any) -> str:
+    """Return what messages call a sample: an image, where the network's argument is a tensor (n, c, h, w)."""
+    return "image" if isinstance(arguments, Tensor) and arguments.dim() == 4 else "sample"
+
+
 def take_rows(arguments: Any, start: int, stop: int) -> Any:
     """Return the samples from `start` to before `stop`."""
     return map_tensors(lambda tensor: tensor[start:stop], arguments)

@@ -457,7 +457,8 @@ def _mark_used(logits: Tensor, seen: Sequence[_ModuleOutput]) -> None:
 def _forward_error(network: Network, error: Exception) -> InputError:
     name = network.model.name
     if is_out_of_memory(error):
-        return InputError(f"{name}: two images do not fit the memory of {network.device}; try --device cpu")
+        samples = "images" if network.transform is not None else "samples"
+        return InputError(f"{name}: two {samples} do not fit the memory of {network.device}; try --device cpu")
     if network.transform is None:
         return InputError(f"{name} cannot take its input: {first_line(error)}")
     side = network.transform.crop

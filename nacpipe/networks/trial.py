@@ -28,6 +28,7 @@ from nacpipe.networks.call import (
     describe_input,
     device_of,
     map_tensors,
+    name_sample,
     repeat_samples,
     take_rows,
 )
@@ -93,8 +94,10 @@ def run_trial_batch(
         if not _alike(first[:half], mixed[:half], BATCH_DEPENDENCE * _spread(first)):
             for _ in range(3):  # a random network may have shown it only in this run
                 _check_repeatable(name, network, first, run(batch))
+            sample = name_sample(images)
+            article = "an" if sample == "image" else "a"
             raise InputError(
-                f"model {name!r} gives an image other logits in another batch: they differ by"
+                f"model {name!r} gives {article} {sample} other logits in another batch: they differ by"
                 f" {_distance(first[:half], mixed[:half]):.2g}; look in its forward for batch norms in training"
                 f" mode{_name_training(network)}, F.batch_norm with training=True, or statistics of the batch"
             )
@@ -178,8 +181,8 @@ def _run_once(name: str, network: nn.Module, call: Call, classes: int | None, im
     if isinstance(output, Tensor):
         description = f"{tuple(output.shape)}" + ("" if output.is_floating_point() else f" of {output.dtype}")
     wanted = f"({count}, {'classes' if classes is None else classes})"
-    kind = "images" if isinstance(images, Tensor) and images.dim() == 4 else "samples"
-    raise InputError(f"model {name!r} gives {description} for {count} {kind}; expected are logits, {wanted}")
+    kind = name_sample(images)
+    raise InputError(f"model {name!r} gives {description} for {count} {kind}s; expected are logits, {wanted}")
 
 
 def _check_repeatable(name: str, network: nn.Module, first: Tensor, again: Tensor) -> None:

@@ -183,7 +183,7 @@ def test_poolings_and_logits(cache: Cache, network: nn.Module) -> None:
 def test_what_cannot_be_counted_is_refused(network: nn.Module) -> None:
     images = torch.zeros(4, 1, 28, 28)
     layer = LayerParams(bins=9, saturation=2, alpha=1.0)
-    with pytest.raises(InputError, match="there are no training images to count"):
+    with pytest.raises(InputError, match="there are no training samples to count"):
         fit_detector(network, PARAMS, [], {})
     with pytest.raises(InputError, match="layer 'layer9' is not known for DigitsCNN"):
         fit_detector(network, NacParams(layers={"layer9": layer}), [images], {})

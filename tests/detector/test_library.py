@@ -15,7 +15,7 @@ import nacpipe
 from nacpipe.detector.calibration import beta_quantile
 from nacpipe.errors import DetectorError, InputError
 from nacpipe.extraction.samples import split_label
-from tests.networks_of_any_kind import KINDS, Kind
+from tests.networks_of_any_kind import KINDS, NAMES, Kind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,7 +29,7 @@ def call_of(kind: Kind) -> dict[str, Any]:
     return {key: kind.options[key] for key in ("prepare", "mask") if key in kind.options}
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_from_a_network_to_a_verdict(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]()
     cache = nacpipe.extract(

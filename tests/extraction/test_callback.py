@@ -121,12 +121,12 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         Snapshots(tmp_path, {"id/val": good}, ["avgpool"])
     with pytest.raises(InputError, match=r"^split csid/mean: the name of its set is reserved, tables name the mean"):
         Snapshots(tmp_path, {"id/train": good, "csid/mean": good}, ["avgpool"])
-    with pytest.raises(InputError, match="id/train has no images"):
+    with pytest.raises(InputError, match="id/train has no samples"):
         Snapshots(tmp_path, {"id/train": []}, ["avgpool"])(DigitsCNN(), 0)
     with pytest.raises(InputError, match="layer 'layer9' is not known for DigitsCNN"):
         Snapshots(tmp_path, {"id/train": good}, ["layer9"])(DigitsCNN(), 0)
     snapshots = Snapshots(tmp_path, {"id/train": good, "id/val": []}, ["avgpool"])
-    with pytest.raises(InputError, match="id/val has no images"):
+    with pytest.raises(InputError, match="id/val has no samples"):
         snapshots(DigitsCNN(), 0)
     with pytest.raises(IdentityError, match=r"step-000000\.zarr was made from something else: weights"):
         snapshots(DigitsCNN(), 0)

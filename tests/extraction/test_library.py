@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import nacpipe
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.errors import CacheError, IdentityError, InputError
-from tests.networks_of_any_kind import KINDS, Kind
+from tests.networks_of_any_kind import KINDS, NAMES, Kind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,7 +45,7 @@ def restate(kind: Kind, layer: str, sample: Any) -> tuple[Tensor, Tensor]:
     return pool(kept["output"].detach()), pool(gradient)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_values_are_those_of_a_plain_restatement(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]()
     cache = extract(kind, tmp_path / "x.zarr", layers=list(kind.pools), pooling=kind.pooling)
@@ -64,7 +64,7 @@ def test_values_are_those_of_a_plain_restatement(name: str, tmp_path: Path) -> N
     assert set(cache["ood/val"].label.tolist()) == {-1}
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_layers_are_chosen(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]()
     cache = extract(kind, tmp_path / "x.zarr")
@@ -76,7 +76,10 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["wine", "recurrent"])
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("wine", "recurrent") else pytest.param(name, marks=pytest.mark.slow) for name in KINDS],
+)
 def test_a_killed_extraction_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = KINDS[name]()
     whole = extract(kind, tmp_path / "whole.zarr")
@@ -260,3 +263,38 @@ def test_notes_and_a_bar_are_shown(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert "layers chosen: 1 (8 neurons, none)" in err
     assert "50/50" in err
     assert "id/train: accuracy" in err
+
+
+@pytest.mark.parametrize(("name", "noted"), [("text", True), ("masked", False), ("wine", False)])
+def test_a_mask_that_is_not_named_is_noted(
+    name: str, noted: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kind = KINDS[name]()
+    extract(kind, tmp_path / "x.zarr", progress=True)
+    note = "the argument attention_mask is taken as the mask: positions where it is 0 are padding\n"
+    assert (note in capfd.readouterr().err) == noted
+
+
+class Greedy(nn.Module):
+    """Has memory for few samples at once."""
+
+    def __init__(self, fits: int) -> None:
+        super().__init__()
+        self.hidden, self.head, self.fits = nn.Linear(5, 8), nn.Linear(8, 3), fits
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.fits:
+            raise torch.OutOfMemoryError("too many")
+        return self.head(torch.relu(self.hidden(x)))
+
+
+def test_messages_call_other_inputs_samples(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(50, 5), torch.arange(50) % 3)
+    nacpipe.extract(Greedy(8), {"id/train": data}, tmp_path / "x.zarr", layers=["hidden"], batch_size=16)
+    err = capfd.readouterr().err
+    assert "16 samples at once do not fit the memory of cpu: from here on batches of 8\n" in err
+    assert "of 50 samples; a trained network classifies most samples correctly" in err
+    assert "image" not in err
+    with pytest.raises(InputError, match="one sample does not fit the memory of cpu"):
+        nacpipe.extract(Greedy(0), {"id/train": data}, tmp_path / "y.zarr", progress=False)

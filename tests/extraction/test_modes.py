@@ -69,14 +69,14 @@ def test_a_batch_that_does_not_fit_runs_in_halves_and_so_do_those_after_it() -> 
         parts = list(run(batch))
         assert sizes == expected
         np.testing.assert_array_equal(np.concatenate([part["logits"] for part in parts]), batch.numpy())
-    assert notes == ["7 images at once do not fit the memory of cpu: from here on batches of 2"]
+    assert notes == ["7 samples at once do not fit the memory of cpu: from here on batches of 2"]
 
 
 def test_one_image_that_does_not_fit_is_an_error() -> None:
     def taps(images: Tensor) -> Tapped:
         raise torch.OutOfMemoryError("too much")
 
-    with pytest.raises(InputError, match="one image does not fit the memory of cpu; try --device cpu"):
+    with pytest.raises(InputError, match="one sample does not fit the memory of cpu; try --device cpu"):
         list(BatchRunner(taps, torch.device("cpu"), lambda text: None)(torch.zeros(4, 3)))
 
 

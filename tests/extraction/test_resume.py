@@ -12,18 +12,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cache.lock import CacheLock
+from nacpipe.cache.options import format_command
 from nacpipe.cache.repair import repair_cache
 from nacpipe.cache.verify import verify_cache
-from nacpipe.errors import CacheError, IdentityError, ImageError
+from nacpipe.cli import main
+from nacpipe.errors import CacheError, IdentityError, ImageError, StudyError
 from nacpipe.extraction import pipeline as extraction
 from nacpipe.extraction.distributed import Ranks
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
+from nacpipe.tuning.request import SearchRequest
+from nacpipe.tuning.runner import run as run_search
+from nacpipe.tuning.study import Search
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,14 +137,61 @@ def test_split_added_later_leaves_the_others_alone(finished: Cache, request_: Ex
     assert_equal(open_cache(request_.cache), finished)
 
 
-def test_force_extracts_anew(finished: Cache, request_: ExtractRequest) -> None:
+def test_more_training_images_extract_id_train_alone(
+    finished: Cache, request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed on the way it goes on, and its command says so; the number that it began with was another."""
+    extract(plan_extraction(replace(request_, train_images=10)))
+    study = SearchRequest(cache=request_.cache, space="paper", trials=2, threads=1)
+    run_search(Search(study))
+    plan = plan_extraction(request_)
+    assert {split.images.name: split.state for split in plan.splits if split.state != "done"} == {"id/train": "again"}
+    assert plan.todo_rows(Ranks()) == 45 - 5  # balanced: four of each class
+    assert [note for note in plan.notes if "extracted anew" in note] == [
+        "id/train is extracted anew: --train-images is 45, it was 10; the other splits stay. Searches are bound to its"
+        " images: give the next one another --storage FILE"
+    ]
+    crash = CrashAfter()
+    crash.left = 1
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(CacheWriter, "write_block", crash.write_block)
+        extract(plan)
+    with pytest.raises(CacheError, match=r"finish it with: .* --train-images 45 "):
+        open_cache(request_.cache)["id/train"]
+    again = plan_extraction(request_)
+    assert not [note for note in again.notes if "extracted anew" in note]
+    told: list[tuple[str, int]] = []
+    extract(again, lambda *call: told.append(call))
+    assert {split for split, _ in told} == {"id/train"}
+    assert sum(rows for _, rows in told) < 40
+    assert_equal(open_cache(request_.cache), finished)
+    with pytest.raises(StudyError, match=r"another cache than .*splits\.id/train\.images: stored 10, now 45"):
+        Search(study)
+    with pytest.raises(StudyError, match=r"Give another --storage FILE"):
+        Search(study)
+
+
+def test_the_command_says_that_id_train_is_extracted_anew(request_: ExtractRequest) -> None:
     small = replace(request_, train_images=10, splits=("id/train", "id/val"))
     extract(plan_extraction(small))
+    words = format_command(replace(small, train_images=20), request_.cache).split()[1:]
+    done = CliRunner().invoke(main, [*words, "--splits", "id/train,id/val", "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "id/train is extracted anew: --train-images is 20, it was 10; the other splits stay." in done.stderr
+    states = {line.split()[0]: line.split()[-1] for line in done.stdout.splitlines() if line.startswith("id/")}
+    assert states == {"id/train": "again", "id/val": "done"}
+
+
+def test_fewer_training_images_and_another_seed_ask_for_redo(request_: ExtractRequest) -> None:
+    """Left out, --train-images is 1000: states that took work are not dropped for that."""
+    extract(plan_extraction(replace(request_, splits=("id/train", "id/val"))))
+    small = replace(request_, train_images=10, splits=("id/train", "id/val"))
+    with pytest.raises(IdentityError, match=r"images: stored 45, now 10\. .*--redo id/train"):
+        plan_extraction(small)
+    with pytest.raises(IdentityError, match=r"images: stored 45, now 50; seed: stored 1, now 2"):
+        plan_extraction(replace(request_, train_images=50, train_seed=2))
+    extract(plan_extraction(replace(small, redo=("id/train",))))
     assert open_cache(request_.cache)["id/train"].rows == 10
-    with pytest.raises(IdentityError, match="images: stored 10, now 45"):
-        plan_extraction(request_)
-    extract(plan_extraction(replace(request_, redo=("id/train",))))
-    assert_equal(open_cache(request_.cache), finished)
 
 
 def test_bad_image_stops_and_keeps_what_was_done(request_: ExtractRequest, root: Path) -> None:
