@@ -138,7 +138,7 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
             if isinstance(split.images, StreamSamples):
                 _run_stream(plan, split.images, run, progress, writer)
                 if name == "id/train":
-                    note(_accuracy(plan))
+                    note(_accuracy(plan.request.cache, plan.header.classes, _plural(plan)))
                 continue
             if ranks.first:
                 label, index = _known(split.images)
@@ -155,14 +155,18 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
             if ranks.first:
                 writer.seal(name)
                 if name == "id/train" and plan.network.model.outputs != "features":
-                    note(_accuracy(plan))
+                    note(_accuracy(plan.request.cache, plan.header.classes, _plural(plan)))
 
 
-def _accuracy(plan: Plan) -> str:
-    """Return a note on the accuracy on id/train, from the cache; a low one shows wrong weights or images."""
-    split, classes, correct = open_cache(plan.request.cache)["id/train"], plan.header.classes, 0
+def _plural(plan: Plan) -> str:
+    """What the samples are called."""
     examples = plan.network.examples
-    samples = "images" if examples is None else f"{name_sample(examples)}s"
+    return "images" if examples is None else f"{name_sample(examples)}s"
+
+
+def _accuracy(path: str | Path, classes: int, samples: str = "images") -> str:
+    """Return a note on the accuracy on id/train, from the cache; a low one shows wrong weights or samples."""
+    split, correct = open_cache(path)["id/train"], 0
     try:
         for start in range(0, split.rows, ACCURACY_ROWS):
             rows = slice(start, min(start + ACCURACY_ROWS, split.rows))
