@@ -101,6 +101,7 @@ def test_what_is_not_finished_is_gone_on_with_in_the_copy(tmp_path: Path, small_
         np.testing.assert_array_equal(open_cache(new.path)["id/val"].read(path), split.read(path))
 
 
+@pytest.mark.slow
 def test_logits_that_are_no_numbers_are_copied(write_cache: Callable[..., Cache], tmp_path: Path) -> None:
     cache = write_cache(tmp_path / "x.zarr", rows={"id/val": 16})
     values = cache["id/val"].read("logits")

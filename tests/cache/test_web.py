@@ -267,6 +267,7 @@ def test_verify_finds_a_stale_copy(copy: tuple[Path, str], check: Callable[[Cach
         assert check(open_cache(address)) == []
 
 
+@pytest.mark.slow
 def test_no_more_requests_are_under_way_than_a_small_server_lets_wait(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

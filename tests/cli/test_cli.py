@@ -170,6 +170,7 @@ USAGE = {
 }
 
 
+@pytest.mark.repeats(16)
 @pytest.mark.parametrize("line", [*WRONG, *USAGE])
 def test_wrong_input_is_one_line_and_changes_nothing(place: Path, line: str) -> None:
     code, message = (1, WRONG[line]) if line in WRONG else (2, USAGE[line])

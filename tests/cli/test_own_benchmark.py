@@ -267,6 +267,7 @@ def test_what_was_made_goes_through_the_network(least: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_are_shown_and_named(least: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the image of id/val that a row was made from; the mosaic has what was made."""
     shown: dict[int, NDArray[np.uint8]] = {}
@@ -288,6 +289,7 @@ def test_rows_are_shown_and_named(least: Path, monkeypatch: pytest.MonkeyPatch) 
         np.testing.assert_array_equal(image, made[row])
 
 
+@pytest.mark.slow
 def test_kinds_are_chosen_and_others_are_refused(least: Path) -> None:
     path = least / "least.toml"
     nacpipe(*LEAST, "--splits", "id/val,ood/val")

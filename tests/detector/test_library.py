@@ -29,6 +29,7 @@ def call_of(kind: Kind) -> dict[str, Any]:
     return {key: kind.options[key] for key in ("prepare", "mask") if key in kind.options}
 
 
+@pytest.mark.repeats(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_from_a_network_to_a_verdict(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]()

@@ -166,6 +166,7 @@ def run(detector: Detector, images: Tensor, size: int) -> NDArray[np.float64]:
 # --- the cache's scores -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.repeats(1)
 def test_the_same_batches_give_the_caches_scores(case: Case) -> None:
     detector = load_detector(case.file, case.network())
     for split in ("id/val", "ood/val"):

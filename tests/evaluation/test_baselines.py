@@ -171,6 +171,7 @@ def reasons(cache: Cache, *names: str) -> dict[str, set[str]]:
     return {name: set(method.reasons.values()) for name, method in found.items()}
 
 
+@pytest.mark.slow
 def test_too_few_images(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
     """One image per class, as of ImageNet with 1,000 training images."""
     cache = make_cache(tmp_path / "c.zarr", rows={"id/train": 3})

@@ -61,6 +61,7 @@ def caches(write_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathF
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs", KINDS)
 def test_accuracy_and_msp_are_those_of_the_logits(caches: Mapping[str, Cache], outputs: str) -> None:
     cache = caches[outputs]

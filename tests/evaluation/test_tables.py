@@ -160,6 +160,7 @@ def test_parameters_once_for_all_or_once_for_each(runs: list[Cache], table: pd.D
     assert "--params is given 2 times for 3 caches; give it once for each." in printed.stderr
 
 
+@pytest.mark.slow
 def test_what_is_no_other_run_is_refused(make_cache: Callable[..., Cache], runs: list[Cache], tmp_path: Path) -> None:
     rows = {"csid/blurred": 25, "ood/far/faces": 40}
     wrong: Mapping[str, tuple[dict[str, Any], str]] = {

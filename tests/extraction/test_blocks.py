@@ -130,6 +130,7 @@ def test_the_trial_takes_real_time(open_request: ExtractRequest) -> None:
     assert 0 < extraction._time_batch(plan_extraction(open_request)) < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows", [pytest.param(8, marks=pytest.mark.slow), 24, pytest.param(512, marks=pytest.mark.slow)]
 )

@@ -45,6 +45,7 @@ def restate(kind: Kind, layer: str, sample: Any) -> tuple[Tensor, Tensor]:
     return pool(kept["output"].detach()), pool(gradient)
 
 
+@pytest.mark.repeats(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_values_are_those_of_a_plain_restatement(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]()

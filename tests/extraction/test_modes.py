@@ -80,6 +80,7 @@ def test_one_image_that_does_not_fit_is_an_error() -> None:
         list(BatchRunner(taps, torch.device("cpu"), lambda text: None)(torch.zeros(4, 3)))
 
 
+@pytest.mark.slow
 def test_fewer_bits_are_rounded_states_and_exact_logits(finished: Cache, request_: ExtractRequest) -> None:
     whole = finished
     rounded = make(replace(request_, cache=request_.cache.with_name("rounded.zarr"), mantissa_bits=10))

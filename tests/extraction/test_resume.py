@@ -130,6 +130,7 @@ def test_progress_tells_every_batch_once(request_: ExtractRequest) -> None:
     assert told == [*[("id/val", 8)] * 5, ("ood/far/mnist", 3)]
 
 
+@pytest.mark.slow
 def test_split_added_later_leaves_the_others_alone(finished: Cache, request_: ExtractRequest) -> None:
     extract(plan_extraction(replace(request_, splits=("id/val",))))
     assert list(open_cache(request_.cache)) == ["id/val"]

@@ -254,6 +254,7 @@ def test_cifar_resnets_have_the_papers_sizes(depth: int, parameters: int) -> Non
     assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
+@pytest.mark.repeats(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layer_of_the_table_can_be_tapped(name: str) -> None:
     model = find_model(name)

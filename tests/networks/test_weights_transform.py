@@ -83,6 +83,7 @@ def row(name: str) -> Model:
     return find_model(name)
 
 
+@pytest.mark.slow
 def test_a_published_file_is_recognised_by_its_content(published: Path) -> None:
     for network in (
         load_network(row("resnet18"), TEN, published, CPU),

@@ -44,6 +44,7 @@ def params_of(term: Term) -> LayerParams:
     return LayerParams(bins=20, saturation=5, alpha=0.5, source=term.source)
 
 
+@pytest.mark.repeats(3)
 @pytest.mark.parametrize("layer", ["avgpool", "logits"])
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("view", ["by_class", "components"])
