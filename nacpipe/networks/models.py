@@ -1,4 +1,8 @@
-"""The table of networks, `MODELS`: a new network is one more row."""
+"""The table of networks, `MODELS`: a new network is one more row.
+
+A row has four default layers and a linear classifier. A network that torchvision lacks is a class in architectures/.
+Beside the row: its side for the check of gradients in tests/networks/test_networks.py, and docs/own-network.md.
+"""
 
 from __future__ import annotations
 

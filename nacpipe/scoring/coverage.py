@@ -1,4 +1,4 @@
-"""The one path from cached states to scores.
+"""The one path from cached states to scores (detector/module.py scores a network's own by the same fitted terms).
 
 Two ways to walk it, which give the same integers and so the same scores:
 

@@ -1,10 +1,11 @@
-"""Post-hoc detectors of other papers: what they learn from, what they score, and those that read logits alone.
+"""What post-hoc detectors of other papers learn from and what they score.
 
     fit_NAME(training) ──▶ score(samples) ──▶ (samples,) float64, larger = more like the training data
 
 A fit raises InputError where these images cannot give a detector; scores that cannot be computed are NaN or infinite.
-Detectors on features are in distances.py, neighbourhoods.py and shaping.py; GradNorm, OpenMax and WeiPer have files of
-their own.
+Those that read logits alone are in logits.py, those on features in distances.py, neighbourhoods.py and shaping.py;
+GradNorm, OpenMax and WeiPer have files of their own. A new one is a `fit_NAME` there, a row of `BASELINES` (baselines.py)
+and of docs/evaluate.md, and a restatement in tests/evaluation/test_baselines_openood.py.
 """
 
 from __future__ import annotations
