@@ -4,8 +4,8 @@
 
 A fit raises InputError where these images cannot give a detector; scores that cannot be computed are NaN or infinite.
 Those that read logits alone are in logits.py, those on features in distances.py, neighbourhoods.py and shaping.py;
-GradNorm, OpenMax and WeiPer have files of their own. A new one is a `fit_NAME` there, a row of `BASELINES` (baselines.py)
-and of docs/evaluate.md, and a restatement in tests/evaluation/test_baselines_openood.py.
+GradNorm, OpenMax and WeiPer have files of their own. A new one is a `fit_NAME` there, a row of `BASELINES`
+(baselines.py) and of docs/evaluate.md, and a restatement in tests/evaluation/test_baselines_openood.py.
 """
 
 from __future__ import annotations
