@@ -45,7 +45,7 @@ def count_coverage(
         network: on whatever device; images are taken there. It may be wrapped (torch.compile, DataParallel).
         params: for the network's modules, by their paths, or the logits.
         batches: training images.
-        pools: layer → pooling, where the guess is wrong.
+        poolings: layer → pooling, where the guess is wrong.
         layers: layer → module path, where the parameters call it otherwise.
         call: how the network is called.
 

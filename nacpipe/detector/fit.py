@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
-from nacpipe.detector.count import count_coverage, group_images
 from nacpipe.detector.module import Detector, load_detector
 from nacpipe.method.params import NacParams
-from nacpipe.networks.call import PLAIN_CALL, Call
 from nacpipe.scoring.params_file import read_params
 
 Source = str | Path | NacParams
@@ -54,16 +51,12 @@ class DetectorSource:
 def fit_detector(
     network: nn.Module,
     params: NacParams,
-    batches: Iterable[Any],  # the network's inputs
+    batches: Iterable[Tensor],  # each (n, …), as the network takes them
     poolings: Mapping[str, str],
     layers: Mapping[str, str] | None = None,
-    call: Call = PLAIN_CALL,
 ) -> Detector:
-    """Count the coverage of training images, as `count_coverage` does. Nothing is flagged: there is no threshold."""
-    exported, examples = count_coverage(network, params, batches, poolings, layers, call)
-    return Detector(
-        network, exported.terms, exported.taps, examples, fused=exported.fused, call=call, exported=exported
-    )
+    """Count the coverage of training images by `Detector.fit`. Nothing is flagged: there is no threshold."""
+    return Detector.fit(network, batches, params, pooling=poolings, layers=layers)
 
 
 def _first(batches: Iterable[Tensor], count: int | None) -> Iterator[Tensor]:
@@ -77,6 +70,3 @@ def _first(batches: Iterable[Tensor], count: int | None) -> Iterator[Tensor]:
             return
         yield images[:left]
         left -= len(images)
-
-
-__all__ = ["DetectorSource", "Source", "fit_detector", "group_images"]

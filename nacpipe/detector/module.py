@@ -196,7 +196,11 @@ class Detector(nn.Module):
         return term_scores, finite
 
     def _detect(self, tapped: Tapped) -> Detected:
-        term_scores, finite = self._term_scores(tapped)
+        return self._combine(tapped, *self._term_scores(tapped))
+
+    def _combine(
+        self, tapped: Tapped, term_scores: Sequence[NDArray[np.float64]], finite: NDArray[np.bool_]
+    ) -> Detected:
         scores = combine_layers(np.stack(term_scores), self.weights)
         scores[~finite] = np.nan
         device = tapped.logits.device
@@ -355,7 +359,8 @@ class Detector(nn.Module):
             InputError: a mask does not fit.
         """
         tapped = self._run(self._arguments(batch))
-        detected, (term_scores, _) = self._detect(tapped), self._term_scores(tapped)
+        term_scores, finite = self._term_scores(tapped)
+        detected = self._combine(tapped, term_scores, finite)
         logits = tapped.logits.float().cpu().numpy()
         shares = self.weights / self.weights.sum()
         entries = []

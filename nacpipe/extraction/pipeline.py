@@ -137,8 +137,7 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
                 writer.drop(name)
             if isinstance(split.images, StreamSamples):
                 _run_stream(plan, split.images, run, progress, writer)
-                if name == "id/train":
-                    note(_accuracy(plan.request.cache, plan.header.classes, _plural(plan)))
+                _note_accuracy(plan, name, note)
                 continue
             if ranks.first:
                 label, index = _known(split.images)
@@ -154,14 +153,16 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
             ranks.wait()
             if ranks.first:
                 writer.seal(name)
-                if name == "id/train" and plan.network.model.outputs != "features":
-                    note(_accuracy(plan.request.cache, plan.header.classes, _plural(plan)))
+                _note_accuracy(plan, name, note)
 
 
-def _plural(plan: Plan) -> str:
-    """What the samples are called."""
+def _note_accuracy(plan: Plan, split: str, note: Note) -> None:
+    """Say the accuracy on id/train when that is finished; a network that gives features has none."""
+    if split != "id/train" or plan.network.model.outputs == "features":
+        return
     examples = plan.network.examples
-    return "images" if examples is None else f"{name_sample(examples)}s"
+    samples = "images" if examples is None else f"{name_sample(examples)}s"
+    note(_accuracy(plan.request.cache, plan.header.classes, samples))
 
 
 def _accuracy(path: str | Path, classes: int, samples: str = "images") -> str:

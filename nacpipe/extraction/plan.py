@@ -180,7 +180,7 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
     notes += [f"images are prepared by {network.prepared_by}: {network.image_transform.describe()}", *network.notes]
     measured = measure_layers(network, request.layers, request.poolings, gradients=request.gradient)
-    header = make_header(request, network, measured.layers, measured.classes, measured.features)
+    header = make_header(request, network, measured)
     return plan_splits(request, header, network, sets, (*notes, *measured.notes), dry=dry)
 
 

@@ -15,7 +15,7 @@ import torchvision
 
 import nacpipe
 from nacpipe.benchmarks.toml import choose_root, open_benchmark
-from nacpipe.cache import Header, LayerSpec
+from nacpipe.cache import Header
 from nacpipe.cache.layout import ALL_BITS, BLOCK_ROWS
 from nacpipe.cache.options import ExtractOptions
 from nacpipe.cache.store import REMOTE_SHARD
@@ -131,15 +131,13 @@ class DataRequest(_Running):
 AnyRequest = ExtractRequest | DataRequest
 
 
-def make_header(
-    request: ExtractRequest, network: Network, layers: tuple[LayerSpec, ...], classes: int, features: int
-) -> Header:
+def make_header(request: ExtractRequest, network: Network, measured: MeasuredLayers) -> Header:
     """Return a new cache's header, with its identity and information."""
     benchmark = open_benchmark(request.benchmark)
     return build_header(
         request,
         network,
-        MeasuredLayers(layers=layers, classes=classes, features=features, notes=()),
+        measured,
         benchmark=benchmark.name,
         prepared={"transform": network.image_transform.to_json()},
         information={

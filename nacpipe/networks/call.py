@@ -158,11 +158,6 @@ def cast_floats(arguments: Any, dtype: torch.dtype) -> Any:
     return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, arguments)
 
 
-def pin(arguments: Any) -> Any:
-    """Return the arguments in page-locked memory, from which they are copied while a GPU computes."""
-    return map_tensors(lambda tensor: tensor.pin_memory(), arguments)
-
-
 def device_of(arguments: Any) -> torch.device:
     """Return the device of the first tensor."""
     return tensors_of(arguments)[0][1].device

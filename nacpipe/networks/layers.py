@@ -116,12 +116,12 @@ def measure_layers(
     Raises:
         InputError: a layer or pooling is not known, they do not fit each other, or a layer has no gradient.
     """
-    chosen_notes: tuple[str, ...] = ()
     if (automatic := is_automatic(network, layers)) and not network.model.default:
         layers = choose_layers(network)
     elif automatic:
         layers = network.model.default
-    draft, notes = _choose_layers(network, layers, poolings, gradients)
+    chosen = automatic and not network.model.default
+    draft, notes = _choose_layers(network, layers, poolings, gradients, notes_guesses=not chosen)
     model = network.model
     try:
         with Taps(
@@ -136,12 +136,10 @@ def measure_layers(
         LayerSpec(name=s.name, path=s.path, pooling=s.pooling, neurons=tapped.activation[s.name].shape[1])
         for s in draft
     )
-    if automatic and not network.model.default:
+    if chosen:
         widths = ", ".join(f"{s.name} ({s.neurons} neurons, {s.pooling})" for s in measured)
         where = command_line("layers", network.model.model_argument) if network.model.model_argument else ""
-        chosen_notes = (f"layers chosen: {widths}" + (f"; others: {where}" if where else ""),)
-        notes = tuple(note for note in notes if "is a guess" not in note)
-    notes = (*chosen_notes, *notes)
+        notes = (f"layers chosen: {widths}" + (f"; others: {where}" if where else ""), *notes)
     return MeasuredLayers(
         layers=measured,
         classes=tapped.logits.shape[1],
@@ -172,7 +170,7 @@ def choose_layers(network: Network, count: int = 4) -> dict[str, str]:
         InputError: no module can be tapped.
     """
     outputs = _record_outputs(network)
-    layers = {layer.path: layer for layer in list_layers(network)}
+    layers = {layer.path: layer for layer in _list_tappable(network, outputs)}
     logits_of = network.model.classifier
     trunk = [
         path
@@ -264,16 +262,20 @@ def _is_multiple(values: Tensor, of: Tensor) -> bool:
 
 def list_layers(network: Network) -> list[Tappable]:
     """Return every module that can be tapped, in the order of their last runs."""
+    return _list_tappable(network, _record_outputs(network))
+
+
+def _list_tappable(network: Network, outputs: Mapping[str, _ModuleOutput]) -> list[Tappable]:
     aliases = {path: alias for alias, (path, _) in network.model.layers.items()}
+    guessed = _guess_poolings(network.module, outputs)
     tappables = []
-    outputs = _record_outputs(network)
     for path, seen in outputs.items():
         if not path or _why_untappable(seen) is not None or not seen.used:
             continue
         assert seen.first is not None
         shape = tuple(seen.first.shape)
         alias = aliases.get(path)
-        pooling = network.model.layers[alias][1] if alias else _guess_pooling(network.module, path, outputs)
+        pooling = network.model.layers[alias][1] if alias else guessed[path]
         kind = POOLINGS[pooling]
         tappables.append(
             Tappable(
@@ -289,28 +291,26 @@ def list_layers(network: Network) -> list[Tappable]:
     return tappables
 
 
-def _guess_pooling(network: nn.Module, path: str, outputs: Mapping[str, _ModuleOutput]) -> str:
-    """Guess a module's pooling; one without a width of its own has the layout of what ran before it and is as wide."""
-    own, before = outputs[path].first, ""
-    own_shape = () if own is None else tuple(own.shape)
-    for other, seen in outputs.items():
-        if other == path:
-            return guess_pooling(network.get_submodule(path), own_shape, before)
-        shape = () if seen.first is None else tuple(seen.first.shape)
-        if (
-            len(shape) == len(own_shape)
-            and shape[0] == 2
-            and (layout := known_layout(network.get_submodule(other), shape))
-        ):
-            channels = POOLINGS[layout].neurons
-            before = layout if shape[channels] == own_shape[channels] else ""
-    raise KeyError(path)
+def _guess_poolings(network: nn.Module, outputs: Mapping[str, _ModuleOutput]) -> dict[str, str]:
+    """Guess every module's pooling; one without a width of its own has that of the last known before it, if as wide."""
+    guessed: dict[str, str] = {}
+    last: dict[int, tuple[str, int]] = {}  # dimensions → the layout that was known last, and its neurons
+    for path, seen in outputs.items():
+        if seen.first is None or seen.first.dim() not in (2, 3, 4, 5):
+            continue
+        shape, module = tuple(seen.first.shape), network.get_submodule(path)
+        before, width = last.get(len(shape), ("", 0))
+        fits = before != "" and shape[POOLINGS[before].neurons] == width
+        guessed[path] = guess_pooling(module, shape, before if fits else "")
+        if len(shape) in (3, 4) and shape[0] == 2 and (layout := known_layout(module, shape)):
+            last[len(shape)] = layout, shape[POOLINGS[layout].neurons]
+    return guessed
 
 
 def _choose_layers(
-    network: Network, layers: Layers, poolings: Poolings, gradients: bool
+    network: Network, layers: Layers, poolings: Poolings, gradients: bool, *, notes_guesses: bool
 ) -> tuple[list[LayerSpec], tuple[str, ...]]:
-    """Return the layers, with 0 neurons until they are counted, and notes."""
+    """Return the layers, with 0 neurons until they are counted, and notes, of guessed poolings if asked for."""
     model = network.model
     wanted = name_layers(layers or model.default)
     where = command_line("layers", model.model_argument or model.name)
@@ -327,15 +327,16 @@ def _choose_layers(
     chosen = _check_pools(list(wanted), poolings)
     table = {**{path: (path, pooling) for path, pooling in model.layers.values()}, **model.layers}
     seen = _record_outputs(network, gradients) if any(target not in table for target in wanted.values()) else {}
+    guessed = _guess_poolings(network.module, seen)
     specs, notes = [], []
     for name, target in wanted.items():
         path, pooling = table.get(target, (target, ""))
         if target not in table:
             shape = _check_tappable(name, path, modules[path], seen, gradients)
-            pooling = _guess_pooling(network.module, path, seen)
+            pooling = guessed[path]
             samples = POOLINGS[pooling].samples
             own = [size for axis, size in enumerate(shape) if axis != samples]
-            if name not in chosen:
+            if notes_guesses and name not in chosen:
                 notes.append(
                     f"layer {name}: its output {_format_shape(own)} is pooled by {pooling}, which is a guess;"
                     f" another with --pooling {shlex.quote(f'{name}=KIND')}"

@@ -65,12 +65,14 @@ class TailMendingLock:
     def mend(self) -> None:
         """Cut off what a power cut left of the last lines: a torn one, and all from a piece that was never written."""
         self.acquire()
-        handle = self._held[-1]
-        start = max(0, os.fstat(handle).st_size - UNSYNCED)
-        tail = os.pread(handle, UNSYNCED, start)
-        if (hole := tail.find(b"\0")) >= 0:
-            os.ftruncate(handle, start + tail.rfind(b"\n", 0, hole) + 1)
-        self.release()
+        try:
+            handle = self._held[-1]
+            start = max(0, os.fstat(handle).st_size - UNSYNCED)
+            tail = os.pread(handle, UNSYNCED, start)
+            if (hole := tail.find(b"\0")) >= 0:
+                os.ftruncate(handle, start + tail.rfind(b"\n", 0, hole) + 1)
+        finally:
+            self.release()
 
 
 class Journal(JournalFileBackend):
@@ -107,7 +109,7 @@ class Journal(JournalFileBackend):
 def sync_study(where: str) -> None:
     """Wait until a journal is on the disk; databases wait by themselves."""
     if not backend(where) and Path(where).exists():
-        with open(where, "rb") as file:
+        with open(where, "ab") as file:  # Windows forces no file that is open for reading alone
             os.fsync(file.fileno())
 
 
