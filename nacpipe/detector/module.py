@@ -396,6 +396,7 @@ class Detector(nn.Module):
                 autocast=self._autocast,
                 gradients=self._gradients,
                 call=self._call,
+                cache_layers=None if self._exported is None else self._exported.cache_layers,
             ) as taps,
         ):
             tapped = taps(map_tensors(Tensor.detach, images))
