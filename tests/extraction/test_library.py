@@ -77,11 +77,8 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in ("wine", "recurrent") else pytest.param(name, marks=pytest.mark.slow) for name in KINDS],
-)
-def test_a_killed_extraction_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["wine", "recurrent"])  # all kinds, by SIGKILL: test_any_network.py
+def test_a_broken_extraction_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = KINDS[name]()
     whole = extract(kind, tmp_path / "whole.zarr")
     done: list[int] = []

@@ -1,0 +1,113 @@
+"""From a network of any kind to a verdict, in Python: each step killed and resumed, each value stated again plainly."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import default_collate
+
+import nacpipe
+from nacpipe.errors import CacheError
+from nacpipe.extraction.samples import split_label
+from tests import oracle
+from tests.killed_steps import EXTRACT, TUNE
+from tests.networks_of_any_kind import KINDS, NAMES, Kind
+from tests.prefork import python_words
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows"),
+]
+
+
+def batch_of(kind: Kind, split: str, rows: range) -> Any:
+    data = kind.splits[split]
+    return split_label(default_collate([data[row] for row in rows]))[0]
+
+
+def killed(step: str, name: str, folder: Path) -> None:
+    command = [*python_words(), "-m", "tests.killed_steps", step, name, str(folder)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def restated(cache: nacpipe.Cache, params: nacpipe.NacParams, split: str) -> NDArray[np.float64]:
+    """A split's scores, from the states in the cache and the definitions."""
+    scores, weights = [], []
+    for name, layer in params.layers.items():
+        products = []
+        for part in ("id/train", split):
+            states = cache[part][name]
+            assert states.gradient is not None
+            products.append(states.activation[:] * states.gradient[:])
+        assert layer.source == "product"
+        options = {"bins": layer.bins, "saturation": layer.saturation, "alpha": layer.alpha, "edges": layer.edges}
+        scores.append(oracle.score_layer(*products, **options))
+        weights.append(layer.weight)
+    return oracle.weighted_score(scores, weights)
+
+
+@pytest.mark.repeats(2)
+@pytest.mark.parametrize("name", NAMES)
+def test_from_a_network_to_a_verdict(name: str, tmp_path: Path) -> None:
+    kind = KINDS[name]()
+    torch.save(kind.network.state_dict(), tmp_path / "network.pt")
+    (tmp_path / "whole").mkdir()
+    whole = nacpipe.extract(kind.network, kind.splits, tmp_path / "whole/x.zarr", **{**EXTRACT, **kind.options})
+    undisturbed = nacpipe.tune(whole, **TUNE)
+
+    killed("extract", name, tmp_path)
+    with pytest.raises(CacheError, match=r"finish it with: nacpipe\.extract"):
+        nacpipe.open_cache(tmp_path / "x.zarr")["id/train"]
+    rows: list[int] = []
+    options = {**EXTRACT, **kind.options, "progress": lambda _split, count: rows.append(count)}
+    cache = nacpipe.extract(kind.network, kind.splits, tmp_path / "x.zarr", **options)
+    missing = sum(len(data) for data in kind.splits.values()) - sum(rows)
+    assert missing > 0 and missing % EXTRACT["block_rows"] == 0  # blocks that are not computed again
+    assert {split: cache[split].attributes["digest"] for split in cache} == {
+        split: whole[split].attributes["digest"] for split in whole
+    }
+
+    killed("tune", name, tmp_path)
+    lines = (tmp_path / "x.study.log").read_bytes()
+    result = nacpipe.tune(cache, **TUNE)
+    assert (tmp_path / "x.study.log").read_bytes().startswith(lines)  # no trial is repeated
+    assert result.params == undisturbed.params
+    assert result.study is not None and undisturbed.study is not None
+    assert [t.values for t in result.study.trials] == [t.values for t in undisturbed.study.trials]
+
+    params = result.params.used()
+    scores = nacpipe.score_splits(cache, result.params, list(cache))
+    for split in ("id/test", "ood/val"):
+        np.testing.assert_allclose(scores[split], restated(cache, params, split), rtol=1e-9)
+    table = nacpipe.evaluate(cache, result.params).set_index(["method", "dataset"])
+    (other,) = [split for split in cache if split.startswith("ood/far/")]
+    for (method, dataset), row in table.iterrows():
+        if method == "NAC" and dataset != "mean":
+            assert row.auroc == pytest.approx(oracle.auroc(scores["id/test"], scores[other]))
+            assert row.fpr95 == pytest.approx(oracle.fpr95(scores["id/test"], scores[other]))
+    assert result.checks.val_auroc == pytest.approx(oracle.auroc(scores["id/val"], scores["ood/val"]))
+
+    call = {key: kind.options[key] for key in ("prepare", "mask") if key in kind.options}
+    detector = nacpipe.Detector.from_cache(cache, result.params, kind.network, **call)
+    for split in ("id/val", "ood/val"):
+        logits, score, percentile, is_ood = detector(batch_of(kind, split, range(16)))
+        assert logits.shape == (16, 3)
+        np.testing.assert_allclose(logits, cache[split].read("logits")[:16], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(score, scores[split][:16], atol=0.02)
+        below = [100 * float(np.mean(scores["id/val"] < float(one))) for one in score]
+        np.testing.assert_allclose(percentile, below)
+        assert is_ood.tolist() == (score < detector.threshold).tolist()
+    detector.save(tmp_path / "d.safetensors")
+    again = nacpipe.Detector.load(tmp_path / "d.safetensors", kind.network, **call)
+    batch = batch_of(kind, "id/test", range(8))
+    for one, other_one in zip(detector(batch), again(batch), strict=True):
+        np.testing.assert_array_equal(one, other_one)
