@@ -42,7 +42,7 @@ def count(split: str, rows: int) -> None:
 
 
 def extract(network: nn.Module, data: TensorDataset) -> nacpipe.Cache:
-    text_splits: dict[str, Texts | list[tuple[list[str], list[int]]]] = {"id/train": Texts(), "id/val": [(["a"], [0])]}
+    text_splits: dict[str, Texts | list[tuple[str, int]]] = {"id/train": Texts(), "id/val": [("a", 0)]}
     nacpipe.extract(
         network, text_splits, Path("texts.zarr"),
         layers={"hidden": "encoder"}, pooling={"hidden": "class-token"}, prepare=tokenize, logits=take_logits,

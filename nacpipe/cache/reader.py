@@ -153,9 +153,10 @@ class Cache(Mapping[str, SplitView]):
 
     def command(self) -> str:
         """Return the command that made this cache, which also finishes it."""
-        return finishing_command(self.header.information, self.path, self._train_images())
+        return finishing_command(self.header.information, self.path, self.train_images())
 
-    def _train_images(self) -> int | None:
+    def train_images(self) -> int | None:
+        """Return the number of images that was asked for as id/train; None where it is not known."""
         try:
             count = self.peek("id/train").images.get("images") if "id/train" in self else None
         except NacError:  # damaged, or just being extracted again

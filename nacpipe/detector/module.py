@@ -471,13 +471,28 @@ def load_detector(file: str | Path, network: nn.Module, call: Call = PLAIN_CALL)
         raise DetectorError(f"{file}: {error}") from None
 
 
+def _check_call(stored: Any, call: Call) -> None:
+    """Refuse a call with other options than the states were made with; of functions the source is not compared."""
+    if not isinstance(stored, Mapping):  # by the command line, or an earlier nacpipe
+        return
+    for name in ("prepare", "logits", "mask"):
+        before, now = stored.get(name), getattr(call, name)
+        if before is None and now is not None:
+            raise DetectorError(f"its states were made without {name}=; leave it out")
+        if before is not None and now is None:
+            raise DetectorError(f"its states were made with {name}=; give the same")
+        if isinstance(now, str) and now != before:
+            raise DetectorError(f"its states were made with another {name}= than {now!r}; give the same")
+
+
 def attach(exported: Exported, network: nn.Module, call: Call = PLAIN_CALL) -> Detector:
     """Put an exported detector on its network.
 
     Raises:
-        DetectorError: the network has other weights or layers.
+        DetectorError: the network has other weights or layers, or the call lacks `prepare`, `logits` or `mask`.
     """
     identity = exported.identity
+    _check_call(identity.get("call"), call)
     network = unwrap(network)
     if differences := diff({"weights": identity["weights"]}, {"weights": hash_network(network)}):
         inside = [name for name, child in network.named_children() if hash_network(child) == identity["weights"]]

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.layout import ALL_BITS, check_layer_names, check_split_name, is_split_path, split_order
+from nacpipe.cache.options import FROM_PYTHON
 from nacpipe.errors import InputError
 from nacpipe.extraction.distributed import Ranks
 from nacpipe.extraction.pipeline import choose_blocks
@@ -25,6 +26,7 @@ from nacpipe.extraction.request import DataRequest, build_header, find_device, p
 from nacpipe.extraction.samples import MapSamples, StreamSamples, open_samples
 from nacpipe.networks.build import adopt_module
 from nacpipe.networks.call import ATTENTION_MASK, Call, Mask, describe_input, move
+from nacpipe.networks.functions import describe_call
 from nacpipe.networks.layers import AUTO, measure_layers, name_layers
 from nacpipe.networks.taps import isolated
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
@@ -64,10 +66,10 @@ def extract(
 
     Args:
         network: a classifier: it gives logits (n, classes), an object with `.logits`, or a mapping with "logits".
-        splits: split name → a map-style data set, a DataLoader of one that takes its samples in order (its `collate_fn`
-            and `num_workers` are used), or an iterable of batches. The names are `id/train`, `id/subtrain`, `id/val`,
-            `id/test`, `csid/NAME`, `ood/val`, `ood/near/NAME` and `ood/far/NAME`. A map-style data set goes on at a
-            block after a kill; an iterable starts its split anew.
+        splits: split name → a map-style data set, such as a list of samples; a DataLoader of one that takes its samples
+            in order (its `collate_fn` and `num_workers` are used); or an iterable of batches. The names are `id/train`,
+            `id/subtrain`, `id/val`, `id/test`, `csid/NAME`, `ood/val`, `ood/near/NAME` and `ood/far/NAME`. A map-style
+            data set goes on at a block after a kill; an iterable starts its split anew.
         path: the cache's folder, or its URL.
         layers: `auto`: the classifier's input and the ends of stages, at most four; or module paths, `NAME=PATH`; or
             name in the cache → module path.
@@ -148,15 +150,16 @@ def _plan(
     wanted = (layers,) if isinstance(layers, str) else layers
     measured = measure_layers(adopted, wanted, list(pooling.items()), gradients=request.gradient)
     check_layer_names(list(name_layers({spec.name: spec.path for spec in measured.layers})))
+    described, function_notes = describe_call(call)
     header = build_header(
         request,
         adopted,
         measured,
         benchmark=name,
-        prepared={"input": describe_input(examples, call.mask_of(examples))},
-        information={"written_by": "nacpipe.extract"},
+        prepared={"input": describe_input(examples, call.mask_of(examples)), "call": described},
+        information={"written_by": FROM_PYTHON},
     )
-    notes = [*adopted.notes, *measured.notes]
+    notes = [*adopted.notes, *measured.notes, *function_notes]
     if call.mask is None and call.mask_of(examples) is not None:
         notes.append(f"the argument {ATTENTION_MASK} is taken as the mask: positions where it is 0 are padding")
     return plan_splits(request, header, adopted, samples, notes)

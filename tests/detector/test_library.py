@@ -87,6 +87,23 @@ def test_an_explanation_adds_up(wine: Any) -> None:
     assert len(detector.explain(batch)[0].neurons) == 10
 
 
+def test_another_call_is_refused(tmp_path: Path) -> None:
+    kind = KINDS["masked"]()
+    options: dict[str, Any] = {"layers": ["first"], "progress": False}
+    cache = nacpipe.extract(kind.network, kind.splits, tmp_path / "x.zarr", mask="valid", **options)
+    params = nacpipe.NacParams(layers={"first": nacpipe.LayerParams(bins=9, saturation=3, alpha=1.0)})
+    for call, message in (
+        ({}, "its states were made with mask=; give the same"),
+        ({"mask": "signal"}, "its states were made with another mask= than 'signal'; give the same"),
+        ({"mask": "valid", "prepare": dict}, "its states were made without prepare=; leave it out"),
+    ):
+        with pytest.raises(DetectorError, match=message):
+            nacpipe.Detector.from_cache(cache, params, kind.network, **call)
+    nacpipe.Detector.from_cache(cache, params, kind.network, mask="valid").save(tmp_path / "d.safetensors")
+    with pytest.raises(DetectorError, match=r"d\.safetensors: its states were made with mask=; give the same"):
+        nacpipe.Detector.load(tmp_path / "d.safetensors", kind.network)
+
+
 def test_another_network_is_refused(wine: Any) -> None:
     _, cache, params = wine
     other = torch.nn.Sequential(torch.nn.Linear(13, 3))
