@@ -48,7 +48,7 @@ def extract(network: nn.Module, data: TensorDataset) -> nacpipe.Cache:
         layers={"hidden": "encoder"}, pooling={"hidden": "class-token"}, prepare=tokenize, logits=take_logits,
         mask=find_mask, device=torch.device("cpu"), batch_size=8, workers=2, precision="bf16", mantissa_bits=10,
         gradient=False, block_rows=16, shard_blocks=2, redo=["id/val"], fingerprint={"id/train": "v1"}, name="texts",
-        progress=count,
+        distributed=False, progress=count,
     )  # fmt: skip
     splits = {"id/train": DataLoader(data, batch_size=8), "id/val": data, "ood/val": data}
     return nacpipe.extract(network, splits, "x.zarr", mask="valid", device="cpu", layers=["1"], progress=False)

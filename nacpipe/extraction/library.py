@@ -18,7 +18,7 @@ from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.layout import ALL_BITS, check_layer_names, check_split_name, is_split_path, split_order
 from nacpipe.cache.options import FROM_PYTHON
 from nacpipe.errors import InputError
-from nacpipe.extraction.distributed import Ranks
+from nacpipe.extraction.distributed import Ranks, find_ranks
 from nacpipe.extraction.pipeline import choose_blocks
 from nacpipe.extraction.pipeline import extract as run_plan
 from nacpipe.extraction.plan import Plan, plan_splits
@@ -55,6 +55,7 @@ def extract(
     redo: Sequence[str] = (),
     fingerprint: str | Mapping[str, str] | None = None,
     name: str = "own",
+    distributed: bool | None = None,
     progress: bool | Callable[[str, int], None] = True,
 ) -> Cache:
     """Run a network once over the data and write every layer's states to a cache. The same call goes on after a kill.
@@ -90,6 +91,8 @@ def extract(
         fingerprint: text, or split → text, that stands for the data in the cache's identity; None: the class, length,
             labels and content of seeded samples, of an iterable the content of all.
         name: of the data, as the cache's identity has it.
+        distributed: whether the processes of torchrun, or of torch's process group, write one cache together: then all
+            of them call this. None: where there are several. An iterable is read by the first alone.
         progress: whether a bar and notes are shown on stderr; or a function that is called with a split and a number of
             samples after every batch.
 
@@ -119,20 +122,23 @@ def extract(
     )
     request.check()
     network = unwrap(network)
+    ranks = find_ranks(distributed)
     home = find_device_and_dtype(network)[0]
-    target = home if device is None else find_device(str(device))
-    show = _Show(progress)
+    target = home if device is None else find_device(str(device), ranks.local, ranks.local_world, python=True)
+    show = _Show(progress, ranks)
+    ranks.meet(lambda text: print(text, file=sys.stderr))
     try:
         network.to(target)
         with isolated(network, target):
             plan = _plan(request, network, samples, call, layers, pooling or {}, name)
             for text in plan.notes:
                 show.note(text)
-            plan = choose_blocks(plan, Ranks(), show.note)
+            plan = choose_blocks(plan, ranks, show.note)
             with show.bar(plan):
-                run_plan(plan, show.step, Ranks(), show.note)
+                run_plan(plan, show.step, ranks, show.note)
     finally:
         network.to(home)
+    ranks.wait()
     return open_cache(path)
 
 
@@ -190,11 +196,11 @@ def _batch_size(splits: Mapping[str, Any]) -> int:
 
 
 class _Show:
-    """Notes and a bar on stderr, or a caller's function, or nothing."""
+    """Notes and a bar on stderr, by the first rank, or a caller's function, or nothing."""
 
-    def __init__(self, progress: bool | Callable[[str, int], None]) -> None:
+    def __init__(self, progress: bool | Callable[[str, int], None], ranks: Ranks) -> None:
         self._function = progress if callable(progress) else None
-        self._shown = progress is True
+        self._shown, self._ranks = progress is True and ranks.first, ranks
         self._bar: Any = None
 
     def note(self, text: str) -> None:
@@ -217,6 +223,6 @@ class _Show:
         from tqdm.auto import tqdm
 
         streams = any(isinstance(split.images, StreamSamples) and not split.sealed for split in plan.splits)
-        total = None if streams else plan.todo_rows(Ranks())
+        total = None if streams else plan.todo_rows(self._ranks)
         self._bar = tqdm(total=total, unit="sample", disable=not self._shown or total == 0)
         return self._bar

@@ -145,8 +145,9 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
             if ranks.first and split.drop:
                 writer.drop(name)
             if isinstance(split.images, StreamSamples):
-                _run_stream(plan, split.images, run, progress, writer)
-                _note_accuracy(plan, name, note)
+                if ranks.first:  # it is read from its beginning, by one
+                    _run_stream(plan, split.images, run, progress, writer)
+                    _note_accuracy(plan, name, note)
                 continue
             if ranks.first:
                 label, index = _known(split.images)
