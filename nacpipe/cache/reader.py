@@ -34,6 +34,11 @@ def open_cache(path: str | Path) -> Cache:
     return Cache(str(path), root, header)
 
 
+def as_cache(cache: Cache | str | Path) -> Cache:
+    """Return a cache, which is opened where its path or URL is given."""
+    return cache if isinstance(cache, Cache) else open_cache(cache)
+
+
 def open_root(path: str, *, mode: Literal["r", "r+"]) -> tuple[zarr.Group, Header]:
     """Open the root group and read its header; errors carry the path."""
     try:

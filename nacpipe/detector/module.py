@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nacpipe.cache import Cache, LayerSpec, open_cache
+from nacpipe.cache import Cache, LayerSpec, as_cache
 from nacpipe.cache.identity import diff
 from nacpipe.cache.layout import ALL_BITS
 from nacpipe.detector.calibration import Calibration, calibrate_scores
@@ -248,8 +248,7 @@ class Detector(nn.Module):
             CacheError: the cache is not there or not finished.
             InputError: keep is no share, or parameters do not fit the cache.
         """
-        opened = cache if isinstance(cache, Cache) else open_cache(cache)
-        exported = export_detector(opened, params, keep)
+        exported = export_detector(as_cache(cache), params, keep)
         return attach(exported, network, Call(prepare=prepare, logits=logits, mask=mask))
 
     @classmethod

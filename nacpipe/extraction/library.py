@@ -126,7 +126,7 @@ def extract(
     home = find_device_and_dtype(network)[0]
     target = home if device is None else find_device(str(device), ranks.local, ranks.local_world, python=True)
     show = _Show(progress, ranks)
-    ranks.meet(lambda text: print(text, file=sys.stderr))
+    ranks.meet(_say)
     try:
         network.to(target)
         with isolated(network, target):
@@ -195,6 +195,10 @@ def _batch_size(splits: Mapping[str, Any]) -> int:
     return sizes[0] if sizes else BATCH_SIZE
 
 
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
 class _Show:
     """Notes and a bar on stderr, by the first rank, or a caller's function, or nothing."""
 
@@ -209,7 +213,7 @@ class _Show:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
-            sys.stderr.write(f"{text}\n")
+            _say(text)
 
     def step(self, split: str, rows: int) -> None:
         if self._function is not None:

@@ -142,6 +142,7 @@ def _value(value: Any) -> str:
 
 def _name(function: Callable[..., Any]) -> str:
     if (name := getattr(function, "__qualname__", None)) is not None:
-        return f"{getattr(function, '__module__', None)}.{name}"
+        module = getattr(function, "__module__", None)  # None of code that was executed from a text
+        return f"{module}.{name}" if module else str(name)
     shown = repr(function)
     return _value(function) if " at 0x" in shown else shown
