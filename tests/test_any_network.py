@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
 import nacpipe
+from nacpipe.detector.adapters.openood import NACPostprocessor
 from nacpipe.errors import CacheError
 from nacpipe.extraction.samples import split_label
 from tests import oracle
@@ -111,3 +113,31 @@ def test_from_a_network_to_a_verdict(name: str, tmp_path: Path) -> None:
     batch = batch_of(kind, "id/test", range(8))
     for one, other_one in zip(detector(batch), again(batch), strict=True):
         np.testing.assert_array_equal(one, other_one)
+    check_adapters(kind, result.params, tmp_path / "d.safetensors", again, call)
+
+
+def check_adapters(kind: Kind, params: nacpipe.NacParams, file: Path, detector: nacpipe.Detector, call: Any) -> None:
+    """Other tools' interfaces give the detector's scores, whether it was exported or is counted by them."""
+    batch, expected = batch_of(kind, "ood/val", range(10)), detector(batch_of(kind, "ood/val", range(10)))
+    labels = torch.tensor([kind.label(kind.splits["id/train"][row]) for row in range(40)])
+    inputs = [batch_of(kind, "id/train", rows) for rows in (range(25), range(25, 40))]
+    loader = [{"data": x, "label": y} for x, y in zip(inputs, labels.split([25, 15]), strict=True)]
+    openood = NACPostprocessor(file, **call)
+    openood.setup(kind.network, {}, {})
+    predicted, confidence, truth = openood.inference(kind.network, [{"data": batch, "label": [-1] * 10}])
+    np.testing.assert_array_equal(confidence, expected.score)
+    np.testing.assert_array_equal(predicted, expected.logits.argmax(dim=1))
+    assert truth.tolist() == [-1] * 10
+    counted = NACPostprocessor(params, train_images=30, **call)
+    counted.setup(kind.network, {"train": loader}, {})
+    _, confidence, _ = counted.inference(kind.network, [{"data": batch, "label": [-1] * 10}])
+    fitted = nacpipe.Detector.fit(kind.network, [batch_of(kind, "id/train", range(30))], params, **call)
+    np.testing.assert_allclose(confidence, fitted(batch).score, atol=0.02)
+    if find_spec("pytorch_ood") is None:
+        return
+    from nacpipe.detector.adapters.pytorch_ood import NAC
+
+    np.testing.assert_array_equal(-NAC(kind.network, file, **call)(batch), expected.score)
+    outliers = torch.cat([labels[:30], torch.full((10,), -1)]).split([25, 15])  # they are left out
+    theirs = NAC(kind.network, params, **call).fit(list(zip(inputs, outliers, strict=True)))
+    np.testing.assert_allclose(-theirs(batch), fitted(batch).score, atol=0.02)

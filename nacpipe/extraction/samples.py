@@ -39,7 +39,7 @@ def split_label(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         label = next((batch[key] for key in LABELS if key in batch), None)
         return {key: value for key, value in batch.items() if key not in LABELS}, label
-    if not isinstance(batch, tuple | list):
+    if not isinstance(batch, tuple | list) or all(isinstance(part, str) for part in batch):  # a batch of texts
         return batch, None
     if len(batch) == 1:
         return batch[0], None
