@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import default_collate
 
 import nacpipe
 from nacpipe.detector.adapters.openood import NACPostprocessor
 from nacpipe.errors import CacheError
 from nacpipe.extraction.samples import split_label
+from nacpipe.networks.call import map_tensors
 from tests import oracle
 from tests.killed_steps import EXTRACT, TUNE
 from tests.networks_of_any_kind import KINDS, NAMES, Kind
@@ -113,7 +117,44 @@ def test_from_a_network_to_a_verdict(name: str, tmp_path: Path) -> None:
     batch = batch_of(kind, "id/test", range(8))
     for one, other_one in zip(detector(batch), again(batch), strict=True):
         np.testing.assert_array_equal(one, other_one)
+    check_copies(again, batch)
     check_adapters(kind, result.params, tmp_path / "d.safetensors", again, call)
+
+
+def check_copies(detector: nacpipe.Detector, batch: Any) -> None:
+    """Copies, and a detector inside torch's wrappers, give its scores; so do inputs made under inference mode."""
+    score, state = detector(batch).score, detector.state_dict()
+    empty = copy.deepcopy(detector)
+    with torch.no_grad():
+        for parameter in empty.parameters():
+            parameter.zero_()
+    empty.load_state_dict(state)
+    for other in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector)), empty, nn.DataParallel(detector)):
+        assert torch.equal(other(batch).score, score)
+    with torch.inference_mode():
+        inside = map_tensors(torch.clone, batch)
+        assert torch.equal(detector(inside).score, score)
+    assert torch.equal(detector(inside).score, score)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["masked", "text"])
+def test_a_compiled_detector_is_the_same(name: str, tmp_path: Path) -> None:
+    kind = KINDS[name]()
+    options = {**EXTRACT, **kind.options}
+    cache = nacpipe.extract(kind.network, kind.splits, tmp_path / "x.zarr", **options)
+    layer = nacpipe.LayerParams(bins=9, saturation=3, alpha=1.0)
+    params = nacpipe.NacParams(layers={spec.name: layer for spec in cache.header.layers})
+    call = {key: kind.options[key] for key in ("prepare", "mask") if key in kind.options}
+    detector, batch = (
+        nacpipe.Detector.from_cache(cache, params, kind.network, **call),
+        batch_of(kind, "id/val", range(6)),
+    )
+    expected = detector(batch)
+    for one, other in zip(torch.compile(detector)(batch), expected, strict=True):
+        assert torch.equal(one, other)
+    wrapped = nacpipe.Detector.from_cache(cache, params, torch.compile(kind.network), **call)
+    assert torch.equal(wrapped(batch).score, expected.score)
 
 
 def check_adapters(kind: Kind, params: nacpipe.NacParams, file: Path, detector: nacpipe.Detector, call: Any) -> None:

@@ -166,6 +166,12 @@ class Detector(nn.Module):
             InputError: the network fails on the first batch, or a mask does not fit.
             DetectorError: a layer has another number of neurons than was counted.
         """
+        if torch.compiler.is_compiling():  # torch.compile(detector): hooks and compiled tables are no graph's
+            eager: Detected = torch.compiler.disable(self._forward)(batch)
+            return eager
+        return self._forward(batch)
+
+    def _forward(self, batch: Any) -> Detected:
         return self._detect(self._run(self._arguments(batch)))
 
     def _arguments(self, batch: Any) -> Any:

@@ -1,4 +1,4 @@
-"""OpenOOD's own Evaluator runs our postprocessor and prints our table, where OpenOOD is installed (from its repository).
+"""OpenOOD's own Evaluator runs our postprocessor and prints our table, where it is installed (from its repository).
 
 Everywhere else its steps are restated in test_adapters.py.
 """
