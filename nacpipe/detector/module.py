@@ -167,7 +167,8 @@ class Detector(nn.Module):
             DetectorError: a layer has another number of neurons than was counted.
         """
         if torch.compiler.is_compiling():  # torch.compile(detector): hooks and compiled tables are no graph's
-            eager: Detected = torch.compiler.disable(self._forward)(batch)
+            disable: Any = torch.compiler.disable
+            eager: Detected = disable(self._forward)(batch)
             return eager
         return self._forward(batch)
 
