@@ -43,11 +43,12 @@ from nacpipe.cache.layout import (
     is_there,
     is_whole,
 )
+from nacpipe.cache.options import FROM_PYTHON
 from nacpipe.cache.reader import open_cache, open_root
 from nacpipe.cache.validation import open_member, split_problems
 from nacpipe.errors import CacheError, FormatError, IdentityError
 from nacpipe.files import is_url
-from nacpipe.text import command_line
+from nacpipe.text import command_line, spell_option
 
 WRITERS = 8  # arrays that are written at once: their compression and their fsync overlap
 
@@ -358,18 +359,19 @@ def check_identity(path: str, stored: Header, wanted: Header) -> None:
     """
     stored_identity = stored.whole_identity()
     if differences := diff(stored_identity, comparable_fields(stored_identity, wanted.whole_identity())):
+        python = wanted.information.get("written_by") == FROM_PYTHON
         raise IdentityError(
-            f"{path} was made from something else: {'; '.join(differences)}. Give another --cache, or"
-            f" {_remedy(stored_identity, differences)}"
+            f"{path} was made from something else: {'; '.join(differences)}. Give another"
+            f" {'path' if python else '--cache'}, or {_remedy(stored_identity, differences, python)}"
         )
 
 
-def _remedy(stored: Mapping[str, Any], differences: Sequence[str]) -> str:
+def _remedy(stored: Mapping[str, Any], differences: Sequence[str], python: bool) -> str:
     """Return the options that restore the stored identity."""
     differ = {phrase.split(":")[0] for phrase in differences}
     arithmetic = stored.get("arithmetic", {})
     known = {
-        "arithmetic.device": f"--device {shlex.quote(str(arithmetic.get('device')))}",
+        "arithmetic.device": spell_option("device", str(arithmetic.get("device")), python=python),
         "arithmetic.memory_format": f"--{str(arithmetic.get('memory_format')).replace('_', '-')}",
         "arithmetic.tf32": f"TF32 (torch.backends, in the network's file) {'on' if arithmetic.get('tf32') else 'off'}",
         "source": "the network's file, and what it imports from its folder, as they were",
@@ -377,7 +379,8 @@ def _remedy(stored: Mapping[str, Any], differences: Sequence[str]) -> str:
     if "arithmetic.device" in differ:
         differ.discard("arithmetic.memory_format")  # it depends on the device
     options = [text for key, text in known.items() if key in differ]
-    return ", ".join(options + ["the same options"] * bool(differ.difference(known)))
+    same = "the same network, layers and options" if python else "the same options"
+    return ", ".join(options + [same] * bool(differ.difference(known)))
 
 
 def round_mantissa(values: NDArray[np.float32], mantissa_bits: int) -> NDArray[np.float32]:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed
 
+NOTE_SECONDS = 30.0  # of waiting for other ranks
 TIMEOUT = datetime.timedelta(days=7)  # one rank may have much more work than another
 
 
@@ -28,6 +31,8 @@ class Ranks:
     """The rank among the processes on this machine; selects the GPU."""
     local_world: int = 1
     """Number of processes on this machine."""
+    group: Any = field(default=None, compare=False, repr=False)
+    """torch's process group of these processes; None: the default one."""
 
     @property
     def first(self) -> bool:
@@ -46,14 +51,29 @@ class Ranks:
     def wait(self) -> None:
         """Wait until all ranks have called this."""
         if self.world > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier(self.group)
+
+    def meet(self, note: Callable[[str], None]) -> None:
+        """Wait until all ranks have called this; a note says so where it takes long."""
+        if self.world == 1:
+            return
+        waiting, noted = torch.distributed.barrier(self.group, async_op=True), time.monotonic() + NOTE_SECONDS
+        while not waiting.is_completed():
+            time.sleep(0.01)
+            if time.monotonic() >= noted:
+                noted = float("inf")
+                note(
+                    f"rank {self.rank} of {self.world} waits for the others to call nacpipe.extract;"
+                    " distributed=False extracts in one process alone"
+                )
+        waiting.wait()
 
     def agree(self, value: int) -> int:
         """Return rank 0's value; all ranks must call this."""
         if self.world == 1:
             return value
         shared = torch.tensor([value])
-        torch.distributed.broadcast(shared, 0)
+        torch.distributed.broadcast(shared, 0, group=self.group)
         return int(shared.item())
 
 
@@ -64,10 +84,39 @@ def join_ranks() -> Ranks:
         return Ranks()
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
-    local, local_world = (
-        int(os.environ.get(name, usual)) for name, usual in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
-    return Ranks(int(os.environ["RANK"]), world, local, local_world)
+    return Ranks(int(os.environ["RANK"]), world, *_local())
+
+
+def _local() -> tuple[int, int]:
+    """Return the rank among the processes on this machine, and their number."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+_own_group: list[tuple[Any, Any]] = []
+"""A program's process group and ours beside it: one is made for all extractions of a program."""
+
+
+def find_ranks(distributed: bool | None = None) -> Ranks:
+    """Return this process among those of a program of the caller's, which may have a process group already.
+
+    Without one, that of torchrun's processes is made (gloo), and stays: torch cannot be sure to make it twice.
+
+    Args:
+        distributed: whether the processes share the work; None: where there are several.
+    """
+    torch_distributed = torch.distributed
+    if distributed is False or not torch_distributed.is_available():
+        return Ranks()
+    if not torch_distributed.is_initialized():
+        if distributed is None and not torch_distributed.is_torchelastic_launched():
+            return Ranks()
+        return join_ranks()
+    if (world := torch_distributed.get_world_size()) == 1:
+        return Ranks()
+    default = torch_distributed.group.WORLD
+    if not (_own_group and _own_group[0][0] is default):  # theirs may be nccl's, or give up after minutes
+        _own_group[:] = [(default, torch_distributed.new_group(backend="gloo", timeout=TIMEOUT))]
+    return Ranks(torch_distributed.get_rank(), world, *_local(), group=_own_group[0][1])
 
 
 def leave_ranks() -> None:

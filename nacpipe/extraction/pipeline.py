@@ -38,6 +38,7 @@ from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.build import classifier_weights
 from nacpipe.networks.call import name_sample
 from nacpipe.networks.taps import Tapped
+from nacpipe.text import spell_option
 
 ACCURACY_ROWS = 8192  # rows that are read at once
 BLOCKS_IN_FLIGHT = 2  # that are written while the network runs the next one
@@ -90,7 +91,8 @@ def choose_blocks(plan: Plan, ranks: Ranks = Ranks(), note: Note = lambda text: 
         if seconds > BLOCK_SECONDS:
             unit = "a batch" if plan.header.shard_blocks == 1 else f"a shard of {plan.header.shard_blocks} batches"
             note(
-                f"{unit} takes {seconds:.0f} s, which is what an interruption costs; a smaller --batch-size costs less"
+                f"{unit} takes {seconds:.0f} s, which is what an interruption costs; a smaller"
+                f" {spell_option('batch-size', python=plan.network.from_python)} costs less"
             )
     return plan.with_block_rows(ranks.agree(rows))
 
@@ -98,13 +100,15 @@ def choose_blocks(plan: Plan, ranks: Ranks = Ranks(), note: Note = lambda text: 
 def _time_batch(plan: Plan) -> float:
     """Return the seconds that the network needs for a batch, after a first batch that is not timed."""
     network, seconds, size = plan.network, 0.0, plan.request.batch_size
-    if network.examples is None:
+    if not network.from_python:
         noise = torch.randn(network.blank(1).shape[1:], generator=torch.Generator().manual_seed(0)).to(network.dtype)
         images = noise.expand(size, *noise.shape).contiguous()
     else:
         images = network.blank(size)
     with plan.taps() as taps:
-        run = BatchRunner(lambda images: to_arrays(taps(images), plan.header), network.device)
+        run = BatchRunner(
+            lambda images: to_arrays(taps(images), plan.header), network.device, python=network.from_python
+        )
         for _ in range(2):
             started = time.perf_counter()
             list(run(images))
@@ -128,7 +132,12 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
     if writer.header.block_rows != plan.header.block_rows:
         raise CacheError(f"{plan.request.cache} was made by another extract meanwhile; the same command goes on")
     with plan.taps() as taps, ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as pool:
-        run = BatchRunner(lambda images: to_arrays(taps(images), plan.header), plan.network.device, note)
+        run = BatchRunner(
+            lambda images: to_arrays(taps(images), plan.header),
+            plan.network.device,
+            note,
+            python=plan.network.from_python,
+        )
         for split in plan.splits:
             if split.sealed:
                 continue
@@ -136,8 +145,9 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
             if ranks.first and split.drop:
                 writer.drop(name)
             if isinstance(split.images, StreamSamples):
-                _run_stream(plan, split.images, run, progress, writer)
-                _note_accuracy(plan, name, note)
+                if ranks.first:  # it is read from its beginning, by one
+                    _run_stream(plan, split.images, run, progress, writer)
+                    _note_accuracy(plan, name, note)
                 continue
             if ranks.first:
                 label, index = _known(split.images)

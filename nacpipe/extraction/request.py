@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from nacpipe.errors import InputError
 from nacpipe.files import is_url
 from nacpipe.networks.build import Network
 from nacpipe.networks.layers import MeasuredLayers
+from nacpipe.text import spell_option
 
 BLOCK_SECONDS = 10.0  # of work, which a kill loses
 AUTOCAST: Mapping[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16}
@@ -64,6 +64,11 @@ class _Running:
             """Memory format."""
 
     @property
+    def from_python(self) -> bool:
+        """Whether the options were given in Python: messages name them as they are there."""
+        return isinstance(self, DataRequest)
+
+    @property
     def blocks_per_object(self) -> int:
         """Blocks in one stored object of a new cache."""
         return self.shard_blocks if self.shard_blocks is not None else REMOTE_SHARD if is_url(self.cache) else 1
@@ -84,10 +89,12 @@ class _Running:
             limits |= {"block-rows": (self.block_rows, 1, 1 << 20)}
         for name, (value, low, high) in limits.items():
             if not low <= value <= high:
-                raise InputError(f"{name} is {value}; it must lie between {low} and {high}")
+                shown = name.replace("-", "_") if self.from_python else name
+                raise InputError(f"{shown} is {value}; it must lie between {low} and {high}")
         if self.autocast not in AUTOCAST:
+            shown = "precision" if self.from_python else "autocast"
             raise InputError(
-                f"autocast is {self.autocast!r}; known: {', '.join(AUTOCAST)} (in float16 most gradients would be 0)"
+                f"{shown} is {self.autocast!r}; known: {', '.join(AUTOCAST)} (in float16 most gradients would be 0)"
             )
 
 
@@ -223,18 +230,19 @@ def name_cache(benchmark: str, model: str) -> Path:
     return Path("cache") / f"{benchmark}-{model}.zarr"
 
 
-def find_device(name: str, local: int = 0, local_world: int = 1) -> torch.device:
+def find_device(name: str, local: int = 0, local_world: int = 1, *, python: bool = False) -> torch.device:
     """Return the device of that name; `auto` takes CUDA, then MPS, then the CPU.
 
     Args:
         name: auto, cuda, cuda:1, mps, cpu, …
         local: the rank among the processes on this machine.
         local_world: the number of these processes; `auto` and `cuda` give each its own GPU.
+        python: whether messages name options as they are in Python.
 
     Raises:
         InputError: this machine lacks the device, or one GPU is named for several processes.
     """
-    name = name_device(name, local, local_world)
+    name = name_device(name, local, local_world, python=python)
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -243,7 +251,7 @@ def find_device(name: str, local: int = 0, local_world: int = 1) -> torch.device
     return device
 
 
-def name_device(name: str, local: int, local_world: int) -> str:
+def name_device(name: str, local: int, local_world: int, *, python: bool = False) -> str:
     """Return the name of this process's device, as `find_device` chooses it.
 
     Raises:
@@ -256,8 +264,8 @@ def name_device(name: str, local: int, local_world: int) -> str:
         return name
     if index:
         raise InputError(
-            f"device {name!r} is one GPU, and {local_world} processes of this machine would share it; give --device"
-            f" {shlex.quote(kind)}, which gives each its own"
+            f"device {name!r} is one GPU, and {local_world} processes of this machine would share it; give"
+            f" {spell_option('device', kind, python=python)}, which gives each its own"
         )
     return f"{kind}:{local}"
 

@@ -27,7 +27,7 @@ from nacpipe.networks.models import suggest_name
 from nacpipe.networks.poolings import POOLINGS, guess_pooling, known_layout
 from nacpipe.networks.taps import NO_GRADIENT, Taps, clone_in_graph, start_graph, why_no_gradient
 from nacpipe.networks.wrappers import is_scripted, run_eagerly
-from nacpipe.text import command_line
+from nacpipe.text import command_line, spell_option
 
 Layers = Sequence[str] | Mapping[str, str]  # aliases or module paths, NAME=PATH among them; or name → path
 AUTO = "auto"
@@ -302,7 +302,7 @@ def _distinct(
 def _varied(network: Network) -> Any:
     """Return examples, or noise where there are none: blank images have the same state everywhere."""
     blank = network.blank(4)
-    if network.examples is not None:
+    if network.from_python:
         return blank
     noise = torch.randn(blank.shape, generator=torch.Generator().manual_seed(0))
     return noise.to(network.device, network.dtype)
@@ -512,7 +512,8 @@ def _forward_error(network: Network, error: Exception) -> InputError:
     name = network.model.name
     if is_out_of_memory(error):
         samples = "images" if network.transform is not None else "samples"
-        return InputError(f"{name}: two {samples} do not fit the memory of {network.device}; try --device cpu")
+        cpu = spell_option("device", "cpu", python=network.from_python)
+        return InputError(f"{name}: two {samples} do not fit the memory of {network.device}; try {cpu}")
     if network.transform is None:
         return InputError(f"{name} cannot take its input: {first_line(error)}")
     side = network.transform.crop

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from nacpipe.cache import LayerSpec
 from nacpipe.errors import InputError
 from nacpipe.networks.batch_runner import is_out_of_memory
-from nacpipe.networks.call import PLAIN_CALL, Call, cast_floats, device_of, first_output, replace_first
+from nacpipe.networks.call import (
+    PLAIN_CALL,
+    Call,
+    cast_floats,
+    device_of,
+    first_output,
+    map_tensors,
+    replace_first,
+)
 from nacpipe.networks.checkpoints import first_line
 from nacpipe.networks.poolings import POOLINGS, pool
 from nacpipe.networks.trial import first_tensor
@@ -140,7 +148,7 @@ class Taps:
         """
         try:
             self._mask = self._call.mask_of(images)
-            return self._run(cast_floats(images, self._dtype))
+            return self._run(map_tensors(_leave_inference, cast_floats(images, self._dtype)))
         finally:  # also after an error, so that the graph's memory is freed
             self._outputs.clear()
             self._passed_on.clear()
@@ -279,6 +287,14 @@ def start_graph(output: Tensor) -> Tensor:
         return output
     with torch.inference_mode(False):
         return (output.clone() if output.is_inference() else output.detach()).requires_grad_()
+
+
+def _leave_inference(tensor: Tensor) -> Tensor:
+    """Return a tensor that a graph may keep: made under torch.inference_mode, none may."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def clone_in_graph(kept: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def read_source(
         row, neuron = np.argwhere(~np.isfinite(values))[0]
         raise ValuesError(
             f"layer {layer_of(layer)!r}, split {split.name}, row {int(row) + (rows.start or 0)}, neuron {int(neuron)}:"
-            f" the {source} is {values[row, neuron]}; extract the split again with --redo {shlex.quote(split.name)}"
+            f" the {source} is {values[row, neuron]}; extract the split again with {split.redo_option}"
         )
     return np.ascontiguousarray(values)
 

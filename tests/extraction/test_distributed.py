@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nacpipe.cache import Cache, open_cache
-from nacpipe.extraction.distributed import Ranks
+from nacpipe.extraction.distributed import Ranks, find_ranks
 from tests.prefork import python_words
 
 SPLITS = "id/val,ood/val,ood/near/letters"
@@ -80,3 +80,55 @@ def test_two_ranks_of_which_one_is_killed_make_the_cache_of_one(tmp_path: Path) 
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("ood/near/letters") == 1, "only the first rank speaks"
     assert same(open_cache(whole), open_cache(shared))
+
+
+PROGRAM = """
+import sys
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+import nacpipe
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+network = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+x, y = torch.randn(100, 5), torch.arange(100) % 3
+if "own" in sys.argv:
+    torch.distributed.init_process_group("gloo")
+rows = []
+for name in ("x", "y"):  # two in one program
+    splits = {"id/train": TensorDataset(x, y), "id/val": iter([(x[:9], y[:9]), (x[9:20], y[9:20])]),
+              "ood/val": TensorDataset(2 * x[:50])}
+    cache = nacpipe.extract(network, splits, f"{sys.argv[1]}/{name}.zarr", layers=["1"], batch_size=8, block_rows=8,
+                            progress=lambda split, count: rows.append(count))
+    assert all(cache[split].sealed for split in splits)
+print(sum(rows))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["torchrun's", "own"])
+def test_a_program_under_torchrun_shares_its_caches(group: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "shared").mkdir()
+    words = [str(tmp_path / "program.py"), str(tmp_path / "whole")]
+    subprocess.run([sys.executable, *words], check=True, env=environment(), capture_output=True)
+    port = 22000 + os.getpid() % 20000
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    shared = [*launcher, "--master-port", str(port), words[0], str(tmp_path / "shared"), group]
+    done = subprocess.run([sys.executable, *shared], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, other = sorted(map(int, done.stdout.split()))
+    assert first + other == 2 * (100 + 20 + 50)
+    assert first > 0
+    for name in ("x.zarr", "y.zarr"):
+        whole, both = open_cache(tmp_path / "whole" / name), open_cache(tmp_path / "shared" / name)
+        assert [both[split].attributes["digest"] for split in both] == [whole[s].attributes["digest"] for s in whole]
+
+
+def test_a_program_alone_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WORLD_SIZE may be left over from another program; torchrun says more."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert find_ranks() == Ranks()
+    assert find_ranks(False) == Ranks()
