@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nacpipe.benchmarks.folders import SUFFIXES, walk_images
 from nacpipe.benchmarks.standard import BENCHMARKS, Benchmark, Transform
-from nacpipe.detector.file import read_detector
+from nacpipe.detector.file import Exported, read_detector
 from nacpipe.detector.module import Detected, Detector, attach
 from nacpipe.errors import DetectorError, ImageError, InputError
 from nacpipe.extraction.dataset import build_transform
@@ -69,8 +69,13 @@ def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str)
         DetectorError: the file is malformed or the network is another.
         InputError: an unknown model, weights that do not fit, a device that is not there.
     """
-    pin_arithmetic()
     exported = read_detector(file)
+    pin_arithmetic()
+    return attach_network(exported, str(file), model, checkpoint, device)
+
+
+def attach_network(exported: Exported, file: str, model: str | None, checkpoint: Path | None, device: str) -> Ready:
+    """Build a detector's network and put the two together; arguments and errors as `prepare`, `file` for messages."""
     named = str(exported.identity.get("architecture"))
     if model is None and ":" in named:  # code is run, or weights are fetched, where someone asks for it
         raise InputError(f"{file} is for {named}; say where it is with --model {shlex.quote(named)}")
