@@ -3,8 +3,8 @@
     input ──▶ network with taps ──▶ values (n, neurons) ──▶ bins ──▶ entries ──▶ Σ, weights ──▶ score, is_ood
 
 The same numbers as `Detector`: borders are compared in float32, entries are summed as whole numbers, components,
-feature scores and the weighted sum are float64. A bin is found by bisection, in as many comparisons as the number of bins has
-binary digits:
+feature scores and the weighted sum are float64. A bin is found by bisection, in as many comparisons as the number of
+bins has binary digits:
 
     borders  −∞  b1  b2  b3  b4  b5  +∞  +∞       padded to 2^k − 1; three comparisons find one of 8 places
 """

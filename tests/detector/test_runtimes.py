@@ -322,20 +322,28 @@ def test_rounding_is_that_of_the_bits(bits: int) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_export_writes_onnx(digits_cache: Path, tmp_path: Path) -> None:
+def test_export_writes_onnx_and_the_pages_program_runs_it(
+    digits_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nacpipe.scoring.params_file import write_params
 
+    file = tmp_path / "forward.detector.onnx"
     write_params(tmp_path / "p.json", NacParams(layers={"avgpool:activation": activation(24, 5, 0.4)}))
     words = ["export", str(digits_cache), "--params", str(tmp_path / "p.json"), "--format", "onnx", "--json"]
-    done = CliRunner().invoke(main, [*words, "--output", str(tmp_path / "d.onnx")], prog_name="nacpipe")
+    done = CliRunner().invoke(main, [*words, "--output", str(file)], prog_name="nacpipe")
     assert done.exit_code == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["format"] == "onnx"
     assert said["compared"]["samples"] == 64
     assert said["compared"]["close"] >= 0.97
     assert "compared with torch on 64 random images" in done.stderr
-    found = run(tmp_path / "d.onnx", input=digits("val", 5))
-    np.testing.assert_array_equal(found["is_ood"], found["score"] < said["threshold"])
+    page = (Path(__file__).resolve().parents[2] / "docs/detector.md").read_text("utf-8")
+    program = page.split("## Other runtimes")[1].split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {"images": digits("val", 5).numpy()}
+    monkeypatch.chdir(tmp_path)
+    exec(program, names)
+    assert names["logits"].shape == (5, 10)
+    np.testing.assert_array_equal(names["is_ood"], names["score"] < said["threshold"])
 
 
 def test_export_refuses_a_network_without_onnx(digits_cache: Path) -> None:
