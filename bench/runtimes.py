@@ -41,7 +41,9 @@ def main() -> None:
     options = read_options(cache.header.information)
     assert options is not None
     exported = export_detector(cache, find_params(cache, args.params, print))
-    ready = attach_network(exported, str(args.cache), options.model, args.checkpoint or options.checkpoint, "cpu")
+    ready = attach_network(
+        exported, str(args.cache), options.model, args.checkpoint or options.checkpoint, torch.device("cpu")
+    )
     with tempfile.TemporaryDirectory() as folder:
         check = ready.detector.to_onnx(Path(folder, "d.onnx"))
         print(f"{Path(folder, 'd.onnx').stat().st_size / 2**20:.1f} MiB; random images: {check}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nacpipe.cache import Cache, open_cache
     from nacpipe.detector.module import Detector, load_detector
+    from nacpipe.detector.scoring import score
     from nacpipe.errors import NacError
     from nacpipe.evaluation.bootstrap import add_confidence, compare_methods
     from nacpipe.evaluation.method_scores import score_cache
@@ -53,6 +54,7 @@ _HOMES = {
     "tune": "nacpipe.tuning.library",
     "SearchResult": "nacpipe.tuning.request",
     "load_detector": "nacpipe.detector.module",
+    "score": "nacpipe.detector.scoring",
     "Objective": "nacpipe.tuning.objective",
     "LayerwiseSampler": "nacpipe.tuning.samplers",
     "GridSampler": "nacpipe.tuning.samplers",
@@ -81,6 +83,7 @@ __all__ = [
     "open_cache",
     "read_params",
     "save_scores",
+    "score",
     "score_cache",
     "score_splits",
     "tabulate",

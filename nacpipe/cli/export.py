@@ -105,9 +105,11 @@ def _write_with_network(
     kind: str, target: Path, exported: Exported, cache: str, model: str | None, checkpoint: Path | None
 ) -> RuntimeCheck:
     """Write network and detector as one file."""
+    import torch
+
     from nacpipe.detector.predict import attach_network
 
-    ready = attach_network(exported, cache, model, checkpoint, "cpu")
+    ready = attach_network(exported, cache, model, checkpoint, torch.device("cpu"))
     for text in ready.notes:
         note(text)
     return ready.detector.to_onnx(target) if kind == "onnx" else ready.detector.to_torch_export(target)

@@ -307,6 +307,17 @@ class Detector(nn.Module):
         """
         return load_detector(path, network, Call(prepare=prepare, logits=logits, mask=mask))
 
+    @property
+    def exported(self) -> Exported:
+        """This detector without its network, as it would be saved.
+
+        Raises:
+            DetectorError: it was not made by `from_cache`, `fit` or `load`.
+        """
+        if self._exported is None:
+            raise DetectorError("this detector has no identity; make it by from_cache, fit or load")
+        return replace(self._exported, threshold=self.threshold, validation=self.validation)
+
     def save(self, path: str | Path) -> None:
         """Write the detector without its network: tables, threshold and identity, as safetensors.
 
@@ -314,11 +325,10 @@ class Detector(nn.Module):
             DetectorError: it has no threshold yet, or was not made by `from_cache`, `fit` or `load`.
             InputError: the file cannot be written.
         """
-        if self._exported is None:
-            raise DetectorError("this detector has no identity; make it by from_cache, fit or load")
+        exported = self.exported
         if not np.isfinite(self.threshold):
             raise DetectorError("this detector has no threshold yet; choose one with calibrate(loader)")
-        write_detector(path, replace(self._exported, threshold=self.threshold, validation=self.validation))
+        write_detector(path, exported)
 
     def to_onnx(self, path: str | Path, example: Any = None) -> RuntimeCheck:
         """Write network and detector as one ONNX file, for a server without torch.
