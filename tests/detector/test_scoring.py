@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -314,3 +316,15 @@ def test_shards_and_parts_at_an_object_store(
     assert len(pd.concat(map(read_part, find_parts([f"{base}/scores"])))) == 75
     missing = run("score", detector, f"{base}/nosuch.tar", "--output", tmp_path / "scores")
     assert f"there is no {base}/nosuch.tar" in missing.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_one_killed_and_started_again(load_bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    """What bench/shards.py does with 100,000 images: every image once, and the parts of one process."""
+    module = load_bench("shards")
+    bench = module.make_bench(tmp_path / "bench", images=2000, shards=20)
+    bench.finish(bench.start(tmp_path / "one"))
+    alone = module.read_parts(tmp_path / "one")
+    assert len(alone) == 21
+    assert pd.concat(map(read_part, find_parts([tmp_path / "one"]))).score.nunique() > 200
+    assert module.check_two_ranks(bench, alone) == []
