@@ -2,11 +2,11 @@
 
     python bench/shards.py [--images 100000] [--shards 100] [--kills 20] [--seed 0]
 
-Generated images of 32 × 32 in tar shards, ResNet-20 with random weights, a detector of avgpool and layer3's activations.
-Printed: whether every image has exactly one row; whether the parts of two ranks, of which one got SIGKILL in the middle
-and was started again, equal those of one process, byte for byte; peak memory of one process over all shards and over a
-tenth of them; and after how many kills of one process (at random moments after its first write) every part was whole and
-the end equal. Exit code 1 on any difference. Not for Windows.
+Generated images of 32 × 32 in tar shards, ResNet-20 with random weights, a detector of the activations of avgpool and
+layer3. Printed: whether every image has exactly one row; whether the parts of two ranks, of which one got SIGKILL in
+the middle and was started again, equal those of one process, byte for byte; peak memory of one process over all shards
+and over a tenth of them; and after how many kills of one process (at random moments after its first write) every part
+was whole and the end equal. Exit code 1 on any difference. Not for Windows.
 """
 
 from __future__ import annotations

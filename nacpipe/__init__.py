@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nacpipe.detector.scoring import score
     from nacpipe.errors import NacError
     from nacpipe.evaluation.bootstrap import add_confidence, compare_methods
+    from nacpipe.evaluation.drift import watch
     from nacpipe.evaluation.method_scores import score_cache
     from nacpipe.evaluation.score_files import save_scores
     from nacpipe.evaluation.tables import evaluate, evaluate_runs, tabulate
@@ -49,6 +50,7 @@ _HOMES = {
     "compare_methods": "nacpipe.evaluation.bootstrap",
     "save_scores": "nacpipe.evaluation.score_files",
     "NacError": "nacpipe.errors",
+    "watch": "nacpipe.evaluation.drift",
     "extract": "nacpipe.extraction.library",
     "Detector": "nacpipe.detector.module",
     "tune": "nacpipe.tuning.library",
@@ -88,6 +90,7 @@ __all__ = [
     "score_splits",
     "tabulate",
     "tune",
+    "watch",
     "write_params",
 ]
 

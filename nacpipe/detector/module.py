@@ -159,6 +159,20 @@ class Detector(nn.Module):
                 self._direct = find_penultimate(network, self._specs, self.classifier, few, self._call)
         self._ready = True
 
+    def prepare_image(self, content: bytes) -> Tensor:
+        """Return an encoded image (the bytes of a PNG, JPEG, … file) as the network takes it, (channels, crop, crop).
+
+        It is prepared as the images of the cache were.
+
+        Raises:
+            ImageError: it cannot be read.
+            DetectorError: the detector takes no images that nacpipe prepares.
+        """
+        from nacpipe.extraction.dataset import build_transform  # torchvision
+        from nacpipe.extraction.image_file import decode_image
+
+        return build_transform(self.exported.transform)(decode_image(content, "the image"))
+
     def forward(self, batch: Any) -> Detected:
         """Score a batch of n samples.
 

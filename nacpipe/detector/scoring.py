@@ -60,10 +60,13 @@ def plan_scoring(sources: Sequence[str | Path], parts: Parts, ranks: Ranks = Ran
     """Return what to do; reads names and changes nothing.
 
     Raises:
-        InputError: two shards would have one part, or a source is no shard.
+        InputError: two shards would have one part.
+        ImageError: a file, list or shard on this machine is not there.
         CacheError: a server does not answer.
     """
     shards = find_shards(sources)
+    for shard in shards:
+        shard.check()
     check_stems(shards)
     done = frozenset(parts.written())
     own = shards[ranks.rank :: ranks.world]
@@ -115,7 +118,7 @@ def score_shard(
 
 
 def describe(exported: Exported) -> dict[str, Any]:
-    """Return what says that two folders of parts are of one detector, and the shares that `watch` compares with."""
+    """Return what says that two folders of parts are of one detector, and what `watch` compares them with."""
     arrays = exported.to_arrays()
     digest = hashlib.sha256(json.dumps(exported.to_json(), sort_keys=True).encode())
     for name in sorted(arrays):
@@ -125,8 +128,7 @@ def describe(exported: Exported) -> dict[str, Any]:
         "sha256": digest.hexdigest(),
         "threshold": exported.threshold,
         "keep": exported.keep,
-        "flagged": None if validation is None else float((validation < exported.threshold).mean()),
-        "validation": None if validation is None else int(validation.size),
+        "validation_scores": None if validation is None else validation.tolist(),
     }
 
 

@@ -78,6 +78,17 @@ class Shard:
             return "images"
         return name if self.kind == "folder" else name.rsplit(".", 1)[0]
 
+    def check(self) -> None:
+        """Refuse what is named and not there, which would be a part of no images; at a URL this is not looked at.
+
+        Raises:
+            ImageError: naming the first.
+        """
+        named = self.files if self.kind == "files" else () if is_url(self.address) else (Path(self.address),)
+        for path in named:
+            if not path.exists():
+                raise ImageError(f"there is no {path}")
+
     def images(self, column: str | None = None) -> Iterator[EncodedImage | Unscored]:
         """Yield its images in order; an error where a member is none.
 

@@ -207,6 +207,13 @@ def test_parts_of_another_detector_are_refused(detector: Path, shards: Path, tmp
     assert f"{tmp_path} holds parts of another detector" in done.stderr
 
 
+def test_what_is_not_there_is_no_part(detector: Path, tmp_path: Path) -> None:
+    for name in ("nosuch", "nosuch.tar", "nosuch.txt", "nosuch.png"):
+        done = run("score", detector, tmp_path / name, "--output", tmp_path / "scores")
+        assert (done.exit_code, f"there is no {tmp_path / name}" in done.stderr) == (1, True), done.stderr
+    assert not (tmp_path / "scores").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "environment", "message"),
     [
