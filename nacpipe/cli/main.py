@@ -25,6 +25,7 @@ from nacpipe.cli.models import layers, models
 from nacpipe.cli.output import printable
 from nacpipe.cli.rank import rank
 from nacpipe.cli.report import report
+from nacpipe.cli.reproduce import reproduce
 from nacpipe.cli.run import run
 from nacpipe.cli.score import score
 from nacpipe.cli.search import search
@@ -121,7 +122,7 @@ def main(debug: bool) -> None:
 
 
 for _command in (
-    extract, search, evaluate, inspect, report, run, export, score, watch, rank, verify, repair, convert, data, models,
-    layers,
+    extract, search, evaluate, inspect, report, run, reproduce, export, score, watch, rank, verify, repair, convert,
+    data, models, layers,
 ):  # fmt: skip
     main.add_command(_command)
