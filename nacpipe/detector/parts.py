@@ -324,7 +324,8 @@ def read_part(address: str) -> pd.DataFrame:
             elif address.endswith(".json"):
                 frame = pd.DataFrame(json.loads(file.read()), columns=list(COLUMNS))
             else:
-                frame = pd.read_csv(file, dtype={"image": str, "error": str, "time": str, "is_ood": str})
+                text = dict.fromkeys(("image", "error", "time", "is_ood"), str)
+                frame = pd.read_csv(file, dtype=text, keep_default_na=False, na_values=[""])
                 if "is_ood" in frame:
                     frame["is_ood"] = frame["is_ood"].map({"True": True, "False": False})
     except (OSError, ValueError, TypeError) as error:

@@ -154,10 +154,12 @@ def trace(graph: DetectorGraph, arguments: Any) -> torch.export.ExportedProgram:
         with _quiet(), torch.no_grad():  # a change of the mode inside would be a part of the program
             return torch.export.export(graph.eval(), positional, dynamic_shapes=free, strict=False)
     except Exception as error:  # of the network's own code under torch.export
-        raise DetectorError(
-            f"torch.export cannot follow the network: {_reason(error)}; its forward must not look at values or at the"
-            " number of samples (.item(), if x.sum() > 0, .view(8, …))"
-        ) from error
+        advice = (
+            "its forward must not look at values or at the number of samples (.item(), if x.sum() > 0, .view(8, …))"
+        )
+        if any(".quantized" in type(module).__module__ for module in graph.network.modules()):
+            advice = "it has torch.ao's packed modules: quantise the network by PT2E, which torch.export follows"
+        raise DetectorError(f"torch.export cannot follow the network: {_reason(error)}; {advice}") from error
 
 
 def _positional(arguments: Any) -> tuple[Any, ...]:

@@ -231,19 +231,34 @@ def test_a_quantised_network_is_counted_and_written_as_it_is_deployed(tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_half_network_is_counted_and_written_as_it_is_deployed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_network_is_counted_and_written_as_it_is_deployed(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows, network = torch.randn(90, 6).to(dtype), nn.Sequential()
+    network.first, network.relu, network.fc = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)  # type: ignore[assignment]
+    detector = fit_rows(network.to(dtype), rows)
+    detector.to_torch_export(tmp_path / "d.pt2", rows)
+    with torch.no_grad():
+        found = torch.export.load(tmp_path / "d.pt2").module()(rows[:9])
+    names = ("logits", "score", "percentile", "is_ood")
+    assert_alike(dict(zip(names, [t.numpy() for t in found], strict=True)), detector(rows[:9]))
+    if dtype == torch.bfloat16:
+        with pytest.raises(DetectorError, match="onnxruntime cannot run the network on this processor: "):
+            detector.to_onnx(tmp_path / "d.onnx", rows)
+        assert not (tmp_path / "d.onnx").exists()
+        return
+    detector.to_onnx(tmp_path / "d.onnx", rows)
+    assert_alike(run(tmp_path / "d.onnx", input=rows[:9]), detector(rows[:9]))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's older quantisation, which is in use
+def test_packed_quantised_modules_are_refused_in_words(tmp_path: Path) -> None:
     torch.manual_seed(0)
     rows, network = torch.randn(90, 6), nn.Sequential()
     network.first, network.relu, network.fc = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)  # type: ignore[assignment]
-    network.half()
-    detector = fit_rows(network, rows.half())
-    detector.to_torch_export(tmp_path / "d.pt2", rows.half())
-    with torch.no_grad():
-        found = torch.export.load(tmp_path / "d.pt2").module()(rows[:9].half())
-    assert_alike(
-        dict(zip(("logits", "score", "percentile", "is_ood"), [t.numpy() for t in found], strict=True)),
-        detector(rows[:9].half()),
-    )
+    packed = torch.ao.quantization.quantize_dynamic(network, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(DetectorError, match=r"it has torch\.ao's packed modules: quantise the network by PT2E"):
+        fit_rows(packed, rows).to_torch_export(tmp_path / "d.pt2", rows)
 
 
 @pytest.mark.slow

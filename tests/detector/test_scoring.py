@@ -29,6 +29,7 @@ from nacpipe.scoring.params_file import write_params
 from tests.prefork import python_words
 from tests.s3 import variables
 from tests.shard_files import png, write_parquet, write_tar
+from tests.web import Ranges, serve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,7 +171,7 @@ def test_formats_hold_the_same_rows(tmp_path: Path, kind: str) -> None:
         ScoredImage(image="a,\n\udcff.png", score=0.1 + 0.2, percentile=40.0, is_ood=False, predicted=3, error=None,
                     time="2026-11-27T00:00:00Z"),
         ScoredImage(image="b.png", score=None, percentile=None, is_ood=None, predicted=None, error='it is "broken"'),
-        ScoredImage(image="007", score=float("nan"), percentile=None, is_ood=True, predicted=0, error=None),
+        ScoredImage(image="NA", score=float("nan"), percentile=None, is_ood=True, predicted=0, error=None),
     ]  # fmt: skip
     parts = Parts(tmp_path, kind)
     with parts.writing("x") as writer:
@@ -178,7 +179,7 @@ def test_formats_hold_the_same_rows(tmp_path: Path, kind: str) -> None:
             writer.add(row)
     assert parts.written() == {"x"}
     frame = read_part(parts.address("x"))
-    assert frame.image.tolist() == ["a,\n\\xff.png", "b.png", "007"]
+    assert frame.image.tolist() == ["a,\n\\xff.png", "b.png", "NA"]
     assert frame.score[0] == 0.1 + 0.2
     assert frame.score.isna().tolist() == [False, True, True]
     assert frame.is_ood.tolist()[::2] == [False, True]
@@ -296,6 +297,29 @@ def test_torchrun_ends_when_all_are_done_though_one_has_a_broken_image(
     assert done.returncode == 1
     assert "1 of 51 images could not be scored; the first: image cannot be read: " in done.stderr
     assert Parts(tmp_path / "scores").written() == {f"00{number}" for number in range(6)}
+
+
+def test_shards_on_a_web_server(
+    detector: Path, shards: Path, alone: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    write_parquet(shards / "p.parquet", [(f"{n}.png", png(load_set("val")[0][n])) for n in range(60)])
+    with serve(shards, Ranges) as url:
+        out = tmp_path / "scores"
+        sources = [f"{url}/{{001..002}}.tar", f"{url}/p.parquet"]
+        done = run("score", detector, *sources, "--batch-size", "8", "--output", out)
+        assert done.exit_code == 0, done.stderr
+        assert {name: (out / name).read_bytes() for name in ("001.csv", "002.csv")} == {
+            name: alone[name] for name in ("001.csv", "002.csv")
+        }
+        assert len(read_part(str(out / "p.csv"))) == 60
+        missing = run("score", detector, f"{url}/nosuch.tar", "--output", out)
+        assert (missing.exit_code, f"there is no {url}/nosuch.tar" in missing.stderr) == (1, True), missing.stderr
+        listing = run("score", detector, f"{url}/", "--output", out)
+        assert "a web server has no listing; name its files, such as" in listing.stderr
+    (shards / "p.parquet").unlink()
 
 
 def test_shards_and_parts_at_an_object_store(
