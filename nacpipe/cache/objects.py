@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from pathlib import PurePosixPath
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from nacpipe.cache.store import CONNECT, OBJECTS, PAGES, TIMEOUT, first_line, permanent_error_advice
@@ -19,6 +20,8 @@ READ_AHEAD = 4 << 20  # bytes of one request
 def open_object(url: str) -> BinaryIO:
     """Open an object for reading in pieces; failed requests are repeated.
 
+    From a web server without byte ranges it is fetched whole, to a temporary file.
+
     Raises:
         InputError: the URL cannot be read, or there is no such object.
         MissingExtra: obstore is not installed.
@@ -28,9 +31,28 @@ def open_object(url: str) -> BinaryIO:
     store, name = _connect(url)
     try:
         reader = obstore.open_reader(store, name, buffer_size=READ_AHEAD)
+        if url.startswith(PAGES):
+            reader.read(1)
+            reader.seek(0)
     except Exception as error:  # obstore's own
+        if "not supported" in str(error):
+            return _fetch(store, name, url)
         raise _named(error, url, "read") from error
     return io.BufferedReader(_RawObject(reader, url), READ_AHEAD)
+
+
+def _fetch(store: Any, name: str, url: str) -> BinaryIO:
+    import obstore
+
+    file: Any = TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    try:
+        for chunk in obstore.get(store, name).stream(min_chunk_size=READ_AHEAD):
+            file.write(chunk)
+    except Exception as error:  # obstore's own
+        file.close()
+        raise _named(error, url, "read") from error
+    file.seek(0)
+    return file  # type: ignore[no-any-return]
 
 
 def write_object(url: str, content: bytes) -> None:

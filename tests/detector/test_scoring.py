@@ -29,7 +29,7 @@ from nacpipe.scoring.params_file import write_params
 from tests.prefork import python_words
 from tests.s3 import variables
 from tests.shard_files import png, write_parquet, write_tar
-from tests.web import Ranges, serve
+from tests.web import Plain, Ranges, serve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
@@ -299,14 +299,20 @@ def test_torchrun_ends_when_all_are_done_though_one_has_a_broken_image(
     assert Parts(tmp_path / "scores").written() == {f"00{number}" for number in range(6)}
 
 
+@pytest.mark.parametrize("kind", [Ranges, Plain])
 def test_shards_on_a_web_server(
-    detector: Path, shards: Path, alone: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: type[Plain],
+    detector: Path,
+    shards: Path,
+    alone: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("obstore")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
     write_parquet(shards / "p.parquet", [(f"{n}.png", png(load_set("val")[0][n])) for n in range(60)])
-    with serve(shards, Ranges) as url:
+    with serve(shards, kind) as url:
         out = tmp_path / "scores"
         sources = [f"{url}/{{001..002}}.tar", f"{url}/p.parquet"]
         done = run("score", detector, *sources, "--batch-size", "8", "--output", out)
