@@ -79,11 +79,17 @@ class Ranks:
 
 def join_ranks() -> Ranks:
     """Join the processes that torchrun started; without torchrun, return a single rank."""
+    ranks = read_ranks()
+    if not ranks.alone and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
+    return ranks
+
+
+def read_ranks() -> Ranks:
+    """Return this process's place among those that torchrun, or another launcher, started; they are not joined."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks()
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
     return Ranks(int(os.environ["RANK"]), world, *_local())
 
 
