@@ -1,19 +1,29 @@
 """Several processes on one cache, as started by torchrun.
 
-    blocks   0 1 2 3 | 4 5 6 7 | 8 9 10      each rank writes a contiguous range of whole shards
-             rank 0    rank 1    rank 2      rank 0 creates and seals, the others wait for it
+    id/train        id/val     ood/val         the units (blocks, or shards of them) of all splits, one after another
+    0 1 2 3 4 5 6 │ 0 1 2 │ 3  0 1 2 3 4       each rank writes a contiguous part of them, of about the same rows
+    rank 0          rank 1  │  rank 2          rank 0 creates all splits first; no rank waits for another until the end
 
-Batches never cross a block, so the finished cache equals the one that a single process writes, value for value.
+Units are counted over all ranks when they are written. The rank that writes a split's last unit seals it, so one rank
+does. Batches never cross a block, so the finished cache equals the one that a single process writes, value for value.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
 
+import numpy as np
 import torch.distributed
+
+from nacpipe.errors import CacheError
+from nacpipe.networks.checkpoints import first_line
+
+Unit = TypeVar("Unit")
 
 TIMEOUT = datetime.timedelta(days=7)  # one rank may have much more work than another
 
@@ -28,10 +38,12 @@ class Ranks:
     """The rank among the processes on this machine; selects the GPU."""
     local_world: int = 1
     """Number of processes on this machine."""
+    store: torch.distributed.Store | None = field(default=None, compare=False, repr=False)
+    """What the ranks count in; None for one alone."""
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which creates and seals."""
+        """Whether this is rank 0, which creates the cache and its splits."""
         return self.rank == 0
 
     @property
@@ -39,35 +51,89 @@ class Ranks:
         """Whether no other process writes the cache."""
         return self.world == 1
 
-    def share(self, units: Sequence[int]) -> Sequence[int]:
-        """Return this rank's contiguous part of the units."""
-        return units[self.rank * len(units) // self.world : (self.rank + 1) * len(units) // self.world]
+    def share(self, units: Sequence[Unit], rows: Sequence[int]) -> Sequence[Unit]:
+        """Return this rank's contiguous part of the units: those whose middle row lies in its part of all rows.
+
+        Args:
+            units: of all ranks, in order.
+            rows: of each unit, at least one.
+        """
+        ends = np.cumsum(np.asarray(rows, np.int64))
+        twice_middles = 2 * ends - np.asarray(rows, np.int64)  # twice: of whole numbers
+        owners = twice_middles * self.world // (2 * ends[-1:])
+        start, stop = np.searchsorted(owners, [self.rank, self.rank + 1])
+        return units[int(start) : int(stop)]
 
     def wait(self) -> None:
-        """Wait until all ranks have called this."""
+        """Wait until all ranks have called this.
+
+        Raises:
+            CacheError: another rank is gone.
+        """
         if self.world > 1:
-            torch.distributed.barrier()
+            with _with_others():
+                torch.distributed.barrier()
 
     def agree(self, value: int) -> int:
-        """Return rank 0's value; all ranks must call this."""
+        """Return rank 0's value; all ranks must call this.
+
+        Raises:
+            CacheError: another rank is gone.
+        """
         if self.world == 1:
             return value
         shared = torch.tensor([value])
-        torch.distributed.broadcast(shared, 0)
+        with _with_others():
+            torch.distributed.broadcast(shared, 0)
         return int(shared.item())
+
+
+class WrittenUnits:
+    """The number of written units of each split, over all ranks."""
+
+    def __init__(self, ranks: Ranks, cache: object) -> None:
+        self._store = torch.distributed.PrefixStore(f"written/{cache}", ranks.store or torch.distributed.HashStore())
+
+    def add(self, split: str) -> int:
+        """Count one more unit of a split and return the number; no two ranks get the same.
+
+        Raises:
+            CacheError: the process that counts is gone.
+        """
+        with _with_others():
+            return self._store.add(split, 1)
+
+
+@contextmanager
+def _with_others() -> Iterator[None]:
+    """Say in words that another process is gone, which torch raises as a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CacheError(
+            f"another process of this extraction ended early ({first_line(error)}); what all of them wrote stays, and"
+            " the same command goes on"
+        ) from error
 
 
 def join_ranks() -> Ranks:
     """Join the processes that torchrun started; without torchrun, return a single rank."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
+    store, rank, world = next(torch.distributed.rendezvous("env://", timeout=TIMEOUT))
     local, local_world = (
         int(os.environ.get(name, usual)) for name, usual in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
-    return Ranks(int(os.environ["RANK"]), world, local, local_world)
+    if local_world == world:  # torchrun --max-restarts keeps its store, with the addresses of ranks that are gone
+        store = torch.distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    torch.distributed.init_process_group(
+        "gloo",
+        store=torch.distributed.PrefixStore("group", store),
+        rank=rank,
+        world_size=world,
+        timeout=TIMEOUT,
+    )
+    return Ranks(rank, world, local, local_world, torch.distributed.PrefixStore("nacpipe", store))
 
 
 def leave_ranks() -> None:

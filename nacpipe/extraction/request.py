@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,10 +228,10 @@ def find_device(name: str, local: int = 0, local_world: int = 1) -> torch.device
     Args:
         name: auto, cuda, cuda:1, mps, cpu, …
         local: the rank among the processes on this machine.
-        local_world: the number of these processes; `auto` and `cuda` give each its own GPU.
+        local_world: the number of these processes; each has its own GPU, whichever is named.
 
     Raises:
-        InputError: this machine lacks the device, or one GPU is named for several processes.
+        InputError: this machine lacks the device.
     """
     name = name_device(name, local, local_world)
     try:
@@ -240,26 +239,17 @@ def find_device(name: str, local: int = 0, local_world: int = 1) -> torch.device
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0][:120]}") from None
+    if device.type == "cuda" and local_world > 1:
+        torch.cuda.set_device(device)  # pinned memory would open the first GPU in every process
     return device
 
 
 def name_device(name: str, local: int, local_world: int) -> str:
-    """Return the name of this process's device, as `find_device` chooses it.
-
-    Raises:
-        InputError: one GPU is named for several processes.
-    """
+    """Return the name of this process's device, as `find_device` chooses it."""
     if name == "auto":
         return f"cuda:{local}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if local_world == 1 or kind not in ("cuda", "xpu"):
-        return name
-    if index:
-        raise InputError(
-            f"device {name!r} is one GPU, and {local_world} processes of this machine would share it; give --device"
-            f" {shlex.quote(kind)}, which gives each its own"
-        )
-    return f"{kind}:{local}"
+    kind = name.partition(":")[0]
+    return name if local_world == 1 or kind not in ("cuda", "xpu") else f"{kind}:{local}"
 
 
 def uses_tf32(device: torch.device) -> bool:
