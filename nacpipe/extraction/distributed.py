@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch.distributed
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
 
 from nacpipe.errors import CacheError
 from nacpipe.networks.checkpoints import first_line
@@ -43,10 +42,10 @@ class Ranks:
     """The rank among the processes on this machine; selects the GPU."""
     local_world: int = 1
     """Number of processes on this machine."""
-    group: Any = field(default=None, compare=False, repr=False)
-    """torch's process group of these processes; None: the default one."""
     store: Store | None = field(default=None, compare=False, repr=False)
     """What the ranks count in; None for one alone."""
+    group: Any = field(default=None, compare=False, repr=False)
+    """torch's process group of these processes; None: the default one."""
 
     @property
     def first(self) -> bool:
@@ -112,13 +111,10 @@ class Ranks:
 
 
 class WrittenUnits:
-    """The number of written units of each split in one extraction, over all ranks, which make this together."""
+    """The number of written units of each split, over all ranks."""
 
-    _extractions = itertools.count()
-
-    def __init__(self, ranks: Ranks) -> None:
-        number = ranks.agree(next(self._extractions))  # a program may extract into one cache again
-        self._store = PrefixStore(f"written/{number}", ranks.store or HashStore())
+    def __init__(self, ranks: Ranks, cache: object) -> None:
+        self._store = PrefixStore(f"written/{cache}", ranks.store or HashStore())
 
     def add(self, split: str) -> int:
         """Count one more unit of a split and return the number; no two ranks get the same.
@@ -147,7 +143,7 @@ def join_ranks() -> Ranks:
     ranks = read_ranks()
     if ranks.alone:
         return ranks
-    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    store, _, _ = next(torch.distributed.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
     if ranks.local_world == ranks.world:  # torchrun --max-restarts keeps its store, with the addresses of ranks gone
         store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     torch.distributed.init_process_group(
@@ -177,6 +173,8 @@ def _local() -> tuple[int, int]:
 _own_group: list[tuple[Any, Any, Store]] = []
 """A program's process group, ours beside it and what we count in: made once for all extractions of a program."""
 
+_extractions = itertools.count()
+
 
 def find_ranks(distributed: bool | None = None) -> Ranks:
     """Return this process among those of a program of the caller's, which may have a process group already.
@@ -192,14 +190,20 @@ def find_ranks(distributed: bool | None = None) -> Ranks:
     if not torch_distributed.is_initialized():
         if distributed is None and not torch_distributed.is_torchelastic_launched():
             return Ranks()
-        return join_ranks()
+        joined = join_ranks()
+        return joined if joined.alone else replace(joined, store=_count_anew())
     if (world := torch_distributed.get_world_size()) == 1:
         return Ranks()
     default = torch_distributed.group.WORLD
     if not (_own_group and _own_group[0][0] is default):  # theirs may be nccl's, or give up after minutes
         store = PrefixStore("nacpipe", torch_distributed.distributed_c10d._get_default_store())
         _own_group[:] = [(default, torch_distributed.new_group(backend="gloo", timeout=TIMEOUT), store)]
-    return Ranks(torch_distributed.get_rank(), world, *_local(), group=_own_group[0][1], store=_own_group[0][2])
+    return Ranks(torch_distributed.get_rank(), world, *_local(), group=_own_group[0][1], store=_count_anew())
+
+
+def _count_anew() -> Store:
+    """Return what one extraction counts in; all ranks make their extractions in one order."""
+    return PrefixStore(f"extraction {next(_extractions)}", _own_group[0][2])
 
 
 def leave_ranks() -> None:

@@ -131,7 +131,7 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
     if not ranks.first:
         lock.share()
         writer = _open_writer(plan, ranks)
-    written, sealing = WrittenUnits(ranks), threading.Lock()
+    written, sealing = WrittenUnits(ranks, plan.request.cache), threading.Lock()
 
     def write(split: SplitPlan, unit: int, arrays: Arrays) -> None:
         name = split.images.name

@@ -149,7 +149,7 @@ def test_a_folder_that_this_machine_lacks_is_not_made_anew(request_: ExtractRequ
 
 
 def test_who_is_gone_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(*_: object) -> None:
+    def gone(*_: object, **_options: object) -> None:
         raise RuntimeError("Connection closed by peer [127.0.0.1]:1\nmore")
 
     message = (
