@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 import nacpipe
-from nacpipe.cache import Cache, open_cache
-from nacpipe.extraction.dataset import ImageSet, build_transform, load_batches
+from nacpipe.cache import Cache, LayerSpec, open_cache
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest, uses_tf32
@@ -55,7 +55,7 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 def test_states_are_the_cpus_within_a_thousandth(cuda_request: ExtractRequest, finished: Cache) -> None:
     cache = run(cuda_request)
-    assert cache.header.identity["arithmetic"] == {"device": "cuda", "tf32": False, "memory_format": "channels_last"}
+    assert cache.header.identity["arithmetic"]["device"] == "cuda"
     assert list(cache) == list(finished)
     for split in finished:
         for path in finished.header.arrays():
@@ -70,28 +70,26 @@ def test_an_extraction_gives_the_same_bytes_twice(cuda_request: ExtractRequest, 
     assert same(run(cuda_request), run(replace(cuda_request, cache=tmp_path / "again.zarr")))
 
 
-def test_a_detector_gives_the_scores_of_its_cache(cuda_request: ExtractRequest, device: torch.device) -> None:
-    cache = run(cuda_request)
+def test_a_detector_gives_the_scores_of_its_cache(device: torch.device, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, images = find_model("resnet20").build(10).eval().to(device), torch.randn(96, 3, 32, 32)
+    splits = {
+        "id/train": TensorDataset(images[:64], torch.arange(64) % 10),
+        "id/val": TensorDataset(images[64:], torch.arange(32) % 10),
+    }
+    cache = nacpipe.extract(network, splits, tmp_path / "x.zarr", layers=["layer3", "layer2"], batch_size=16)
+    assert cache.header.identity["arithmetic"]["device"] == device.type
     layer = LayerParams(bins=50, saturation=5, alpha=100.0)
-    params = NacParams(layers={spec.name: layer for spec in cache.header.layers})
-    plan = plan_extraction(cuda_request)
-    images = next(split.images for split in plan.splits if split.images.name == "id/val")
-    assert isinstance(images, ImageSet)
-    transform = build_transform(plan.network.image_transform, images.pre_resized)
-    batches = [range(start, start + 8) for start in range(0, 40, 8)]  # as extraction's
-    detector = nacpipe.Detector.from_cache(cache, params, plan.network.module)
-    found = [detector(batch.to(device)) for batch in load_batches(images, batches, transform, 1)]
+    params = NacParams(layers=dict.fromkeys(("layer3", "layer2"), layer))
+    detector = nacpipe.Detector.from_cache(cache, params, network)
+    found = [detector(batch) for batch in images[64:].to(device).split(16)]  # as extraction's batches
     assert {one.score.device for one in found} == {device}
-    expected = nacpipe.score_splits(cache, params, ["id/val"])["id/val"]
     scores = torch.cat([one.score for one in found]).cpu().numpy()
-    assert np.abs(scores - expected).max() < 1e-3  # of a term: neurons at a border may move a bin with the last bit
-    assert np.mean(scores == expected) > 0.5
+    assert np.array_equal(scores, nacpipe.score_splits(cache, params, ["id/val"])["id/val"])
 
 
 def resnet20(device: torch.device) -> tuple[Taps, Tensor]:
     """Hooks on the default layers of a network of random weights, and 512 images on the CPU."""
-    from nacpipe.cache import LayerSpec
-
     torch.manual_seed(0)
     row = find_model("resnet20")
     network = freeze(row.build(10).eval()).to(device)
