@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ from typing import TypeVar
 
 import numpy as np
 import torch.distributed
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from nacpipe.errors import CacheError
 from nacpipe.networks.checkpoints import first_line
@@ -38,7 +42,7 @@ class Ranks:
     """The rank among the processes on this machine; selects the GPU."""
     local_world: int = 1
     """Number of processes on this machine."""
-    store: torch.distributed.Store | None = field(default=None, compare=False, repr=False)
+    store: Store | None = field(default=None, compare=False, repr=False)
     """What the ranks count in; None for one alone."""
 
     @property
@@ -92,7 +96,9 @@ class WrittenUnits:
     """The number of written units of each split, over all ranks."""
 
     def __init__(self, ranks: Ranks, cache: object) -> None:
-        self._store = torch.distributed.PrefixStore(f"written/{cache}", ranks.store or torch.distributed.HashStore())
+        self._store = None if ranks.store is None else PrefixStore(f"written/{cache}", ranks.store)
+        self._counts: Counter[str] = Counter()  # of a rank alone
+        self._lock = threading.Lock()
 
     def add(self, split: str) -> int:
         """Count one more unit of a split and return the number; no two ranks get the same.
@@ -100,8 +106,12 @@ class WrittenUnits:
         Raises:
             CacheError: the process that counts is gone.
         """
-        with _with_others():
-            return self._store.add(split, 1)
+        if self._store is not None:
+            with _with_others():
+                return self._store.add(split, 1)
+        with self._lock:
+            self._counts[split] += 1
+            return self._counts[split]
 
 
 @contextmanager
@@ -120,20 +130,20 @@ def join_ranks() -> Ranks:
     """Join the processes that torchrun started; without torchrun, return a single rank."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
-    store, rank, world = next(torch.distributed.rendezvous("env://", timeout=TIMEOUT))
+    store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
     local, local_world = (
         int(os.environ.get(name, usual)) for name, usual in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
     if local_world == world:  # torchrun --max-restarts keeps its store, with the addresses of ranks that are gone
-        store = torch.distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     torch.distributed.init_process_group(
         "gloo",
-        store=torch.distributed.PrefixStore("group", store),
+        store=PrefixStore("group", store),
         rank=rank,
         world_size=world,
         timeout=TIMEOUT,
     )
-    return Ranks(rank, world, local, local_world, torch.distributed.PrefixStore("nacpipe", store))
+    return Ranks(rank, world, local, local_world, PrefixStore("nacpipe", store))
 
 
 def leave_ranks() -> None:
