@@ -33,7 +33,7 @@ SPLITS = "id/val,ood/val,ood/near/letters"
 OPTIONS = ["--splits", SPLITS, "--batch-size", "32", "--block-rows", "32", "--device", "cpu", "--workers", "1"]
 
 
-def extract_words(cache: Path) -> list[str]:
+def extract_words(cache: Path | str) -> list[str]:
     return ["-m", "nacpipe", "extract", "digits", "--cache", str(cache), *OPTIONS]
 
 
