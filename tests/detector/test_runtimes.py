@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,11 @@ from nacpipe.networks.architectures.digits_cnn import DigitsCNN
 from nacpipe.networks.models import find_model
 from nacpipe.scoring.params_file import write_params
 
-onnxruntime = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-pytestmark = pytest.mark.usefixtures("one_thread")
+WITHOUT = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+pytestmark = [  # imported where they are used: every worker reads this file
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(bool(WITHOUT), reason=f"the extra onnx lacks {', '.join(WITHOUT)}"),
+]
 
 
 def activation(bins: int, saturation: int, alpha: float, weight: float = 1.0) -> LayerParams:
@@ -46,6 +49,8 @@ def batches(images: Tensor) -> DataLoader[tuple[Tensor, ...]]:
 
 
 def run(file: Path, **arguments: Tensor) -> dict[str, np.ndarray]:
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(file.read_bytes())
     outputs = [output.name for output in session.get_outputs()]
     return dict(zip(outputs, session.run(None, {k: v.numpy() for k, v in arguments.items()}), strict=True))
@@ -125,6 +130,8 @@ def test_the_auroc_is_the_same(exports: Exports) -> None:
 
 
 def test_the_file_says_what_it_is_of(exports: Exports) -> None:
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(exports.onnx.read_bytes())
     said = json.loads(session.get_modelmeta().custom_metadata_map["nacpipe_detector"])
     assert said["threshold"] == exports.detector.threshold
