@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nacpipe.extraction.library import extract
     from nacpipe.method.metrics import detect
     from nacpipe.method.params import LayerParams, NacParams
+    from nacpipe.reporting.library import Report, inspect, report
     from nacpipe.scoring.coverage import score_splits
     from nacpipe.scoring.params_file import read_params, write_params
     from nacpipe.tuning.library import tune
@@ -49,6 +50,9 @@ _HOMES = {
     "add_confidence": "nacpipe.evaluation.bootstrap",
     "compare_methods": "nacpipe.evaluation.bootstrap",
     "save_scores": "nacpipe.evaluation.score_files",
+    "inspect": "nacpipe.reporting.library",
+    "report": "nacpipe.reporting.library",
+    "Report": "nacpipe.reporting.library",
     "NacError": "nacpipe.errors",
     "watch": "nacpipe.evaluation.drift",
     "extract": "nacpipe.extraction.library",
@@ -72,6 +76,7 @@ __all__ = [
     "NacError",
     "NacParams",
     "Objective",
+    "Report",
     "SearchResult",
     "TermwiseSampler",
     "__version__",
@@ -81,9 +86,11 @@ __all__ = [
     "evaluate",
     "evaluate_runs",
     "extract",
+    "inspect",
     "load_detector",
     "open_cache",
     "read_params",
+    "report",
     "save_scores",
     "score",
     "score_cache",

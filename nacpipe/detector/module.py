@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nacpipe.benchmarks.standard import Transform
-from nacpipe.cache import Cache, LayerSpec, open_cache
+from nacpipe.cache import Cache, LayerSpec, as_cache
 from nacpipe.cache.identity import diff
 from nacpipe.cache.layout import ALL_BITS
 from nacpipe.detector.calibration import Calibration, calibrate_scores
@@ -184,6 +184,13 @@ class Detector(nn.Module):
             InputError: the network fails on the first batch, or a mask does not fit.
             DetectorError: a layer has another number of neurons than was counted.
         """
+        if torch.compiler.is_compiling():  # torch.compile(detector): hooks and compiled tables are no graph's
+            disable: Any = torch.compiler.disable
+            eager: Detected = disable(self._forward)(batch)
+            return eager
+        return self._forward(batch)
+
+    def _forward(self, batch: Any) -> Detected:
         return self._detect(self._run(self._arguments(batch)))
 
     def _arguments(self, batch: Any) -> Any:
@@ -266,8 +273,7 @@ class Detector(nn.Module):
             CacheError: the cache is not there or not finished.
             InputError: keep is no share, or parameters do not fit the cache.
         """
-        opened = cache if isinstance(cache, Cache) else open_cache(cache)
-        exported = export_detector(opened, params, keep)
+        exported = export_detector(as_cache(cache), params, keep)
         return attach(exported, network, Call(prepare=prepare, logits=logits, mask=mask))
 
     @classmethod
@@ -501,6 +507,7 @@ class Detector(nn.Module):
                 autocast=self._autocast,
                 gradients=self._gradients,
                 call=self._call,
+                cache_layers=None if self._exported is None else self._exported.cache_layers,
             ) as taps,
         ):
             tapped = taps(map_tensors(Tensor.detach, images))
@@ -576,13 +583,28 @@ def load_detector(file: str | Path, network: nn.Module, call: Call = PLAIN_CALL)
         raise DetectorError(f"{file}: {error}") from None
 
 
+def _check_call(stored: Any, call: Call) -> None:
+    """Refuse a call with other options than the states were made with; of functions the source is not compared."""
+    if not isinstance(stored, Mapping):  # by the command line, or an earlier nacpipe
+        return
+    for name in ("prepare", "logits", "mask"):
+        before, now = stored.get(name), getattr(call, name)
+        if before is None and now is not None:
+            raise DetectorError(f"its states were made without {name}=; leave it out")
+        if before is not None and now is None:
+            raise DetectorError(f"its states were made with {name}=; give the same")
+        if isinstance(now, str) and now != before:
+            raise DetectorError(f"its states were made with another {name}= than {now!r}; give the same")
+
+
 def attach(exported: Exported, network: nn.Module, call: Call = PLAIN_CALL) -> Detector:
     """Put an exported detector on its network.
 
     Raises:
-        DetectorError: the network has other weights or layers.
+        DetectorError: the network has other weights or layers, or the call lacks `prepare`, `logits` or `mask`.
     """
     identity = exported.identity
+    _check_call(identity.get("call"), call)
     network = unwrap(network)
     if differences := diff({"weights": identity["weights"]}, {"weights": hash_network(network)}):
         inside = [name for name, child in network.named_children() if hash_network(child) == identity["weights"]]
