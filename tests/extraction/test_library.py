@@ -355,4 +355,9 @@ def test_a_network_that_ends_in_a_sigmoid_is_told_what_to_do(tmp_path: Path) -> 
     assert torch.equal(eval(advice)(flat(data.tensors[0])), eval(advice.replace("stack", "cat"))(one(data.tensors[0])))
     wrong = TensorDataset(data.tensors[0], data.tensors[1] + 1)
     with pytest.raises(InputError, match=r"or the network, which has 2 classes$"):
-        nacpipe.extract(nn.Linear(5, 2), {"id/train": wrong}, tmp_path / "z.zarr", layers=[""], progress=False)
+        nacpipe.extract(
+            two := nn.Sequential(body, nn.Linear(8, 2)), {"id/train": wrong}, tmp_path / "z.zarr", **options
+        )
+    known = r"the paths of network\.named_modules\(\): 0, 0\.0, 0\.1, 1$"
+    with pytest.raises(InputError, match=rf"layer '9' is not known for Sequential; known: {known}"):
+        nacpipe.extract(two, {"id/train": data}, tmp_path / "z.zarr", layers=["9"], progress=False)
