@@ -361,3 +361,19 @@ def test_a_network_that_ends_in_a_sigmoid_is_told_what_to_do(tmp_path: Path) -> 
     known = r"the paths of network\.named_modules\(\): 0, 0\.0, 0\.1, 1$"
     with pytest.raises(InputError, match=rf"layer '9' is not known for Sequential; known: {known}"):
         nacpipe.extract(two, {"id/train": data}, tmp_path / "z.zarr", layers=["9"], progress=False)
+
+
+def test_more_training_samples_extract_id_train_alone(tmp_path: Path) -> None:
+    network, x, y = small()
+    splits = {"id/train": TensorDataset(x[:30], y[:30]), "id/val": TensorDataset(x, y)}
+    options: Any = {"layers": ["1"], "batch_size": 8}
+    before = nacpipe.extract(network, splits, tmp_path / "x.zarr", progress=False, **options)["id/val"].attributes
+    more, told = {**splits, "id/train": TensorDataset(x, y)}, list[str]()
+    with pytest.raises(IdentityError, match=r"id/train was made from other data: length.*redo=\['id/train'\]"):
+        nacpipe.extract(network, more, tmp_path / "x.zarr", progress=False, **options)
+    cache = nacpipe.extract(
+        network, more, tmp_path / "x.zarr", redo=["id/train"], progress=lambda split, _: told.append(split), **options
+    )
+    assert set(told) == {"id/train"}
+    assert cache["id/train"].rows == 50
+    assert cache["id/val"].attributes["digest"] == before["digest"]
