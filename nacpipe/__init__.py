@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nacpipe.cache import Cache, open_cache
     from nacpipe.detector.module import Detector, load_detector
+    from nacpipe.detector.scoring import score
     from nacpipe.errors import NacError
     from nacpipe.evaluation.bootstrap import add_confidence, compare_methods
+    from nacpipe.evaluation.drift import watch
     from nacpipe.evaluation.method_scores import score_cache
     from nacpipe.evaluation.score_files import save_scores
     from nacpipe.evaluation.tables import evaluate, evaluate_runs, tabulate
@@ -52,11 +54,13 @@ _HOMES = {
     "report": "nacpipe.reporting.library",
     "Report": "nacpipe.reporting.library",
     "NacError": "nacpipe.errors",
+    "watch": "nacpipe.evaluation.drift",
     "extract": "nacpipe.extraction.library",
     "Detector": "nacpipe.detector.module",
     "tune": "nacpipe.tuning.library",
     "SearchResult": "nacpipe.tuning.request",
     "load_detector": "nacpipe.detector.module",
+    "score": "nacpipe.detector.scoring",
     "Objective": "nacpipe.tuning.objective",
     "LayerwiseSampler": "nacpipe.tuning.samplers",
     "GridSampler": "nacpipe.tuning.samplers",
@@ -88,10 +92,12 @@ __all__ = [
     "read_params",
     "report",
     "save_scores",
+    "score",
     "score_cache",
     "score_splits",
     "tabulate",
     "tune",
+    "watch",
     "write_params",
 ]
 

@@ -140,6 +140,12 @@ def deploy(cache: nacpipe.Cache, params: nacpipe.NacParams, network: nn.Module, 
         print(explanation.score, explanation.percentile, terms, explanation.neurons, low + high)
     old: nacpipe.Detector = nacpipe.load_detector("d.safetensors", network)
     logits, score, percentile, is_ood = old(torch.zeros(2, 5))
+    check = detector.to_onnx("d.onnx", {"input_ids": torch.zeros(2, 5)})
+    close: float = check.close
+    rows: pd.DataFrame = nacpipe.score(old, ["photos", Path("shards/{000..009}.tar")], workers=4)
+    parts: pd.DataFrame = nacpipe.score(old, "s3://in/shards/", "scores", format="parquet", note=print)
+    drift: pd.DataFrame = nacpipe.watch(["scores"], by="day", false_alarms=0.001, max_flagged=0.1)
+    print(close, rows, parts, drift, old.prepare_image(b""))
     one: Tensor = detector.forward({"input_ids": torch.zeros(2, 5)}).score
     print(logits, score, percentile, is_ood)
     return one

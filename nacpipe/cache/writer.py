@@ -67,7 +67,8 @@ class CacheWriter:
         Raises:
             IdentityError: the cache has another identity; the message names the differences.
             FormatError: it is not a cache of a version that this nacpipe writes.
-            CacheError: the path exists and is not a cache, or cannot be written.
+            CacheError: the path exists and is not a cache, or cannot be written; or what the first process made is not
+                there for another.
         """
         self.path = str(path)
         self._disk = None if is_url(self.path) else Path(self.path)
@@ -85,6 +86,11 @@ class CacheWriter:
                 remove_drafts(self._disk, self.header)
             if first:
                 consolidate(self.root, self.header, self.path)  # after a crash before that
+        elif not first:
+            raise CacheError(
+                f"{self.path}: the first process made it, and it is not there for this one; several machines need a"
+                " folder that all of them share, or s3://BUCKET/x.zarr"
+            )
         elif self._is_taken():
             raise CacheError(f"{self.path} is there already and is not a cache; give another --cache")
         else:
@@ -300,6 +306,14 @@ class CacheWriter:
         group.update_attributes({"sealed": True, "digest": split_digest(self.root, name, attributes, self.header)})
         self._sync(f"{name}/zarr.json")
         consolidate(self.root, self.header, self.path)
+
+    def renew_copy(self) -> None:
+        """Renew the consolidated metadata, after the last of several processes.
+
+        Each renews them when it seals; of two that seal different splits at once, the later may lack the other's.
+        """
+        with writing(self.path):
+            consolidate(self.root, self.header, self.path)
 
     def drop(self, name: str) -> None:
         """Remove a split: first its seal, then its marks, then its arrays. A reader never uses a partly removed one.

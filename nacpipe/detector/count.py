@@ -127,6 +127,7 @@ def count_coverage(
         terms=tuple(counted),
         fused=fused,
         taps=tuple(specs),
+        cache_layers=tuple(spec.path for spec in specs),
         threshold=-np.inf,
         keep=1.0,
         classes=tapped.logits.shape[1],

@@ -125,13 +125,18 @@ class Plan:
         blocks = [rows[i : i + block] for i in range(0, len(rows), block)]
         return [b[i : i + size] for b in blocks for i in range(0, len(b), size)]
 
+    def work(self, ranks: Ranks) -> Sequence[tuple[SplitPlan, int]]:
+        """Return the units of all splits that this rank writes, in order: (split, first block)."""
+        units = [(split, unit) for split in self.splits for unit in self.units(split)]
+        return ranks.share(units, [len(self.rows_of_unit(split, unit)) for split, unit in units])
+
     def todo_rows(self, ranks: Ranks) -> int:
         """Return the samples that this rank still has to run through the network."""
-        return sum(self.todo_of(split, ranks) for split in self.splits)
+        return sum(len(self.rows_of_unit(split, unit)) for split, unit in self.work(ranks))
 
     def todo_of(self, split: SplitPlan, ranks: Ranks) -> int:
         """Return the samples of a split that this rank still has to run through the network."""
-        return sum(len(self.rows_of_unit(split, unit)) for unit in ranks.share(self.units(split)))
+        return sum(len(self.rows_of_unit(split, unit)) for of, unit in self.work(ranks) if of is split)
 
     def taps(self) -> Taps:
         """Return hooks on the network's layers, with the request's options."""
@@ -178,6 +183,10 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         network = blank_network(model, benchmark, request.checkpoint, request.weights_transform)
     else:
         device = find_device(request.device, ranks.local, ranks.local_world)
+        if ranks.local_world > 1 and request.device.startswith(("cuda:", "xpu:")):
+            notes.append(
+                f"--device {request.device} is one GPU; each of the {ranks.local_world} processes here has its own"
+            )
         network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
     notes += [f"images are prepared by {network.prepared_by}: {network.image_transform.describe()}", *network.notes]
     measured = measure_layers(network, request.layers, request.poolings, gradients=request.gradient)

@@ -22,7 +22,6 @@ from nacpipe.errors import InputError
 from nacpipe.files import is_url
 from nacpipe.networks.build import Network
 from nacpipe.networks.layers import MeasuredLayers
-from nacpipe.text import spell_option
 
 BLOCK_SECONDS = 10.0  # of work, which a kill loses
 AUTOCAST: Mapping[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16}
@@ -236,38 +235,29 @@ def find_device(name: str, local: int = 0, local_world: int = 1, *, python: bool
     Args:
         name: auto, cuda, cuda:1, mps, cpu, …
         local: the rank among the processes on this machine.
-        local_world: the number of these processes; `auto` and `cuda` give each its own GPU.
+        local_world: the number of these processes; each has its own GPU, whichever is named.
         python: whether messages name options as they are in Python.
 
     Raises:
-        InputError: this machine lacks the device, or one GPU is named for several processes.
+        InputError: this machine lacks the device.
     """
-    name = name_device(name, local, local_world, python=python)
+    name = name_device(name, local, local_world)
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0][:120]}") from None
+    if device.type == "cuda" and local_world > 1:
+        torch.cuda.set_device(device)  # pinned memory would open the first GPU in every process
     return device
 
 
-def name_device(name: str, local: int, local_world: int, *, python: bool = False) -> str:
-    """Return the name of this process's device, as `find_device` chooses it.
-
-    Raises:
-        InputError: one GPU is named for several processes.
-    """
+def name_device(name: str, local: int, local_world: int) -> str:
+    """Return the name of this process's device, as `find_device` chooses it."""
     if name == "auto":
         return f"cuda:{local}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if local_world == 1 or kind not in ("cuda", "xpu"):
-        return name
-    if index:
-        raise InputError(
-            f"device {name!r} is one GPU, and {local_world} processes of this machine would share it; give"
-            f" {spell_option('device', kind, python=python)}, which gives each its own"
-        )
-    return f"{kind}:{local}"
+    kind = name.partition(":")[0]
+    return name if local_world == 1 or kind not in ("cuda", "xpu") else f"{kind}:{local}"
 
 
 def uses_tf32(device: torch.device) -> bool:

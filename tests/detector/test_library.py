@@ -37,6 +37,8 @@ def test_a_detector_is_fitted_without_a_cache(wine: Any, tmp_path: Path) -> None
     loader = DataLoader(kind.splits["id/train"], batch_size=32)
     fitted = nacpipe.Detector.fit(kind.network, loader, params)
     exported = nacpipe.Detector.from_cache(cache, params, kind.network)
+    assert exported._exported is not None
+    assert exported._exported.cache_layers == tuple(layer.path for layer in cache.header.layers)
     batch = batch_of(kind, "id/test", range(20))
     np.testing.assert_allclose(fitted(batch).score, exported(batch).score, atol=0.02)
     assert not fitted(batch).is_ood.any()
