@@ -232,6 +232,30 @@ def test_a_program_alone_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert find_ranks(False) == Ranks()
 
 
+def test_a_rank_says_for_whom_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Barrier:
+        left = 3
+
+        def is_completed(self) -> bool:
+            self.left -= 1
+            return self.left == 0
+
+        def wait(self) -> None:
+            waited.append(self.left)
+
+    waited: list[int] = []
+    said: list[str] = []
+    monkeypatch.setattr("torch.distributed.barrier", lambda group, async_op: Barrier())
+    monkeypatch.setattr("nacpipe.extraction.distributed.NOTE_SECONDS", 0.0)
+    Ranks(1, 2).meet(said.append)
+    assert waited == [0]
+    assert said == [
+        "rank 1 of 2 waits for the others to call nacpipe.extract; distributed=False extracts in one process alone"
+    ]
+    Ranks().meet(said.append)
+    assert len(said) == 1
+
+
 @pytest.mark.slow
 def test_torchrun_may_start_the_ranks_again(tmp_path: Path) -> None:
     """With --max-restarts they go on by themselves: they plan anew, and count from nothing."""
