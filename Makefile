@@ -49,7 +49,7 @@ $(READY): pyproject.toml | $(BIN)/python
 demo: $(DEMO_READY) ## extract, search, evaluate and report on the packaged benchmark
 	$(MAKE) --no-print-directory extract search report evaluate BENCHMARK=digits
 	@echo
-	@echo "the worst mistakes: $(CURDIR)/cache/digits-figures/mistakes.png"
+	@echo "the worst mistakes: $(CURDIR)/cache/digits-mistakes.png"
 	@echo "the report:         $(CURDIR)/cache/digits-report.html"
 
 extract: $(DEMO_READY) ## stage 1: run the network once, write its states to CACHE
@@ -63,7 +63,7 @@ evaluate: $(DEMO_READY) ## the table: NAC beside baselines
 	$(BIN)/nacpipe evaluate $(CACHE)
 
 report: $(DEMO_READY) ## one page about CACHE, with pictures of the worst mistakes
-	$(BIN)/nacpipe report $(CACHE) --output cache/$(BENCHMARK)-report.html --figures cache/$(BENCHMARK)-figures
+	$(BIN)/nacpipe report $(CACHE) --output cache/$(BENCHMARK)-report.html --mosaic cache/$(BENCHMARK)-mistakes.png
 
 test: $(READY) ## the tests of three minutes: all but those that pyproject.toml marks as slow, server, browser, reference
 	$(PYTEST) -m "not slow and not server and not browser and not reference" --hypothesis-profile quick

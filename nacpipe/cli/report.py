@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from nacpipe.cli.evaluate import match_choices, score_baselines_named
 from nacpipe.cli.output import Address, note, params_option, split_names
+
+if TYPE_CHECKING:
+    from nacpipe.reporting.galleries import Gallery
+    from nacpipe.reporting.report import CacheReport
 
 
 @click.command()
@@ -18,29 +24,39 @@ from nacpipe.cli.output import Address, note, params_option, split_names
 @click.option(
     "--figures", metavar="DIR", type=click.Path(path_type=Path), help="Write every figure as SVG and PNG too."
 )
+@click.option(
+    "--mosaic", metavar="FILE", type=click.Path(path_type=Path), help="A picture of each set's worst mistakes: .png."
+)
 @params_option
 @click.option("--baselines", metavar="NAMES", callback=split_names, help="all, or some by name, as of evaluate.")
+@click.option("--benchmark", metavar="NAME", help="Of the images, a name or FILE.toml; default: as extracted.")
+@click.option("--data-root", metavar="DIR", type=click.Path(path_type=Path), help="Of images; default: as extracted.")
 @click.pass_context
 def report(
     ctx: click.Context,
     caches: tuple[str | Path, ...],
     output: Path,
     figures: Path | None,
+    mosaic: Path | None,
     choices: tuple[str, ...],
     baselines: tuple[str, ...],
+    benchmark: str | None,
+    data_root: Path | None,
 ) -> None:
-    """Write one page about CACHE: tables, scores, ROC curves, coverage, the search, and what made it.
+    """Write one page about CACHE: tables, worst mistakes, scores, ROC curves, coverage, the search, what made it.
 
-    Several caches are training runs of one network: mean ± standard deviation, and a section for each. The page is one
-    file that needs no network and no scripts; it can be printed.
+    Mistakes are shown as images where these are still where they were extracted from. Several caches are training runs
+    of one network: mean ± standard deviation, and a section for each. The page is one file that needs no network and no
+    scripts; it can be printed.
 
     \b
     nacpipe report cache/digits-digits_cnn.zarr --output report.html
     nacpipe report cache/digits-digits_cnn.zarr --output report.html --figures figures
+    nacpipe report cache/digits-digits_cnn.zarr --output report.html --mosaic mistakes.png
     nacpipe report cache/s0.zarr cache/s1.zarr cache/s2.zarr --output report.html
     """
     from nacpipe.cache import open_cache
-    from nacpipe.errors import MissingExtra
+    from nacpipe.errors import ImageError, InputError, MissingExtra
     from nacpipe.evaluation.method_scores import evaluated_splits
     from nacpipe.evaluation.tables import tabulate
     from nacpipe.evaluation.training_runs import check_runs
@@ -49,11 +65,16 @@ def report(
 
     try:
         from nacpipe.reporting.figures import write_figure
+        from nacpipe.reporting.galleries import draw_mistakes
         from nacpipe.reporting.report import draw_cache_report, read_cache_report, render_report
     except ModuleNotFoundError as error:
         raise MissingExtra(f"this needs {error.name}; install it with: pip install 'nacpipe[report]'") from None
 
-    check_writable(output)
+    if mosaic is not None and mosaic.suffix != ".png":
+        raise InputError(f"{mosaic}: a mosaic is written as .png")
+    for path in (output, mosaic):
+        if path is not None:
+            check_writable(path)
     if figures is not None:
         figures.mkdir(parents=True, exist_ok=True)
     opened = [open_cache(path) for path in caches]
@@ -65,7 +86,8 @@ def report(
         reports.append(read_cache_report(cache, params, more=more, choice=choice))
     frame = tabulate([report.run for report in reports])
     drawn = [draw_cache_report(report) for report in reports]
-    write_whole(output, render_report(reports, frame, ctx.obj, drawn).encode())
+    galleries = [_find_galleries(report, benchmark, data_root) for report in reports]
+    write_whole(output, render_report(reports, frame, ctx.obj, drawn, galleries).encode())
     note(f"wrote {output}")
     if figures is not None:
         for number, groups in enumerate(drawn, 1):
@@ -73,3 +95,27 @@ def report(
                 for name, figure in group.items():
                     write_figure(figures, name if len(drawn) == 1 else f"run{number}-{name}", figure)
         note(f"wrote {figures}")
+    if mosaic is not None:
+        shown = [gallery for found in galleries if not isinstance(found, str) for gallery in found]
+        if not shown:
+            raise ImageError(f"no mosaic was written: {galleries[0]}")
+        draw_mistakes(shown).save(mosaic)
+        note(f"wrote {mosaic}")
+
+
+def _find_galleries(report: CacheReport, benchmark: str | None, data_root: Path | None) -> Sequence[Gallery] | str:
+    """Return the images to show, or why there are none: the page is whole without them."""
+    from nacpipe.cli.image_lookup import open_split_images
+    from nacpipe.errors import NacError
+    from nacpipe.reporting.galleries import build_galleries
+
+    cache, scores = report.cache, report.run.methods["NAC"].scores
+    asked = {name: values for name, values in scores.items() if not name.startswith("csid/")}
+    try:
+        return build_galleries(
+            cache, asked, lambda split: open_split_images(cache, split, benchmark, data_root), report.val_scores
+        )
+    except NacError as error:
+        return error.one_line()
+    except ModuleNotFoundError as error:
+        return f"images need {error.name}; install it with: pip install 'nacpipe[extract]'"
