@@ -26,7 +26,7 @@ EXTRACT_OPTIONS = $(BENCHMARK) --cache $(CACHE) \
 unexport PYTHONDONTWRITEBYTECODE
 
 .NOTPARALLEL:
-.PHONY: help demo extract search evaluate report test fuzz check format lint types wheel clean
+.PHONY: help demo extract search evaluate report test fuzz check docs release format lint types clean
 
 help: ## print this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -71,8 +71,16 @@ test: $(READY) ## the tests of three minutes: all but those that pyproject.toml 
 fuzz: $(READY) ## hostile caches, lists, folders, images, TOML, parameters, checkpoints and names, FUZZ of each (make check tries few)
 	NACPIPE_FUZZ=$(or $(FUZZ),2000) $(BIN)/python -m pytest tests/test_fuzz.py
 
-check: $(READY) lint types ## format, lint, import rules, types, every test: what CI runs
+check: $(READY) lint types docs release ## format, lint, import rules, types, site, release, every test: what CI runs
 	$(PYTEST)
+
+docs: $(READY) ## build the documentation site into site/; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# An environment that has this one's packages but not this checkout: what is missing from the wheel is missing there.
+release: $(READY) ## build wheel and sdist, install the wheel in a clean environment, run the demo from it
+	rm -rf dist build/release
+	$(BIN)/python tools/release.py --output dist --workspace build/release
 
 format: $(READY) ## put the code in form
 	$(BIN)/ruff format .
@@ -86,8 +94,5 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-wheel: $(READY) ## build the wheel
-	$(BIN)/pip wheel --no-deps --wheel-dir dist .
-
 clean: ## remove what is built, caches of states excepted
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
