@@ -57,7 +57,7 @@ def test_links_are_rewritten_for_the_site() -> None:
     links = "[a](../cache/README.md#marks) [b](search.md) [c](https://x.org/README.md) [d](#here)"
     expected = "[a](cache-format.md#marks) [b](search.md) [c](https://x.org/README.md) [d](#here)"
     assert pages.rewrite_links(links, "docs/trust.md") == expected
-    assert pages.rewrite_links("[a](../../bench/README.md)", "docs/decisions/x.md") == "[a](../speeds.md)"
+    assert pages.rewrite_links("[a](../../bench/README.md)", "docs/decisions/benchmarks.md") == "[a](../speeds.md)"
     assert pages.rewrite_links("[a](docs/search.md)", "CHANGELOG.md") == "[a](search.md)"
 
 
