@@ -65,11 +65,11 @@ def step(what: str, path: Path, rows: int, shard_blocks: int) -> None:
     elif what == "index":
         from nacpipe.method.params import LayerParams, NacParams
         from nacpipe.scoring.coverage import score_splits
-        from nacpipe.scoring.trial_scorer import index_from
+        from nacpipe.scoring.trial_scorer import TermIndexes
 
         cache = open_cache(path)
         started = time.perf_counter()
-        index_from(cache, ["id/val", "ood/val"])("wide", "product")
+        TermIndexes(cache, ["id/val", "ood/val"])("wide", "product")
         print(f"index of the training set and 10,000 rows: {time.perf_counter() - started:.2f} s")
         started = time.perf_counter()
         params = NacParams(layers={"wide": LayerParams(bins=50, saturation=100, alpha=1.0)})

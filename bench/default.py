@@ -53,9 +53,9 @@ def write_cache(path: Path) -> None:
             values = random.standard_normal((rows, neurons), np.float32) * wide
             if name == "avgpool" and not split.startswith("ood/"):
                 values += 4 * weight[label]
-            arrays[f"{name}/activation"] = np.maximum(values, 0)
-            arrays[f"{name}/gradient"] = 0.01 * wide * random.standard_normal((rows, neurons), np.float32)
-        arrays["features"] = arrays["avgpool/activation"]
+            arrays[f"layers/{name}/activation"] = np.maximum(values, 0)
+            arrays[f"layers/{name}/gradient"] = 0.01 * wide * random.standard_normal((rows, neurons), np.float32)
+        arrays["features"] = arrays["layers/avgpool/activation"]
         arrays["logits"] = arrays["features"] @ weight.T + bias
         writer.prepare(split, rows, {"list": split, "sha256": "0" * 64})
         for block in range(-(-rows // BLOCK)):

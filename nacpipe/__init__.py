@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nacpipe.cache import Cache, open_cache
     from nacpipe.detector.module import Detector, load_detector
+    from nacpipe.detector.scoring import score
     from nacpipe.errors import NacError
     from nacpipe.evaluation.bootstrap import add_confidence, compare_methods
+    from nacpipe.evaluation.drift import watch
     from nacpipe.evaluation.method_scores import score_cache
     from nacpipe.evaluation.score_files import save_scores
     from nacpipe.evaluation.tables import evaluate, evaluate_runs, tabulate
     from nacpipe.extraction.library import extract
     from nacpipe.method.metrics import detect
     from nacpipe.method.params import LayerParams, NacParams
+    from nacpipe.reporting.library import Report, inspect, report
     from nacpipe.scoring.coverage import score_splits
     from nacpipe.scoring.params_file import read_params, write_params
     from nacpipe.tuning.library import tune
@@ -47,12 +50,17 @@ _HOMES = {
     "add_confidence": "nacpipe.evaluation.bootstrap",
     "compare_methods": "nacpipe.evaluation.bootstrap",
     "save_scores": "nacpipe.evaluation.score_files",
+    "inspect": "nacpipe.reporting.library",
+    "report": "nacpipe.reporting.library",
+    "Report": "nacpipe.reporting.library",
     "NacError": "nacpipe.errors",
+    "watch": "nacpipe.evaluation.drift",
     "extract": "nacpipe.extraction.library",
     "Detector": "nacpipe.detector.module",
     "tune": "nacpipe.tuning.library",
     "SearchResult": "nacpipe.tuning.request",
     "load_detector": "nacpipe.detector.module",
+    "score": "nacpipe.detector.scoring",
     "Objective": "nacpipe.tuning.objective",
     "LayerwiseSampler": "nacpipe.tuning.samplers",
     "GridSampler": "nacpipe.tuning.samplers",
@@ -68,6 +76,7 @@ __all__ = [
     "NacError",
     "NacParams",
     "Objective",
+    "Report",
     "SearchResult",
     "TermwiseSampler",
     "__version__",
@@ -77,14 +86,18 @@ __all__ = [
     "evaluate",
     "evaluate_runs",
     "extract",
+    "inspect",
     "load_detector",
     "open_cache",
     "read_params",
+    "report",
     "save_scores",
+    "score",
     "score_cache",
     "score_splits",
     "tabulate",
     "tune",
+    "watch",
     "write_params",
 ]
 

@@ -12,6 +12,14 @@ def command_line(*words: object) -> str:
     return shlex.join(["nacpipe", *map(str, words)])
 
 
+def spell_option(name: str, value: object = None, *, python: bool) -> str:
+    """Return how an option is given: `--batch-size 8`, or from Python `batch_size=8`; without a value its name."""
+    if not python:
+        return f"--{name}" if value is None else f"--{name} {shlex.quote(str(value))}"
+    name = name.replace("-", "_")
+    return f"{name}=" if value is None else f"{name}={value!r}"
+
+
 def escape(character: str) -> str:
     """Return an escape for a character; for a byte of a file name that is not UTF-8, that byte: `\\xe9`."""
     code = ord(character)

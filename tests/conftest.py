@@ -6,6 +6,7 @@ import os
 
 # Before numpy and torch are imported, here and in the processes that tests start: xdist's workers share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")  # extract sets it too late where a test trained a network before
 
 import asyncio
 import gc

@@ -159,6 +159,8 @@ def test_stages_say_what_they_do(path: Path) -> None:
 def undocumented(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
     for child in node.body:
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not child.name.startswith("_"):
+            if any(dotted(decorator) == "overload" for decorator in child.decorator_list):
+                continue
             if ast.get_docstring(child) is None and child.name != "forward":  # torch's, what it does is the class
                 yield f"{prefix}{child.name}"
             if isinstance(child, ast.ClassDef):

@@ -42,13 +42,13 @@ def count(split: str, rows: int) -> None:
 
 
 def extract(network: nn.Module, data: TensorDataset) -> nacpipe.Cache:
-    text_splits: dict[str, Texts | list[tuple[list[str], list[int]]]] = {"id/train": Texts(), "id/val": [(["a"], [0])]}
+    text_splits: dict[str, Texts | list[tuple[str, int]]] = {"id/train": Texts(), "id/val": [("a", 0)]}
     nacpipe.extract(
         network, text_splits, Path("texts.zarr"),
         layers={"hidden": "encoder"}, pooling={"hidden": "class-token"}, prepare=tokenize, logits=take_logits,
         mask=find_mask, device=torch.device("cpu"), batch_size=8, workers=2, precision="bf16", mantissa_bits=10,
         gradient=False, block_rows=16, shard_blocks=2, redo=["id/val"], fingerprint={"id/train": "v1"}, name="texts",
-        progress=count,
+        distributed=False, progress=count,
     )  # fmt: skip
     splits = {"id/train": DataLoader(data, batch_size=8), "id/val": data, "ood/val": data}
     return nacpipe.extract(network, splits, "x.zarr", mask="valid", device="cpu", layers=["1"], progress=False)
@@ -105,7 +105,24 @@ def evaluate(cache: nacpipe.Cache, params: nacpipe.NacParams) -> pd.DataFrame:
     nacpipe.save_scores(Path("x.npz"), [cache], runs)
     over_runs: pd.DataFrame = nacpipe.evaluate_runs([cache, cache], [params, None])
     print(auroc, frame, differences, over_runs, nacpipe.__version__)
-    return nacpipe.evaluate(cache, None)
+    return nacpipe.evaluate("x.zarr", None)
+
+
+def look(cache: nacpipe.Cache, params: nacpipe.NacParams) -> pd.DataFrame:
+    whole, layer = nacpipe.inspect(cache), nacpipe.inspect(cache, "id/val", "1", params=params)
+    facts: Mapping[str, object] = whole.facts
+    frames: list[pd.DataFrame] = [
+        whole.layers, whole.splits, layer.summary, layer.values, layer.histograms,
+        nacpipe.inspect("x.zarr", "id/val", params="published"),
+        nacpipe.inspect(cache, "id/val", "1", alpha=2.0).values,
+        nacpipe.inspect(cache, "id/val", compare=Path("y.zarr")),
+        nacpipe.inspect(cache, "ood/val", rows=5, params=params),
+    ]  # fmt: skip
+    made: nacpipe.Report = nacpipe.report([cache, "y.zarr"], params=[params, Path("y.params.json")], baselines=["all"])
+    made.save("report.html", figures="figures")
+    layer.plot().savefig("layer.png")
+    print(facts, frames, made.table, made.checks, list(made.figures), made.html)
+    return nacpipe.report(cache, Path("report.html"), params=params).table
 
 
 def deploy(cache: nacpipe.Cache, params: nacpipe.NacParams, network: nn.Module, data: TensorDataset) -> Tensor:
@@ -123,6 +140,12 @@ def deploy(cache: nacpipe.Cache, params: nacpipe.NacParams, network: nn.Module, 
         print(explanation.score, explanation.percentile, terms, explanation.neurons, low + high)
     old: nacpipe.Detector = nacpipe.load_detector("d.safetensors", network)
     logits, score, percentile, is_ood = old(torch.zeros(2, 5))
+    check = detector.to_onnx("d.onnx", {"input_ids": torch.zeros(2, 5)})
+    close: float = check.close
+    rows: pd.DataFrame = nacpipe.score(old, ["photos", Path("shards/{000..009}.tar")], workers=4)
+    parts: pd.DataFrame = nacpipe.score(old, "s3://in/shards/", "scores", format="parquet", note=print)
+    drift: pd.DataFrame = nacpipe.watch(["scores"], by="day", false_alarms=0.001, max_flagged=0.1)
+    print(close, rows, parts, drift, old.prepare_image(b""))
     one: Tensor = detector.forward({"input_ids": torch.zeros(2, 5)}).score
     print(logits, score, percentile, is_ood)
     return one
@@ -133,7 +156,8 @@ def main() -> None:
     try:
         cache = extract(network, data)
         deploy(cache, tune(cache), network, data)
-        evaluate(cache, search_with_optuna(cache))
+        params = search_with_optuna(cache)
+        print(evaluate(cache, params), look(cache, params))
         read()
     except nacpipe.NacError as error:
         print(error)

@@ -29,7 +29,7 @@ PAGES = {  # file of the repository → page of the site
     "CONTRIBUTING.md": "contributing.md",
     "README.md": "index.md",
 }
-_LINK = re.compile(r"\]\(([^)#\s:]+)(#[^)]*)?\)")
+_LINK = re.compile(r"\[([^\[\]]*)\]\(([^)#\s:]+)(#[^)]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -51,7 +51,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
 
 def rewrite_links(markdown: str, source: str) -> str:
-    """Return a page with its links as seen from its place on the site.
+    """Return a page with its links as seen from its place on the site; a file of the repository alone is no link there.
 
     Args:
         markdown: the page.
@@ -60,12 +60,12 @@ def rewrite_links(markdown: str, source: str) -> str:
     here = PAGES.get(source, source.removeprefix("docs/"))
 
     def rewrite(match: re.Match[str]) -> str:
-        link, anchor = match[1], match[2] or ""
+        label, link, anchor = match[1], match[2], match[3] or ""
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
         on_site = PAGES.get(target, target.removeprefix("docs/") if target.startswith("docs/") else None)
         if on_site is None:
-            return match[0]
-        return f"]({os.path.relpath(on_site, posixpath.dirname(here) or '.')}{anchor})"
+            return label if (ROOT / target).exists() else match[0]
+        return f"[{label}]({os.path.relpath(on_site, posixpath.dirname(here) or '.')}{anchor})"
 
     return _LINK.sub(rewrite, markdown)
 

@@ -18,10 +18,20 @@ import atexit
 from nacpipe.cache.array_view import ArrayView
 from nacpipe.cache.layout import Header, LayerSpec
 from nacpipe.cache.pending import cancel_pending_tasks
-from nacpipe.cache.reader import Cache, open_cache
+from nacpipe.cache.reader import Cache, as_cache, open_cache
 from nacpipe.cache.split import LayerView, SplitView
 from nacpipe.cache.writer import CacheWriter
 
-__all__ = ["ArrayView", "Cache", "CacheWriter", "Header", "LayerSpec", "LayerView", "SplitView", "open_cache"]
+__all__ = [
+    "ArrayView",
+    "Cache",
+    "CacheWriter",
+    "Header",
+    "LayerSpec",
+    "LayerView",
+    "SplitView",
+    "as_cache",
+    "open_cache",
+]
 
 atexit.register(cancel_pending_tasks)  # registered after Zarr's own exit function, and so called before it

@@ -10,7 +10,7 @@ from typing import Any
 Identity = Mapping[str, Any]
 
 VAL = "ood/val"  # the OOD split that a search uses by default
-OPTIONAL_FIELDS = ("arithmetic", "source")  # fields that caches of an earlier nacpipe lack
+OPTIONAL_FIELDS = ("arithmetic", "source", "call")  # fields that caches of an earlier nacpipe lack
 
 
 def bound_splits(val: str = VAL) -> tuple[str, str, str]:

@@ -30,7 +30,7 @@ from nacpipe.cache.store import MAX_REQUESTS
 
 _NUMBER = "(?:0|[1-9][0-9]*)"
 _DRAFT = re.compile(
-    rf"(?:zarr\.json|zarr\.[0-9a-f]+|(?:{_NUMBER}|c(?:\.{_NUMBER}){{0,2}})(?:\.[0-9a-f]+)?)\.partial"
+    rf"(?:zarr\.json(?:\.[0-9a-f]+)?|zarr\.[0-9a-f]+|(?:{_NUMBER}|c(?:\.{_NUMBER}){{0,2}})(?:\.[0-9a-f]+)?)\.partial"
 )  # those of durability.py and of Zarr
 _CHUNK_FOLDER = re.compile(rf"/c(?:/{_NUMBER})?$")  # of version 1, below an array's folder
 _CHUNK = re.compile(rf"(.+)/c[./]({_NUMBER})(?:[./]0)?")

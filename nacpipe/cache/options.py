@@ -12,6 +12,8 @@ from typing import Any
 from nacpipe.cache.layout import ALL_BITS
 from nacpipe.text import command_line
 
+TRAIN_IMAGES = 1000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractOptions:
@@ -34,7 +36,8 @@ class ExtractOptions:
     """(layer, pooling): instead of the table's or the guessed one."""
     data_root: Path | None = None
     """None means the benchmark's own: data, or what its file says."""
-    train_images: int = 1000
+    train_images: int = TRAIN_IMAGES
+    """Of id/train."""
     train_seed: int = 1
     batch_size: int = 128
     device: str = "auto"
@@ -94,6 +97,9 @@ def _to_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+FROM_PYTHON = "nacpipe.extract"  # the information `written_by` of a cache of `nacpipe.extract(network, …)`
+
+
 def read_options(information: Mapping[str, Any]) -> ExtractOptions | None:
     """Return the options that a cache was extracted with, from its header's information.
 
@@ -140,7 +146,7 @@ def finishing_command(information: Mapping[str, Any], cache: str | Path, train_i
     """
     if (options := read_options(information)) is not None:
         return format_command(options if train_images is None else replace(options, train_images=train_images), cache)
-    if information.get("written_by") == "nacpipe.extract":
+    if information.get("written_by") == FROM_PYTHON:
         return f"nacpipe.extract(network, splits, {str(cache)!r})"
     recorded = information.get("command")
     if isinstance(recorded, str) and _is_extract(recorded):

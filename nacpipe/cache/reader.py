@@ -34,6 +34,11 @@ def open_cache(path: str | Path) -> Cache:
     return Cache(str(path), root, header)
 
 
+def as_cache(cache: Cache | str | Path) -> Cache:
+    """Return a cache, which is opened where its path or URL is given."""
+    return cache if isinstance(cache, Cache) else open_cache(cache)
+
+
 def open_root(path: str, *, mode: Literal["r", "r+"]) -> tuple[zarr.Group, Header]:
     """Open the root group and read its header; errors carry the path."""
     try:
@@ -153,9 +158,10 @@ class Cache(Mapping[str, SplitView]):
 
     def command(self) -> str:
         """Return the command that made this cache, which also finishes it."""
-        return finishing_command(self.header.information, self.path, self._train_images())
+        return finishing_command(self.header.information, self.path, self.train_images())
 
-    def _train_images(self) -> int | None:
+    def train_images(self) -> int | None:
+        """Return the number of images that was asked for as id/train; None where it is not known."""
         try:
             count = self.peek("id/train").images.get("images") if "id/train" in self else None
         except NacError:  # damaged, or just being extracted again

@@ -15,10 +15,11 @@ from nacpipe.cache.array_view import ArrayView
 from nacpipe.cache.digest import matches_seal
 from nacpipe.cache.keys import list_split
 from nacpipe.cache.layout import MISSING_INT, LayerSpec, chunk_key, count_blocks, is_there
+from nacpipe.cache.options import FROM_PYTHON
 from nacpipe.cache.store import WebStore
 from nacpipe.cache.validation import missing_chunks, open_member, split_problems
 from nacpipe.errors import CacheError, FormatError, InputError, NacError, ValuesError
-from nacpipe.text import command_line
+from nacpipe.text import command_line, spell_option
 
 if TYPE_CHECKING:
     from nacpipe.cache.reader import Cache
@@ -66,6 +67,12 @@ class SplitView(Mapping[str, LayerView]):
 
     def __len__(self) -> int:
         return len(self._cache.header.layers)
+
+    @property
+    def redo_option(self) -> str:
+        """How this split is extracted again: `--redo id/val`; of a cache made from Python `redo=['id/val']`."""
+        python = self._cache.header.information.get("written_by") == FROM_PYTHON
+        return spell_option("redo", [self.name] if python else self.name, python=python)
 
     @property
     def images(self) -> Mapping[str, Any]:

@@ -141,7 +141,7 @@ class RemoteStore(Base):
             except NotSupportedError:  # the caller handles it
                 raise
             except (BaseError, OSError) as error:
-                if (advice := _permanent_error_advice(error, self.url)) is None and attempt < ATTEMPTS - 1:
+                if (advice := permanent_error_advice(error, self.url)) is None and attempt < ATTEMPTS - 1:
                     await asyncio.sleep(min(PAUSE * 2**attempt, LONGEST_PAUSE))
                     continue
                 raise CacheError(
@@ -285,7 +285,7 @@ def _retry_advice(verb: str) -> str:
     return advice if verb == "read" else f"{advice} What was written is safe, and the same command goes on"
 
 
-def _permanent_error_advice(error: Exception, url: str) -> str | None:
+def permanent_error_advice(error: Exception, url: str) -> str | None:
     """Return advice for an error that repeating the request cannot solve; None if it may."""
     from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 

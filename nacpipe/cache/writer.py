@@ -43,11 +43,12 @@ from nacpipe.cache.layout import (
     is_there,
     is_whole,
 )
+from nacpipe.cache.options import FROM_PYTHON
 from nacpipe.cache.reader import open_cache, open_root
 from nacpipe.cache.validation import open_member, split_problems
 from nacpipe.errors import CacheError, FormatError, IdentityError
 from nacpipe.files import is_url
-from nacpipe.text import command_line
+from nacpipe.text import command_line, spell_option
 
 WRITERS = 8  # arrays that are written at once: their compression and their fsync overlap
 
@@ -66,7 +67,8 @@ class CacheWriter:
         Raises:
             IdentityError: the cache has another identity; the message names the differences.
             FormatError: it is not a cache of a version that this nacpipe writes.
-            CacheError: the path exists and is not a cache, or cannot be written.
+            CacheError: the path exists and is not a cache, or cannot be written; or what the first process made is not
+                there for another.
         """
         self.path = str(path)
         self._disk = None if is_url(self.path) else Path(self.path)
@@ -84,6 +86,11 @@ class CacheWriter:
                 remove_drafts(self._disk, self.header)
             if first:
                 consolidate(self.root, self.header, self.path)  # after a crash before that
+        elif not first:
+            raise CacheError(
+                f"{self.path}: the first process made it, and it is not there for this one; several machines need a"
+                " folder that all of them share, or s3://BUCKET/x.zarr"
+            )
         elif self._is_taken():
             raise CacheError(f"{self.path} is there already and is not a cache; give another --cache")
         else:
@@ -300,6 +307,14 @@ class CacheWriter:
         self._sync(f"{name}/zarr.json")
         consolidate(self.root, self.header, self.path)
 
+    def renew_copy(self) -> None:
+        """Renew the consolidated metadata, after the last of several processes.
+
+        Each renews them when it seals; of two that seal different splits at once, the later may lack the other's.
+        """
+        with writing(self.path):
+            consolidate(self.root, self.header, self.path)
+
     def drop(self, name: str) -> None:
         """Remove a split: first its seal, then its marks, then its arrays. A reader never uses a partly removed one.
 
@@ -358,18 +373,19 @@ def check_identity(path: str, stored: Header, wanted: Header) -> None:
     """
     stored_identity = stored.whole_identity()
     if differences := diff(stored_identity, comparable_fields(stored_identity, wanted.whole_identity())):
+        python = wanted.information.get("written_by") == FROM_PYTHON
         raise IdentityError(
-            f"{path} was made from something else: {'; '.join(differences)}. Give another --cache, or"
-            f" {_remedy(stored_identity, differences)}"
+            f"{path} was made from something else: {'; '.join(differences)}. Give another"
+            f" {'path' if python else '--cache'}, or {_remedy(stored_identity, differences, python)}"
         )
 
 
-def _remedy(stored: Mapping[str, Any], differences: Sequence[str]) -> str:
+def _remedy(stored: Mapping[str, Any], differences: Sequence[str], python: bool) -> str:
     """Return the options that restore the stored identity."""
     differ = {phrase.split(":")[0] for phrase in differences}
     arithmetic = stored.get("arithmetic", {})
     known = {
-        "arithmetic.device": f"--device {shlex.quote(str(arithmetic.get('device')))}",
+        "arithmetic.device": spell_option("device", str(arithmetic.get("device")), python=python),
         "arithmetic.memory_format": f"--{str(arithmetic.get('memory_format')).replace('_', '-')}",
         "arithmetic.tf32": f"TF32 (torch.backends, in the network's file) {'on' if arithmetic.get('tf32') else 'off'}",
         "source": "the network's file, and what it imports from its folder, as they were",
@@ -377,7 +393,8 @@ def _remedy(stored: Mapping[str, Any], differences: Sequence[str]) -> str:
     if "arithmetic.device" in differ:
         differ.discard("arithmetic.memory_format")  # it depends on the device
     options = [text for key, text in known.items() if key in differ]
-    return ", ".join(options + ["the same options"] * bool(differ.difference(known)))
+    same = "the same network, layers and options" if python else "the same options"
+    return ", ".join(options + [same] * bool(differ.difference(known)))
 
 
 def round_mantissa(values: NDArray[np.float32], mantissa_bits: int) -> NDArray[np.float32]:

@@ -23,6 +23,8 @@ EXTRAS = {
     "extract": ("torch", "torchvision", "PIL"),
     "demo": ("mlxtend", "sklearn", "skimage", "matplotlib"),
     "report": ("matplotlib", "jinja2"),
+    "score": ("pyarrow", "obstore"),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "remote": ("obstore",),
     "data": ("gdown",),
     "timm": ("timm",),

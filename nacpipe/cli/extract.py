@@ -52,9 +52,9 @@ def extract_options(command: Any) -> Any:
         click.option("--cache", type=Address(),
                      help="A folder or s3://…; default: cache/BENCHMARK-MODEL.zarr. Of several runs each adds -s0, …"
                      " before .zarr, or stands for {run}."),
-        click.option("--train-images", type=int, default=1000, show_default=True,
-                     help="Images of id/train, the same number of each class. For more than a cache has, id/train alone"
-                     " is extracted anew."),
+        click.option("--train-images", type=int,
+                     help="Images of id/train, the same number of each class; default: as many as the cache has, of a"
+                     " new one 1000. For another number id/train alone is extracted anew."),
         click.option("--train-seed", type=click.IntRange(0, 2**32 - 1), default=1, show_default=True,
                      help="Seed of their choice."),
         click.option("--batch-size", type=int, default=128, show_default=True, help="Images at once."),
@@ -147,13 +147,31 @@ def make_requests(**asked: Any) -> list[ExtractRequest]:
         asked["cache"] = name_cache(benchmark.name, plain_name(asked["model"]))
     checkpoint = asked["checkpoint"]
     if checkpoint is None or not checkpoint.is_dir():
-        return [ExtractRequest(**asked)]
-    if not holds_runs(checkpoint):
-        return [ExtractRequest(**{**asked, "checkpoint": find_checkpoint(checkpoint)})]
-    return [
-        ExtractRequest(**{**asked, "checkpoint": file, "cache": _address(name_run(str(asked["cache"]), run))})
-        for run, file in find_runs(checkpoint).items()
-    ]
+        runs = [asked]
+    elif not holds_runs(checkpoint):
+        runs = [{**asked, "checkpoint": find_checkpoint(checkpoint)}]
+    else:
+        runs = [
+            {**asked, "checkpoint": file, "cache": _address(name_run(str(asked["cache"]), run))}
+            for run, file in find_runs(checkpoint).items()
+        ]
+    return [ExtractRequest(**{**run, "train_images": _train_images(run["train_images"], run["cache"])}) for run in runs]
+
+
+def _train_images(asked: int | None, cache: str | Path) -> int:
+    """Return how many images id/train has: as many as asked for, as the cache has, or 1000."""
+    from nacpipe.cache import open_cache
+    from nacpipe.cache.address import holds_cache
+    from nacpipe.cache.options import TRAIN_IMAGES
+    from nacpipe.errors import NacError
+
+    if asked is not None:
+        return asked
+    try:
+        stored = open_cache(cache).train_images() if holds_cache(cache) else None
+    except NacError:  # the plan says what is wrong
+        stored = None
+    return TRAIN_IMAGES if stored is None else stored
 
 
 def _address(cache: str) -> str | Path:

@@ -1,6 +1,6 @@
 """The group of all commands. It turns an error into one line on stderr and an exit code.
 
-0 done · 1 a NacError or the operating system's refusal · 2 wrong usage · 130 interrupted
+0 done · 1 a NacError or the operating system's refusal · 2 wrong usage · 3 drift (watch) · 130 interrupted
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from nacpipe.cli.models import layers, models
 from nacpipe.cli.output import printable
 from nacpipe.cli.rank import rank
 from nacpipe.cli.report import report
+from nacpipe.cli.reproduce import reproduce
 from nacpipe.cli.run import run
 from nacpipe.cli.score import score
 from nacpipe.cli.search import search
 from nacpipe.cli.streams import standard_streams
 from nacpipe.cli.verify import repair, verify
+from nacpipe.cli.watch import watch
 from nacpipe.errors import NacError
 from nacpipe.text import command_line
 
@@ -121,7 +123,7 @@ def main(debug: bool) -> None:
 
 
 for _command in (
-    extract, search, evaluate, inspect, report, run, export, score, rank, verify, repair, convert, data, models, layers,
-    doctor,
+    extract, search, evaluate, inspect, report, run, reproduce, export, score, watch, rank, verify, repair, convert,
+    data, models, layers, doctor,
 ):  # fmt: skip
     main.add_command(_command)

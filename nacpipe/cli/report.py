@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nacpipe.cli.evaluate import match_choices, score_baselines_named
+from nacpipe.cli.evaluate import match_choices
 from nacpipe.cli.output import Address, note, params_option, split_names
 
 if TYPE_CHECKING:
@@ -56,19 +56,9 @@ def report(
     nacpipe report cache/s0.zarr cache/s1.zarr cache/s2.zarr --output report.html
     """
     from nacpipe.cache import open_cache
-    from nacpipe.errors import ImageError, InputError, MissingExtra
-    from nacpipe.evaluation.method_scores import evaluated_splits
-    from nacpipe.evaluation.tables import tabulate
-    from nacpipe.evaluation.training_runs import check_runs
-    from nacpipe.files import check_writable, write_whole
-    from nacpipe.scoring.params_file import find_params
-
-    try:
-        from nacpipe.reporting.figures import write_figure
-        from nacpipe.reporting.galleries import draw_mistakes
-        from nacpipe.reporting.report import draw_cache_report, read_cache_report, render_report
-    except ModuleNotFoundError as error:
-        raise MissingExtra(f"this needs {error.name}; install it with: pip install 'nacpipe[report]'") from None
+    from nacpipe.errors import ImageError, InputError
+    from nacpipe.files import check_writable
+    from nacpipe.reporting.library import build_report
 
     if mosaic is not None and mosaic.suffix != ".png":
         raise InputError(f"{mosaic}: a mosaic is written as .png")
@@ -78,27 +68,24 @@ def report(
     if figures is not None:
         figures.mkdir(parents=True, exist_ok=True)
     opened = [open_cache(path) for path in caches]
-    check_runs(opened)
-    reports = []
-    for cache, choice in zip(opened, match_choices(choices, len(opened)), strict=True):
-        params = find_params(cache, choice, note)
-        more = score_baselines_named(cache, baselines, evaluated_splits(cache))
-        reports.append(read_cache_report(cache, params, more=more, choice=choice))
-    frame = tabulate([report.run for report in reports])
-    drawn = [draw_cache_report(report) for report in reports]
-    galleries = [_find_galleries(report, benchmark, data_root) for report in reports]
-    write_whole(output, render_report(reports, frame, ctx.obj, drawn, galleries).encode())
-    note(f"wrote {output}")
-    if figures is not None:
-        for number, groups in enumerate(drawn, 1):
-            for group in groups.values():
-                for name, figure in group.items():
-                    write_figure(figures, name if len(drawn) == 1 else f"run{number}-{name}", figure)
-        note(f"wrote {figures}")
+    made = build_report(
+        opened,
+        match_choices(choices, len(opened)),
+        baselines,
+        ctx.obj,
+        note,
+        lambda report: _find_galleries(report, benchmark, data_root),
+    )
+    made.save(output, figures)
+    for path in (output, figures):
+        if path is not None:
+            note(f"wrote {path}")
     if mosaic is not None:
-        shown = [gallery for found in galleries if not isinstance(found, str) for gallery in found]
+        from nacpipe.reporting.galleries import draw_mistakes
+
+        shown = [gallery for found in made.galleries if not isinstance(found, str) for gallery in found]
         if not shown:
-            raise ImageError(f"no mosaic was written: {galleries[0]}")
+            raise ImageError(f"no mosaic was written: {made.galleries[0]}")
         draw_mistakes(shown).save(mosaic)
         note(f"wrote {mosaic}")
 

@@ -23,6 +23,7 @@ from nacpipe.method.params import NacParams, term_of
 from nacpipe.method.term import LOGITS, layer_of
 from nacpipe.networks.build import adopt_module
 from nacpipe.networks.call import PLAIN_CALL, Call, describe_input, map_tensors, move, take_rows
+from nacpipe.networks.functions import describe_call
 from nacpipe.networks.layers import measure_layers
 from nacpipe.networks.taps import Tapped, Taps, isolated
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
@@ -126,6 +127,7 @@ def count_coverage(
         terms=tuple(counted),
         fused=fused,
         taps=tuple(specs),
+        cache_layers=tuple(spec.path for spec in specs),
         threshold=-np.inf,
         keep=1.0,
         classes=tapped.logits.shape[1],
@@ -138,6 +140,7 @@ def count_coverage(
             "family": model.family,
             "weights": wrapped.weights_sha256,
             "input": describe_input(examples, call.mask_of(examples)),
+            "call": describe_call(call)[0],
             "dtype": "float32",
             **({} if model.outputs == "logits" else {"outputs": model.outputs}),
         },

@@ -54,6 +54,7 @@ def export_detector(cache: Cache, params: NacParams, keep: float = 0.95) -> Expo
         mantissa_bits=header.mantissa_bits,
         identity={**header.identity, "splits": {name: dict(cache[name].images) for name in ("id/train", "id/val")}},
         validation=keep_scores(validation),
+        cache_layers=tuple(layer.path for layer in header.layers),
         information={"nacpipe": nacpipe.__version__, "cache": cache.path, "extraction": dict(header.information)},
     )
     try:

@@ -8,7 +8,7 @@ and the arrays of docs/detector.md. Version 1 has layers, each with its path and
 Version 3 is version 2 with a feature score in the sum, `"fused": {"method", "mean", "deviation", "weight"}`; a detector
 without one is written as version 2. Version 4 is either of them with `validation_scores`, float64 in ascending order,
 from which a score's percentile is read; `fused` may be there or not, and the identity may have `input` in place of
-`transform`.
+`transform`. `cache_layers`, the module paths of all layers of the cache, may be there in any of them.
 
 What comes from a file is checked here, number by number: it may be anyone's.
 """
@@ -81,6 +81,8 @@ class Exported:
     """Versions and origin: shown, never compared."""
     validation: NDArray[np.float64] | None = None
     """Scores of id/val, or quantiles of them, ascending; None in files of earlier versions."""
+    cache_layers: tuple[str, ...] = ()
+    """Module paths of all layers of the cache, tapped or not; none in files of earlier versions."""
 
     @property
     def transform(self) -> Transform:
@@ -113,6 +115,7 @@ class Exported:
             "terms": [{"name": fitted.name, "params": asdict(fitted.params)} for fitted in self.terms],
             **{_STORED_AS.get(name, name): getattr(self, name) for name in (*_WHOLE, "threshold", "keep")},
             **({} if self.fused is None else {"fused": asdict(self.fused.params)}),
+            **({"cache_layers": list(self.cache_layers)} if self.cache_layers else {}),
             "identity": dict(self.identity),
             "information": dict(self.information),
         }
@@ -174,9 +177,12 @@ class Exported:
         given_input = identity.get("input")
         if not (version == VERSION_VALIDATED and "transform" not in identity and isinstance(given_input, dict)):
             _transform(identity.get("transform"))
+        cache_layers = data.get("cache_layers", [])
+        if not isinstance(cache_layers, list) or not all(isinstance(path, str) for path in cache_layers):
+            raise DetectorError(f"its cache_layers are {_show(cache_layers)}; they must be module paths")
         return cls(
             terms=terms, fused=fused, taps=taps, threshold=threshold, keep=keep, identity=identity,
-            information=information, validation=validation, **whole,
+            information=information, validation=validation, cache_layers=tuple(cache_layers), **whole,
         )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ computes for an image may, in its last bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nacpipe.cache import Cache, LayerSpec, open_cache
+from nacpipe.benchmarks.standard import Transform
+from nacpipe.cache import Cache, LayerSpec, as_cache
 from nacpipe.cache.identity import diff
 from nacpipe.cache.layout import ALL_BITS
 from nacpipe.detector.calibration import Calibration, calibrate_scores
@@ -28,6 +30,8 @@ from nacpipe.detector.count import count_coverage
 from nacpipe.detector.explanation import Explanation, explain_sample
 from nacpipe.detector.export import export_detector
 from nacpipe.detector.file import Exported, keep_scores, read_detector, write_detector
+from nacpipe.detector.graph import DetectorGraph
+from nacpipe.detector.runtimes import EXAMPLES, RuntimeCheck, write_onnx, write_program
 from nacpipe.detector.values import round_bits, select_values
 from nacpipe.errors import DetectorError, InputError, ValuesError
 from nacpipe.extraction.request import AUTOCAST
@@ -155,6 +159,20 @@ class Detector(nn.Module):
                 self._direct = find_penultimate(network, self._specs, self.classifier, few, self._call)
         self._ready = True
 
+    def prepare_image(self, content: bytes) -> Tensor:
+        """Return an encoded image (the bytes of a PNG, JPEG, … file) as the network takes it, (channels, crop, crop).
+
+        It is prepared as the images of the cache were.
+
+        Raises:
+            ImageError: it cannot be read.
+            DetectorError: the detector takes no images that nacpipe prepares.
+        """
+        from nacpipe.extraction.dataset import build_transform  # torchvision
+        from nacpipe.extraction.image_file import decode_image
+
+        return build_transform(self.exported.transform)(decode_image(content, "the image"))
+
     def forward(self, batch: Any) -> Detected:
         """Score a batch of n samples.
 
@@ -166,6 +184,13 @@ class Detector(nn.Module):
             InputError: the network fails on the first batch, or a mask does not fit.
             DetectorError: a layer has another number of neurons than was counted.
         """
+        if torch.compiler.is_compiling():  # torch.compile(detector): hooks and compiled tables are no graph's
+            disable: Any = torch.compiler.disable
+            eager: Detected = disable(self._forward)(batch)
+            return eager
+        return self._forward(batch)
+
+    def _forward(self, batch: Any) -> Detected:
         return self._detect(self._run(self._arguments(batch)))
 
     def _arguments(self, batch: Any) -> Any:
@@ -248,8 +273,7 @@ class Detector(nn.Module):
             CacheError: the cache is not there or not finished.
             InputError: keep is no share, or parameters do not fit the cache.
         """
-        opened = cache if isinstance(cache, Cache) else open_cache(cache)
-        exported = export_detector(opened, params, keep)
+        exported = export_detector(as_cache(cache), params, keep)
         return attach(exported, network, Call(prepare=prepare, logits=logits, mask=mask))
 
     @classmethod
@@ -303,6 +327,17 @@ class Detector(nn.Module):
         """
         return load_detector(path, network, Call(prepare=prepare, logits=logits, mask=mask))
 
+    @property
+    def exported(self) -> Exported:
+        """This detector without its network, as it would be saved.
+
+        Raises:
+            DetectorError: it was not made by `from_cache`, `fit` or `load`.
+        """
+        if self._exported is None:
+            raise DetectorError("this detector has no identity; make it by from_cache, fit or load")
+        return replace(self._exported, threshold=self.threshold, validation=self.validation)
+
     def save(self, path: str | Path) -> None:
         """Write the detector without its network: tables, threshold and identity, as safetensors.
 
@@ -310,11 +345,87 @@ class Detector(nn.Module):
             DetectorError: it has no threshold yet, or was not made by `from_cache`, `fit` or `load`.
             InputError: the file cannot be written.
         """
-        if self._exported is None:
-            raise DetectorError("this detector has no identity; make it by from_cache, fit or load")
+        exported = self.exported
         if not np.isfinite(self.threshold):
             raise DetectorError("this detector has no threshold yet; choose one with calibrate(loader)")
-        write_detector(path, replace(self._exported, threshold=self.threshold, validation=self.validation))
+        write_detector(path, exported)
+
+    def to_onnx(self, path: str | Path, example: Any = None) -> RuntimeCheck:
+        """Write network and detector as one ONNX file, for a server without torch.
+
+        onnxruntime runs it before it is written: `session.run(None, {"input": images})` gives logits, score, percentile
+        and is_ood, of any number of samples. Images come prepared as `Exported.transform` says.
+
+        Args:
+            path: of the file, .onnx.
+            example: a batch, as `forward` takes it, on which both are compared; None: random images of the
+                detector's size.
+
+        Returns:
+            How far the file's scores are from this detector's.
+
+        Raises:
+            MissingExtra: onnx, onnxscript or onnxruntime is not installed.
+            DetectorError: a term needs a backward pass, the network cannot be written as ONNX, or onnxruntime cannot
+                run it or gives other logits.
+            InputError: there is no example of an input that is no image, or the file cannot be written.
+        """
+        with self._graph(example) as (graph, arguments):
+            return write_onnx(path, graph, arguments, self._describe(), self._detect_arguments)
+
+    def to_torch_export(self, path: str | Path, example: Any = None) -> RuntimeCheck:
+        """Write network and detector as one program of torch.export: `torch.export.load(path).module()(images)`.
+
+        Arguments, result and errors as `to_onnx`; without onnx.
+        """
+        with self._graph(example) as (graph, arguments):
+            return write_program(path, graph, arguments, self._describe(), self._detect_arguments)
+
+    @contextmanager
+    def _graph(self, example: Any) -> Iterator[tuple[DetectorGraph, Any]]:
+        """This detector in tensor operations alone, and arguments for a few samples, while the network has its taps."""
+        if example is None:
+            if self._exported is None or self._exported.prepares_input:
+                raise InputError("its input are no images that nacpipe prepares; give a batch with example=")
+            example = _draw_images(self._exported.transform, EXAMPLES)
+        arguments = self._arguments(example)
+        device = device_of(arguments)
+        with (
+            isolated(self.network, device),
+            Taps(
+                self.network,
+                self._specs,
+                self.classifier,
+                outputs=self._outputs,
+                autocast=self._autocast,
+                gradients=False,
+                call=self._call,
+            ) as taps,
+        ):
+            layers = {spec.name for spec in self._specs}
+            graph = DetectorGraph(
+                self.network,
+                taps,
+                [lookup.fitted for lookup in self._lookups],
+                classifier=self.classifier,
+                direct=self._direct if layers <= self._direct else frozenset(),
+                fused=self.fused,
+                weights=self.weights,
+                threshold=self.threshold,
+                validation=self.validation,
+                mantissa_bits=self._mantissa_bits,
+            )
+            yield graph.to(device), map_tensors(Tensor.detach, arguments)
+
+    def _detect_arguments(self, arguments: Any) -> Detected:
+        return self._detect(self._run(arguments))
+
+    def _describe(self) -> dict[str, Any]:
+        """What a file for another runtime says of this detector."""
+        if self._exported is None:
+            return {"threshold": self.threshold}
+        described = replace(self._exported, threshold=self.threshold).to_json()
+        return {name: described[name] for name in ("threshold", "keep", "classes", "identity", "information")}
 
     def calibrate(self, loader: Iterable[Any], keep: float = 0.95, *, confidence: float = 0.95) -> Calibration:
         """Choose the threshold, and what percentiles refer to, by one's own in-distribution data.
@@ -396,6 +507,7 @@ class Detector(nn.Module):
                 autocast=self._autocast,
                 gradients=self._gradients,
                 call=self._call,
+                cache_layers=None if self._exported is None else self._exported.cache_layers,
             ) as taps,
         ):
             tapped = taps(map_tensors(Tensor.detach, images))
@@ -471,13 +583,28 @@ def load_detector(file: str | Path, network: nn.Module, call: Call = PLAIN_CALL)
         raise DetectorError(f"{file}: {error}") from None
 
 
+def _check_call(stored: Any, call: Call) -> None:
+    """Refuse a call with other options than the states were made with; of functions the source is not compared."""
+    if not isinstance(stored, Mapping):  # by the command line, or an earlier nacpipe
+        return
+    for name in ("prepare", "logits", "mask"):
+        before, now = stored.get(name), getattr(call, name)
+        if before is None and now is not None:
+            raise DetectorError(f"its states were made without {name}=; leave it out")
+        if before is not None and now is None:
+            raise DetectorError(f"its states were made with {name}=; give the same")
+        if isinstance(now, str) and now != before:
+            raise DetectorError(f"its states were made with another {name}= than {now!r}; give the same")
+
+
 def attach(exported: Exported, network: nn.Module, call: Call = PLAIN_CALL) -> Detector:
     """Put an exported detector on its network.
 
     Raises:
-        DetectorError: the network has other weights or layers.
+        DetectorError: the network has other weights or layers, or the call lacks `prepare`, `logits` or `mask`.
     """
     identity = exported.identity
+    _check_call(identity.get("call"), call)
     network = unwrap(network)
     if differences := diff({"weights": identity["weights"]}, {"weights": hash_network(network)}):
         inside = [name for name, child in network.named_children() if hash_network(child) == identity["weights"]]
@@ -487,9 +614,7 @@ def attach(exported: Exported, network: nn.Module, call: Call = PLAIN_CALL) -> D
         raise DetectorError(f"it was exported for another network ({'; '.join(differences)}); {advice}")
     like = None
     if not exported.prepares_input:
-        transform, (device, dtype) = exported.transform, find_device_and_dtype(network)
-        shape = (2, len(transform.mean), transform.crop, transform.crop)
-        like = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        like = _draw_images(exported.transform, 2).to(*find_device_and_dtype(network))
     return Detector(
         network,
         exported.terms,
@@ -504,3 +629,9 @@ def attach(exported: Exported, network: nn.Module, call: Call = PLAIN_CALL) -> D
         call=call,
         exported=exported,
     )
+
+
+def _draw_images(transform: Transform, count: int) -> Tensor:
+    """Return random images of a transform's size, the same every time."""
+    shape = (count, len(transform.mean), transform.crop, transform.crop)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))

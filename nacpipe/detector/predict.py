@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,33 +15,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nacpipe.benchmarks.folders import SUFFIXES, walk_images
 from nacpipe.benchmarks.standard import BENCHMARKS, Benchmark, Transform
-from nacpipe.detector.file import read_detector
+from nacpipe.detector.file import Exported, read_detector
 from nacpipe.detector.module import Detected, Detector, attach
+from nacpipe.detector.parts import ScoredImage, format_time
+from nacpipe.detector.shards import EncodedImage, Shard, Unscored
 from nacpipe.errors import DetectorError, ImageError, InputError
 from nacpipe.extraction.dataset import build_transform
-from nacpipe.extraction.image_file import read_image
+from nacpipe.extraction.distributed import Ranks
+from nacpipe.extraction.image_file import decode_image
 from nacpipe.extraction.request import find_device, pin_arithmetic
 from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredImage:
-    """One row of the result."""
-
-    image: str
-    score: float | None
-    """Larger = more like the training data; None where there is none."""
-    percentile: float | None
-    """Percent of id/val's scores that are lower; None where there is no score, or a file of an earlier version."""
-    is_ood: bool | None
-    predicted: int | None
-    """The class of the largest logit or probability; None where the network gives features."""
-    error: str | None
-    """Why the image could not be scored."""
+from nacpipe.networks.wrappers import find_device_and_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +43,30 @@ class Ready:
     notes: tuple[str, ...] = ()
     """What to say aloud of the network's weights."""
 
+    @property
+    def exported(self) -> Exported:
+        """The detector without its network."""
+        return self.detector.exported
 
-def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str) -> Ready:
+    @classmethod
+    def of(cls, detector: Detector) -> Ready:
+        """Return a detector of images, as it is.
+
+        Raises:
+            DetectorError: it takes no images that nacpipe prepares.
+        """
+        exported = detector.exported
+        predicts = exported.identity.get("outputs", "logits") != "features"
+        return cls(detector, exported.transform, find_device_and_dtype(detector.network)[0], predicts)
+
+
+def prepare(
+    file: Path,
+    model: str | None,
+    checkpoint: Path | None,
+    device: str,
+    ranks: Ranks = Ranks(),  # noqa: B008
+) -> Ready:
     """Read a detector, build its network and put the two together.
 
     Args:
@@ -64,13 +74,21 @@ def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str)
         model: as for extraction; None means the one that the file names, where it is in the table.
         checkpoint: the weights; None means the model's own.
         device: cuda, mps, cpu, … or auto.
+        ranks: this process among others; each on a GPU of its own.
 
     Raises:
         DetectorError: the file is malformed or the network is another.
         InputError: an unknown model, weights that do not fit, a device that is not there.
     """
-    pin_arithmetic()
     exported = read_detector(file)
+    pin_arithmetic()
+    return attach_network(exported, str(file), model, checkpoint, find_device(device, ranks.local, ranks.local_world))
+
+
+def attach_network(
+    exported: Exported, file: str, model: str | None, checkpoint: Path | None, device: torch.device
+) -> Ready:
+    """Build a detector's network and put the two together; arguments and errors as `prepare`, `file` for messages."""
     named = str(exported.identity.get("architecture"))
     if model is None and ":" in named:  # code is run, or weights are fetched, where someone asks for it
         raise InputError(f"{file} is for {named}; say where it is with --model {shlex.quote(named)}")
@@ -78,7 +96,7 @@ def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str)
     known = BENCHMARKS.get(str(exported.identity.get("benchmark")))
     benchmark = known or Benchmark(name="its own", classes=exported.classes, transform=exported.transform, splits=())
     benchmark = replace(benchmark, transform=exported.transform)
-    network = load_network(row, benchmark, checkpoint, find_device(device), "benchmark")
+    network = load_network(row, benchmark, checkpoint, device, "benchmark")
     try:
         detector = attach(exported, network.module)
     except DetectorError as error:
@@ -89,8 +107,7 @@ def prepare(file: Path, model: str | None, checkpoint: Path | None, device: str)
             f"{file} was made with another source of {named} ({str(made)[:8]}…, now {network.source[:8] or 'none'}…):"
             " its scores are right only where the network computes the same"
         )
-    predicts = exported.identity.get("outputs", "logits") != "features"
-    return Ready(detector, exported.transform, network.device, predicts, tuple(notes))
+    return replace(Ready.of(detector), notes=tuple(notes))
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -99,16 +116,11 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     Raises:
         ImageError: a folder holds no image, cannot be read, or has a link that leads nowhere or back.
     """
-    found: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = [Path(path, name) for name in walk_images(path).names]
-        if not inside:
-            raise ImageError(f"there is no image in {path}; known endings: {', '.join(sorted(SUFFIXES))}")
-        found += sorted(inside)
-    return found
+    shards = [
+        Shard(address=str(p), kind="folder") if p.is_dir() else Shard(address="", kind="files", files=(p,))
+        for p in paths
+    ]
+    return [path for shard in shards for path in shard.paths()]
 
 
 def score_images(
@@ -122,31 +134,61 @@ def score_images(
 
     `note` is called with what to say aloud: that batches are smaller, where the memory is.
     """
-    decode = partial(_decode, ready)
+    shard = Shard(address="", kind="files", files=tuple(paths))
+    return score_stream(ready, shard.images(), batch_size, workers, note)
+
+
+def score_stream(
+    ready: Ready,
+    images: Iterable[EncodedImage | Unscored],
+    batch_size: int,
+    workers: int,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[ScoredImage]:
+    """Yield one row per image of a stream, in order, as `score_images`; memory holds two batches."""
     run: BatchRunner[Detected] = BatchRunner(ready.detector, ready.device, note)
+    for batch in decode_ahead(images, partial(_decode, build_transform(ready.transform)), batch_size, workers):
+        yield from _score_batch(ready, run, batch)
+
+
+Decoded = tuple[EncodedImage | Unscored, Tensor | ImageError]
+
+
+def decode_ahead(
+    images: Iterable[EncodedImage | Unscored],
+    decode: Callable[[EncodedImage | Unscored], Tensor | ImageError],
+    batch_size: int,
+    workers: int,
+) -> Iterator[list[Decoded]]:
+    """Yield batches in order; the next one is decoded on threads while one is used."""
+    coming = iter(images)
     with ThreadPoolExecutor(workers) as pool:
-        ahead = None
-        for start in range(0, len(paths) + batch_size, batch_size):  # one more, which is empty
-            batch = paths[start : start + batch_size]
-            coming = (batch, [pool.submit(decode, path) for path in batch])
-            if ahead is not None:
-                yield from _score_batch(ready, run, ahead[0], [future.result() for future in ahead[1]])
-            ahead = coming
+
+        def submit() -> list[tuple[EncodedImage | Unscored, Future[Tensor | ImageError]]]:
+            return [(image, pool.submit(decode, image)) for image in itertools.islice(coming, batch_size)]
+
+        try:
+            ahead = submit()
+            while ahead:
+                batch, ahead = ahead, submit()
+                yield [(image, future.result()) for image, future in batch]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _decode(ready: Ready, path: Path) -> Tensor | ImageError:
+def _decode(transform: Callable[[Image.Image], Tensor], image: EncodedImage | Unscored) -> Tensor | ImageError:
+    if isinstance(image, Unscored):
+        return image
     try:
-        return build_transform(ready.transform)(read_image(path, str(path)))
+        return transform(decode_image(image.read(), image.where))
     except ImageError as error:
         return error
     except (OSError, ValueError, MemoryError, Image.DecompressionBombWarning) as error:  # of the transform
-        return ImageError(f"image cannot be prepared: {path}: {str(error)[:120]}")
+        return ImageError(f"image cannot be prepared: {image.where}: {str(error)[:120]}")
 
 
-def _score_batch(
-    ready: Ready, run: BatchRunner[Detected], paths: Sequence[Path], images: Sequence[Tensor | ImageError]
-) -> Iterator[ScoredImage]:
-    good = [image for image in images if isinstance(image, Tensor)]
+def _score_batch(ready: Ready, run: BatchRunner[Detected], batch: Sequence[Decoded]) -> Iterator[ScoredImage]:
+    good = [tensor for _, tensor in batch if isinstance(tensor, Tensor)]
     rows: Iterator[tuple[list[float], float, float, bool]] = iter(())
     if good:
         parts = list(run(torch.stack(good)))
@@ -161,19 +203,27 @@ def _score_batch(
                 strict=True,
             )
         )
-    for path, image in zip(paths, images, strict=True):
-        if isinstance(image, ImageError):
+    for image, tensor in batch:
+        time = None if isinstance(image, Unscored) else format_time(image.time)
+        if isinstance(tensor, ImageError):
             yield ScoredImage(
-                image=str(path), score=None, percentile=None, is_ood=None, predicted=None, error=str(image)
+                image=image.name,
+                score=None,
+                percentile=None,
+                is_ood=None,
+                predicted=None,
+                error=str(tensor),
+                time=time,
             )
             continue
         logits, score, percentile, is_ood = next(rows)
         predicted = logits.index(max(logits)) if ready.predicts else None
         yield ScoredImage(
-            image=str(path),
+            image=image.name,
             score=score,
             percentile=None if math.isnan(percentile) else percentile,
             is_ood=is_ood,
             predicted=predicted,
             error=None,
+            time=time,
         )

@@ -200,7 +200,7 @@ def _layer_bins(cache: Cache, layer: str, params: LayerParams, training: Mapping
     if values is None or not np.isfinite(values).all():
         raise ValuesError(
             f"layer {layer_of(layer)!r}, split id/train: NaN or infinity among the values of {params.source}; extract"
-            " the split again with --redo id/train"
+            f" the split again with {cache.peek('id/train').redo_option}"
         )
     return _bins(fit_term(layer, params, values.astype(np.float32, copy=False)))
 

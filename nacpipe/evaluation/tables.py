@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from nacpipe.cache import Cache
+from nacpipe.cache import Cache, as_cache
 from nacpipe.evaluation.method_scores import MethodScores, ScoredCache, score_cache
 from nacpipe.evaluation.published_results import NETWORKS, published_results
 from nacpipe.evaluation.training_runs import check_runs
@@ -172,14 +173,16 @@ def footnotes(frame: pd.DataFrame) -> list[str]:
     return lines + [f"empty: {', '.join(methods)}: {reason}" for reason, methods in methods_by_reason.items()]
 
 
-def evaluate(cache: Cache, params: NacParams | None, *, more: Mapping[str, MethodScores] | None = None) -> pd.DataFrame:
+def evaluate(
+    cache: Cache | str | Path, params: NacParams | None, *, more: Mapping[str, MethodScores] | None = None
+) -> pd.DataFrame:
     """Return one row per task, OOD set and method, and one per group's mean; `tables.tabulate` names the columns.
 
     Where the network gives features and not logits (CIDER, NPOS), metrics of methods that need logits are NaN, and
     `reason` says why.
 
     Args:
-        cache: a cache with id/test and at least one finished near or far set.
+        cache: a cache with id/test and at least one finished near or far set, or its path or URL.
         params: NAC's parameters; None evaluates the baselines alone.
         more: further methods, as `nacpipe.evaluation.baselines.score_baselines` gives them.
 
@@ -187,7 +190,7 @@ def evaluate(cache: Cache, params: NacParams | None, *, more: Mapping[str, Metho
         InputError: there is nothing to evaluate.
         ParamsError: a layer is not in the cache.
     """
-    return tabulate([score_cache(cache, params, more=more)])
+    return tabulate([score_cache(as_cache(cache), params, more=more)])
 
 
 def evaluate_runs(caches: Sequence[Cache], params: Sequence[NacParams | None]) -> pd.DataFrame:

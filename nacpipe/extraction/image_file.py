@@ -26,16 +26,40 @@ def read_image(path: Path, where: str, allow_truncated: bool = False, if_truncat
     Raises:
         ImageError: the file does not exist, cannot be read, or has values of unknown range; `where` names it.
     """
+    return decode_image(read_content(path, where), where, allow_truncated, if_truncated)
+
+
+def read_content(path: Path, where: str) -> bytes:
+    """Return an image file's content.
+
+    Raises:
+        ImageError: the file does not exist or cannot be read; `where` names it.
+    """
     try:
-        image = Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS)
-        _load(image, allow_truncated)
-        return to_eight_bits(image)
+        return path.read_bytes()
     except FileNotFoundError:
         raise ImageError(f"image is not there: {where}") from None
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{CANNOT_READ}{where}: {_first_line(error)}") from error
+
+
+def decode_image(content: bytes, where: str, allow_truncated: bool = False, if_truncated: str = "") -> Image.Image:
+    """Decode an image file's content, of at most 8 bits per value (`to_eight_bits`).
+
+    Raises:
+        ImageError: it cannot be read, or has values of unknown range; `where` names it.
+    """
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        _load(image, allow_truncated)
+        return to_eight_bits(image)
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         hint = if_truncated if "truncated" in str(error) else ""
-        reason = re.sub(r" <_io.BytesIO object at \w+>", "", str(error) or type(error).__name__).splitlines()[0][:120]
-        raise ImageError(f"{CANNOT_READ}{where}: {reason}{hint}") from error
+        raise ImageError(f"{CANNOT_READ}{where}: {_first_line(error)}{hint}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return re.sub(r" <_io.BytesIO object at \w+>", "", str(error) or type(error).__name__).splitlines()[0][:120]
 
 
 def _load(image: Image.Image, allow_truncated: bool) -> None:

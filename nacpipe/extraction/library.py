@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.layout import ALL_BITS, check_layer_names, check_split_name, is_split_path, split_order
+from nacpipe.cache.options import FROM_PYTHON
 from nacpipe.errors import InputError
-from nacpipe.extraction.distributed import Ranks
+from nacpipe.extraction.distributed import Ranks, find_ranks
 from nacpipe.extraction.pipeline import choose_blocks
 from nacpipe.extraction.pipeline import extract as run_plan
 from nacpipe.extraction.plan import Plan, plan_splits
@@ -25,6 +26,7 @@ from nacpipe.extraction.request import DataRequest, build_header, find_device, p
 from nacpipe.extraction.samples import MapSamples, StreamSamples, open_samples
 from nacpipe.networks.build import adopt_module
 from nacpipe.networks.call import ATTENTION_MASK, Call, Mask, describe_input, move
+from nacpipe.networks.functions import describe_call
 from nacpipe.networks.layers import AUTO, measure_layers, name_layers
 from nacpipe.networks.taps import isolated
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
@@ -53,6 +55,7 @@ def extract(
     redo: Sequence[str] = (),
     fingerprint: str | Mapping[str, str] | None = None,
     name: str = "own",
+    distributed: bool | None = None,
     progress: bool | Callable[[str, int], None] = True,
 ) -> Cache:
     """Run a network once over the data and write every layer's states to a cache. The same call goes on after a kill.
@@ -64,10 +67,10 @@ def extract(
 
     Args:
         network: a classifier: it gives logits (n, classes), an object with `.logits`, or a mapping with "logits".
-        splits: split name → a map-style data set, a DataLoader of one that takes its samples in order (its `collate_fn`
-            and `num_workers` are used), or an iterable of batches. The names are `id/train`, `id/subtrain`, `id/val`,
-            `id/test`, `csid/NAME`, `ood/val`, `ood/near/NAME` and `ood/far/NAME`. A map-style data set goes on at a
-            block after a kill; an iterable starts its split anew.
+        splits: split name → a map-style data set, such as a list of samples; a DataLoader of one that takes its samples
+            in order (its `collate_fn` and `num_workers` are used); or an iterable of batches. The names are `id/train`,
+            `id/subtrain`, `id/val`, `id/test`, `csid/NAME`, `ood/val`, `ood/near/NAME` and `ood/far/NAME`. A map-style
+            data set goes on at a block after a kill; an iterable starts its split anew.
         path: the cache's folder, or its URL.
         layers: `auto`: the classifier's input and the ends of stages, at most four; or module paths, `NAME=PATH`; or
             name in the cache → module path.
@@ -88,6 +91,8 @@ def extract(
         fingerprint: text, or split → text, that stands for the data in the cache's identity; None: the class, length,
             labels and content of seeded samples, of an iterable the content of all.
         name: of the data, as the cache's identity has it.
+        distributed: whether the processes of torchrun, or of torch's process group, write one cache together: then all
+            of them call this. None: where there are several. An iterable is read by the first alone.
         progress: whether a bar and notes are shown on stderr; or a function that is called with a split and a number of
             samples after every batch.
 
@@ -117,20 +122,23 @@ def extract(
     )
     request.check()
     network = unwrap(network)
+    ranks = find_ranks(distributed)
     home = find_device_and_dtype(network)[0]
-    target = home if device is None else find_device(str(device))
-    show = _Show(progress)
+    target = home if device is None else find_device(str(device), ranks.local, ranks.local_world, python=True)
+    show = _Show(progress, ranks)
+    ranks.meet(_say)
     try:
         network.to(target)
         with isolated(network, target):
             plan = _plan(request, network, samples, call, layers, pooling or {}, name)
             for text in plan.notes:
                 show.note(text)
-            plan = choose_blocks(plan, Ranks(), show.note)
+            plan = choose_blocks(plan, ranks, show.note)
             with show.bar(plan):
-                run_plan(plan, show.step, Ranks(), show.note)
+                run_plan(plan, show.step, ranks, show.note)
     finally:
         network.to(home)
+    ranks.wait()
     return open_cache(path)
 
 
@@ -148,15 +156,16 @@ def _plan(
     wanted = (layers,) if isinstance(layers, str) else layers
     measured = measure_layers(adopted, wanted, list(pooling.items()), gradients=request.gradient)
     check_layer_names(list(name_layers({spec.name: spec.path for spec in measured.layers})))
+    described, function_notes = describe_call(call)
     header = build_header(
         request,
         adopted,
         measured,
         benchmark=name,
-        prepared={"input": describe_input(examples, call.mask_of(examples))},
-        information={"written_by": "nacpipe.extract"},
+        prepared={"input": describe_input(examples, call.mask_of(examples)), "call": described},
+        information={"written_by": FROM_PYTHON},
     )
-    notes = [*adopted.notes, *measured.notes]
+    notes = [*adopted.notes, *measured.notes, *function_notes]
     if call.mask is None and call.mask_of(examples) is not None:
         notes.append(f"the argument {ATTENTION_MASK} is taken as the mask: positions where it is 0 are padding")
     return plan_splits(request, header, adopted, samples, notes)
@@ -186,12 +195,16 @@ def _batch_size(splits: Mapping[str, Any]) -> int:
     return sizes[0] if sizes else BATCH_SIZE
 
 
-class _Show:
-    """Notes and a bar on stderr, or a caller's function, or nothing."""
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
-    def __init__(self, progress: bool | Callable[[str, int], None]) -> None:
+
+class _Show:
+    """Notes and a bar on stderr, by the first rank, or a caller's function, or nothing."""
+
+    def __init__(self, progress: bool | Callable[[str, int], None], ranks: Ranks) -> None:
         self._function = progress if callable(progress) else None
-        self._shown = progress is True
+        self._shown, self._ranks = progress is True and ranks.first, ranks
         self._bar: Any = None
 
     def note(self, text: str) -> None:
@@ -200,7 +213,7 @@ class _Show:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
-            sys.stderr.write(f"{text}\n")
+            _say(text)
 
     def step(self, split: str, rows: int) -> None:
         if self._function is not None:
@@ -214,6 +227,6 @@ class _Show:
         from tqdm.auto import tqdm
 
         streams = any(isinstance(split.images, StreamSamples) and not split.sealed for split in plan.splits)
-        total = None if streams else plan.todo_rows(Ranks())
+        total = None if streams else plan.todo_rows(self._ranks)
         self._bar = tqdm(total=total, unit="sample", disable=not self._shown or total == 0)
         return self._bar

@@ -14,6 +14,7 @@ The number is chosen once, from the time of a trial batch, and later read from t
 from __future__ import annotations
 
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from nacpipe.cache.layout import count_blocks
 from nacpipe.cache.lock import CacheLock
 from nacpipe.errors import CacheError, ValuesError
 from nacpipe.extraction.dataset import ImageSet, build_transform, load_batches
-from nacpipe.extraction.distributed import Ranks
+from nacpipe.extraction.distributed import Ranks, WrittenUnits
 from nacpipe.extraction.plan import Plan, SplitPlan
 from nacpipe.extraction.request import BLOCK_SECONDS, ExtractRequest, choose_block_rows
 from nacpipe.extraction.samples import MapSamples, StreamSamples
@@ -39,6 +40,7 @@ from nacpipe.networks.build import classifier_weights
 from nacpipe.networks.call import name_sample
 from nacpipe.networks.checkpoints import read_stated_accuracy
 from nacpipe.networks.taps import Tapped
+from nacpipe.text import spell_option
 
 ACCURACY_ROWS = 8192  # rows that are read at once
 BLOCKS_IN_FLIGHT = 2  # that are written while the network runs the next one
@@ -67,7 +69,7 @@ def extract(
     Raises:
         ImageError: an image cannot be read, naming file, list and line.
         InputError: a single image does not fit the device's memory.
-        CacheError: another extraction writes this cache, or it cannot be written.
+        CacheError: another extraction writes this cache, it cannot be written, or another rank is gone.
     """
     plan = choose_blocks(plan, ranks, note)
     with CacheLock(plan.request.cache) as lock:
@@ -91,7 +93,8 @@ def choose_blocks(plan: Plan, ranks: Ranks = Ranks(), note: Note = lambda text: 
         if seconds > BLOCK_SECONDS:
             unit = "a batch" if plan.header.shard_blocks == 1 else f"a shard of {plan.header.shard_blocks} batches"
             note(
-                f"{unit} takes {seconds:.0f} s, which is what an interruption costs; a smaller --batch-size costs less"
+                f"{unit} takes {seconds:.0f} s, which is what an interruption costs; a smaller"
+                f" {spell_option('batch-size', python=plan.network.from_python)} costs less"
             )
     return plan.with_block_rows(ranks.agree(rows))
 
@@ -99,13 +102,15 @@ def choose_blocks(plan: Plan, ranks: Ranks = Ranks(), note: Note = lambda text: 
 def _time_batch(plan: Plan) -> float:
     """Return the seconds that the network needs for a batch, after a first batch that is not timed."""
     network, seconds, size = plan.network, 0.0, plan.request.batch_size
-    if network.examples is None:
+    if not network.from_python:
         noise = torch.randn(network.blank(1).shape[1:], generator=torch.Generator().manual_seed(0)).to(network.dtype)
         images = noise.expand(size, *noise.shape).contiguous()
     else:
         images = network.blank(size)
     with plan.taps() as taps:
-        run = BatchRunner(lambda images: to_arrays(taps(images), plan.header), network.device)
+        run = BatchRunner(
+            lambda images: to_arrays(taps(images), plan.header), network.device, python=network.from_python
+        )
         for _ in range(2):
             started = time.perf_counter()
             list(run(images))
@@ -117,44 +122,77 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
     ranks.wait()  # until all have planned: nothing changes before
     if ranks.first:
         lock.take()
-        writer = CacheWriter(plan.request.cache, plan.header)
+        writer = _open_writer(plan, ranks)
         if (weights := classifier_weights(plan.network)) is not None:
             writer.write_classifier(*(w.numpy() for w in weights))
+        _prepare_splits(plan, writer, note)
         if ranks.world > 1:
             lock.share()
     ranks.wait()
     if not ranks.first:
         lock.share()
-        writer = CacheWriter(plan.request.cache, plan.header, first=False)
-    if writer.header.block_rows != plan.header.block_rows:
-        raise CacheError(f"{plan.request.cache} was made by another extract meanwhile; the same command goes on")
-    with plan.taps() as taps, ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as pool:
-        run = BatchRunner(lambda images: to_arrays(taps(images), plan.header), plan.network.device, note)
-        for split in plan.splits:
-            if split.sealed:
-                continue
-            name = split.images.name
-            if ranks.first and split.drop:
-                writer.drop(name)
-            if isinstance(split.images, StreamSamples):
-                _run_stream(plan, split.images, run, progress, writer)
-                _note_accuracy(plan, name, note)
-                continue
-            if ranks.first:
-                label, index = _known(split.images)
-                writer.prepare(name, split.rows, split.images.identity(), label=label, index=index)
-            ranks.wait()
-            writing: deque[Future[None]] = deque()
-            for block, arrays in _run_blocks(plan, split, ranks, run, progress):
-                if len(writing) == BLOCKS_IN_FLIGHT:
-                    writing.popleft().result()
-                writing.append(pool.submit(writer.write_block, name, block, arrays))
-            for done in writing:
-                done.result()
-            ranks.wait()
-            if ranks.first:
+        writer = _open_writer(plan, ranks)
+    written, sealing = WrittenUnits(ranks, plan.request.cache), threading.Lock()
+
+    def write(split: SplitPlan, unit: int, arrays: Arrays) -> None:
+        name = split.images.name
+        writer.write_block(name, unit, arrays)
+        if written.add(name) == len(plan.units(split)):
+            with sealing:
                 writer.seal(name)
                 _note_accuracy(plan, name, note)
+
+    with plan.taps() as taps, ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as pool:
+        run = BatchRunner(
+            lambda images: to_arrays(taps(images), plan.header),
+            plan.network.device,
+            note,
+            python=plan.network.from_python,
+        )
+        writing: deque[Future[None]] = deque()
+        for split in plan.splits:
+            if isinstance(split.images, StreamSamples):
+                if ranks.first and not split.sealed:  # it is read from its beginning, by one
+                    with sealing:
+                        _run_stream(plan, split.images, run, progress, writer)
+                        _note_accuracy(plan, split.images.name, note)
+                continue
+            for unit, arrays in _run_blocks(plan, split, ranks, run, progress):
+                if len(writing) == BLOCKS_IN_FLIGHT:
+                    writing.popleft().result()
+                writing.append(pool.submit(write, split, unit, arrays))
+        for done in writing:
+            done.result()
+    ranks.wait()
+    if ranks.first and not ranks.alone:
+        writer.renew_copy()
+
+
+def _open_writer(plan: Plan, ranks: Ranks) -> CacheWriter:
+    writer = CacheWriter(plan.request.cache, plan.header, first=ranks.first)
+    if writer.header.block_rows != plan.header.block_rows:
+        raise CacheError(f"{plan.request.cache} was made by another extract meanwhile; the same command goes on")
+    return writer
+
+
+def _prepare_splits(plan: Plan, writer: CacheWriter, note: Note) -> None:
+    """Drop what is to be dropped, create what is missing, and seal splits of which the seal alone is missing.
+
+    An iterable's split is created when its length is known.
+    """
+    for split in plan.splits:
+        if split.sealed:
+            continue
+        name = split.images.name
+        if split.drop:
+            writer.drop(name)
+        if isinstance(split.images, StreamSamples):
+            continue
+        label, index = _known(split.images)
+        writer.prepare(name, split.rows, split.images.identity(), label=label, index=index)
+        if not split.todo:
+            writer.seal(name)
+            _note_accuracy(plan, name, note)
 
 
 def _note_accuracy(plan: Plan, split: str, note: Note) -> None:
@@ -200,7 +238,7 @@ def _run_blocks(
     plan: Plan, split: SplitPlan, ranks: Ranks, run: BatchRunner[Arrays], progress: Progress
 ) -> Iterator[tuple[int, Arrays]]:
     """Yield (first block, arrays) for every unit of this rank: a block, or a shard's blocks."""
-    samples, units = split.images, ranks.share(plan.units(split))
+    samples, units = split.images, [unit for of, unit in plan.work(ranks) if of is split]
     assert not isinstance(samples, StreamSamples)
     loaded = _load(plan, samples, [batch for unit in units for batch in plan.batches(split, unit)])
     for unit in units:

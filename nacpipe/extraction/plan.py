@@ -41,6 +41,7 @@ from nacpipe.networks.build import Network, blank_network, load_network
 from nacpipe.networks.layers import measure_layers, name_layers
 from nacpipe.networks.models import find_model
 from nacpipe.networks.taps import Taps, find_penultimate
+from nacpipe.text import spell_option
 
 Samples = ImageSet | MapSamples | StreamSamples
 
@@ -124,13 +125,18 @@ class Plan:
         blocks = [rows[i : i + block] for i in range(0, len(rows), block)]
         return [b[i : i + size] for b in blocks for i in range(0, len(b), size)]
 
+    def work(self, ranks: Ranks) -> Sequence[tuple[SplitPlan, int]]:
+        """Return the units of all splits that this rank writes, in order: (split, first block)."""
+        units = [(split, unit) for split in self.splits for unit in self.units(split)]
+        return ranks.share(units, [len(self.rows_of_unit(split, unit)) for split, unit in units])
+
     def todo_rows(self, ranks: Ranks) -> int:
         """Return the samples that this rank still has to run through the network."""
-        return sum(self.todo_of(split, ranks) for split in self.splits)
+        return sum(len(self.rows_of_unit(split, unit)) for split, unit in self.work(ranks))
 
     def todo_of(self, split: SplitPlan, ranks: Ranks) -> int:
         """Return the samples of a split that this rank still has to run through the network."""
-        return sum(len(self.rows_of_unit(split, unit)) for unit in ranks.share(self.units(split)))
+        return sum(len(self.rows_of_unit(split, unit)) for of, unit in self.work(ranks) if of is split)
 
     def taps(self) -> Taps:
         """Return hooks on the network's layers, with the request's options."""
@@ -177,6 +183,10 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         network = blank_network(model, benchmark, request.checkpoint, request.weights_transform)
     else:
         device = find_device(request.device, ranks.local, ranks.local_world)
+        if ranks.local_world > 1 and request.device.startswith(("cuda:", "xpu:")):
+            notes.append(
+                f"--device {request.device} is one GPU; each of the {ranks.local_world} processes here has its own"
+            )
         network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
     notes += [f"images are prepared by {network.prepared_by}: {network.image_transform.describe()}", *network.notes]
     measured = measure_layers(network, request.layers, request.poolings, gradients=request.gradient)
@@ -229,9 +239,10 @@ def plan_splits(
         if not dry:
             _check_features(cache.path, cache.header, header, network)
         if request.block_rows not in (None, cache.header.block_rows):
+            rows = spell_option("block-rows", request.block_rows, python=request.from_python)
             notes.append(
-                f"{cache.path} has blocks of {cache.header.block_rows} rows since it was made; --block-rows"
-                f" {request.block_rows} is for a new cache"
+                f"{cache.path} has blocks of {cache.header.block_rows} rows since it was made;"
+                f" {rows} is for a new cache"
             )
         kept = {name: getattr(cache.header, name) for name in ("version", "block_rows", "shard_blocks")}
         header = replace(header, **kept)
@@ -246,9 +257,9 @@ def plan_splits(
             if images.name in request.redo and (split.sealed or diff(split.images, images.identity())):
                 redone.append(images.name)  # an unfinished split was dropped before and continues
                 continue
-            if wants_more := _wants_more(images, split.images):
+            if other_number := _wants_other_number(images, split.images):
                 redone.append(images.name)
-                notes.append(wants_more)
+                notes.append(other_number)
                 continue
             _check_images(cache.path, images, split.images)
             done[images.name] = (split.sealed, split.marks())
@@ -280,12 +291,11 @@ def plan_splits(
 
 def _check_block(request: AnyRequest, header: Header) -> None:
     """Refuse blocks that are not a multiple of the batch, or that cannot be stored."""
+    rows, batch = ("block_rows", "batch_size") if request.from_python else ("block-rows", "batch-size")
     if header.block_rows % request.batch_size:
-        raise InputError(
-            f"block-rows is {header.block_rows}; it must be a multiple of batch-size, {request.batch_size}"
-        )
+        raise InputError(f"{rows} is {header.block_rows}; it must be a multiple of {batch}, {request.batch_size}")
     if problem := header.block_problem():
-        option = "batch-size" if request.block_rows is None else "block-rows"
+        option = batch if request.block_rows is None else rows
         raise InputError(f"{option} is {header.block_rows}: {problem}; make it smaller")
 
 
@@ -376,21 +386,21 @@ def _check_features(path: str, stored: Header, wanted: Header, network: Network)
         why = f" ({network.no_classifier})" if network.no_classifier else ""
         raise IdentityError(
             f"{path} was made with {stored.features} features, now there are {wanted.features}{why};"
-            " give another --cache"
+            f" give another {'path' if network.from_python else '--cache'}"
         )
 
 
-def _wants_more(images: Samples, stored: Any) -> str:
-    """Return the note that id/train is extracted anew because --train-images is larger, all else equal; or "".
+def _wants_other_number(images: Samples, stored: Any) -> str:
+    """Return the note that id/train is extracted anew because --train-images differs, all else equal; or "".
 
-    A smaller number, such as the default's where the option is left out, is not taken: states would be lost unasked.
+    The command line takes the number that a cache has where the option is left out: no states are lost unasked.
     """
     wanted, before = images.identity(), dict(stored)
-    more, fewer = wanted.pop("images", None), before.pop("images", None)
-    if not isinstance(more, int) or not isinstance(fewer, int) or more <= fewer or wanted != before:
+    count, earlier = wanted.pop("images", None), before.pop("images", None)
+    if not isinstance(count, int) or not isinstance(earlier, int) or count == earlier or wanted != before:
         return ""
     return (
-        f"{images.name} is extracted anew: --train-images is {more}, it was {fewer}; the other splits stay. Searches"
+        f"{images.name} is extracted anew: --train-images is {count}, it was {earlier}; the other splits stay. Searches"
         " are bound to its images: give the next one another --storage FILE"
     )
 

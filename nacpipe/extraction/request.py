@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +63,11 @@ class _Running:
             """Memory format."""
 
     @property
+    def from_python(self) -> bool:
+        """Whether the options were given in Python: messages name them as they are there."""
+        return isinstance(self, DataRequest)
+
+    @property
     def blocks_per_object(self) -> int:
         """Blocks in one stored object of a new cache."""
         return self.shard_blocks if self.shard_blocks is not None else REMOTE_SHARD if is_url(self.cache) else 1
@@ -84,10 +88,12 @@ class _Running:
             limits |= {"block-rows": (self.block_rows, 1, 1 << 20)}
         for name, (value, low, high) in limits.items():
             if not low <= value <= high:
-                raise InputError(f"{name} is {value}; it must lie between {low} and {high}")
+                shown = name.replace("-", "_") if self.from_python else name
+                raise InputError(f"{shown} is {value}; it must lie between {low} and {high}")
         if self.autocast not in AUTOCAST:
+            shown = "precision" if self.from_python else "autocast"
             raise InputError(
-                f"autocast is {self.autocast!r}; known: {', '.join(AUTOCAST)} (in float16 most gradients would be 0)"
+                f"{shown} is {self.autocast!r}; known: {', '.join(AUTOCAST)} (in float16 most gradients would be 0)"
             )
 
 
@@ -223,16 +229,17 @@ def name_cache(benchmark: str, model: str) -> Path:
     return Path("cache") / f"{benchmark}-{model}.zarr"
 
 
-def find_device(name: str, local: int = 0, local_world: int = 1) -> torch.device:
+def find_device(name: str, local: int = 0, local_world: int = 1, *, python: bool = False) -> torch.device:
     """Return the device of that name; `auto` takes CUDA, then MPS, then the CPU.
 
     Args:
         name: auto, cuda, cuda:1, mps, cpu, …
         local: the rank among the processes on this machine.
-        local_world: the number of these processes; `auto` and `cuda` give each its own GPU.
+        local_world: the number of these processes; each has its own GPU, whichever is named.
+        python: whether messages name options as they are in Python.
 
     Raises:
-        InputError: this machine lacks the device, or one GPU is named for several processes.
+        InputError: this machine lacks the device.
     """
     name = name_device(name, local, local_world)
     try:
@@ -240,26 +247,17 @@ def find_device(name: str, local: int = 0, local_world: int = 1) -> torch.device
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0][:120]}") from None
+    if device.type == "cuda" and local_world > 1:
+        torch.cuda.set_device(device)  # pinned memory would open the first GPU in every process
     return device
 
 
 def name_device(name: str, local: int, local_world: int) -> str:
-    """Return the name of this process's device, as `find_device` chooses it.
-
-    Raises:
-        InputError: one GPU is named for several processes.
-    """
+    """Return the name of this process's device, as `find_device` chooses it."""
     if name == "auto":
         return f"cuda:{local}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if local_world == 1 or kind not in ("cuda", "xpu"):
-        return name
-    if index:
-        raise InputError(
-            f"device {name!r} is one GPU, and {local_world} processes of this machine would share it; give --device"
-            f" {shlex.quote(kind)}, which gives each its own"
-        )
-    return f"{kind}:{local}"
+    kind = name.partition(":")[0]
+    return name if local_world == 1 or kind not in ("cuda", "xpu") else f"{kind}:{local}"
 
 
 def uses_tf32(device: torch.device) -> bool:

@@ -39,7 +39,7 @@ def split_label(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         label = next((batch[key] for key in LABELS if key in batch), None)
         return {key: value for key, value in batch.items() if key not in LABELS}, label
-    if not isinstance(batch, tuple | list):
+    if not isinstance(batch, tuple | list) or all(isinstance(part, str) for part in batch):  # a batch of texts
         return batch, None
     if len(batch) == 1:
         return batch[0], None
@@ -53,6 +53,8 @@ class _Reader:
 
     def __init__(self, name: str, call: Call) -> None:
         self.name, self._call = name, call
+        self.advice = ""
+        """What to do where samples look like batches."""
         self._shapes: list[tuple[str, tuple[int, ...]]] | None = None
 
     def read(self, batch: Any) -> Batch:
@@ -81,7 +83,7 @@ class _Reader:
         if values.shape != (rows,) or values.dtype.kind not in "iu":
             raise InputError(
                 f"{self.name}: labels are {values.dtype} {values.shape} for {rows} samples; wanted: ({rows},) whole"
-                " numbers"
+                f" numbers{self.advice if values.ndim > 1 else ''}"
             )
         return values.astype(np.int64)
 
@@ -133,6 +135,8 @@ class MapSamples:
         self.dataset, self._call, self._workers = dataset, call, workers
         self._collate = default_collate if collate is None else collate
         self._reader = _Reader(name, call)
+        if isinstance(dataset, list):
+            self._reader.advice = "; a list is one of samples: of batches give iter(batches)"
         if len(dataset) < 1:
             raise InputError(f"{name} has no samples")
         self.index: NDArray[np.int64] = np.arange(len(dataset))
@@ -289,7 +293,7 @@ def open_samples(
 
     Args:
         name: the split.
-        data: a map-style data set, a DataLoader, or an iterable of batches.
+        data: a map-style data set, such as a list of samples; a DataLoader; or an iterable of batches.
         call: how the network is called.
         workers: processes that read a data set's samples.
         fingerprint: text that stands for the data in the cache's identity.
@@ -299,18 +303,16 @@ def open_samples(
     """
     if isinstance(data, DataLoader):
         return _open_loader(name, data, call, fingerprint)
-    listed = isinstance(data, list | tuple)  # of batches
-    if (
-        not listed
-        and hasattr(data, "__getitem__")
-        and hasattr(data, "__len__")
-        and not isinstance(data, IterableDataset)
-    ):
-        return MapSamples(name, data, call, workers=workers, fingerprint=fingerprint)
-    if isinstance(data, Tensor | str) or not hasattr(data, "__iter__"):
+    if isinstance(data, tuple | Mapping | Tensor):  # of columns, of samples, of batches?
+        raise InputError(
+            f"{name} is a {type(data).__name__}; give a data set, such as TensorDataset(x, y) or a list of samples"
+        )
+    if isinstance(data, str) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise InputError(
             f"{name} is {type(data).__name__}; give a map-style data set, a DataLoader, or an iterable of batches"
         )
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
+        return MapSamples(name, data, call, workers=workers, fingerprint=fingerprint)
     return StreamSamples(name, data, call, fingerprint=fingerprint)
 
 

@@ -31,6 +31,7 @@ from nacpipe.errors import ParamsError
 from nacpipe.method.term import Source
 
 Edges = Literal["log", "linear"]
+PIECE = 2**20  # logits that are widened to float64 at once
 LOG_BASE = 1000.0  # b of design §3; the authors' `logspace(1e3, M)`
 
 
@@ -109,9 +110,13 @@ def select_source(
 
 def logits_gradient(logits: NDArray[np.float32]) -> NDArray[np.float32]:  # (samples, classes)
     """Return ∂D_KL(u ‖ p)/∂logits = softmax(logits) − 1/classes, (samples, classes): the logits as a layer."""
-    wide = logits.astype(np.float64)
-    exp = np.exp(wide - wide.max(axis=1, keepdims=True))
-    return np.asarray(exp / exp.sum(axis=1, keepdims=True) - 1.0 / logits.shape[1], np.float32)
+    gradient = np.empty(logits.shape, np.float32)
+    parts = 1 + logits.size // PIECE
+    for part, rows in zip(np.array_split(logits, parts), np.array_split(gradient, parts), strict=True):
+        wide = part.astype(np.float64)
+        exp = np.exp(wide - wide.max(axis=1, keepdims=True))
+        rows[:] = exp / exp.sum(axis=1, keepdims=True) - 1.0 / logits.shape[1]
+    return gradient
 
 
 def coverage_table(
@@ -136,7 +141,8 @@ def covered_area(
 
 
 def layer_score(
-    entry_sum: NDArray[np.int64],  # (samples,): Σ over neurons of min(count, saturation) at the sample's bins
+    entry_sum: NDArray[np.int64]
+    | NDArray[np.uint32],  # (samples,): Σ over neurons of min(count, saturation) at the sample's bins
     neurons: int,
     saturation: int,
 ) -> NDArray[np.float64]:

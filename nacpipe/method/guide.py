@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.method.metrics import auroc
-from nacpipe.method.plain_scores import PLAIN_SCORES, Logits
+from nacpipe.method.plain_scores import PLAIN_SCORES, Logits, score_in_parts
 
 STRENGTH = 0.5  # of the guide in the target, beside 1 of the labels
 
@@ -34,7 +34,7 @@ class Guide:
 
 def score_plainly(logits: Logits) -> dict[str, Floats]:  # (images, classes)
     """Return plain score → (images,), in the order in which equals are preferred."""
-    return {name: function(logits) for name, function in PLAIN_SCORES.items()}
+    return {name: score_in_parts(name, logits) for name in PLAIN_SCORES}
 
 
 def choose_guide(

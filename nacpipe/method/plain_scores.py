@@ -26,7 +26,7 @@ Logits = NDArray[np.floating]  # (samples, classes); −∞ is a class that is r
 Floats = NDArray[np.float64]
 
 GEN_GAMMA, GEN_LARGEST = 0.1, 100  # the paper's, and OpenOOD's
-PIECE = 2**20  # logits that `fit_temperature` widens to float64 at once
+PIECE = 2**20  # logits that are widened to float64 at once
 SMALLEST_SLOPE = 2.0**-40  # 1 / T below which labels tell nothing
 
 
@@ -89,6 +89,12 @@ PLAIN_SCORES: Mapping[str, Callable[[Logits], Floats]] = {
     "GEN": gen,
 }
 """The scores without a fit."""
+
+
+def score_in_parts(name: str, logits: Logits) -> Floats:  # (samples, classes)
+    """Return a score of `PLAIN_SCORES`, (samples,): of some samples at a time, for less memory."""
+    parts = np.array_split(logits, 1 + logits.size // PIECE)
+    return np.concatenate([PLAIN_SCORES[name](part) for part in parts])
 
 
 def fit_temperature(

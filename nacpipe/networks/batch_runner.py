@@ -14,6 +14,7 @@ import torch
 
 from nacpipe.errors import InputError
 from nacpipe.networks.call import count_samples, move, name_sample, take_rows
+from nacpipe.text import spell_option
 
 _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed")  # CUDA, MPS, CPU, cuDNN
 
@@ -28,6 +29,8 @@ class BatchRunner(Generic[Result]):
         run: Callable[[Any], Result],
         device: torch.device,
         note: Callable[[str], None] = lambda text: None,
+        *,
+        python: bool = False,
     ) -> None:
         """Store the arguments; nothing runs yet.
 
@@ -35,8 +38,9 @@ class BatchRunner(Generic[Result]):
             run: one batch on the device → its result; it keeps no graph of a batch that failed.
             device: the device that batches are moved to.
             note: called with a sentence when the size becomes smaller.
+            python: whether messages name options as they are in Python.
         """
-        self.run, self.device, self.note = run, device, note
+        self.run, self.device, self.note, self._python = run, device, note, python
         self.size: int | None = None
         """The largest number of images at once; None: no batch failed yet."""
 
@@ -54,9 +58,8 @@ class BatchRunner(Generic[Result]):
                 yield result
                 start = stop
             elif stop - start == 1:
-                raise InputError(
-                    f"one {name_sample(images)} does not fit the memory of {self.device}; try --device cpu"
-                )
+                cpu = spell_option("device", "cpu", python=self._python)
+                raise InputError(f"one {name_sample(images)} does not fit the memory of {self.device}; try {cpu}")
             else:
                 self.size = -(-(stop - start) // 2)
                 _free_memory(self.device)

@@ -61,6 +61,11 @@ class Network:
         assert self.transform is not None
         return self.transform
 
+    @property
+    def from_python(self) -> bool:
+        """Whether it was handed over in Python, with its input prepared: messages name options as they are there."""
+        return self.examples is not None
+
     def blank(self, n: int) -> Any:
         """Return the arguments for n samples: blank images, (n, channels, crop, crop), or examples."""
         if self.examples is not None:

@@ -142,6 +142,19 @@ def take_rows(arguments: Any, start: int, stop: int) -> Any:
     return map_tensors(lambda tensor: tensor[start:stop], arguments)
 
 
+def select_samples(batch: Any, kept: Tensor) -> Any:  # kept: (n,) bool
+    """Return the samples of a batch's input, not yet prepared, that are kept: of tensors, or of a list of anything."""
+    if isinstance(batch, Tensor):
+        return batch[kept.to(batch.device)] if batch.dim() else batch
+    if isinstance(batch, Mapping):
+        return {key: select_samples(entry, kept) for key, entry in batch.items()}
+    if not isinstance(batch, tuple | list):
+        return batch
+    if any(isinstance(entry, Tensor | Mapping) for entry in batch):  # columns
+        return tuple(select_samples(entry, kept) for entry in batch)
+    return [entry for entry, one in zip(batch, kept.tolist(), strict=True) if one]
+
+
 def repeat_samples(arguments: Any, count: int) -> Any:
     """Return `count` samples: the first ones, again and again where there are fewer."""
     rows = torch.arange(count) % count_samples(arguments)

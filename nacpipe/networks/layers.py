@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,10 +27,12 @@ from nacpipe.networks.models import suggest_name
 from nacpipe.networks.poolings import POOLINGS, guess_pooling, known_layout
 from nacpipe.networks.taps import NO_GRADIENT, Taps, clone_in_graph, start_graph, why_no_gradient
 from nacpipe.networks.wrappers import is_scripted, run_eagerly
-from nacpipe.text import command_line
+from nacpipe.text import command_line, spell_option
 
 Layers = Sequence[str] | Mapping[str, str]  # aliases or module paths, NAME=PATH among them; or name → path
 AUTO = "auto"
+ENDS = 4  # layers that are tapped by default, as in the paper
+FORWARD_ONLY = 4  # as many more without gradients: a layer then costs half the space, and no backward pass
 Poolings = Sequence[tuple[str, str]]  # (layer's name, pooling), as requested
 
 
@@ -116,11 +118,12 @@ def measure_layers(
     Raises:
         InputError: a layer or pooling is not known, they do not fit each other, or a layer has no gradient.
     """
-    if (automatic := is_automatic(network, layers)) and not network.model.default:
-        layers = choose_layers(network)
+    automatic = is_automatic(network, layers)
+    chosen = automatic and not (gradients and network.model.default)
+    if chosen:
+        layers = choose_layers(network, more=0 if gradients else FORWARD_ONLY, gradients=gradients)
     elif automatic:
         layers = network.model.default
-    chosen = automatic and not network.model.default
     draft, notes = _choose_layers(network, layers, poolings, gradients, notes_guesses=not chosen)
     model = network.model
     try:
@@ -155,65 +158,113 @@ def is_automatic(network: Network, layers: Layers) -> bool:
     return not isinstance(layers, Mapping) and list(layers) == [AUTO] and AUTO not in network.model.layers
 
 
-def choose_layers(network: Network, count: int = 4) -> dict[str, str]:
-    """Choose the classifier's input and the ends of stages: name in the cache → module path, at most `count`.
+def choose_layers(network: Network, *, more: int = 0, gradients: bool = True) -> dict[str, str]:
+    """Choose the classifier's input and the ends of stages: name in the cache → module path, `ENDS` and `more`.
 
     A stage is a run of modules with outputs of one shape. The modules are the network's own children; a child that
-    holds most of the parameters is taken apart, and a chain of modules too, while there are fewer than `count` ends.
-    Where stages are still too few, the one of most blocks is divided evenly. The end of a stage that is the
-    classifier's input but for a factor (before an average over positions, say) is left out.
+    holds most of the parameters is taken apart, and a chain of modules too, while there are fewer ends than wanted.
+    The end of a stage that is the classifier's input but for a factor (before an average over positions, say) is left
+    out. What is wanted beyond the ends comes from inside the stages: two blocks of the last, two of the one before, …;
+    then from the stem, which is what comes before the first block.
 
         conv1 bn1 relu │ maxpool layer1 │ layer2 │ layer3 │ layer4 │ avgpool │ fc
                                       ▲        ▲        ▲                  ▲
+    Args:
+        network: the network; of one with default layers, these are the ends.
+        more: layers beside the `ENDS`.
+        gradients: False: outputs need no gradient, and no backward pass runs.
 
     Raises:
         InputError: no module can be tapped.
     """
-    outputs = _record_outputs(network)
-    layers = {layer.path: layer for layer in _list_tappable(network, outputs)}
-    logits_of = network.model.classifier
-    trunk = [
-        path
-        for path in _take_apart(network.module, layers, count)
-        if path != logits_of and not _gives_logits(outputs[path], outputs, logits_of)
-    ]
+    outputs, model = _record_outputs(network, gradients), network.model
+    layers = {layer.path: layer for layer in _list_tappable(network, outputs, gradients)}
+    default = {model.layers[name][0]: name for name in model.default}
+    trunk, whole = _children("", layers), {}
+    while True:
+        trunk = [path for path in trunk if not _gives_logits(outputs[path], outputs, model.classifier)]
+        stem, stages = _list_stages(trunk, layers, network.module)
+        ends = list(default)[::-1] or _distinct(network, [stage[-1] for stage in stages], layers)[-ENDS:]
+        blocks = [[path for path in stage if _holds_modules(network.module, path)] for stage in stages]
+        chain = _next_chain(trunk, network.module, layers, of_blocks=len(ends) >= ENDS)
+        if chain is None or (len(ends) >= ENDS and not more):
+            break
+        parts = _children(chain, layers)
+        if type(network.module.get_submodule(chain)) is nn.Sequential and len({layers[p].shape for p in parts}) == 1:
+            whole[parts[-1]] = chain  # the same output, under the stage's name
+        trunk = sorted([path for path in trunk if path != chain] + parts, key=list(layers).index)
     if not trunk:
-        raise InputError(f"{network.model.name} has no module that can be tapped; choose some with --layers A,B")
+        raise InputError(f"{model.name} has no module that can be tapped; choose some with --layers A,B")
+    inner = _share_out(blocks, {stage[-1] for stage in stages}, max(ENDS + more - len(ends), 0))
+    if not default and (missing := ENDS - len(ends) - len(inner)) > 0:
+        inner += [stage[-1] for stage in stem[-missing:]]
+    order = {path: place for place, path in enumerate(layers)}
+    chosen = _distinct(network, sorted({*ends, *inner}, key=lambda path: order.get(path, 0)), layers, keep=ends)
+    added = [_outermost(path, whole) for path in reversed(chosen) if path not in default]
+    return {**{name: path for path, name in default.items()}, **{_layer_name(path): path for path in added}}
+
+
+def _list_stages(
+    trunk: Sequence[str], layers: Mapping[str, Tappable], network: nn.Module
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Divide the trunk where the shape changes; return what comes before the first blocks, and the rest."""
     stages: list[list[str]] = []
     for path in trunk:
         if stages and layers[stages[-1][-1]].shape == layers[path].shape:
             stages[-1].append(path)
         else:
             stages.append([path])
-    ends = _distinct(network, [stage[-1] for stage in stages], layers)
-    blocks = [[p for p in stage if any(network.module.get_submodule(p).children())] for stage in stages]
-    if len(ends) < count and (longest := max(blocks, key=len))[1:]:
-        parts = count - len(ends) + 1
-        places = sorted({round(len(longest) * (part + 1) / parts) - 1 for part in range(parts)})
-        inside = [longest[place] for place in places if place >= 0]
-        ends = _distinct(network, [path for path in trunk if path in {*ends, *inside}], layers)
-    return {_layer_name(path): path for path in reversed(ends[-count:])}
+    has_blocks = [any(_holds_modules(network, path) for path in stage) for stage in stages]
+    first = has_blocks.index(True) if any(has_blocks) else 0
+    return stages[:first], stages[first:]
+
+
+def _holds_modules(network: nn.Module, path: str) -> bool:
+    return any(network.get_submodule(path).children())
+
+
+def _outermost(path: str, whole: Mapping[str, str]) -> str:
+    """Return the largest chain that ends with this module."""
+    while path in whole:
+        path = whole[path]
+    return path
+
+
+def _share_out(blocks: Sequence[list[str]], ends: Collection[str], count: int) -> list[str]:
+    """Choose `count` blocks, two of each stage from the last to the first and again; of a stage's, evenly spaced."""
+    room = [len([path for path in stage if path not in ends]) for stage in blocks]
+    shares = [0] * len(blocks)
+    while sum(shares) < min(count, sum(room)):
+        for place in reversed(range(len(blocks))):
+            shares[place] = min(shares[place] + 2, room[place], shares[place] + count - sum(shares))
+    chosen = []
+    for stage, share in zip(blocks, shares, strict=True):
+        parts = share + any(path in ends for path in stage)  # an end that is a block is the last of the parts
+        chosen += [stage[round(len(stage) * (part + 1) / parts) - 1] for part in range(share)]
+    return chosen
+
+
+def _next_chain(
+    trunk: Sequence[str], network: nn.Module, layers: Mapping[str, Tappable], *, of_blocks: bool
+) -> str | None:
+    """Return the module to take apart next: the largest that holds most of the parameters, else the largest chain.
+
+    With `of_blocks`, only what holds blocks.
+    """
+    sizes = {path: sum(p.numel() for p in network.get_submodule(path).parameters()) for path in trunk}
+    parts = [path for path in trunk if len(_children(path, layers)) > 1]
+    whole = [path for path in parts if 2 * sizes[path] > sum(p.numel() for p in network.parameters())]
+    chains = [path for path in parts if type(network.get_submodule(path)) is nn.Sequential]
+    if of_blocks:
+        whole, chains = (
+            [path for path in found if any(_holds_modules(network, part) for part in _children(path, layers))]
+            for found in (whole, chains)
+        )
+    return max(whole or chains, key=sizes.__getitem__, default=None)
 
 
 def _layer_name(path: str) -> str:
     return free_name(path) if layer_name_problem(path) else path
-
-
-def _take_apart(network: nn.Module, layers: Mapping[str, Tappable], count: int) -> list[str]:
-    """Return the paths of the modules of the trunk, in the order in which they ran."""
-    order = {path: place for place, path in enumerate(layers)}
-    sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in network.named_modules()}
-    trunk = _children("", layers)
-    while True:
-        parts = {path: _children(path, layers) for path in trunk}
-        whole = [path for path in trunk if len(parts[path]) > 1 and 2 * sizes[path] > sizes[""]]
-        shapes = len({layers[path].shape for path in trunk})
-        chains = [path for path in trunk if len(parts[path]) > 1 and type(network.get_submodule(path)) is nn.Sequential]
-        taken = whole or (chains if shapes < count else [])
-        if not taken or (len(trunk) >= count and shapes >= count):
-            return sorted(trunk, key=order.__getitem__)
-        largest = max(taken, key=sizes.__getitem__)
-        trunk = [path for path in trunk if path != largest] + parts[largest]
 
 
 def _children(path: str, layers: Mapping[str, Tappable]) -> list[str]:
@@ -230,26 +281,28 @@ def _gives_logits(seen: _ModuleOutput, outputs: Mapping[str, _ModuleOutput], cla
     return bool(same and seen.first is not None and last is not None and torch.equal(seen.first, last))
 
 
-def _distinct(network: Network, paths: Sequence[str], layers: Mapping[str, Tappable]) -> list[str]:
-    """Leave out layers whose pooled values are a later one's but for a factor."""
+def _distinct(
+    network: Network, paths: Sequence[str], layers: Mapping[str, Tappable], keep: Collection[str] = ()
+) -> list[str]:
+    """Leave out layers whose pooled values are a later one's, or one of `keep`'s, but for a factor."""
     specs = [LayerSpec(name=p, path=p, pooling=layers[p].pooling, neurons=layers[p].neurons) for p in paths]
     if network.device.type == "meta":
         return list(paths)
     with Taps(network.module, specs, None, gradients=False, call=network.call) as taps:
         values = taps(_varied(network)).activation
-    kept: list[str] = []
-    for path in reversed(paths):
+    kept = [path for path in paths if path in keep]
+    for path in reversed([path for path in paths if path not in keep]):
         own = values[path].double()
         others = [values[other].double() for other in kept if values[other].shape == own.shape]
         if not any(_is_multiple(own, other) for other in others):
             kept.append(path)
-    return kept[::-1]
+    return [path for path in paths if path in kept]
 
 
 def _varied(network: Network) -> Any:
     """Return examples, or noise where there are none: blank images have the same state everywhere."""
     blank = network.blank(4)
-    if network.examples is not None:
+    if network.from_python:
         return blank
     noise = torch.randn(blank.shape, generator=torch.Generator().manual_seed(0))
     return noise.to(network.device, network.dtype)
@@ -265,12 +318,12 @@ def list_layers(network: Network) -> list[Tappable]:
     return _list_tappable(network, _record_outputs(network))
 
 
-def _list_tappable(network: Network, outputs: Mapping[str, _ModuleOutput]) -> list[Tappable]:
+def _list_tappable(network: Network, outputs: Mapping[str, _ModuleOutput], gradients: bool = True) -> list[Tappable]:
     aliases = {path: alias for alias, (path, _) in network.model.layers.items()}
     guessed = _guess_poolings(network.module, outputs)
     tappables = []
     for path, seen in outputs.items():
-        if not path or _why_untappable(seen) is not None or not seen.used:
+        if not path or _why_untappable(seen, gradients) is not None or not (seen.used or not gradients):
             continue
         assert seen.first is not None
         shape = tuple(seen.first.shape)
@@ -459,7 +512,8 @@ def _forward_error(network: Network, error: Exception) -> InputError:
     name = network.model.name
     if is_out_of_memory(error):
         samples = "images" if network.transform is not None else "samples"
-        return InputError(f"{name}: two {samples} do not fit the memory of {network.device}; try --device cpu")
+        cpu = spell_option("device", "cpu", python=network.from_python)
+        return InputError(f"{name}: two {samples} do not fit the memory of {network.device}; try {cpu}")
     if network.transform is None:
         return InputError(f"{name} cannot take its input: {first_line(error)}")
     side = network.transform.crop

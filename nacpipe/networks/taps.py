@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from nacpipe.cache import LayerSpec
 from nacpipe.errors import InputError
 from nacpipe.networks.batch_runner import is_out_of_memory
-from nacpipe.networks.call import PLAIN_CALL, Call, cast_floats, device_of, first_output, replace_first
+from nacpipe.networks.call import (
+    PLAIN_CALL,
+    Call,
+    cast_floats,
+    device_of,
+    first_output,
+    map_tensors,
+    replace_first,
+)
 from nacpipe.networks.checkpoints import first_line
 from nacpipe.networks.poolings import POOLINGS, pool
 from nacpipe.networks.trial import first_tensor
@@ -61,6 +69,7 @@ class Taps:
         autocast: torch.dtype | None = None,
         gradients: bool = True,
         call: Call = PLAIN_CALL,
+        cache_layers: Sequence[str] | None = None,
     ) -> None:
         """Register hooks on `layers` of `network`.
 
@@ -77,6 +86,8 @@ class Taps:
             gradients: False: a forward pass alone; outputs are pooled when their layer runs, so that nothing that later
                 modules do to them matters.
             call: how the network is called, and which positions of padded samples count.
+            cache_layers: paths of all layers of the cache whose values are wanted to the last bit, of which a detector
+                taps some (`_fast_path`); None: those of `layers`.
 
         Raises:
             InputError: a path names no module, or a module that takes no hooks, naming layer and path.
@@ -110,6 +121,14 @@ class Taps:
         self._passed_on: list[tuple[str, Tensor, int]] = []
         self._features: Tensor | None = None
         self._handles = [modules[s.path].register_forward_hook(self._output_hook(s)) for s in layers]
+        paths = [s.path for s in layers] if cache_layers is None else cache_layers
+        attends = any(isinstance(module, nn.MultiheadAttention) for module in modules.values())
+        # An encoder's fast path passes nested tensors from layer to layer, which no pooling takes.
+        nests = any(isinstance(module, nn.TransformerEncoder) for module in modules.values())
+        known = attends and not nests and all(path in modules for path in paths)
+        self._starts_fast = known and bool(paths)
+        if self._starts_fast:
+            self._handles += [modules[path].register_forward_hook(_end_fast_path) for path in paths]
         if classifier is not None:
             hook = modules[classifier].register_forward_pre_hook(self._features_hook, with_kwargs=True)
             self._handles.append(hook)
@@ -129,7 +148,7 @@ class Taps:
         """
         try:
             self._mask = self._call.mask_of(images)
-            return self._run(cast_floats(images, self._dtype))
+            return self._run(map_tensors(_leave_inference, cast_floats(images, self._dtype)))
         finally:  # also after an error, so that the graph's memory is freed
             self._outputs.clear()
             self._passed_on.clear()
@@ -142,7 +161,7 @@ class Taps:
             torch.set_grad_enabled(self._backward),
             precision,
             run_eagerly(),
-            _without_fast_paths(),
+            _fast_path(self._starts_fast),
             _without_cudnn(self._recurrent and self._backward and device == "cuda"),
         ):
             logits = self._call.run(self.network, images)
@@ -270,6 +289,14 @@ def start_graph(output: Tensor) -> Tensor:
         return (output.clone() if output.is_inference() else output.detach()).requires_grad_()
 
 
+def _leave_inference(tensor: Tensor) -> Tensor:
+    """Return a tensor that a graph may keep: made under torch.inference_mode, none may."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 def clone_in_graph(kept: Tensor) -> Tensor:
     """Return a clone that later modules may change; its gradient is that of `kept`."""
     with torch.inference_mode(False), torch.enable_grad():
@@ -305,17 +332,22 @@ def find_penultimate(
 
 
 @contextmanager
-def _without_fast_paths() -> Iterator[None]:
-    """Run attention without torch's fast path, which rounds otherwise: it is taken wherever no gradient is recorded.
+def _fast_path(enabled: bool) -> Iterator[None]:
+    """Run attention with torch's fast path, which rounds otherwise, up to the cache's first tapped layer alone.
 
-    That depends on the layers that are tapped, and a detector taps fewer than its cache.
+    Torch takes it wherever no gradient is recorded: in an extraction before the first tapped layer, and later in a
+    detector that taps fewer layers or in forward passes alone. `_end_fast_path` ends it at the same place in all.
     """
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _end_fast_path(_module: nn.Module, _inputs: object, _output: object) -> None:
+    torch.backends.mha.set_fastpath_enabled(False)
 
 
 def _without_cudnn(enabled: bool) -> AbstractContextManager[Any]:

@@ -80,11 +80,9 @@ def run_trial_batch(
             logits depend on its batch.
     """
     dtype, half = find_device_and_dtype(network)[1], IMAGES // 2
-    if examples or not isinstance(like, Tensor):
-        images = cast_floats(repeat_samples(like, IMAGES + half), dtype)
-    else:
-        images = _draw_images(like, dtype)
-    run = partial(_run, name, network, call, classes)
+    python = examples or not isinstance(like, Tensor)
+    images = cast_floats(repeat_samples(like, IMAGES + half), dtype) if python else _draw_images(like, dtype)
+    run = partial(_run, name, network, call, classes, python)
     batch = take_rows(images, 0, IMAGES)
     with _keep_generators(device_of(like)), torch.no_grad(), run_eagerly():
         with _record_linear(network) as inputs:
@@ -156,13 +154,15 @@ def name_outputs(outputs: Tensor) -> str:  # (n, classes)
     return "logits"
 
 
-def _run(name: str, network: nn.Module, call: Call, classes: int | None, images: Any) -> Tensor:
+def _run(name: str, network: nn.Module, call: Call, classes: int | None, python: bool, images: Any) -> Tensor:
     """Return the logits of images, (n, classes), on the CPU; in parts if the memory is too small."""
-    run = BatchRunner(lambda part: _run_once(name, network, call, classes, part), device_of(images))
+    run = BatchRunner(
+        lambda part: _run_once(name, network, call, classes, python, part), device_of(images), python=python
+    )
     return torch.cat(list(run(images)))
 
 
-def _run_once(name: str, network: nn.Module, call: Call, classes: int | None, images: Any) -> Tensor:
+def _run_once(name: str, network: nn.Module, call: Call, classes: int | None, python: bool, images: Any) -> Tensor:
     count = count_samples(images)
     try:
         output = call.run(network, images)
@@ -182,7 +182,8 @@ def _run_once(name: str, network: nn.Module, call: Call, classes: int | None, im
         description = f"{tuple(output.shape)}" + ("" if output.is_floating_point() else f" of {output.dtype}")
     wanted = f"({count}, {'classes' if classes is None else classes})"
     kind = name_sample(images)
-    raise InputError(f"model {name!r} gives {description} for {count} {kind}s; expected are logits, {wanted}")
+    advice = "; logits= is a function that takes them out of it" if python and call.logits is None else ""
+    raise InputError(f"model {name!r} gives {description} for {count} {kind}s; expected are logits, {wanted}{advice}")
 
 
 def _check_repeatable(name: str, network: nn.Module, first: Tensor, again: Tensor) -> None:

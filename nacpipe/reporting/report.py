@@ -74,6 +74,7 @@ def read_cache_report(
     *,
     more: Mapping[str, MethodScores] | None = None,
     choice: str | None = None,
+    study: ParamsOrigin | None = None,
 ) -> CacheReport:
     """Score a cache and gather what a report shows of it; each array of the cache is read once.
 
@@ -82,6 +83,7 @@ def read_cache_report(
         params: NAC's parameters.
         more: further methods that have scored the cache, as `score_cache` takes them.
         choice: where the parameters are from, as `params_file.find_params` takes it: it leads to their study.
+        study: what is known of it, in place of that.
 
     Raises:
         InputError: there is nothing to evaluate.
@@ -94,7 +96,7 @@ def read_cache_report(
         params=params,
         coverage=coverage,
         overfitting=check_overfitting(cache, coverage),
-        study=find_origin(cache, choice),
+        study=find_origin(cache, choice) if study is None else study,
         val_scores=coverage.score(cache["id/val"]) if "id/val" in cache and cache.peek("id/val").sealed else None,
     )
 

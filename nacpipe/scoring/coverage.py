@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nacpipe.cache import Cache, SplitView
+from nacpipe.cache import Cache, SplitView, as_cache
 from nacpipe.method.coverage import combine_layers
 from nacpipe.method.feature_scores import FittedFusion
 from nacpipe.method.fitted_term import FittedTerm, fit_term
@@ -97,7 +98,20 @@ def fit_coverage(cache: Cache, params: NacParams) -> Coverage:
     return Coverage(fitted, fused)
 
 
-def score_splits(cache: Cache, params: NacParams, splits: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """Return split → scores (rows,); larger = more like the training data."""
-    coverage = fit_coverage(cache, params)
-    return {name: coverage.score(cache[name]) for name in splits}
+def score_splits(cache: Cache | str | Path, params: NacParams, splits: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """Return split → scores (rows,); larger = more like the training data.
+
+    Args:
+        cache: the cache, or its path or URL.
+        params: from `tune` or `read_params`.
+        splits: names, such as `id/val`.
+
+    Raises:
+        ParamsError: a layer is not in the cache.
+        InputError: a split is not in the cache.
+        CacheError: the cache is not there, or id/train or a split is not finished.
+        ValuesError: states are not finite.
+    """
+    opened = as_cache(cache)
+    coverage = fit_coverage(opened, params)
+    return {name: coverage.score(opened[name]) for name in splits}

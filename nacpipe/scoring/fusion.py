@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from nacpipe.cache import Cache, SplitView
 from nacpipe.errors import ParamsError
 from nacpipe.method.feature_scores import FeatureScore, FeatureScoreName, fit_feature_score
-from nacpipe.scoring.states import PIECE
+from nacpipe.scoring.states import piece_rows
+
+FEATURES = 2**20  # that are scored at once
 
 
 def why_not_fused(cache: Cache) -> str | None:
@@ -38,7 +40,11 @@ def compute_feature_scores(fitted: FeatureScore, splits: Sequence[SplitView]) ->
     """Return the scores of several splits, one behind the other, (samples,)."""
     parts = [np.empty(0)]
     for split in splits:
-        for start in range(0, split.rows, PIECE):
-            rows = slice(start, min(start + PIECE, split.rows))
-            parts.append(fitted.score(split.read("features", rows), split.read("logits", rows)))
+        at_once = piece_rows(split.array("features").shape[1])
+        for start in range(0, split.rows, at_once):
+            rows = slice(start, min(start + at_once, split.rows))
+            features, logits = split.read("features", rows), split.read("logits", rows)
+            count = 1 + features.size // FEATURES  # a score needs several times their float64
+            some = zip(np.array_split(features, count), np.array_split(logits, count), strict=True)
+            parts += [fitted.score(*part) for part in some]
     return np.concatenate(parts)

@@ -45,7 +45,7 @@ def read_source(
         row, neuron = np.argwhere(~np.isfinite(values))[0]
         raise ValuesError(
             f"layer {layer_of(layer)!r}, split {split.name}, row {int(row) + (rows.start or 0)}, neuron {int(neuron)}:"
-            f" the {source} is {values[row, neuron]}; extract the split again with --redo {shlex.quote(split.name)}"
+            f" the {source} is {values[row, neuron]}; extract the split again with {split.redo_option}"
         )
     return np.ascontiguousarray(values)
 
@@ -58,13 +58,18 @@ def read_layer(splits: Sequence[SplitView], layer: str, source: Source = "produc
     name = layer_of(layer)
     width = splits[0].logits.shape[1] if name == LOGITS else splits[0][name].spec.neurons
     values = np.empty((sum(split.rows for split in splits), width), np.float32)
-    filled = 0
+    filled, rows = 0, piece_rows(width)
     for split in splits:
-        for start in range(0, split.rows, PIECE):
-            piece = read_source(split, layer, source, slice(start, min(start + PIECE, split.rows)))
+        for start in range(0, split.rows, rows):
+            piece = read_source(split, layer, source, slice(start, min(start + rows, split.rows)))
             values[filled : filled + len(piece)] = piece
             filled += len(piece)
     return values
+
+
+def piece_rows(width: int) -> int:
+    """Return how many rows of so many float32 to read at once: `PIECE`, fewer where they are more than 16 MiB."""
+    return max(PIECE // 8, min(PIECE, (1 << 22) // max(width, 1) // 512 * 512))
 
 
 def outputs_of(cache: Cache) -> str:

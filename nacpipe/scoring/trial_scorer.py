@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,30 +24,37 @@ IndexOf = Callable[[str, Source], TermIndex]
 """A term's name in the parameters and its source → their index."""
 
 
-def index_from(cache: Cache, splits: Sequence[str], limit: int | None = None) -> IndexOf:
-    """Return what reads and sorts a term's values when they are first asked for.
+class TermIndexes:
+    """Reads and sorts a term's values when they are first asked for."""
 
-    Args:
-        cache: id/train is counted.
-        splits: what is scored.
-        limit: bytes of indexes that are kept, those used last, and at least one; None keeps all. With a limit the
-            values of the last layer and source are kept too: ask for the views of a source one after the other.
-    """
-    indexer = TermIndexer(cache, splits)
-    kept: OrderedDict[tuple[str, Source], TermIndex] = OrderedDict()
+    def __init__(self, cache: Cache, splits: Sequence[str], limit: int | None = None) -> None:
+        """Index these splits.
 
-    def index(name: str, source: Source) -> TermIndex:
-        key = name, source
+        Args:
+            cache: id/train is counted.
+            splits: what is scored.
+            limit: bytes of indexes that are kept, those used last, and at least one; None keeps all. With a limit the
+                values of the last layer and source are kept too: ask for the views of a source one after the other.
+        """
+        self._indexer, self._limit = TermIndexer(cache, splits), limit
+        self._kept: OrderedDict[tuple[str, Source], TermIndex] = OrderedDict()
+
+    def __call__(self, name: str, source: Source) -> TermIndex:
+        """Return the index of a term, by its name in the parameters, and source."""
+        kept, key = self._kept, (name, source)
         if key not in kept:
-            while limit is not None and kept and sum(one.nbytes for one in kept.values()) >= limit:
+            while self._limit is not None and kept and sum(one.nbytes for one in kept.values()) >= self._limit:
                 kept.popitem(last=False)
-            kept[key] = indexer.index(replace(parse_term(name), source=source))
-            if limit is None:
-                indexer.forget()
+            kept[key] = self._indexer.index(replace(parse_term(name), source=source))
+            if self._limit is None:
+                self._indexer.forget()
         kept.move_to_end(key)
         return kept[key]
 
-    return index
+    def forget(self) -> None:
+        """Drop what is kept; it is read again when it is asked for."""
+        self._kept.clear()
+        self._indexer.forget()
 
 
 def split_rows(cache: Cache, splits: Sequence[str]) -> dict[str, slice]:
@@ -57,6 +64,23 @@ def split_rows(cache: Cache, splits: Sequence[str]) -> dict[str, slice]:
         start = max((taken.stop for taken in rows.values()), default=0)
         rows[name] = slice(start, start + cache[name].rows)
     return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _EntrySums:
+    """A layer's scores as they are remembered: whole numbers, half as large."""
+
+    sums: NDArray[np.int64] | NDArray[np.uint32]  # (samples,)
+    neurons: int
+    saturation: int
+
+    @classmethod
+    def of(cls, sums: NDArray[np.int64], neurons: int, saturation: int) -> _EntrySums:
+        return cls(sums.astype(np.uint32) if neurons * saturation < 1 << 32 else sums, neurons, saturation)
+
+    def score(self) -> NDArray[np.float64]:
+        """(samples,)."""
+        return layer_score(self.sums, self.neurons, self.saturation)
 
 
 class Scorer:
@@ -86,7 +110,7 @@ class Scorer:
         """
         self.index, self.feature_scores = index, feature_scores
         self.rows = dict(rows)
-        self._remembered: OrderedDict[tuple[str, LayerParams], NDArray[np.float64]] = OrderedDict()
+        self._remembered: OrderedDict[tuple[str, LayerParams], _EntrySums] = OrderedDict()
         self._room, self._one_by_one = remember, one_by_one
 
     def layer_scores(self, layers: Mapping[str, LayerParams]) -> list[NDArray[np.float64]]:
@@ -97,16 +121,16 @@ class Scorer:
         if new:
             for keys_at_once in ([key] for key in new) if self._one_by_one else [new]:
                 asked = [self._ask(layer, params) for layer, params in keys_at_once]
-                for key, (index, _, saturation), entry_sum in zip(keys_at_once, asked, fill_ranked(asked), strict=True):
-                    found[key] = layer_score(entry_sum, index.neurons, saturation)
+                for key, (index, _, saturation), sums in zip(keys_at_once, asked, fill_ranked(asked), strict=True):
+                    found[key] = _EntrySums.of(sums, index.neurons, saturation)
         for key in keys:
             self._remembered[key] = found[key]
             self._remembered.move_to_end(key)
-        self._room -= sum(found[key].nbytes for key in new)
+        self._room -= sum(found[key].sums.nbytes for key in new)
         while self._room < 0:
             _, oldest = self._remembered.popitem(last=False)
-            self._room += oldest.nbytes
-        return [found[key] for key in keys]
+            self._room += oldest.sums.nbytes
+        return [found[key].score() for key in keys]
 
     def scores(self, params: NacParams) -> NDArray[np.float64]:
         """Return the scores of all splits, (samples,); `rows` says which are whose."""

@@ -34,13 +34,13 @@ from nacpipe.method.feature_scores import FeatureScoreName
 from nacpipe.method.guide import choose_guide, guided_target, score_plainly
 from nacpipe.method.metrics import auroc
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.method.plain_scores import PLAIN_SCORES
+from nacpipe.method.plain_scores import score_in_parts
 from nacpipe.method.published import published_params
 from nacpipe.method.term import Source, parse_term, view_of
 from nacpipe.scoring.fusion import compute_feature_scores, read_feature_score
 from nacpipe.scoring.states import check_layers, has_logits
 from nacpipe.scoring.term_index import TermIndex
-from nacpipe.scoring.trial_scorer import IndexOf, Scorer, index_from, split_rows
+from nacpipe.scoring.trial_scorer import IndexOf, Scorer, TermIndexes, split_rows
 from nacpipe.tuning.space import (
     BINS,
     Given,
@@ -97,8 +97,8 @@ class Objective:
         self.splits = bound_splits(self.val)
         with_subtrain = SUBTRAIN in self.cache and self.cache.peek(SUBTRAIN).sealed  # nothing is chosen by it
         scored = [*[SUBTRAIN] * with_subtrain, *self.splits[1:]]
-        many = space == "auto"  # dozens of terms, most of which are tried one by one
-        index = index_from(self.cache, scored, self._index_bytes(scored) if many else None)
+        many = self._one_by_one = space == "auto"  # dozens of terms, most of which are tried one by one
+        index = self._indexes = TermIndexes(self.cache, scored, self._index_bytes(scored) if many else None)
         self.scorer = Scorer(
             index, split_rows(self.cache, scored), one_by_one=many, feature_scores=functools.cache(self._feature_scores)
         )
@@ -115,7 +115,7 @@ class Objective:
             target = guided_target(self._is_id, None if self.guide is None else self.guide.scores)
         self.evaluator = Evaluator(self.scorer, self.val, target)
         self.train_rows = self.cache["id/train"].rows
-        self.space = self._measure_space(spec, index_from(self.cache, (), 0) if many else index, skip=many)
+        self.space = self._measure_space(spec, TermIndexes(self.cache, (), 0) if many else index, skip=many)
         self.layers = tuple(self.space)
         self.fits = fits_weights(self.space)
         if not self.fits and all(layer.weights()[0] == 0 for layer in self.space.values()):
@@ -186,7 +186,7 @@ class Objective:
         """Return the same metrics of the best plain score; None where the network gives no logits."""
         if self.guide is None:
             return None
-        return self.evaluator.check(PLAIN_SCORES[self.guide.name](self._read_logits(self.scorer.rows)))
+        return self.evaluator.check(score_in_parts(self.guide.name, self._read_logits(self.scorer.rows)))
 
     def cross_validate(
         self, trials: Sequence[FrozenTrial], fuse: Sequence[FeatureScoreName | None] = (None,)
@@ -234,6 +234,8 @@ class Objective:
 
     def _feature_scores(self, method: FeatureScoreName) -> NDArray[np.float64]:
         """A feature score of all splits, (samples,) as `scorer.rows` has them."""
+        if self._one_by_one:
+            self._indexes.forget()  # all terms are scored by now
         fitted = read_feature_score(self.cache, method)
         return compute_feature_scores(fitted, [self.cache[name] for name in self.scorer.rows])
 
@@ -269,10 +271,10 @@ class Objective:
         return space
 
     def _index_bytes(self, splits: Sequence[str]) -> int:
-        """The bytes of indexes to keep: as many as one source of all layers and rows has, and at least 64 MiB."""
+        """The bytes of indexes to keep: a quarter of what one source of all layers and rows has, at least 64 MiB."""
         rows = sum(self.cache[name].rows for name in ("id/train", *splits))
         neurons = sum(spec.neurons for spec in self.cache.header.layers) + self.cache.header.classes
-        return max(64 * 2**20, 4 * rows * neurons)
+        return max(64 * 2**20, rows * neurons)
 
     def _few_bins(self, name: str) -> Given:
         """By class: at most ten bins per image that a group has on average, beyond which nearly all are empty."""

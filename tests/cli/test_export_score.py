@@ -307,7 +307,7 @@ def test_wrong_input_is_one_line(
 
 def test_the_page_runs_as_it_stands(detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs/detector.md").read_text("utf-8")
-    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    program, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)  # the other: tests/detector/test_runtimes.py
     (tmp_path / "cache").mkdir()
     shutil.copy(detector, tmp_path / "cache/digits-digits_cnn.detector.safetensors")
     shutil.copy(digits_cnn.__file__.replace(".py", ".safetensors"), tmp_path)

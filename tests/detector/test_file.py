@@ -237,6 +237,10 @@ def test_views_are_read() -> None:
     assert exported.to_json() == VIEWS
     again = Exported.from_json(exported.to_json(), exported.to_arrays())
     assert again.terms[0].counts.tolist() == by_class.counts.tolist()
+    assert exported.cache_layers == ()
+    more = Exported.from_json({**VIEWS, "cache_layers": ["a", "0.b"]}, view_arrays())
+    assert more.cache_layers == ("a", "0.b")
+    assert more.to_json() == {**VIEWS, "cache_layers": ["a", "0.b"]}
 
 
 WRONG_VIEWS = [
@@ -248,6 +252,7 @@ WRONG_VIEWS = [
     (change("taps", [*VIEWS["taps"], {**VIEWS["taps"][0], "name": "b"}]), "tap 'b' is of no term"),
     (change("outputs", 4), "term 'logits' is of 3 neurons; its layer has 4"),
     (change("terms", []), "it has no terms"),
+    (change("cache_layers", "a"), "its cache_layers are 'a'; they must be module paths"),
     (change("terms.0.more", 1), "a term is not {name, params}"),
     (change("terms.0.name", "a:product:by_clas"), "term 'a:product:by_clas' has the view 'by_clas'; known: plain, by_"),
     (change("classes", 4), r"class_groups are int32 \(3,\); wanted: int32 \(4,\), a group for every class"),

@@ -1,4 +1,4 @@
-"""From a network of any kind to a verdict, in Python: extract, tune, evaluate, detector, score."""
+"""A detector from Python: fitted without a cache, calibrated, explained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import nacpipe
 from nacpipe.detector.calibration import beta_quantile
 from nacpipe.errors import DetectorError, InputError
 from nacpipe.extraction.samples import split_label
-from tests.networks_of_any_kind import KINDS, NAMES, Kind
+from tests.networks_of_any_kind import KINDS, Kind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,36 +23,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def batch_of(kind: Kind, split: str, rows: range) -> Any:
     data = kind.splits[split]
     return split_label(default_collate([data[row] for row in rows]))[0]
-
-
-def call_of(kind: Kind) -> dict[str, Any]:
-    return {key: kind.options[key] for key in ("prepare", "mask") if key in kind.options}
-
-
-@pytest.mark.repeats(2)
-@pytest.mark.parametrize("name", NAMES)
-def test_from_a_network_to_a_verdict(name: str, tmp_path: Path) -> None:
-    kind = KINDS[name]()
-    cache = nacpipe.extract(
-        kind.network, kind.splits, tmp_path / "x.zarr", batch_size=16, block_rows=16, progress=False, **kind.options
-    )
-    result = nacpipe.tune(cache, space="paper", trials=12, threads=1, progress=False)
-    table = nacpipe.evaluate(cache, result.params)
-    assert not table.empty
-    scores = nacpipe.score_splits(cache, result.params, ["id/val", "ood/val"])
-    detector = nacpipe.Detector.from_cache(cache, result.params, kind.network, **call_of(kind))
-    for split in ("id/val", "ood/val"):
-        logits, score, percentile, is_ood = detector(batch_of(kind, split, range(16)))
-        assert logits.shape == (16, 3)
-        np.testing.assert_allclose(score, scores[split][:16], atol=0.02)
-        below = [100 * float(np.mean(scores["id/val"] < float(one))) for one in score]
-        np.testing.assert_allclose(percentile, below)
-        assert is_ood.tolist() == (score < detector.threshold).tolist()
-    detector.save(tmp_path / "d.safetensors")
-    again = nacpipe.Detector.load(tmp_path / "d.safetensors", kind.network, **call_of(kind))
-    batch = batch_of(kind, "id/test", range(8))
-    for one, other in zip(detector(batch), again(batch), strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +37,8 @@ def test_a_detector_is_fitted_without_a_cache(wine: Any, tmp_path: Path) -> None
     loader = DataLoader(kind.splits["id/train"], batch_size=32)
     fitted = nacpipe.Detector.fit(kind.network, loader, params)
     exported = nacpipe.Detector.from_cache(cache, params, kind.network)
+    assert exported._exported is not None
+    assert exported._exported.cache_layers == tuple(layer.path for layer in cache.header.layers)
     batch = batch_of(kind, "id/test", range(20))
     np.testing.assert_allclose(fitted(batch).score, exported(batch).score, atol=0.02)
     assert not fitted(batch).is_ood.any()
@@ -115,6 +87,23 @@ def test_an_explanation_adds_up(wine: Any) -> None:
         assert math.isfinite(found.neurons["value"].iloc[0])
         assert "<table" in found._repr_html_()
     assert len(detector.explain(batch)[0].neurons) == 10
+
+
+def test_another_call_is_refused(tmp_path: Path) -> None:
+    kind = KINDS["masked"]()
+    options: dict[str, Any] = {"layers": ["first"], "progress": False}
+    cache = nacpipe.extract(kind.network, kind.splits, tmp_path / "x.zarr", mask="valid", **options)
+    params = nacpipe.NacParams(layers={"first": nacpipe.LayerParams(bins=9, saturation=3, alpha=1.0)})
+    for call, message in (
+        ({}, "its states were made with mask=; give the same"),
+        ({"mask": "signal"}, "its states were made with another mask= than 'signal'; give the same"),
+        ({"mask": "valid", "prepare": dict}, "its states were made without prepare=; leave it out"),
+    ):
+        with pytest.raises(DetectorError, match=message):
+            nacpipe.Detector.from_cache(cache, params, kind.network, **call)
+    nacpipe.Detector.from_cache(cache, params, kind.network, mask="valid").save(tmp_path / "d.safetensors")
+    with pytest.raises(DetectorError, match=r"d\.safetensors: its states were made with mask=; give the same"):
+        nacpipe.Detector.load(tmp_path / "d.safetensors", kind.network)
 
 
 def test_another_network_is_refused(wine: Any) -> None:

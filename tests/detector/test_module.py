@@ -39,7 +39,7 @@ from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
 from nacpipe.networks.taps import Taps
 from nacpipe.scoring.alpha_range import measure_alpha
-from nacpipe.scoring.trial_scorer import index_from
+from nacpipe.scoring.trial_scorer import TermIndexes
 from tests import oracle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -317,7 +317,7 @@ VIEWS = (
 def view_params(cache: Cache, name: str) -> LayerParams:
     """Steep enough that scores differ."""
     term = parse_term(name)
-    alpha = measure_alpha(term.name, term.source, index_from(cache, ["id/val"])(term.name, term.source))[1] / 10
+    alpha = measure_alpha(term.name, term.source, TermIndexes(cache, ["id/val"])(term.name, term.source))[1] / 10
     return LayerParams(bins=60, saturation=40, alpha=alpha, source=term.source)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -77,11 +78,8 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in ("wine", "recurrent") else pytest.param(name, marks=pytest.mark.slow) for name in KINDS],
-)
-def test_a_killed_extraction_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["wine", "recurrent"])  # all kinds, by SIGKILL: test_any_network.py
+def test_a_broken_extraction_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = KINDS[name]()
     whole = extract(kind, tmp_path / "whole.zarr")
     done: list[int] = []
@@ -132,7 +130,8 @@ def test_a_data_set_a_loader_and_an_iterable_give_the_same_values(tmp_path: Path
         data,
         DataLoader(data, batch_size=7),
         DataLoader(stream, batch_size=7),
-        [(x[i : i + 9], y[i : i + 9]) for i in range(0, 50, 9)],
+        list(zip(x, y, strict=True)),
+        ((x[i : i + 9], y[i : i + 9]) for i in range(0, 50, 9)),
         iter([(x, y)]),
     ]
     caches = []
@@ -220,6 +219,9 @@ class Ragged(Dataset[Any]):
         (lambda d: Noisy(), "sample 0 of Noisy is another each time it is read"),
         (lambda d: Ragged(), r"samples differ in shape \(\(3, 5\); .*give mask="),
         (lambda d: [], "id/train has no samples"),
+        (lambda d: [(d.tensors[0][:9], d.tensors[1][:9])], r"of batches give iter\(batches\)"),
+        (lambda d: d.tensors, r"id/train is a tuple; give a data set, such as TensorDataset\(x, y\) or a list of"),
+        (lambda d: {"x": d.tensors[0]}, "id/train is a dict; give a data set"),
         (lambda d: 3, "id/train is int; give a map-style data set, a DataLoader, or an iterable of batches"),
         (lambda d: TensorDataset(d.tensors[0]), r"id/train: samples have no label; give \(input, label\)"),
         (lambda d: TensorDataset(d.tensors[0], d.tensors[1] + 1), r"id/train: .* labels are outside 0 … 2"),
@@ -239,7 +241,7 @@ def test_other_requests_are_refused(tmp_path: Path) -> None:
         nacpipe.extract(network, {"train": data}, tmp_path / "x.zarr", progress=False)
     with pytest.raises(InputError, match="redo names 'id/val'; the splits are id/train"):
         nacpipe.extract(network, {"id/train": data}, tmp_path / "x.zarr", redo=["id/val"], progress=False)
-    with pytest.raises(InputError, match="batch-size is 0"):
+    with pytest.raises(InputError, match="batch_size is 0; it must lie between"):
         nacpipe.extract(network, {"id/train": data}, tmp_path / "x.zarr", batch_size=0, progress=False)
     with pytest.raises(InputError, match="pooling 1=sum-ncl: "):
         nacpipe.extract(
@@ -297,5 +299,40 @@ def test_messages_call_other_inputs_samples(tmp_path: Path, capfd: pytest.Captur
     assert "16 samples at once do not fit the memory of cpu: from here on batches of 8\n" in err
     assert "of 50 samples; a trained network classifies most samples correctly" in err
     assert "image" not in err
-    with pytest.raises(InputError, match="one sample does not fit the memory of cpu"):
+    with pytest.raises(InputError, match="one sample does not fit the memory of cpu; try device='cpu'"):
         nacpipe.extract(Greedy(0), {"id/train": data}, tmp_path / "y.zarr", progress=False)
+
+
+def take_first(output: tuple[Tensor, ...]) -> Tensor:
+    return output[0]
+
+
+def take_second(output: tuple[Tensor, ...]) -> Tensor:
+    return output[1]
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.one, self.other = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        states = torch.relu(self.hidden(x))
+        return self.one(states), self.other(states)
+
+
+def test_functions_are_part_of_the_identity(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    network, splits = Two(), {"id/train": TensorDataset(torch.randn(50, 5), torch.arange(50) % 3)}
+    options: Any = {"layers": ["hidden"], "progress": False}
+    with pytest.raises(InputError, match=r"gives tuple for .*; logits= is a function that takes them out of it"):
+        nacpipe.extract(network, splits, tmp_path / "x.zarr", **options)
+    nacpipe.extract(network, splits, tmp_path / "x.zarr", logits=take_first, **options)
+    nacpipe.extract(network, splits, tmp_path / "x.zarr", logits=take_first, **options)
+    with pytest.raises(IdentityError, match=r"call\.logits: stored \w{8}…, now \w{8}….* another path, or the same"):
+        nacpipe.extract(network, splits, tmp_path / "x.zarr", logits=take_second, **options)
+    with pytest.raises(IdentityError, match=r"call\.prepare: stored nothing, now "):
+        nacpipe.extract(network, splits, tmp_path / "x.zarr", logits=take_first, prepare=lambda x: x, **options)
+    assert capfd.readouterr().err == ""
+    nacpipe.extract(network, splits, tmp_path / "y.zarr", logits=operator.itemgetter(1), layers=["hidden"])
+    assert "the source of logits= is not at hand" in capfd.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -50,8 +51,9 @@ def no_backward(*_: object, **__: object) -> None:
 def test_activations_are_those_of_an_extraction_with_gradients(
     forward: ExtractRequest, request_: ExtractRequest
 ) -> None:
-    extract(plan_extraction(request_))
-    whole, half = open_cache(request_.cache), open_cache(forward.cache)
+    half = open_cache(forward.cache)
+    extract(plan_extraction(replace(request_, layers=tuple(spec.path for spec in half.header.layers))))
+    whole = open_cache(request_.cache)
     assert (whole.header.gradients, half.header.gradients) == (True, False)
     assert list(half) == list(whole)
     for name, split in half.items():
@@ -168,13 +170,57 @@ def test_attention_gives_the_same_bits_with_and_without_a_backward_pass() -> Non
     for name in ("0", "1"):
         assert torch.equal(alone.activation[name], both.activation[name])
     assert torch.equal(alone.logits, both.logits)
-    with Taps(network, layers[1:], "3") as taps:  # a detector taps fewer layers than its cache
-        fewer = taps(images)
-    assert torch.equal(fewer.activation["1"], both.activation["1"])
-    assert torch.equal(fewer.logits, both.logits)
+    for gradients in (True, False):  # a detector taps fewer layers than its cache
+        with Taps(network, layers[1:], "3", gradients=gradients, cache_layers=["0", "1"]) as taps:
+            fewer = taps(images)
+        assert torch.equal(fewer.activation["1"], both.activation["1"])
+        assert torch.equal(fewer.logits, both.logits)
     assert torch.backends.mha.get_fastpath_enabled() == enabled
     alone.logits.add_(1)  # no inference tensors
     assert not alone.logits.is_inference()
+
+
+class Probe(nn.Module):
+    """Notes whether attention that runs here may take torch's fast path."""
+
+    seen: ClassVar[list[bool]] = []
+
+    def forward(self, values: Tensor) -> Tensor:
+        Probe.seen.append(torch.backends.mha.get_fastpath_enabled())
+        return values
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize(
+    ("of_cache", "fast"),
+    [
+        (None, [True, True, False]),  # the tapped layer is the cache's first
+        (["3", "1"], [True, False, False]),
+        (["1", "3"], [True, False, False]),
+        ([], [False, False, False]),  # a detector's file of an earlier version
+    ],
+)
+def test_attention_is_fast_up_to_the_caches_first_layer(
+    gradients: bool, of_cache: list[str] | None, fast: list[bool]
+) -> None:
+    first, second = (nn.TransformerEncoderLayer(4, 2, 8, batch_first=True) for _ in range(2))
+    network = freeze(nn.Sequential(Probe(), first, Probe(), second, Probe(), nn.Flatten(), nn.Linear(12, 3)))
+    layers = [LayerSpec(name="second", path="3", pooling="sum-tokens", neurons=4)]
+    Probe.seen.clear()
+    with Taps(network, layers, "6", gradients=gradients, overwritten=frozenset(), cache_layers=of_cache) as taps:
+        taps(torch.randn(2, 3, 4))
+    assert Probe.seen == fast
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_attention_of_an_encoder_is_never_fast() -> None:
+    """Its fast path passes nested tensors from layer to layer, which no pooling takes."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 1)
+    network = freeze(nn.Sequential(Probe(), encoder, Probe(), nn.Flatten(), nn.Linear(12, 3)))
+    Probe.seen.clear()
+    with Taps(network, [LayerSpec(name="1", path="1", pooling="sum-tokens", neurons=4)], "4") as taps:
+        taps(torch.randn(2, 3, 4))
+    assert set(Probe.seen) == {False}
 
 
 def test_what_is_counted_from_images_needs_no_backward_pass_either(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,16 +183,29 @@ def test_the_command_says_that_id_train_is_extracted_anew(request_: ExtractReque
     assert states == {"id/train": "again", "id/val": "done"}
 
 
-def test_fewer_training_images_and_another_seed_ask_for_redo(request_: ExtractRequest) -> None:
-    """Left out, --train-images is 1000: states that took work are not dropped for that."""
-    extract(plan_extraction(replace(request_, splits=("id/train", "id/val"))))
-    small = replace(request_, train_images=10, splits=("id/train", "id/val"))
-    with pytest.raises(IdentityError, match=r"images: stored 45, now 10\. .*--redo id/train"):
-        plan_extraction(small)
-    with pytest.raises(IdentityError, match=r"images: stored 45, now 50; seed: stored 1, now 2"):
-        plan_extraction(replace(request_, train_images=50, train_seed=2))
-    extract(plan_extraction(replace(small, redo=("id/train",))))
-    assert open_cache(request_.cache)["id/train"].rows == 10
+def test_fewer_training_images_do_too_and_another_seed_asks_for_redo(finished: Cache, request_: ExtractRequest) -> None:
+    both = replace(request_, splits=("id/train", "id/val"))
+    extract(plan_extraction(both))
+    with pytest.raises(IdentityError, match=r"images: stored 45, now 50; seed: stored 1, now 2.*--redo id/train"):
+        plan_extraction(replace(both, train_images=50, train_seed=2))
+    plan = plan_extraction(replace(both, train_images=10))
+    assert [note for note in plan.notes if "extracted anew: --train-images is 10, it was 45;" in note]
+    extract(plan)
+    cache = open_cache(request_.cache)
+    assert cache["id/train"].rows == 10
+    assert cache["id/val"].attributes["digest"] == finished["id/val"].attributes["digest"]
+
+
+def test_left_out_the_number_is_the_caches(request_: ExtractRequest) -> None:
+    """States that took work are not dropped because an option is left out."""
+    few = replace(request_, train_images=10, splits=("id/train", "id/val"))
+    extract(plan_extraction(few))
+    words = [word for word in format_command(few, request_.cache).split()[1:] if word not in ("--train-images", "10")]
+    for extra, rows, state in (([], "10", "done"), (["--train-images", "1000"], "40", "again")):
+        done = CliRunner().invoke(main, [*words, *extra, "--splits", "id/train,id/val", "--dry-run"])
+        assert done.exit_code == 0, done.output
+        (line,) = [line.split() for line in done.stdout.splitlines() if line.startswith("id/train")]
+        assert (line[2], line[-1]) == (rows, state)
 
 
 def test_bad_image_stops_and_keeps_what_was_done(request_: ExtractRequest, root: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nacpipe.cache import LayerSpec, open_cache
 from nacpipe.errors import InputError
-from nacpipe.extraction.distributed import join_ranks
+from nacpipe.extraction.distributed import Ranks, WrittenUnits, join_ranks
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest, find_device, name_device
@@ -194,6 +194,8 @@ def test_an_extraction_goes_on_with_smaller_batches_and_says_so_once(request_: E
         ("cuda", 3, 4, "cuda:3"),
         ("xpu", 1, 2, "xpu:1"),
         ("cuda:1", 0, 1, "cuda:1"),  # one process, or one on each of several machines
+        ("cuda:1", 0, 3, "cuda:0"),
+        ("xpu:0", 2, 3, "xpu:2"),
         ("cpu", 3, 4, "cpu"),
         ("mps", 1, 2, "mps"),
     ],
@@ -202,36 +204,45 @@ def test_each_rank_has_a_gpu_of_its_own(name: str, local: int, local_world: int,
     assert name_device(name, local, local_world) == expected
 
 
-@pytest.mark.parametrize("name", ["cuda:1", "cuda:0", "xpu:0"])
-def test_one_gpu_for_several_ranks_is_refused(name: str) -> None:
-    kind = name.partition(":")[0]
-    message = (
-        rf"^device '{name}' is one GPU, and 3 processes of this machine would share it; give --device {kind}, which"
-        r" gives each its own$"
-    )
-    with pytest.raises(InputError, match=message):
-        find_device(name, 0, 3)
-
-
 def test_auto_gives_each_rank_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [name_device("auto", local, 2) for local in (0, 1)] == ["cuda:0", "cuda:1"]
 
 
 def test_ranks_know_how_many_are_on_their_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    asked: dict[str, object] = {}
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url, timeout: iter([(store, 3, 4)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda kind, **given: asked.update(given, kind=kind))
     for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     ranks = join_ranks()
     assert (ranks.rank, ranks.world, ranks.local, ranks.local_world) == (3, 4, 1, 2)
+    assert (asked["kind"], asked["rank"], asked["world_size"]) == ("gloo", 3, 4)
+    units = [WrittenUnits(Ranks(rank, 4, 1, 2, ranks.store), "c.zarr") for rank in (0, 3)]
+    assert [units[0].add("id/val"), units[1].add("id/val"), units[1].add("ood/val")] == [1, 2, 1]
+    assert [WrittenUnits(ranks, "d.zarr").add("id/val"), WrittenUnits(Ranks(), "c.zarr").add("id/val")] == [1, 1]
 
 
 def test_the_plan_gives_the_rank_to_the_device(request_: ExtractRequest) -> None:
-    from nacpipe.extraction.distributed import Ranks
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(InputError, match=r"^device 'cuda:7' cannot be used here: "):
+            plan_extraction(replace(request_, device=name), ranks=Ranks(7, 8, 7, 8))
 
-    with pytest.raises(
-        InputError, match=r"^device 'cuda:1' is one GPU, and 2 processes of this machine would share it"
-    ):
-        plan_extraction(replace(request_, device="cuda:1"), ranks=Ranks(0, 2, 0, 2))
-    with pytest.raises(InputError, match=r"^device 'cuda:1' cannot be used here: "):
-        plan_extraction(replace(request_, device="cuda"), ranks=Ranks(1, 2, 1, 2))
+
+def test_another_gpu_than_the_named_one_is_told(monkeypatch: pytest.MonkeyPatch, request_: ExtractRequest) -> None:
+    monkeypatch.setattr("nacpipe.extraction.plan.find_device", lambda *_: torch.device("cpu"))
+    text = "--device cuda:1 is one GPU; each of the 2 processes here has its own"
+    named = replace(request_, device="cuda:1")
+    assert text in plan_extraction(named, ranks=Ranks(0, 2, 0, 2)).notes
+    assert text not in plan_extraction(named).notes
+    assert not any("its own" in note for note in plan_extraction(request_, ranks=Ranks(0, 2, 0, 2)).notes)
+
+
+def test_a_ranks_gpu_is_its_processs_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert find_device("cuda:0", 1, 2) == torch.device("cuda:1")
+    assert find_device("cuda:1", 0, 1) == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]

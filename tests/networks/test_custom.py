@@ -178,10 +178,11 @@ def test_layers_that_cannot_be_tapped_say_why(file: Path) -> None:
     with pytest.raises(InputError, match=r"^layer 'nope' is not known for net\.py:build; known: the modules that this"):
         measure_layers(network, ("nope",))
     chosen = measure_layers(network, ())
-    assert [spec.name for spec in chosen.layers] == ["mix", "pair", "act"]
+    assert [spec.name for spec in chosen.layers] == ["mix", "pair", "tokens", "act"]
     (note,) = chosen.notes
     assert re.fullmatch(
-        r"layers chosen: mix \(7 neurons, sum-tokens\), pair \(5 neurons, sum-tokens\), act \(6 neurons, sum-nchw\);"
+        r"layers chosen: mix \(7 neurons, sum-tokens\), pair \(5 neurons, sum-tokens\),"
+        r" tokens \(5 neurons, sum-tokens\), act \(6 neurons, sum-nchw\);"
         r" others: nacpipe layers /.*net\.py:build",
         note,
     )

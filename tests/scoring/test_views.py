@@ -21,7 +21,7 @@ from nacpipe.scoring.alpha_range import measure_alpha
 from nacpipe.scoring.coverage import fit_coverage, score_splits
 from nacpipe.scoring.params_file import read_params, write_params
 from nacpipe.scoring.states import check_layers, read_source
-from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
+from nacpipe.scoring.trial_scorer import Scorer, TermIndexes, split_rows
 from nacpipe.scoring.views import available_terms, list_terms, read_groups, why_unavailable
 from tests import oracle
 
@@ -36,7 +36,7 @@ def cache(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFac
 
 def score_term(cache: Cache, term: Term, params: LayerParams, splits: Sequence[str] = SPLITS) -> NDArray[np.float64]:
     """One term's scores of these splits, by the index."""
-    scorer = Scorer(index_from(cache, splits), split_rows(cache, splits))
+    scorer = Scorer(TermIndexes(cache, splits), split_rows(cache, splits))
     return scorer.layer_scores({term.name: params})[0]
 
 
@@ -85,7 +85,7 @@ def test_a_score_is_the_weighted_sum_of_its_terms(cache: Cache) -> None:
     alone = [score_term(cache, term, MIXED.layers[term.name]) for term in terms]
     expected = oracle.weighted_score(alone, [layer.weight for layer in MIXED.layers.values()])
     found = score_splits(cache, MIXED, SPLITS)
-    trial = Scorer(index_from(cache, SPLITS), split_rows(cache, SPLITS)).scores(MIXED)
+    trial = Scorer(TermIndexes(cache, SPLITS), split_rows(cache, SPLITS)).scores(MIXED)
     for name in SPLITS:
         np.testing.assert_allclose(found[name], expected[rows[name]], rtol=1e-12)
         np.testing.assert_array_equal(found[name], trial[rows[name]])
@@ -178,7 +178,7 @@ def test_features_have_no_classes(make_cache: Callable[..., Cache], tmp_path: Pa
     with pytest.raises(ParamsError, match=r"^terms by_class need predicted classes; .*" + message):
         fit_coverage(embedding, NacParams(layers={"avgpool:by_class": LayerParams(bins=9, saturation=1, alpha=1.0)}))
     with pytest.raises(ParamsError, match=message):
-        index_from(embedding, SPLITS)("avgpool:by_class", "product")
+        TermIndexes(embedding, SPLITS)("avgpool:by_class", "product")
 
 
 def test_few_images_share_groups_of_classes(small_cache: Cache, cache: Cache) -> None:
@@ -204,7 +204,7 @@ def test_unknown_views_are_named(cache: Cache) -> None:
 
 def test_alpha_ranges_are_of_the_values_that_are_counted(cache: Cache) -> None:
     terms = [parse_term(name) for name in ("avgpool", "avgpool:by_class", "avgpool:components")]
-    index = index_from(cache, ["id/val"], 0)
+    index = TermIndexes(cache, ["id/val"], 0)
     values = read_source(cache["id/train"], "avgpool")
     components = fit_components(values)
     assert components is not None
@@ -221,11 +221,11 @@ def test_an_index_that_was_not_kept_is_made_again(cache: Cache) -> None:
     names = ["layer1:gradient:by_class", "layer1", "avgpool:components"]
     layers = {name: params_of(parse_term(name)) for name in names}
     rows = split_rows(cache, SPLITS)
-    everything = index_from(cache, SPLITS)
+    everything = TermIndexes(cache, SPLITS)
     expected = Scorer(everything, rows, remember=0).layer_scores(layers)
     sizes = [everything(name, layers[name].source).nbytes for name in names]
     for limit, kept in ((0, 1), (sizes[1] + 1, 2), (sum(sizes), 3)):
-        index = index_from(cache, SPLITS, limit)
+        index = TermIndexes(cache, SPLITS, limit)
         scorer = Scorer(index, rows, remember=0, one_by_one=True)
         for _ in range(2):
             for found, wanted in zip(scorer.layer_scores(layers), expected, strict=True):
@@ -269,7 +269,7 @@ def test_values_that_are_no_numbers_are_refused(tmp_path: Path, view: str) -> No
     term = parse_term(f"b:activation:{view}")
     message = r"^layer 'b', split id/val, row 3, neuron 1: the activation is inf; extract the split again with --redo"
     with pytest.raises(ValuesError, match=message):
-        index_from(cache, ["id/val"])(term.name, term.source)
+        TermIndexes(cache, ["id/val"])(term.name, term.source)
     with pytest.raises(ValuesError, match=message):
         score_splits(cache, NacParams(layers={term.name: params_of(term)}), ["id/val"])
 
@@ -283,7 +283,7 @@ def test_one_term_at_a_time_takes_bounded_memory(tmp_path: Path) -> None:
     assert {term.view for term in terms if term.layer == "a"} == {"plain", "by_class", "components"}
 
     def score_all() -> None:
-        index = index_from(cache, SPLITS, 0)
+        index = TermIndexes(cache, SPLITS, 0)
         scorer = Scorer(index, split_rows(cache, SPLITS), one_by_one=True)
         for term in terms:
             low, high = measure_alpha(term.name, term.source, index(term.name, term.source))

@@ -24,7 +24,7 @@ from nacpipe.method.term import Source
 from nacpipe.method.weights import ridge_weights
 from nacpipe.scoring.coverage import fit_coverage, score_splits
 from nacpipe.scoring.states import check_layers, held_layers, read_source
-from nacpipe.scoring.trial_scorer import Scorer, index_from, split_rows
+from nacpipe.scoring.trial_scorer import Scorer, TermIndexes, split_rows
 from nacpipe.tuning.validation import DIRECTIONS, Evaluator, ObjectiveName, ValidationMetrics
 from nacpipe.tuning.weights import fisher_weights
 
@@ -39,7 +39,7 @@ PARAMS = NacParams(
 
 
 def evaluator(cache: Cache, ood: str = "ood/val", splits: list[str] = SPLITS) -> Evaluator:
-    return Evaluator(Scorer(index_from(cache, splits), split_rows(cache, splits)), ood)
+    return Evaluator(Scorer(TermIndexes(cache, splits), split_rows(cache, splits)), ood)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_both_paths_score_the_logits_equally(small_cache: Cache, source: Source)
     layer = LayerParams(bins=37, saturation=40, alpha=5.0, source=source)
     params = NacParams(layers={"logits": layer})
     splits = ["id/val", "ood/val", "ood/far/textures"]
-    scorer = Scorer(index_from(small_cache, splits), split_rows(small_cache, splits))
+    scorer = Scorer(TermIndexes(small_cache, splits), split_rows(small_cache, splits))
     coverage = fit_coverage(small_cache, params)
     assert coverage.layers["logits"].counts.shape == (3, 36)
     assert coverage.layers["logits"].counts.sum() == 3 * 60
@@ -244,7 +244,7 @@ def test_a_layers_terms_add_up(small_cache: Cache) -> None:
 
 def test_the_guided_objective_is_the_correlation_with_its_target(small_cache: Cache) -> None:
     own = np.concatenate([energy(small_cache[name].read("logits")) for name in SPLITS])
-    scorer = Scorer(index_from(small_cache, SPLITS), split_rows(small_cache, SPLITS))
+    scorer = Scorer(TermIndexes(small_cache, SPLITS), split_rows(small_cache, SPLITS))
     rows = scorer.rows
     pair = np.r_[rows["id/val"], rows["ood/val"]]
     target = guided_target(np.arange(pair.size) < small_cache["id/val"].rows, own[pair])

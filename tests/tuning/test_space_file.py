@@ -14,7 +14,7 @@ from nacpipe.errors import InputError, ParamsError
 from nacpipe.method import published
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.published import GRIDS, PUBLISHED
-from nacpipe.scoring.trial_scorer import index_from
+from nacpipe.scoring.trial_scorer import TermIndexes
 from nacpipe.tuning.samplers import GridSampler
 from nacpipe.tuning.space import Choice, Dimension, Given, Interval, LayerSpace, measure_space
 from nacpipe.tuning.space_file import MAX_BYTES, read_spec
@@ -327,7 +327,7 @@ def test_the_space_of_terms(small_cache: Cache) -> None:
 
 def test_a_file_may_name_a_layer_once_per_source(read: Read, small_cache: Cache) -> None:
     """Its source is the one that it is named after, unless another is asked for."""
-    made = index_from(small_cache, ["id/val"])
+    made = TermIndexes(small_cache, ["id/val"])
     asked = read('[layers."layer1:gradient"]\nbins = 9\n[layers.layer1]\n')
     spaces = {name: measure_space(name, made, small_cache["id/train"].rows, given) for name, given in asked.items()}
     assert {name: space.source for name, space in spaces.items()} == {

@@ -10,17 +10,19 @@ Evaluator(network, id_name="cifar10", postprocessor=NAC("resnet18.detector.safet
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nacpipe.detector.fit import DetectorSource, Source
 from nacpipe.detector.module import Detected, Detector
 from nacpipe.errors import InputError
-from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
+from nacpipe.networks.call import Call, Mask
+from nacpipe.networks.wrappers import unwrap
 
 
 class NACPostprocessor:
@@ -38,17 +40,27 @@ class NACPostprocessor:
         poolings: Mapping[str, str] | None = None,
         train_images: int | None = None,
         layers: Mapping[str, str] | None = None,
+        prepare: Callable[[Any], Any] | None = None,
+        logits: Callable[[Any], Tensor] | None = None,
+        mask: Mask | None = None,
     ) -> None:
         """Choose where the coverage comes from.
 
         Args:
-            source: an exported detector; or parameters (`Recipe.source`), whose coverage `setup` counts.
-            pools: layer → pooling, where the guess is wrong.
-            train_images: how many of the training loader's images are counted; None means all.
+            source: an exported detector; or parameters (`DetectorSource.source`), whose coverage `setup` counts.
+            poolings: layer → pooling, where the guess is wrong.
+            train_images: how many of the training loader's samples are counted; None means all.
             layers: layer → module path, where the parameters call it otherwise.
+            prepare: a batch's input → the network's arguments, as for `nacpipe.extract`.
+            logits: the network's output → logits, as for `nacpipe.extract`.
+            mask: of padded samples, as for `nacpipe.extract`.
         """
         self._detector_source = DetectorSource(
-            source=source, poolings=poolings or {}, train_images=train_images, layers=layers or {}
+            source=source,
+            poolings=poolings or {},
+            train_images=train_images,
+            layers=layers or {},
+            call=Call(prepare=prepare, logits=logits, mask=mask),
         )
         self._detector: Detector | None = None
 
@@ -58,11 +70,15 @@ class NACPostprocessor:
         Raises:
             NacError: the file is not there or malformed, or was exported for another network.
         """
-        images = (batch["data"] for batch in id_loader_dict["train"]) if not self._detector_source.counted else ()
-        self._detector = self._detector_source.detector(net, images)
+        inputs = (batch["data"] for batch in id_loader_dict["train"]) if not self._detector_source.counted else ()
+        self._detector = self._detector_source.detector(net, inputs)
 
-    def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
+    def postprocess(self, net: nn.Module, data: Any) -> tuple[Tensor, Tensor]:
         """Return predicted classes (n,) and confidences (n,), larger = more like the training data.
+
+        Args:
+            net: the network of `setup`.
+            data: its input for n samples, on any device, or what `prepare` makes one of.
 
         Raises:
             InputError: `setup` was not called, or with another network.
@@ -71,7 +87,7 @@ class NACPostprocessor:
         return found.logits.argmax(dim=1), found.score
 
     def inference(
-        self, net: nn.Module, data_loader: Iterable[Mapping[str, Tensor]], progress: bool = True
+        self, net: nn.Module, data_loader: Iterable[Mapping[str, Any]], progress: bool = True
     ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
         """Return predictions, confidences and labels, (samples,) each, of batches with `data` and `label`.
 
@@ -80,16 +96,15 @@ class NACPostprocessor:
         Raises:
             InputError: `setup` was not called, or with another network.
         """
-        device = find_device_and_dtype(net)[0]
         predicted, confidence, label = [], [], []
         for batch in data_loader:
-            pred, conf = self.postprocess(net, batch["data"].to(device))
+            pred, conf = self.postprocess(net, batch["data"])
             predicted.append(pred.cpu().numpy())
             confidence.append(conf.cpu().numpy())
-            label.append(batch["label"].cpu().numpy())
+            label.append(np.asarray(torch.as_tensor(batch["label"]).cpu()))
         return np.concatenate(predicted).astype(int), np.concatenate(confidence), np.concatenate(label).astype(int)
 
-    def _detect(self, net: nn.Module, data: Tensor) -> Detected:
+    def _detect(self, net: nn.Module, data: Any) -> Detected:
         if self._detector is None or self._detector.network is not unwrap(net):
             raise InputError("call setup(net, id_loaders, ood_loaders) with this network first")
         detected: Detected = self._detector(data)

@@ -1,0 +1,367 @@
+"""`score` on shards: a part per shard, whole or absent; the same command goes on, alone or as several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+
+import nacpipe
+from nacpipe.benchmarks.digits import load_set
+from nacpipe.cli import main
+from nacpipe.detector.parts import COLUMNS, Parts, ScoredImage, find_parts, format_time, read_part
+from nacpipe.errors import InputError
+from nacpipe.method.params import LayerParams, NacParams
+from nacpipe.scoring.params_file import write_params
+from tests.prefork import python_words
+from tests.s3 import variables
+from tests.shard_files import png, write_parquet, write_tar
+from tests.web import Plain, Ranges, serve
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*args: str | Path, **environment: str) -> Result:
+    return CliRunner(env=environment).invoke(main, [str(arg) for arg in args], prog_name="nacpipe")
+
+
+@pytest.fixture(scope="module")
+def detector(digits_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("detector")
+    layers = {"avgpool:activation": LayerParams(bins=200, saturation=40, alpha=0.4, source="activation")}
+    write_params(place / "p.json", NacParams(layers=layers))
+    done = run("export", digits_cache, "--params", place / "p.json", "--output", place / "d.safetensors")
+    assert done.exit_code == 0, done.stderr
+    return place / "d.safetensors"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six shards of 25 digits."""
+    place = tmp_path_factory.mktemp("shards")
+    images = [png(image) for image in load_set("val")[0][:150]]
+    for number in range(6):
+        rows = range(25 * number, 25 * number + 25)
+        write_tar(place / f"{number:03}.tar", [(f"{row:04}.png", images[row]) for row in rows])
+    return place
+
+
+@pytest.fixture(scope="module")
+def alone(detector: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Every part that one process writes, in one go."""
+    out = tmp_path_factory.mktemp("alone") / "scores"
+    done = run("score", detector, *words(shards), "--output", out)
+    assert done.exit_code == 0, done.stderr
+    return contents(out)
+
+
+def words(shards: Path) -> list[str]:
+    return [f"{shards}/{{000..005}}.tar", "--batch-size", "8"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_part_per_shard_with_every_image_once(
+    alone: dict[str, bytes], detector: Path, shards: Path, tmp_path: Path
+) -> None:
+    assert list(alone) == [f"{number:03}.csv" for number in range(6)] + ["_detector.json"]
+    for name, content in alone.items():
+        (tmp_path / name).write_bytes(content)
+    frame = pd.concat(map(read_part, find_parts([tmp_path])), ignore_index=True)
+    assert list(frame.columns) == list(COLUMNS)
+    assert frame.image.tolist() == [f"{row:04}.png" for row in range(150)]
+    assert frame.time.unique().tolist() == ["2023-11-14T22:13:20Z"]
+    assert frame.score.nunique() > 100
+    assert (frame.predicted == load_set("val")[1][:150]).mean() > 0.95
+    printed = run("score", detector, *words(shards)[:1], "--json")
+    assert printed.exit_code == 0, printed.stderr
+    rows = json.loads(printed.stdout)
+    assert [row["image"] for row in rows] == [f"{shards}/{row // 25:03}.tar/{row:04}.png" for row in range(150)]
+    assert frame.score.tolist() == pytest.approx([row["score"] for row in rows], abs=1e-6)
+
+
+def test_the_same_command_goes_on(alone: dict[str, bytes], detector: Path, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores"
+    assert run("score", detector, shards / "001.tar", *words(shards)[1:], "--output", out).exit_code == 0
+    (out / ".002.csv.1234abcd").write_bytes(b"half a part")  # of a process that was killed
+    before = (out / "001.csv").stat().st_mtime_ns
+    planned = run("score", detector, *words(shards), "--output", out, "--dry-run", "--json")
+    assert [row["done"] for row in json.loads(planned.stdout)] == [False, True, False, False, False, False]
+    done = run("score", detector, *words(shards), "--output", out, "--json")
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert [(Path(row["shard"]).name, row["images"], row["errors"]) for row in said] == [
+        (f"00{number}.tar", 25, 0) for number in (0, 2, 3, 4, 5)
+    ]
+    assert contents(out) == alone
+    assert (out / "001.csv").stat().st_mtime_ns == before
+
+
+def test_two_processes_share_the_shards(alone: dict[str, bytes], detector: Path, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores"
+    for rank in ("1", "0"):
+        done = run("score", detector, *words(shards), "--output", out, "--json", WORLD_SIZE="2", RANK=rank)
+        assert done.exit_code == 0, done.stderr
+        assert [Path(row["shard"]).stem for row in json.loads(done.stdout)] == [
+            f"00{n}" for n in range(int(rank), 6, 2)
+        ]
+    assert contents(out) == alone
+
+
+def test_broken_sixteen_bit_empty_and_foreign_members(detector: Path, tmp_path: Path) -> None:
+    digits = load_set("val")[0]
+    members = [
+        ("a.png", png(digits[0])),
+        ("broken.png", b"no picture"),
+        ("deep.png", png(digits[1].astype(np.uint16) * 257)),
+        ("empty.png", b""),
+        ("foreign.pdf", b"%PDF-1.7"),
+        ("script.png", b"%!PS-Adobe-3.0"),
+        ("z.png", png(digits[1])),
+    ]
+    write_tar(tmp_path / "odd.tar", members)
+    done = run("score", detector, tmp_path / "odd.tar", "--output", tmp_path / "scores", "--json")
+    assert done.exit_code == 1
+    frame = read_part(str(tmp_path / "scores/odd.csv")).set_index("image")
+    assert frame.index.tolist() == [name for name, _ in members]
+    assert frame.error.notna().tolist() == [False, True, False, True, True, True, False]
+    assert frame.score.isna().tolist() == frame.error.notna().tolist()
+    for name, error in frame.error.dropna().items():
+        assert f"{tmp_path}/odd.tar: {name}" in error
+    assert frame.score["deep.png"] == frame.score["z.png"]  # 16 bits are scaled, as extraction does
+    assert "4 of 7 images could not be scored; the first: image cannot be read: " in done.stderr
+    again = run("score", detector, tmp_path / "odd.tar", "--output", tmp_path / "scores")
+    assert again.exit_code == 0  # there is nothing left to do
+    assert "1 of 1 shards were done before" in again.stderr
+
+
+def test_a_damaged_shard_has_no_part_and_is_tried_again(detector: Path, shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "in")
+    whole = (tmp_path / "in/001.tar").read_bytes()
+    (tmp_path / "in/001.tar").write_bytes(whole[:20_000])
+    out = tmp_path / "scores"
+    done = run("score", detector, *words(tmp_path / "in"), "--output", out)
+    assert done.exit_code == 1
+    assert "1 of 6 shards could not be scored; the same command tries these shards again; the first: " in done.stderr
+    assert sorted(path.name for path in out.iterdir()) == [f"00{n}.csv" for n in (0, 2, 3, 4, 5)] + ["_detector.json"]
+    (tmp_path / "in/001.tar").write_bytes(whole)
+    assert run("score", detector, *words(tmp_path / "in"), "--output", out).exit_code == 0
+    assert len(read_part(str(out / "001.csv"))) == 25
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
+def test_formats_hold_the_same_rows(tmp_path: Path, kind: str) -> None:
+    rows = [
+        ScoredImage(image="a,\n\udcff.png", score=0.1 + 0.2, percentile=40.0, is_ood=False, predicted=3, error=None,
+                    time="2026-11-27T00:00:00Z"),
+        ScoredImage(image="b.png", score=None, percentile=None, is_ood=None, predicted=None, error='it is "broken"'),
+        ScoredImage(image="NA", score=float("nan"), percentile=None, is_ood=True, predicted=0, error=None),
+    ]  # fmt: skip
+    parts = Parts(tmp_path, kind)
+    with parts.writing("x") as writer:
+        for row in rows:
+            writer.add(row)
+    assert parts.written() == {"x"}
+    frame = read_part(parts.address("x"))
+    assert frame.image.tolist() == ["a,\n\\xff.png", "b.png", "NA"]
+    assert frame.score[0] == 0.1 + 0.2
+    assert frame.score.isna().tolist() == [False, True, True]
+    assert frame.is_ood.tolist()[::2] == [False, True]
+    assert frame.is_ood.isna().tolist() == [False, True, False]
+    assert frame.predicted.tolist()[::2] == [3, 0]
+    assert frame.error[1] == 'it is "broken"'
+    assert frame.time[0] == "2026-11-27T00:00:00Z"
+    with parts.writing("none"):
+        pass
+    assert len(read_part(parts.address("none"))) == 0
+
+
+def test_a_part_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "scores")
+    (tmp_path / "scores").mkdir()
+    with pytest.raises(ZeroDivisionError), parts.writing("x") as writer:
+        writer.add(ScoredImage(image="a", score=1.0, percentile=None, is_ood=False, predicted=None, error=None))
+        raise ZeroDivisionError
+    assert list((tmp_path / "scores").iterdir()) == []
+
+
+def test_parts_of_another_detector_are_refused(detector: Path, shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "_detector.json").write_text(json.dumps({"sha256": "0" * 64}))
+    done = run("score", detector, shards / "000.tar", "--output", tmp_path)
+    assert done.exit_code == 1
+    assert f"{tmp_path} holds parts of another detector" in done.stderr
+
+
+def test_what_is_not_there_is_no_part(detector: Path, tmp_path: Path) -> None:
+    for name in ("nosuch", "nosuch.tar", "nosuch.txt", "nosuch.png"):
+        done = run("score", detector, tmp_path / name, "--output", tmp_path / "scores")
+        assert (done.exit_code, f"there is no {tmp_path / name}" in done.stderr) == (1, True), done.stderr
+    assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "environment", "message"),
+    [
+        (("--format", "csv"), {}, "--format belongs to --output FOLDER."),
+        (("--dry-run",), {}, "--dry-run belongs to --output FOLDER."),
+        ((), {"WORLD_SIZE": "2", "RANK": "0"}, "several processes write parts; name their folder with --output."),
+        (("--output", "x", "--csv"), {}, "--csv prints rows; with --output it is --format csv."),
+    ],
+)
+def test_usage(detector: Path, shards: Path, args: Any, environment: dict[str, str], message: str) -> None:
+    done = run("score", detector, shards / "000.tar", *args, **environment)
+    assert (done.exit_code, message in done.stderr) == (2, True), done.stderr
+
+
+def test_from_python(detector: Path, shards: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from nacpipe.networks.architectures import digits_cnn
+
+    network = digits_cnn.DigitsCNN()
+    network.load_state_dict(load_file(digits_cnn.__file__.replace(".py", ".safetensors")))
+    loaded = nacpipe.load_detector(detector, network)
+    rows = nacpipe.score(loaded, shards / "002.tar", batch_size=8)
+    assert rows.image.tolist() == [f"{row:04}.png" for row in range(50, 75)]
+    done = nacpipe.score(loaded, [shards / "002.tar", shards / "003.tar"], tmp_path / "scores", batch_size=8)
+    assert done[["images", "errors"]].to_numpy().tolist() == [[25, 0], [25, 0]]
+    assert contents(tmp_path / "scores") == {name: alone[name] for name in ("002.csv", "003.csv", "_detector.json")}
+    write_parquet(tmp_path / "p.parquet", [(f"{n}.png", png(load_set("val")[0][50 + n])) for n in range(25)])
+    assert nacpipe.score(loaded, tmp_path / "p.parquet", batch_size=8).score.tolist() == rows.score.tolist()
+
+
+def test_times() -> None:
+    assert format_time(0) == "1970-01-01T00:00:00Z"
+    assert [format_time(value) for value in (None, float("nan"), 1e30, -1e30)] == [None] * 4
+
+
+def test_reading_what_are_no_scores(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
+    with pytest.raises(InputError, match=r"a\.csv has no column 'score'; it is not from nacpipe score"):
+        read_part(str(tmp_path / "a.csv"))
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(InputError, match=r"a\.json cannot be read as scores: "):
+        read_part(str(tmp_path / "a.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [5])
+def test_kills_leave_whole_parts_and_the_end_is_equal(
+    alone: dict[str, bytes], detector: Path, shards: Path, tmp_path: Path, kills: int
+) -> None:
+    out = tmp_path / "scores"
+    command = [*python_words(), "-m", "nacpipe", "score", str(detector), *words(shards), "--output", str(out)]
+    for number in range(kills):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:  # until it writes
+            if out.is_dir() and len([name for name in os.listdir(out) if not name.startswith(".")]) > number:
+                break
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        time.sleep(0.1)
+        for path in out.iterdir() if out.is_dir() else ():
+            if not path.name.startswith("."):
+                assert path.read_bytes() == alone[path.name]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    assert contents(out) == alone
+
+
+@pytest.mark.slow
+def test_torchrun_ends_when_all_are_done_though_one_has_a_broken_image(
+    detector: Path, shards: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(shards, tmp_path / "in")
+    write_tar(tmp_path / "in/000.tar", [("broken.png", b"no picture")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nacpipe"]
+    command = [*launch, "score", str(detector), *words(tmp_path / "in"), "--output", str(tmp_path / "scores")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "1 of 51 images could not be scored; the first: image cannot be read: " in done.stderr
+    assert Parts(tmp_path / "scores").written() == {f"00{number}" for number in range(6)}
+
+
+@pytest.mark.parametrize("kind", [Ranges, Plain])
+def test_shards_on_a_web_server(
+    kind: type[Plain],
+    detector: Path,
+    shards: Path,
+    alone: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("obstore")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    write_parquet(shards / "p.parquet", [(f"{n}.png", png(load_set("val")[0][n])) for n in range(60)])
+    with serve(shards, kind) as url:
+        out = tmp_path / "scores"
+        sources = [f"{url}/{{001..002}}.tar", f"{url}/p.parquet"]
+        done = run("score", detector, *sources, "--batch-size", "8", "--output", out)
+        assert done.exit_code == 0, done.stderr
+        assert {name: (out / name).read_bytes() for name in ("001.csv", "002.csv")} == {
+            name: alone[name] for name in ("001.csv", "002.csv")
+        }
+        assert len(read_part(str(out / "p.csv"))) == 60
+        missing = run("score", detector, f"{url}/nosuch.tar", "--output", out)
+        assert (missing.exit_code, f"there is no {url}/nosuch.tar" in missing.stderr) == (1, True), missing.stderr
+        listing = run("score", detector, f"{url}/", "--output", out)
+        assert "a web server has no listing; name its files, such as" in listing.stderr
+    (shards / "p.parquet").unlink()
+
+
+def test_shards_and_parts_at_an_object_store(
+    detector: Path,
+    shards: Path,
+    alone: dict[str, bytes],
+    tmp_path: Path,
+    s3_endpoint: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nacpipe.cache.objects import read_object, write_object
+
+    for name, value in variables(s3_endpoint).items():
+        monkeypatch.setenv(name, value)
+
+    base = f"s3://caches/{tmp_path.name}"
+    for path in sorted(shards.glob("*.tar"))[:3]:
+        write_object(f"{base}/in/{path.name}", path.read_bytes())
+    command = ["score", detector, f"{base}/in/", "--batch-size", "8", "--output", f"{base}/scores", "--json"]
+    done = run(*command)
+    assert done.exit_code == 0, done.stderr
+    assert [row["images"] for row in json.loads(done.stdout)] == [25, 25, 25]
+    assert read_object(f"{base}/scores/001.csv") == alone["001.csv"]
+    assert json.loads(run(*command).stdout) == []
+    assert len(pd.concat(map(read_part, find_parts([f"{base}/scores"])))) == 75
+    missing = run("score", detector, f"{base}/nosuch.tar", "--output", tmp_path / "scores")
+    assert f"there is no {base}/nosuch.tar" in missing.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_one_killed_and_started_again(load_bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    """What bench/shards.py does with 100,000 images: every image once, and the parts of one process."""
+    module = load_bench("shards")
+    bench = module.make_bench(tmp_path / "bench", images=2000, shards=20)
+    bench.finish(bench.start(tmp_path / "one"))
+    alone = module.read_parts(tmp_path / "one")
+    assert len(alone) == 21
+    assert pd.concat(map(read_part, find_parts([tmp_path / "one"]))).score.nunique() > 200
+    assert module.check_two_ranks(bench, alone) == []

@@ -1,0 +1,121 @@
+"""Where images come from: every member once and in order, with what is none named; a damaged shard is told."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nacpipe.detector.shards import EncodedImage, Shard, Unscored, check_stems, expand_ranges, find_shards
+from nacpipe.errors import ImageError, InputError
+from tests.shard_files import png, write_parquet, write_tar
+
+DOT = png(np.zeros((2, 2), np.uint8))
+
+
+def names(shard: Shard) -> list[str]:
+    return [f"{image.name}!" if isinstance(image, Unscored) else image.name for image in shard.images()]
+
+
+def read(path: Path) -> Shard:
+    (shard,) = find_shards([path])
+    return shard
+
+
+@pytest.mark.parametrize(
+    ("address", "found"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("s3://b/{008..011}.tar", [f"s3://b/{n}.tar" for n in ("008", "009", "010", "011")]),
+        ("{0..1}/{3..4}.tar", ["0/3.tar", "0/4.tar", "1/3.tar", "1/4.tar"]),
+    ],
+)
+def test_ranges(address: str, found: list[str]) -> None:
+    assert expand_ranges(address) == found
+
+
+def test_a_range_that_ends_before_it_begins() -> None:
+    with pytest.raises(InputError, match=r"the range \{3\.\.1\} ends before it begins"):
+        expand_ranges("{3..1}.tar")
+
+
+def test_members_that_belong_to_an_image_are_left_out_and_others_named(tmp_path: Path) -> None:
+    shard = read(
+        write_tar(
+            tmp_path / "a.tar",
+            [
+                ("x/1.cls", b"3"), ("x/1.png", DOT), ("x/1.json", b"{}"),
+                ("x/2.seg.png", DOT), ("x/2.jpg", DOT),
+                ("3.pdf", b"%PDF"), ("4", b""), (".hidden.png", DOT), ("5.png", b""),
+            ],
+        )
+    )  # fmt: skip
+    assert shard.kind == "tar"
+    assert names(shard) == ["x/1.png", "x/2.seg.png", "x/2.jpg", "3.pdf!", "4!", "5.png"]
+    first, *_ = shard.images()
+    assert isinstance(first, EncodedImage)
+    assert (first.read(), first.time, first.where) == (DOT, 1_700_000_000.0, f"{tmp_path}/a.tar: x/1.png")
+    (unscored,) = [image for image in shard.images() if isinstance(image, Unscored) and image.name == "3.pdf"]
+    assert "a.tar: 3.pdf is no image; known endings: .bmp" in str(unscored)
+
+
+def test_links_and_folders_in_a_tar_file(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind in (("folder", tarfile.DIRTYPE), ("1.png", tarfile.SYMTYPE), ("2.png", tarfile.LNKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+    assert names(read(tmp_path / "a.tar")) == ["1.png!", "2.png!"]
+
+
+@pytest.mark.parametrize("cut", [100, 512, 700, 1024, 1500, 2048, 2600])
+def test_a_tar_file_that_ends_early_is_not_taken_for_whole(tmp_path: Path, cut: int) -> None:
+    """Wherever it was cut, between two members too: tarfile would take that for its end."""
+    whole = write_tar(tmp_path / "a.tar", [(f"{n}.png", DOT) for n in range(9)]).read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:cut])
+    with pytest.raises(ImageError, match=r"a\.tar (ends|cannot be read|is damaged)"):
+        names(read(tmp_path / "a.tar"))
+
+
+def test_a_damaged_header_is_not_the_end(tmp_path: Path) -> None:
+    content = bytearray(write_tar(tmp_path / "a.tar", [(f"{n}.png", DOT) for n in range(9)]).read_bytes())
+    content[2 * 1024 + 148 : 2 * 1024 + 156] = b"12345678"  # the third member's checksum
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ImageError, match=r"a\.tar is damaged at byte 2048"):
+        names(read(tmp_path / "a.tar"))
+
+
+@pytest.mark.parametrize("struct", [True, False])
+def test_parquet(tmp_path: Path, struct: bool) -> None:
+    images = [(f"{n}.png", DOT if n != 3 else None) for n in range(120)]
+    shard = read(write_parquet(tmp_path / "a.parquet", images, struct=struct))
+    expected = [f"{n}.png" if struct else str(n) for n in range(120)]
+    expected[3] += "!"
+    assert names(shard) == expected
+    first, *_ = shard.images("image")
+    assert isinstance(first, EncodedImage)
+    assert first.read() == DOT
+    with pytest.raises(ImageError, match=r"has not a column 'label' of encoded images .* it has label, image"):
+        list(shard.images("label"))
+
+
+def test_lists_folders_and_files(tmp_path: Path) -> None:
+    (tmp_path / "photos/b").mkdir(parents=True)
+    for name in ("photos/2.png", "photos/b/1.png", "3.png"):
+        (tmp_path / name).write_bytes(DOT)
+    (tmp_path / "nightly.txt").write_text("photos/2.png\n\n3.png\n")
+    shards = find_shards([tmp_path / "photos", tmp_path / "3.png", tmp_path / "nightly.txt", tmp_path / "nosuch.png"])
+    assert [(shard.kind, shard.stem) for shard in shards] == [
+        ("folder", "photos"), ("list", "nightly"), ("files", "images"),
+    ]  # fmt: skip
+    assert [[Path(name).relative_to(tmp_path).as_posix() for name in names(shard)] for shard in shards] == [
+        ["photos/2.png", "photos/b/1.png"], ["photos/2.png", "3.png"], ["3.png", "nosuch.png"],
+    ]  # fmt: skip
+
+
+def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:
+    shards = find_shards([tmp_path / "a/000.tar", tmp_path / "b/000.tar"])
+    with pytest.raises(InputError, match=r"a/000\.tar and .*b/000\.tar would both be written as 000"):
+        check_stems(shards)

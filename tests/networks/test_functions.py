@@ -1,0 +1,105 @@
+"""What stands for a function: its own text and simple values; not its layout, comments, place or neighbours."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nacpipe.networks.call import Call
+from nacpipe.networks.functions import describe_call, describe_function
+
+
+def load(folder: Path, text: str) -> dict[str, Any]:
+    file = folder / f"f{len(list(folder.iterdir()))}.py"
+    file.write_text(text)
+    names: dict[str, Any] = {}
+    exec(compile(text, str(file), "exec"), names)
+    return names
+
+
+def described(folder: Path, text: str, name: str = "f") -> str:
+    found, from_source = describe_function(load(folder, text)[name])
+    assert from_source
+    return found
+
+
+def test_it_is_the_definition_whatever_its_layout_and_place(tmp_path: Path) -> None:
+    first = described(tmp_path, "def f(x):\n    return x[0]\n")
+    assert first == hashlib.sha256(b"def f(x):\n    return x[0]").hexdigest()
+    assert described(tmp_path, "import os\n\n\ndef f( x ):  # the first\n\n    return (x[0])\n") == first
+    assert described(tmp_path, "def f(x):\n    return x[1]\n") != first
+    assert described(tmp_path, "def f(x, part=0):\n    return x[part]\n") != first
+
+
+def test_a_lambda_is_told_from_its_neighbours(tmp_path: Path) -> None:
+    lone = described(tmp_path, "f = lambda x: x[0]\n")
+    assert described(tmp_path, "g = dict(a=lambda x: x[1], f=lambda x: x[0], b=3)\nf = g['f']\n") == lone
+    assert described(tmp_path, "g = dict(a=lambda x: x[1], f=lambda x: x[0], b=3)\nf = g['a']\n") != lone
+    assert described(tmp_path, "call(\n    2,\n    f := (lambda x: x[0]),\n)\n".replace("call", "print")) == lone
+
+
+CLOSURE = "def make(part):\n    return lambda x: x[part]\n\n\nf = make({})\n"
+
+
+def test_closures_partials_and_objects(tmp_path: Path) -> None:
+    assert described(tmp_path, CLOSURE.format(0)) == described(tmp_path, CLOSURE.format(0))
+    assert described(tmp_path, CLOSURE.format(0)) != described(tmp_path, CLOSURE.format(1))
+    partial = "import functools\ndef g(x, part):\n    return x[part]\nf = functools.partial(g, part={})\n"
+    assert described(tmp_path, partial.format("[0, {1: 2}]")) == described(tmp_path, partial.format("[0, {1: 2}]"))
+    assert described(tmp_path, partial.format(0)) != described(tmp_path, partial.format(1))
+
+
+def first(output: Any) -> Any:
+    return output[0]
+
+
+class Take:
+    def __init__(self, part: int = 0) -> None:
+        self.part = part
+
+    def __call__(self, output: Any) -> Any:
+        return output[self.part]
+
+    def method(self, output: Any) -> Any:
+        return output[1]
+
+
+def test_classes_methods_and_decorated_functions() -> None:
+    @functools.wraps(first)
+    def wrapper(output: Any) -> Any:
+        return first(output)
+
+    assert describe_function(wrapper) == describe_function(first)
+    sources = {describe_function(function) for function in (first, Take(), Take(1), Take(1), Take().method)}
+    assert len(sources) == 4
+    assert all(from_source for _, from_source in sources)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (operator.itemgetter(0), "operator.itemgetter(0)"),
+        (len, "builtins.len"),
+        (eval("lambda x: x"), "tests.networks.test_functions.<lambda>"),
+    ],
+)
+def test_without_source_its_name_stands_for_it(function: Callable[..., Any], name: str) -> None:
+    assert describe_function(function) == (name, False)
+
+
+def test_a_call_names_what_it_has() -> None:
+    assert describe_call(Call()) == ({}, [])
+    source = describe_function(first)[0]
+    assert describe_call(Call(logits=first, mask="valid")) == ({"logits": source, "mask": "valid"}, [])
+    found, notes = describe_call(Call(prepare=dict))
+    assert found == {"prepare": "builtins.dict"}
+    assert notes == [
+        "the source of prepare= is not at hand; the cache's identity has its name, builtins.dict: it is not noticed"
+        " when its code changes"
+    ]
