@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+DEMO_READY := $(VENV)/.ready-demo
+READY := $(VENV)/.ready-dev
 
 BENCHMARK ?= digits
 MODEL ?= $(if $(filter digits,$(BENCHMARK)),digits_cnn,)
@@ -25,30 +26,44 @@ EXTRACT_OPTIONS = $(BENCHMARK) --cache $(CACHE) \
 unexport PYTHONDONTWRITEBYTECODE
 
 .NOTPARALLEL:
-.PHONY: help demo extract search evaluate test fuzz check format lint types wheel clean
+.PHONY: help demo extract search evaluate report test fuzz check docs release format lint types clean
 
 help: ## print this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 	@echo
 	@echo "BENCHMARK=$(BENCHMARK) MODEL=$(MODEL) CHECKPOINT= DATA_ROOT= CACHE=$(CACHE) LAYERS= TRAIN_IMAGES= TRIALS="
 
-$(READY): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# What the demo and the pipeline need: no servers, no linters, no type checker.
+$(DEMO_READY): pyproject.toml | $(BIN)/python
+	test -e $(READY) || $(BIN)/pip install --quiet --editable '.[demo,report]'
+	touch $(DEMO_READY)
+
+# What developing needs.
+$(READY): pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(READY)
 
-demo: $(READY) ## extract, search, evaluate on the packaged benchmark
-	$(MAKE) --no-print-directory extract search evaluate BENCHMARK=digits
+demo: $(DEMO_READY) ## extract, search, evaluate and report on the packaged benchmark
+	$(MAKE) --no-print-directory extract search report evaluate BENCHMARK=digits
+	@echo
+	@echo "the worst mistakes: $(CURDIR)/cache/digits-mistakes.png"
+	@echo "the report:         $(CURDIR)/cache/digits-report.html"
 
-extract: $(READY) ## stage 1: run the network once, write its states to CACHE
+extract: $(DEMO_READY) ## stage 1: run the network once, write its states to CACHE
 	$(if $(MODEL),,$(error say which network: make extract BENCHMARK=$(BENCHMARK) MODEL=NAME CHECKPOINT=FILE))
 	$(BIN)/python stages/extract.py $(EXTRACT_OPTIONS)
 
-search: $(READY) ## stage 2: tune the parameters against CACHE
+search: $(DEMO_READY) ## stage 2: tune the parameters against CACHE
 	$(BIN)/python stages/search.py $(CACHE) $(if $(TRIALS),--trials $(TRIALS)) $(if $(LAYERS),--layers '$(LAYERS)')
 
-evaluate: $(READY) ## the table: NAC beside baselines
+evaluate: $(DEMO_READY) ## the table: NAC beside baselines
 	$(BIN)/nacpipe evaluate $(CACHE)
+
+report: $(DEMO_READY) ## one page about CACHE, with pictures of the worst mistakes
+	$(BIN)/nacpipe report $(CACHE) --output cache/$(BENCHMARK)-report.html --mosaic cache/$(BENCHMARK)-mistakes.png
 
 test: $(READY) ## the tests of three minutes: all but those that pyproject.toml marks as slow, server, browser, reference
 	$(PYTEST) -m "not slow and not server and not browser and not reference" --hypothesis-profile quick
@@ -56,8 +71,16 @@ test: $(READY) ## the tests of three minutes: all but those that pyproject.toml 
 fuzz: $(READY) ## hostile caches, lists, folders, images, TOML, parameters, checkpoints and names, FUZZ of each (make check tries few)
 	NACPIPE_FUZZ=$(or $(FUZZ),2000) $(BIN)/python -m pytest tests/test_fuzz.py
 
-check: $(READY) lint types ## format, lint, import rules, types, every test: what CI runs
+check: $(READY) lint types docs release ## format, lint, import rules, types, site, release, every test: what CI runs
 	$(PYTEST)
+
+docs: $(READY) ## build the documentation site into site/; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# An environment that has this one's packages but not this checkout: what is missing from the wheel is missing there.
+release: $(READY) ## build wheel and sdist, install the wheel in a clean environment, run the demo from it
+	rm -rf dist build/release
+	$(BIN)/python tools/release.py --output dist --workspace build/release
 
 format: $(READY) ## put the code in form
 	$(BIN)/ruff format .
@@ -71,8 +94,5 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-wheel: $(READY) ## build the wheel
-	$(BIN)/pip wheel --no-deps --wheel-dir dist .
-
 clean: ## remove what is built, caches of states excepted
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

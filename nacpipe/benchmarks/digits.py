@@ -8,11 +8,19 @@
     digits8x8      1797  digits of another data set, scanned at 8x8: covariate-shifted           scikit-learn
     letters_val     500  printed letters C F K N U X, Computer Modern: the validation OOD set    matplotlib
     letters        1000  printed letters A E H L M P R T V W, DejaVu and STIX: near OOD          matplotlib
-    textures        500  crops of brick, grass and gravel: far OOD                               scikit-image
+    scripts        1000  printed Greek and Cyrillic letters, DejaVu and STIX: near OOD           matplotlib
+    textures       1000  crops of brick, grass and gravel: far OOD                               scikit-image
+    photographs    1000  crops of 10 photographs of things, animals and places: far OOD          scikit-image, -learn
+    pages           500  crops of two pictures of printed text: far OOD                           scikit-image
+    scans           500  crops of microscope and eye images: far OOD                             scikit-image
     faces           100  faces of people: far OOD                                                scikit-image
 
-The same packages give the same bytes every time. Another version of Pillow may draw the letters and enlarge digits8x8
-and the faces slightly differently; MNIST and the textures are used unchanged.
+Brightness and contrast tell the far sets from digits no better than chance: each far image gets the grey values of one
+digit of main_train, the largest value where the image is brightest, and so on in order (`match_histograms`). What
+remains of the image is where its bright pixels are.
+
+The same packages give the same bytes every time. Another version of Pillow may draw the letters, enlarge digits8x8 and
+reduce crops slightly differently; MNIST is used unchanged.
 """
 
 from __future__ import annotations
@@ -75,7 +83,47 @@ LETTERS = {
         images=1000,
         seed=3,
     ),
+    # Left out: what resembles a digit (β, δ, ε, ζ, θ, σ, φ, б, З, з, О, о, Ч, ч, Э, э, Φ, Θ) or a letter of the sets
+    # above (А, В, Е, К, М, Н, Р, С, Т, Х and others).
+    "scripts": LetterSet(
+        characters="ΓΔΛΞΠΣΨΩγλμπψωЖЛДЦШЩЮЯИЪжлдцшщюяиъ",
+        fonts=(
+            *("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSans-Oblique.ttf", "DejaVuSansMono.ttf"),
+            *("DejaVuSansMono-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSerif-Italic.ttf"),
+            *("STIXGeneral.ttf", "STIXGeneralBol.ttf", "STIXGeneralItalic.ttf", "STIXGeneralBolIta.ttf"),
+        ),
+        images=1000,
+        seed=5,
+    ),
 }
+
+
+class CropSet(NamedTuple):
+    """What one set of crops is cut from."""
+
+    sources: tuple[str, ...]  # files below `skimage/data` or `sklearn/datasets/images`
+    sides: tuple[int, int]  # smallest and largest side of a crop in pixels; it is reduced to 28
+    images: int
+    seed: int
+
+
+CROPS = {
+    "textures": CropSet(sources=("brick.png", "grass.png", "gravel.png"), sides=(28, 112), images=1000, seed=4),
+    "photographs": CropSet(
+        sources=(
+            *("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "moon.png"),
+            *("motorcycle_left.png", "rocket.jpg", "china.jpg", "flower.jpg"),
+        ),
+        sides=(56, 224),
+        images=1000,
+        seed=6,
+    ),
+    "pages": CropSet(sources=("page.png", "text.png"), sides=(28, 84), images=500, seed=7),
+    "scans": CropSet(
+        sources=("cell.png", "ihc.png", "microaneurysms.png", "retina.jpg"), sides=(28, 84), images=500, seed=8
+    ),
+}
+FLAT = 8  # grey levels; a crop whose standard deviation is smaller shows nothing, and another is cut
 
 
 @functools.cache
@@ -181,23 +229,62 @@ def _draw(character: str, font: ImageFont.FreeTypeFont, angle: float, size: int)
     return np.asarray(cut.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _build_textures() -> tuple[Images, Labels]:
-    data = _import_extra("skimage.data", "scikit-image")
-    textures = [data.brick(), data.grass(), data.gravel()]  # each (512, 512), uint8
-    rng = np.random.RandomState(4)
-    images = np.empty((500, SIDE, SIDE), np.uint8)
+def _build_crops(name: str) -> tuple[Images, Labels]:
+    """Cut squares of random size from random places of each source in turn, reduce them and match them to digits."""
+    crops = CROPS[name]
+    sources = [_open_source(file) for file in crops.sources]
+    rng = np.random.RandomState(crops.seed)
+    images = np.zeros((crops.images, SIDE, SIDE), np.uint8)
     for i, image in enumerate(images):
-        texture = textures[i % len(textures)]
-        top, left = rng.randint(0, texture.shape[0] - SIDE + 1), rng.randint(0, texture.shape[1] - SIDE + 1)
-        image[:] = texture[top : top + SIDE, left : left + SIDE]
-    return images, _ood_labels(images)
+        source = sources[i % len(sources)]
+        while image.std() < FLAT:
+            side = int(rng.randint(crops.sides[0], min(crops.sides[1], *source.size) + 1))
+            left, top = (int(rng.randint(0, length - side + 1)) for length in source.size)
+            box = (left, top, left + side, top + side)
+            image[:] = np.asarray(source.resize((SIDE, SIDE), Image.Resampling.BOX, box=box))
+    return match_histograms(images, _reference_digits(len(images), crops.seed)), _ood_labels(images)
+
+
+def _open_source(file: str) -> Image.Image:
+    """Open an image that a package ships, as grey. The packages themselves are not imported: that takes seconds."""
+    folder = _find_extra("skimage", "scikit-image") / "data"
+    if not (folder / file).exists():
+        folder = _find_extra("sklearn", "scikit-learn") / "datasets" / "images"
+    with Image.open(folder / file) as image:
+        return image.convert("L")
 
 
 def _build_faces() -> tuple[Images, Labels]:
     # The second hundred of scikit-image's subset is background without a face.
-    faces = _import_extra("skimage.data", "scikit-image").lfw_subset()[:100]  # (100, 25, 25), 0..1
+    faces = np.load(_find_extra("skimage", "scikit-image") / "data" / "lfw_subset.npy")[:100]  # (100, 25, 25), 0..1
     images = _resize(np.round(faces * 255).astype(np.uint8), SIDE)
-    return images, _ood_labels(images)
+    return match_histograms(images, _reference_digits(len(images), 9)), _ood_labels(images)
+
+
+def match_histograms(
+    images: Images,  # (n, height, width)
+    references: Images,  # (n, height, width)
+) -> Images:  # (n, height, width)
+    """Give every image exactly the grey values of its reference, in the order of its own.
+
+    Equal pixels are ordered by the mean of the 3x3 pixels around them, then from top left to bottom right.
+
+    Source: exact histogram specification; Coltuc, Bolon, Chassery, IEEE TIP 15(5), 2006, with one local mean.
+    """
+    n, height, width = images.shape
+    padded = np.pad(images.astype(np.int64), ((0, 0), (1, 1), (1, 1)), mode="edge")
+    around = sum(padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3))
+    keys = (images.astype(np.int64) * 9 * 256 + around).reshape(n, -1)
+    order = np.argsort(keys, axis=1, kind="stable")
+    matched = np.empty((n, height * width), np.uint8)
+    np.put_along_axis(matched, order, np.sort(references.reshape(n, -1), axis=1), axis=1)
+    return matched.reshape(images.shape)
+
+
+def _reference_digits(count: int, seed: int) -> Images:
+    """Draw digits of main_train without repeats; only their grey values are used."""
+    images, _ = load_set("main_train")
+    return images[np.random.RandomState(seed).permutation(len(images))[:count]]
 
 
 def _resize(
@@ -244,7 +331,7 @@ _BUILDERS: dict[str, Callable[[], tuple[Images, Labels]]] = {
     **{name: functools.partial(_build_mnist, name) for name in SPLITS},
     "digits8x8": _build_digits8x8,
     **{name: functools.partial(_build_letters, name) for name in LETTERS},
-    "textures": _build_textures,
+    **{name: functools.partial(_build_crops, name) for name in CROPS},
     "faces": _build_faces,
 }
 SETS: tuple[str, ...] = tuple(_BUILDERS)

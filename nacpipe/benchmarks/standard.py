@@ -181,7 +181,11 @@ BENCHMARKS: dict[str, Benchmark] = {
                     "csid/digits8x8": "digits8x8",
                     "ood/val": "letters_val",
                     "ood/near/letters": "letters",
+                    "ood/near/scripts": "scripts",
                     "ood/far/textures": "textures",
+                    "ood/far/photographs": "photographs",
+                    "ood/far/pages": "pages",
+                    "ood/far/scans": "scans",
                     "ood/far/faces": "faces",
                 }.items()
             ),

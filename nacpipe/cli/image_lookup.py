@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from nacpipe.cli.output import note
 
 if TYPE_CHECKING:
     import pandas as pd
+    from PIL import Image
 
     from nacpipe.benchmarks.standard import Benchmark, Split
     from nacpipe.cache import Cache
@@ -75,6 +76,36 @@ def _as_extracted(benchmark: Benchmark, name: str, stored: Mapping[str, Any]) ->
     return benchmark.make_synthetic(name, tuple(synthetic.get("kinds", ())))
 
 
+def open_split_images(
+    cache: Cache, split: str, benchmark: str | None = None, data_root: Path | None = None
+) -> Callable[[int], Image.Image]:
+    """Return the function that opens a split's images by their position in its list.
+
+    Args:
+        cache: the cache.
+        split: the split's name.
+        benchmark: as `find_benchmark` takes it.
+        data_root: as `find_benchmark` takes it.
+
+    Raises:
+        ImageError: the images are not at hand, or are others than those of the cache.
+        InputError: the cache does not say which benchmark it was made from, or that one is not there.
+        MissingExtra: images need the extra `extract`.
+    """
+    from nacpipe.errors import ImageError
+    from nacpipe.extraction.dataset import open_images
+
+    stored = cache[split].images
+    opened, root = find_benchmark(cache, benchmark, data_root)
+    count, seed = int(stored.get("images", 1)), int(stored.get("seed", 1))
+    images = open_images(opened, _as_extracted(opened, split, stored), root, train_images=count, train_seed=seed)
+    if images is None:
+        raise ImageError(f"the images of {split} are not below {root}; say where they are with --data-root DIR")
+    if images.sha256 != stored.get("sha256"):
+        raise ImageError(f"{images.source} below {root} is not what {split} of {cache.path} was made from")
+    return images.open
+
+
 def write_mosaic(
     path: Path,
     cache: Cache,
@@ -94,23 +125,11 @@ def write_mosaic(
         data_root: as `find_benchmark` takes it.
 
     Raises:
-        ImageError: the images are not at hand, or are others than those of the cache.
-        InputError: the cache does not say which benchmark it was made from, or that one is not there.
-        MissingExtra: images need the extra `extract`.
+        ImageError, InputError, MissingExtra: as `open_split_images`.
     """
-    from nacpipe.errors import ImageError
-    from nacpipe.extraction.dataset import open_images
     from nacpipe.reporting.mosaic import draw_mosaic
 
-    stored = cache[split].images
-    opened, root = find_benchmark(cache, benchmark, data_root)
-    count, seed = int(stored.get("images", 1)), int(stored.get("seed", 1))
-    images = open_images(opened, _as_extracted(opened, split, stored), root, train_images=count, train_seed=seed)
-    if images is None:
-        raise ImageError(f"the images of {split} are not below {root}; say where they are with --data-root DIR")
-    if images.sha256 != stored.get("sha256"):
-        raise ImageError(f"{images.source} below {root} is not what {split} of {cache.path} was made from")
+    open_one = open_split_images(cache, split, benchmark, data_root)
     tiles = list(zip(ranked["index"].tolist(), [f"{score:.4f}" for score in ranked["score"]], strict=True))
     blocks = {f"{split}: highest scored": tiles[:TILES], "lowest scored": tiles[: -TILES - 1 : -1]}
-    picture = draw_mosaic(images.open, blocks)
-    picture.save(path)
+    draw_mosaic(open_one, blocks).save(path)

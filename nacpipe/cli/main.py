@@ -17,6 +17,7 @@ import click
 from nacpipe import __version__
 from nacpipe.cli.convert import convert
 from nacpipe.cli.data import data
+from nacpipe.cli.doctor import doctor
 from nacpipe.cli.evaluate import evaluate
 from nacpipe.cli.export import export
 from nacpipe.cli.extract import extract
@@ -123,6 +124,6 @@ def main(debug: bool) -> None:
 
 for _command in (
     extract, search, evaluate, inspect, report, run, reproduce, export, score, watch, rank, verify, repair, convert,
-    data, models, layers,
+    data, models, layers, doctor,
 ):  # fmt: skip
     main.add_command(_command)

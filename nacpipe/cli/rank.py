@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "--accuracies",
     type=click.Path(path_type=Path),
-    help="CSV of fractions: checkpoint,test_in[,test_out][,train_out]; default: the caches' csid sets and id/val.",
+    help="CSV of fractions: checkpoint, test_in; also test_out, train_out. Default: the caches' csid sets and id/val.",
 )
 @click.option("--csv", "output", flag_value="csv", help="Print the checkpoints as CSV.")
 @click.option("--json", "output", flag_value="json", help="Print JSON.")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from nacpipe.cli.evaluate import match_choices
 from nacpipe.cli.output import Address, note, params_option, split_names
+
+if TYPE_CHECKING:
+    from nacpipe.reporting.galleries import Gallery
+    from nacpipe.reporting.report import CacheReport
 
 
 @click.command()
@@ -18,37 +24,85 @@ from nacpipe.cli.output import Address, note, params_option, split_names
 @click.option(
     "--figures", metavar="DIR", type=click.Path(path_type=Path), help="Write every figure as SVG and PNG too."
 )
+@click.option(
+    "--mosaic", metavar="FILE", type=click.Path(path_type=Path), help="A picture of each set's worst mistakes: .png."
+)
 @params_option
 @click.option("--baselines", metavar="NAMES", callback=split_names, help="all, or some by name, as of evaluate.")
+@click.option("--benchmark", metavar="NAME", help="Of the images, a name or FILE.toml; default: as extracted.")
+@click.option("--data-root", metavar="DIR", type=click.Path(path_type=Path), help="Of images; default: as extracted.")
 @click.pass_context
 def report(
     ctx: click.Context,
     caches: tuple[str | Path, ...],
     output: Path,
     figures: Path | None,
+    mosaic: Path | None,
     choices: tuple[str, ...],
     baselines: tuple[str, ...],
+    benchmark: str | None,
+    data_root: Path | None,
 ) -> None:
-    """Write one page about CACHE: tables, scores, ROC curves, coverage, the search, and what made it.
+    """Write one page about CACHE: tables, worst mistakes, scores, ROC curves, coverage, the search, what made it.
 
-    Several caches are training runs of one network: mean ± standard deviation, and a section for each. The page is one
-    file that needs no network and no scripts; it can be printed.
+    Mistakes are shown as images where these are still where they were extracted from. Several caches are training runs
+    of one network: mean ± standard deviation, and a section for each. The page is one file that needs no network and no
+    scripts; it can be printed.
 
     \b
     nacpipe report cache/digits-digits_cnn.zarr --output report.html
     nacpipe report cache/digits-digits_cnn.zarr --output report.html --figures figures
+    nacpipe report cache/digits-digits_cnn.zarr --output report.html --mosaic mistakes.png
     nacpipe report cache/s0.zarr cache/s1.zarr cache/s2.zarr --output report.html
     """
     from nacpipe.cache import open_cache
+    from nacpipe.errors import ImageError, InputError
     from nacpipe.files import check_writable
     from nacpipe.reporting.library import build_report
 
-    check_writable(output)
+    if mosaic is not None and mosaic.suffix != ".png":
+        raise InputError(f"{mosaic}: a mosaic is written as .png")
+    for path in (output, mosaic):
+        if path is not None:
+            check_writable(path)
     if figures is not None:
         figures.mkdir(parents=True, exist_ok=True)
     opened = [open_cache(path) for path in caches]
-    made = build_report(opened, match_choices(choices, len(opened)), baselines, ctx.obj, note)
+    made = build_report(
+        opened,
+        match_choices(choices, len(opened)),
+        baselines,
+        ctx.obj,
+        note,
+        lambda report: _find_galleries(report, benchmark, data_root),
+    )
     made.save(output, figures)
     for path in (output, figures):
         if path is not None:
             note(f"wrote {path}")
+    if mosaic is not None:
+        from nacpipe.reporting.galleries import draw_mistakes
+
+        shown = [gallery for found in made.galleries if not isinstance(found, str) for gallery in found]
+        if not shown:
+            raise ImageError(f"no mosaic was written: {made.galleries[0]}")
+        draw_mistakes(shown).save(mosaic)
+        note(f"wrote {mosaic}")
+
+
+def _find_galleries(report: CacheReport, benchmark: str | None, data_root: Path | None) -> Sequence[Gallery] | str:
+    """Return the images to show, or why there are none: the page is whole without them."""
+    from nacpipe.cli.image_lookup import open_split_images
+    from nacpipe.errors import NacError
+    from nacpipe.reporting.galleries import build_galleries
+
+    cache, scores = report.cache, report.run.methods["NAC"].scores
+    asked = {name: values for name, values in scores.items() if not name.startswith("csid/")}
+    try:
+        return build_galleries(
+            cache, asked, lambda split: open_split_images(cache, split, benchmark, data_root), report.val_scores
+        )
+    except NacError as error:
+        return error.one_line()
+    except ModuleNotFoundError as error:
+        return f"images need {error.name}; install it with: pip install 'nacpipe[extract]'"

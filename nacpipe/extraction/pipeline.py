@@ -38,6 +38,7 @@ from nacpipe.extraction.samples import MapSamples, StreamSamples
 from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.build import classifier_weights
 from nacpipe.networks.call import name_sample
+from nacpipe.networks.checkpoints import read_stated_accuracy
 from nacpipe.networks.taps import Tapped
 from nacpipe.text import spell_option
 
@@ -200,11 +201,17 @@ def _note_accuracy(plan: Plan, split: str, note: Note) -> None:
         return
     examples = plan.network.examples
     samples = "images" if examples is None else f"{name_sample(examples)}s"
-    note(_accuracy(plan.request.cache, plan.header.classes, samples))
+    checkpoint = plan.request.checkpoint if isinstance(plan.request, ExtractRequest) else None
+    stated = None if checkpoint is None else read_stated_accuracy(checkpoint)
+    note(_accuracy(plan.request.cache, plan.header.classes, samples, stated))
 
 
-def _accuracy(path: str | Path, classes: int, samples: str = "images") -> str:
-    """Return a note on the accuracy on id/train, from the cache; a low one shows wrong weights or samples."""
+def _accuracy(path: str | Path, classes: int, samples: str = "images", stated: float | None = None) -> str:
+    """Return a note on the accuracy on id/train, from the cache; a low one shows wrong weights or samples.
+
+    Low is below half of what the checkpoint states; where it states none, below one half (which from six classes on is
+    three times chance or more) or 1.5 times chance.
+    """
     split, correct = open_cache(path)["id/train"], 0
     try:
         for start in range(0, split.rows, ACCURACY_ROWS):
@@ -214,7 +221,12 @@ def _accuracy(path: str | Path, classes: int, samples: str = "images") -> str:
         return str(error)
     share = correct / split.rows
     text = f"id/train: accuracy {100 * share:.2f} % of {split.rows} {samples}"
-    if share < max(0.5, 1.5 / classes):
+    if stated is not None and share < stated / 2:
+        text += (
+            f", while the checkpoint states {100 * stated:.2f} %: check the normalisation, the order of the classes,"
+            " the images"
+        )
+    elif stated is None and share < max(0.5, 1.5 / classes):
         text += (
             f"; a trained network classifies most {samples} correctly: check the weights, the normalisation, the order"
             " of the classes"

@@ -34,6 +34,9 @@ _SAFE_TYPES: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
 ]
 
+# Under what names training scripts save an accuracy beside the weights: the ResNets for CIFAR, PyTorch's examples, ….
+ACCURACY_NAMES = ("best_prec1", "best_acc1", "best_acc", "best_accuracy", "acc", "accuracy", "test_acc", "val_acc")
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -77,6 +80,27 @@ def read_checkpoint(path: Path) -> dict[str, StateDict]:
             f"checkpoint {path} holds no state dict (a dictionary of tensors)" + (held if keys else "")
         )
     return states
+
+
+def read_stated_accuracy(path: Path) -> float | None:
+    """Return the accuracy, 0 … 1, that a training script saved beside the weights, or None.
+
+    Percent and fractions are told apart by their size: a value above 1 is percent.
+    """
+    if path.suffix == ".safetensors" or not path.is_file():
+        return None
+    try:
+        with torch.serialization.safe_globals(_SAFE_TYPES):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # the weights were read; what more is in the file is not needed
+        return None
+    for name in ACCURACY_NAMES if isinstance(content, Mapping) else ():
+        value = content.get(name)
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value.item()
+        if isinstance(value, int | float) and 0 < value <= 100:
+            return value / 100 if value > 1 else float(value)
+    return None
 
 
 def torchvision_weights(architecture: str) -> dict[str, Weights]:

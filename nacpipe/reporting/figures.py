@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from nacpipe.method.coverage import bin_edges
 from nacpipe.method.fitted_term import FittedTerm
 from nacpipe.method.metrics import roc_curve
+from nacpipe.reporting.galleries import to_percentiles
 from nacpipe.text import escape_bytes
 from nacpipe.tuning.explain import Explanation
 from nacpipe.tuning.validation import SHOWN
@@ -47,10 +48,23 @@ STYLE: Any = {
 Scores = NDArray[np.float64]
 
 
-def draw_histogram(inside: Scores, outside: Scores, names: tuple[str, str]) -> Figure:
-    """Draw the shares of ID and OOD images over the score."""
+def draw_histogram(inside: Scores, outside: Scores, names: tuple[str, str], reference: Scores | None = None) -> Figure:
+    """Draw the shares of ID and OOD images over the score: as percentiles of the reference's scores where there is one.
+
+    Args:
+        inside: ID scores.
+        outside: OOD scores.
+        names: of the two sets.
+        reference: the scores of id/val.
+    """
     figure, axes = _panel(f"{names[0]} against {names[1]}", "score", "images, %")
-    edges = np.histogram_bin_edges(np.concatenate([inside, outside]), HISTOGRAM_BINS)
+    if reference is None:
+        edges = np.histogram_bin_edges(np.concatenate([inside, outside]), HISTOGRAM_BINS)
+    else:
+        axes.set_xlabel("score, percentile of id/val")
+        inside, outside = to_percentiles(inside, reference), to_percentiles(outside, reference)
+        edges = np.linspace(0, 100, HISTOGRAM_BINS + 1)
+        axes.axvline(5, color="#888888", linewidth=0.8, linestyle=":")  # the threshold that keeps 95 % of id/val
     for scores, name, colour in ((inside, names[0], INSIDE), (outside, names[1], OUTSIDE)):
         heights = 100 * np.histogram(scores, edges)[0] / scores.size
         axes.stairs(heights, edges, fill=True, alpha=0.45, color=colour, label=name)
@@ -136,9 +150,9 @@ def draw_history(explanation: Explanation) -> Figure:
     return _with_legend(figure, axes, 2)
 
 
-def to_svg(figure: Figure) -> bytes:
+def to_svg(figure: Figure, *, transparent: bool = False) -> bytes:
     """Return a figure as SVG; the same figure, the same bytes."""
-    return _save(figure, "svg", metadata={"Date": None})
+    return _save(figure, "svg", metadata={"Date": None}, transparent=transparent)
 
 
 def to_png(figure: Figure) -> bytes:
@@ -191,8 +205,8 @@ def _thin(points: NDArray[np.float64]) -> NDArray[np.float64]:
     return kept
 
 
-def _save(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
+def _save(figure: Figure, kind: str, metadata: dict[str, None], *, transparent: bool = False) -> bytes:
     buffer = io.BytesIO()
     with rc_context(STYLE):
-        figure.savefig(buffer, format=kind, metadata=metadata)
+        figure.savefig(buffer, format=kind, metadata=metadata, transparent=transparent)
     return buffer.getvalue()

@@ -34,6 +34,9 @@ from nacpipe.scoring.states import check_layers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from nacpipe.reporting.galleries import Gallery
+    from nacpipe.reporting.report import CacheReport
+
 Params = NacParams | str | Path
 """Parameters, or a file of them; `published`: the paper's."""
 TRIED_BINS = TRIED_SATURATION = 50  # of the coverage that is shown for an alpha alone
@@ -230,6 +233,8 @@ class Report:
     `run1-scores-SET`, …"""
     html: str = field(repr=False)
     """The page: one file that needs no network and no scripts."""
+    galleries: Sequence[Sequence[Gallery] | str] = field(repr=False)
+    """Of each cache the images that the page shows, or why there are none."""
 
     def save(self, output: str | Path, figures: str | Path | None = None) -> None:
         """Write the page to a file, and the figures as SVG and PNG to a folder.
@@ -294,6 +299,7 @@ def build_report(
     baselines: Sequence[str],
     command: str,
     note: Callable[[str], None] = lambda text: None,
+    find_galleries: Callable[[CacheReport], Sequence[Gallery] | str] = lambda report: "",
 ) -> Report:
     """Make the page of the command and of `report`; nothing is written.
 
@@ -303,6 +309,7 @@ def build_report(
         baselines: further methods.
         command: what makes this page.
         note: told where a parameter file was found on other states.
+        find_galleries: the images of a cache to show, or why there are none.
     """
     with _Extra():
         from nacpipe.reporting.params_origin import ParamsOrigin
@@ -318,6 +325,7 @@ def build_report(
         reports.append(read_cache_report(cache, _find(cache, choice, note), more=more, choice=path, study=origin))
     frame = tabulate([one.run for one in reports])
     drawn = [draw_cache_report(one) for one in reports]
+    galleries = [find_galleries(one) for one in reports]
     return Report(
         table=frame,
         checks={one.cache.path: one.overfitting for one in reports},
@@ -327,5 +335,6 @@ def build_report(
             for group in groups.values()
             for name, figure in group.items()
         },
-        html=render_report(reports, frame, command, drawn),
+        html=render_report(reports, frame, command, drawn, galleries),
+        galleries=galleries,
     )

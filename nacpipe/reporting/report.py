@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from nacpipe.cache import Cache
+from nacpipe.evaluation.bootstrap import compare_methods
 from nacpipe.evaluation.inspection import summarise_cache
 from nacpipe.evaluation.method_scores import MethodScores, ScoredCache, score_cache
 from nacpipe.evaluation.tables import footnotes, verdicts
@@ -34,6 +35,7 @@ from nacpipe.reporting.figures import (
     draw_weights,
     to_svg,
 )
+from nacpipe.reporting.galleries import Gallery
 from nacpipe.reporting.params_origin import ParamsOrigin, find_origin
 from nacpipe.scoring.coverage import Coverage, fit_coverage
 from nacpipe.scoring.states import has_logits
@@ -43,6 +45,8 @@ from nacpipe.tuning.request import OVERFIT_POINTS
 OTHER_CURVES = 5  # beside NAC's, in a figure
 TASKS = {"ood": "OOD detection: ID is id/test", "fsood": "Full spectrum: ID is id/test and csid together"}
 PAIRS = (("fpr95", "auroc"), ("aupr_in", "aupr_out"))
+COVERAGE_SHOWN = 9  # panels, of the terms of most weight: a default search has some forty terms
+COMPARED_DRAWS = 300  # of the images, for the interval of a difference
 NAMES = {"fpr95": "FPR@95 ↓", "auroc": "AUROC ↑", "aupr_in": "AUPR-IN ↑", "aupr_out": "AUPR-OUT ↑"}
 
 
@@ -60,6 +64,8 @@ class CacheReport:
     """`check_overfitting`'s frame."""
     study: ParamsOrigin
     """The study that found `params`."""
+    val_scores: Scores | None
+    """NAC's scores of id/val, (rows,); None where the cache holds no finished one."""
 
 
 def read_cache_report(
@@ -91,6 +97,7 @@ def read_cache_report(
         coverage=coverage,
         overfitting=check_overfitting(cache, coverage),
         study=find_origin(cache, choice) if study is None else study,
+        val_scores=coverage.score(cache["id/val"]) if "id/val" in cache and cache.peek("id/val").sealed else None,
     )
 
 
@@ -133,7 +140,9 @@ def draw_cache_report(report: CacheReport) -> dict[str, dict[str, Figure]]:
     for split in [name for name in run.ood_sets() if name not in run.unfinished]:
         name = split.removeprefix("ood/")
         slug = name.replace("/", "-")
-        histograms[f"scores-{slug}"] = draw_histogram(scores["NAC"]["id/test"], scores["NAC"][split], ("id/test", name))
+        histograms[f"scores-{slug}"] = draw_histogram(
+            scores["NAC"]["id/test"], scores["NAC"][split], ("id/test", name), report.val_scores
+        )
         pairs = {
             method: (by_split["id/test"], by_split[split])
             for method, by_split in scores.items()
@@ -141,7 +150,8 @@ def draw_cache_report(report: CacheReport) -> dict[str, dict[str, Figure]]:
         }
         curves[f"roc-{slug}"] = draw_roc(_best(pairs), f"id/test against {name}")
     fitted = report.coverage.layers
-    layers = {f"coverage-{name.replace(':', '-')}": draw_coverage(name, layer) for name, layer in fitted.items()}
+    order = sorted(fitted, key=lambda name: -report.params.layers[name].weight)[:COVERAGE_SHOWN]
+    layers = {f"coverage-{name.replace(':', '-')}": draw_coverage(name, fitted[name]) for name in order}
     total = float(report.coverage.weights.sum())
     weights = {name: layer.weight / total for name, layer in report.params.layers.items()}
     if (fused := report.params.fused) is not None:
@@ -178,6 +188,7 @@ def render_report(
     frame: pd.DataFrame,
     command: str,
     figures: Sequence[Mapping[str, Mapping[str, Figure]]],
+    galleries: Sequence[Sequence[Gallery] | str] = (),
 ) -> str:
     """Return the page, which needs no other file; names and messages are escaped.
 
@@ -186,6 +197,7 @@ def render_report(
         frame: the table of all of them, `tables.tabulate`'s.
         command: the command that makes this page.
         figures: of each cache, `draw_cache_report`'s.
+        galleries: of each cache, `galleries.build_galleries`', or why there are none; empty: without.
     """
     identity = reports[0].cache.header.identity
     several = len(reports) > 1
@@ -202,25 +214,32 @@ def render_report(
         title=f"{identity.get('architecture')} on {identity.get('benchmark')}",
         summary=_summary(reports, frame),
         verdicts=[
-            *(f"{text[0].upper()}{text[1:]}." for text in verdicts(frame)),
+            *_verdicts([report.run for report in reports], frame),
             *(_overfitting(report, several) for report in reports),
         ],
         note=frame.attrs.get("note"),
         tasks=_results(frame),
         footnotes=footnotes(frame),
-        runs=[_run(report, groups) for report, groups in zip(reports, figures, strict=True)],
+        runs=[
+            _run(report, groups, shown)
+            for report, groups, shown in zip(reports, figures, galleries or [""] * len(reports), strict=True)
+        ],
         commands=[*filter(None, earlier), command],
     )
     return escape_bytes(page)
 
 
-def _run(report: CacheReport, groups: Mapping[str, Mapping[str, Figure]]) -> dict[str, Any]:
+def _run(
+    report: CacheReport, groups: Mapping[str, Mapping[str, Figure]], galleries: Sequence[Gallery] | str
+) -> dict[str, Any]:
     """What the page shows of one cache."""
     return {
+        "galleries": [] if isinstance(galleries, str) else galleries,
+        "no_galleries": galleries if isinstance(galleries, str) else "",
         "path": report.cache.path,
         "figures": {
             name: [
-                (f"{name}: {figure.axes[0].get_title()}", base64.b64encode(to_svg(figure)).decode())
+                (f"{name}: {figure.axes[0].get_title()}", base64.b64encode(to_svg(figure, transparent=True)).decode())
                 for figure in group.values()
             ]
             for name, group in groups.items()
@@ -261,22 +280,48 @@ def _overfitting(report: CacheReport, named: bool) -> str:
     return f"{text}; {guide}'s {_percent(own)} %): {warning if overfits else 'no sign of overfitting.'}"
 
 
-def _results(frame: pd.DataFrame) -> list[tuple[str, list[list[Table]]]]:
-    """Of each task its heading, and of each group the tables that stand side by side."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaderboard:
+    """The methods of one group of sets, the best mean AUROC first; methods without any value are left out."""
+
+    group: str
+    columns: Sequence[str]
+    """`mean` where the group has one, then the sets."""
+    main: Table
+    """FPR@95 and AUROC, side by side."""
+    more: Table
+    """AUPR-IN and AUPR-OUT, behind a fold."""
+    empty: Sequence[str]
+    """Methods that are left out."""
+
+
+def _results(frame: pd.DataFrame) -> list[tuple[str, list[Leaderboard]]]:
+    """Of each task its heading and a leaderboard per group."""
     tasks = []
     for task, rows in frame.groupby("task", sort=False):
         first = rows.iloc[0]
         accuracy = f"accuracy {_cell(first, 'accuracy')} %, " if first["accuracy"] == first["accuracy"] else ""
         heading = f"{TASKS[str(task)]} ({first['n_id']} images, {accuracy}all in percent)"
         groups = rows.groupby("group", sort=False)
-        tasks.append((heading, [[_score_table(block, str(name), pair) for pair in PAIRS] for name, block in groups]))
+        tasks.append((heading, [_leaderboard(block, str(name)) for name, block in groups]))
     return tasks
 
 
-def _score_table(block: pd.DataFrame, group: str, metrics: Sequence[str]) -> Table:
-    """Methods below each other, sets and their metrics side by side, the mean last."""
-    methods = list(dict.fromkeys(block["method"]))
-    datasets = list(dict.fromkeys(block["dataset"]))
+def _leaderboard(block: pd.DataFrame, group: str) -> Leaderboard:
+    datasets = sorted(dict.fromkeys(block["dataset"]), key=lambda name: name != "mean")  # the mean first
+    means = block[block["dataset"] == "mean"].set_index("method")["auroc"]
+    metrics = [metric for pair in PAIRS for metric in pair]
+    empty = block.set_index("method")[metrics].isna().all(axis=1).groupby(level=0, sort=False).all()
+    ranked = means[~empty[means.index]].sort_values(ascending=False, kind="stable", na_position="last")
+    main, more = (_score_table(block, list(ranked.index), datasets, group, pair) for pair in PAIRS)
+    left_out = [name for name in means.index if empty[name]]
+    return Leaderboard(group=group, columns=datasets, main=main, more=more, empty=left_out)
+
+
+def _score_table(
+    block: pd.DataFrame, methods: Sequence[str], datasets: Sequence[str], group: str, metrics: Sequence[str]
+) -> Table:
+    """Methods below each other, sets and their metrics side by side, the mean first."""
     cells = {(row["method"], row["dataset"]): row for _, row in block.iterrows()}
     columns = [(dataset, metric) for dataset in datasets for metric in metrics]
     bold = set()
@@ -287,8 +332,33 @@ def _score_table(block: pd.DataFrame, group: str, metrics: Sequence[str]) -> Tab
             # what is printed alike is bold alike
             bold |= {(row, place + 1) for row, value in enumerate(values) if _percent(value) == _percent(best)}
     rows = [[m, *(_cell(cells[m, dataset], metric) for dataset, metric in columns)] for m in methods]
-    headings = [f"{f'{group} mean' if name == 'mean' else name}\n{NAMES[metric]}" for name, metric in columns]
-    return Table(columns=[group, *headings], rows=rows, bold=frozenset(bold))
+    return Table(columns=[group, *(NAMES[metric] for _, metric in columns)], rows=rows, bold=frozenset(bold))
+
+
+def _verdicts(runs: Sequence[ScoredCache], frame: pd.DataFrame) -> list[str]:
+    """Return one sentence per task and group: NAC's rank, and how far it is from the best other method."""
+    means = frame[(frame["dataset"] == "mean") & frame["auroc"].notna()]
+    best = {}
+    for key, rows in means.groupby(["task", "group"], sort=False):
+        others = rows[rows["method"] != "NAC"]
+        if (rows["method"] == "NAC").any() and not others.empty:
+            best[key] = str(others.loc[others["auroc"].idxmax(), "method"])
+    names = dict.fromkeys(best.values())
+    compared = {name: compare_methods(runs, "NAC", name, resamples=COMPARED_DRAWS) for name in names}
+    lines = []
+    for key, text in zip(means.groupby(["task", "group"], sort=False).groups, verdicts(frame), strict=True):
+        line = f"{text[0].upper()}{text[1:]}"
+        if key in best:
+            rows = compared[best[key]].set_index(["task", "group", "dataset", "metric"])
+            row = rows.loc[(*key, "mean", "auroc")]
+            points, low, high = (100 * row[name] for name in ("difference", "low", "high"))
+            line += (
+                f": {abs(points):.2f} points {'above' if points >= 0 else 'below'} {best[key]}, the best other method;"
+                f" with other images {low:+.2f} to {high:+.2f} ({row['confidence']:.0%} interval),"
+                f" {'more' if row['more_than_chance'] else 'no more'} than chance"
+            )
+        lines.append(f"{line}.")
+    return lines
 
 
 def _layers(report: CacheReport) -> Table:

@@ -108,7 +108,11 @@ def test_digits_holds_every_packaged_set() -> None:
         "csid/digits8x8": "digits8x8",
         "ood/val": "letters_val",
         "ood/near/letters": "letters",
+        "ood/near/scripts": "scripts",
         "ood/far/textures": "textures",
+        "ood/far/photographs": "photographs",
+        "ood/far/pages": "pages",
+        "ood/far/scans": "scans",
         "ood/far/faces": "faces",
     }
     assert (benchmark.classes, benchmark.packaged) == (10, True)
@@ -135,7 +139,7 @@ def test_unknown_benchmark_names_the_known_ones() -> None:
 
 def test_unknown_split_names_the_known_ones() -> None:
     message = (
-        r"^split 'ood/far/mnist' is not part of benchmark digits; it has id/train, .*, ood/far/textures, ood/far/faces$"
+        r"^split 'ood/far/mnist' is not part of benchmark digits; it has id/train, .*, ood/far/scans, ood/far/faces$"
     )
     with pytest.raises(InputError, match=message):
         find_benchmark("digits").split("ood/far/mnist")

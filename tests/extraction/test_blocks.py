@@ -256,6 +256,16 @@ def test_less_than_half_right_is_doubted_and_of_two_classes_more(
     assert ("check the weights, the normalisation, the order of the classes" in text) is doubted
 
 
+@pytest.mark.parametrize(("right", "stated", "doubted"), [(4, 0.92, True), (5, 0.92, False), (3, 0.4, False)])
+def test_less_than_half_of_what_the_checkpoint_states_is_doubted(
+    monkeypatch: pytest.MonkeyPatch, right: int, stated: float, doubted: bool
+) -> None:
+    monkeypatch.setattr(extraction, "open_cache", lambda _: {"id/train": Split(right, 10)})
+    text = extraction._accuracy("c.zarr", 10, stated=stated)
+    assert (f"while the checkpoint states {100 * stated:.2f} %: check the normalisation" in text) is doubted
+    assert ("check" in text) is doubted
+
+
 def test_logits_without_a_number_are_told(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c.zarr", rows={"id/train": 0})
     source = cache["id/val"]

@@ -23,7 +23,7 @@ from nacpipe.errors import CheckpointError
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
 from nacpipe.networks.build import Network, blank_network, load_network
-from nacpipe.networks.checkpoints import hash_weights
+from nacpipe.networks.checkpoints import hash_weights, read_stated_accuracy
 from nacpipe.networks.models import find_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -259,3 +259,19 @@ def test_any_content_is_loaded_or_refused_in_words(tmp_path: Path, content: obje
         assert "\n" not in error.one_line()
         return
     assert network.weights_sha256 in (hash_weights(STATE), hash_weights(OTHER))
+
+
+@pytest.mark.parametrize(
+    ("content", "stated"),
+    [
+        ({"state_dict": {}, "best_prec1": 91.73}, 0.9173),
+        ({"model": {}, "acc": torch.tensor(0.5)}, 0.5),
+        ({"model": {}, "epoch": 3}, None),
+        ({"model": {}, "acc": "good"}, None),
+        ({"weight": torch.zeros(2)}, None),
+    ],
+)
+def test_the_accuracy_that_a_training_script_saved(tmp_path: Path, content: Any, stated: float | None) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    found = read_stated_accuracy(tmp_path / "x.pt")
+    assert found is None if stated is None else found == pytest.approx(stated)

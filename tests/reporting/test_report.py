@@ -26,7 +26,14 @@ from nacpipe.method.metrics import auroc
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.plain_scores import PLAIN_SCORES
 from nacpipe.reporting.figures import draw_coverage, draw_histogram, draw_roc, to_svg
-from nacpipe.reporting.report import check_overfitting, draw_cache_report, read_cache_report, render_report
+from nacpipe.reporting.galleries import SHOWN, build_galleries, draw_mistakes
+from nacpipe.reporting.report import (
+    COMPARED_DRAWS,
+    check_overfitting,
+    draw_cache_report,
+    read_cache_report,
+    render_report,
+)
 from nacpipe.scoring.coverage import fit_coverage
 from nacpipe.scoring.params_file import write_params
 from nacpipe.tuning.request import SearchRequest
@@ -109,14 +116,15 @@ def check_tables(page: Reader, frame: pd.DataFrame, *, spread: bool) -> None:
             number = next(tables)
             table = page.tables[number]
             names = {"fpr95": "FPR@95 ↓", "auroc": "AUROC ↑", "aupr_in": "AUPR-IN ↑", "aupr_out": "AUPR-OUT ↑"}
-            datasets = list(dict.fromkeys(block["dataset"]))
-            heads = [f"{f'{group} mean' if d == 'mean' else d} {names[m]}" for d in datasets for m in pair]
-            assert table[0] == [group, *heads]
-            assert [row[0] for row in table[1:]] == ["NAC", "MSP", "MaxLogit", "Energy"]
+            datasets = ["mean", *(d for d in dict.fromkeys(block["dataset"]) if d != "mean")]
+            assert table[0] == [group, *datasets]
+            assert table[1] == [names[m] for _ in datasets for m in pair]
+            means = block[block["dataset"] == "mean"].sort_values("auroc", ascending=False, kind="stable")
+            assert [row[0] for row in table[2:]] == means["method"].tolist()  # a leaderboard
             for column, (dataset, metric) in enumerate([(d, m) for d in datasets for m in pair], 1):
                 cells = block[block["dataset"] == dataset].set_index("method")
                 best = cells[metric].min() if metric == "fpr95" else cells[metric].max()
-                for row in range(1, 5):
+                for row in range(2, 6):
                     cell = cells.loc[table[row][0]]
                     text = f"{100 * cell[metric]:.2f}" + (f" ± {100 * cell[f'{metric}_std']:.2f}" if spread else "")
                     assert table[row][column] == text
@@ -128,7 +136,18 @@ def test_the_page_of_one_cache(place: Path) -> None:
     page = Reader((place / "page.html").read_text("utf-8"))
     check_tables(page, rows_of([f"{place}/s0.zarr"]), spread=False)
     lines = [line for line in nacpipe("evaluate", f"{place}/s0.zarr").stdout.splitlines() if "-OOD" in line[:9]]
-    assert len([line for line in lines if f"{line[0].upper()}{line[1:]}." in page.text]) == 4  # the verdicts
+    assert len([line for line in lines if f"{line[0].upper()}{line[1:]}: " in page.text]) == 4  # the verdicts
+    means = rows_of([f"{place}/s0.zarr"]).query("dataset == 'mean' and method != 'NAC'")
+    for (task, group), rows in means.groupby(["task", "group"]):
+        best = rows.loc[rows["auroc"].idxmax(), "method"]
+        asked = [f"{place}/s0.zarr", "--against", best, "--resamples", str(COMPARED_DRAWS)]
+        found = rows_of(asked).query("dataset == 'mean' and metric == 'auroc'").set_index(["task", "group"])
+        points, low, high = (100 * found.loc[(task, group), key] for key in ("difference", "low", "high"))
+        assert (
+            f": {abs(points):.2f} points {'above' if points >= 0 else 'below'} {best}, the best other method; with"
+            f" other images {low:+.2f} to {high:+.2f} (95% interval)"
+        ) in page.text
+    assert "is not what id/test of" in page.text  # the cache's images are made up
     for line in (f"nacpipe extract digits --cache {place}/s0.zarr", f"nacpipe search {place}/s0.zarr --space paper\n"):
         assert line in page.text
     assert f"nacpipe report {place}/s0.zarr --output {place}/page.html" in page.text
@@ -192,7 +211,7 @@ def test_foreign_names_are_text(make_cache: Callable[..., Cache], tmp_path: Path
     assert "script" not in page.tags
     assert "<script" not in text
     far = next(table for table in page.tables if table[0][0] == "far")
-    assert f"{name} AUROC ↑" in far[0]
+    assert name in far[0]
     assert name in [row[0].removeprefix("ood/far/") for table in page.tables for row in table]  # in the provenance
     assert page.text.count(evil) >= 3  # title, heading, command
 
@@ -238,10 +257,45 @@ def test_a_set_that_is_not_finished_has_no_picture_and_empty_cells(
     assert [*drawn["Scores"], *drawn["ROC curves"]] == ["scores-near-letters", "roc-near-letters"]
     page = Reader(render_report([report], tabulate([report.run]), "nacpipe report", [drawn]))
     far = [table for table in page.tables if table[0][0] == "far"]
-    assert [set(row[1:]) for table in far for row in table[1:]] == [{"–"}] * 8
+    assert [len(table) for table in far] == [2, 2]  # the headings
+    assert "Without a value here: NAC, MSP, MaxLogit, Energy." in page.text
     assert "ID test images, which the network classifies" in page.text
     assert "from 1 OOD set." in page.text
     assert "empty: NAC, MSP, MaxLogit, Energy: ood/far/textures is not finished" in page.text
+
+
+def test_a_gallery_shows_the_images_that_were_scored_most_wrongly(
+    make_cache: Callable[..., Cache], tmp_path: Path
+) -> None:
+    """An image's grey is its position in the list, so a thumbnail says which image it is."""
+    cache = make_cache(tmp_path / "c.zarr")
+    scores = score_cache(cache, PARAMS).methods["NAC"].scores
+    reference = fit_coverage(cache, PARAMS).score(cache["id/val"])
+
+    def open_split(_: str) -> Callable[[int], Image.Image]:
+        return lambda position: Image.new("L", (28, 28), position)
+
+    for gallery in build_galleries(cache, scores, open_split, reference):
+        values = scores[gallery.split]
+        order = cache[gallery.split].index[np.argsort(values, kind="stable")]
+        lowest, highest = order[:SHOWN].tolist(), order[::-1][:SHOWN].tolist()
+        wrong, right = (highest, lowest) if gallery.split.startswith("ood/") else (lowest, highest)
+        assert [t.image.getpixel((0, 0)) for t in gallery.mistakes] == wrong
+        assert [t.image.getpixel((0, 0)) for t in gallery.typical] == right
+        worst = values.max() if gallery.split.startswith("ood/") else values.min()
+        assert gallery.mistakes[0].caption == f"{100 * (reference <= worst).mean():.3g} %"
+        assert gallery.mistakes[0].uri().startswith("data:image/png;base64,")
+    picture = draw_mistakes(build_galleries(cache, scores, open_split, None))
+    assert picture.width > SHOWN * 96
+    assert len(picture.convert("RGB").getcolors(2**20) or []) > 20
+
+
+def test_a_histogram_of_percentiles_is_even_for_the_reference() -> None:
+    reference = np.random.RandomState(0).randn(400)
+    figure = draw_histogram(reference, np.full(3, -9.0), ("id/test", "near/x"), reference)
+    inside, outside = [patch.get_data().values for patch in figure.axes[0].patches][::2]  # type: ignore[attr-defined]
+    np.testing.assert_allclose(inside, 2.5, atol=0.26)  # 40 bars of 10 images; an end belongs to the next bar
+    assert (outside[0], outside.sum()) == (100, 100)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

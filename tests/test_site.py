@@ -1,0 +1,69 @@
+"""The documentation site builds without a dead link, and its search finds what people look for."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import nacpipe
+from nacpipe import cli
+from tests.conftest import load_script
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly."""
+    pytest.importorskip("mkdocs", reason="the site needs mkdocs; install it with: pip install 'nacpipe[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("word", "page"),
+    [("resume", "how-it-works.html"), ("threshold", "detector.html"), ("gradient", "how-it-works.html")],
+)
+def test_search_finds(site: Path, word: str, page: str) -> None:
+    index = json.loads((site / "search/search_index.json").read_text("utf-8"))
+    found = {entry["location"].partition("#")[0] for entry in index["docs"] if word in entry["text"].lower()}
+    assert page in found
+
+
+@pytest.mark.slow
+def test_every_command_and_every_public_name_has_its_place(site: Path) -> None:
+    commands, api = ((site / page).read_text("utf-8") for page in ("commands.html", "api.html"))
+    for name in cli.main.commands:
+        assert f'id="{name}"' in commands, name
+    for name in set(nacpipe.__all__) - {"__version__"}:
+        assert f'id="{nacpipe._HOMES[name]}.{name}"' in api, name
+
+
+def test_links_are_rewritten_for_the_site() -> None:
+    pytest.importorskip("mkdocs", reason="the site needs mkdocs; install it with: pip install 'nacpipe[docs]'")
+    pages = load_script("tools", "site_pages")
+    links = "[a](../cache/README.md#marks) [b](search.md) [c](https://x.org/README.md) [d](#here)"
+    expected = "[a](cache-format.md#marks) [b](search.md) [c](https://x.org/README.md) [d](#here)"
+    assert pages.rewrite_links(links, "docs/trust.md") == expected
+    assert pages.rewrite_links("[a](../../bench/README.md)", "docs/decisions/benchmarks.md") == "[a](../speeds.md)"
+    assert pages.rewrite_links("[`a`](../bench/trial.py) [b](../no/such)", "docs/trust.md") == "`a` [b](../no/such)"
+    assert pages.rewrite_links("[a](docs/search.md)", "CHANGELOG.md") == "[a](search.md)"
+
+
+def test_the_citation_names_the_version() -> None:
+    cited = import_module("yaml").safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert cited["cff-version"] == "1.2.0"
+    assert {"title", "message", "authors"} < cited.keys()
+    assert str(cited["version"]) == re.sub(r"(a|b|rc|\.dev)\d+$", "", nacpipe.__version__)
