@@ -58,8 +58,8 @@ class Gallery:
     def headings(self) -> tuple[str, str]:
         """Return what the two rows show."""
         if self.split.startswith("ood/"):
-            return "worst mistakes: taken for known", "recognised most clearly"
-        return "worst mistakes: taken for unknown", "most typical"
+            return "worst mistakes: scored highest", "recognised most clearly: scored lowest"
+        return "worst mistakes: scored lowest", "most typical: scored highest"
 
 
 def build_galleries(
