@@ -139,7 +139,13 @@ def read_lines(content: bytes, source: str) -> list[str]:
     return lines
 
 
-def check_labels(split: str, labels: NDArray[np.int64], classes: int, where: Callable[[int], str]) -> None:
+def check_labels(
+    split: str,
+    labels: NDArray[np.int64],
+    classes: int,
+    where: Callable[[int], str],
+    number: str = "the benchmark's number of classes",
+) -> None:
     """Refuse labels (rows,) of an ID or csid split that are not classes; labels of OOD splits are not checked.
 
     Args:
@@ -147,6 +153,7 @@ def check_labels(split: str, labels: NDArray[np.int64], classes: int, where: Cal
         labels: one for each image.
         classes: number of classes of the benchmark.
         where: row → a description of the image, for the message.
+        number: what may be wrong in place of the labels.
 
     Raises:
         InputError: counts the labels outside 0 … classes − 1 and names the first.
@@ -157,7 +164,7 @@ def check_labels(split: str, labels: NDArray[np.int64], classes: int, where: Cal
         first = int(wrong[0])
         raise InputError(
             f"{split}: {wrong.size} of {labels.size} labels are outside 0 … {classes - 1}; the first is"
-            f" {labels[first]}, of {where(first)}; correct the labels, or the benchmark's number of classes"
+            f" {labels[first]}, of {where(first)}; correct the labels, or {number}"
         )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,7 @@ def _judge(
     }
 
 
+@lru_cache(1024)  # shards are often of one size
 def flagged_interval(images: int, flagged: int, reference: int, level: float) -> tuple[float, float]:
     """Return the least and the largest share of images that chance flags, each passed with probability `level` at most.
 
@@ -204,6 +206,7 @@ def distance_of(scores: Scores, reference: Scores) -> float:  # both ascending
     return float(np.abs(ours - theirs).max())
 
 
+@lru_cache(1024)
 def distance_bound(scores: int, reference: int, level: float) -> float:
     """Return the distance that chance passes with probability `level`; 1 where there are too few scores to pass it."""
     if scores == 0:

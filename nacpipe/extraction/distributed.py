@@ -13,7 +13,9 @@ from __future__ import annotations
 import datetime
 import itertools
 import os
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +23,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch.distributed
-from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from nacpipe.errors import CacheError
 from nacpipe.networks.checkpoints import first_line
@@ -114,7 +117,9 @@ class WrittenUnits:
     """The number of written units of each split, over all ranks."""
 
     def __init__(self, ranks: Ranks, cache: object) -> None:
-        self._store = PrefixStore(f"written/{cache}", ranks.store or HashStore())
+        self._store = None if ranks.store is None else PrefixStore(f"written/{cache}", ranks.store)
+        self._counts: Counter[str] = Counter()  # of a rank alone
+        self._lock = threading.Lock()
 
     def add(self, split: str) -> int:
         """Count one more unit of a split and return the number; no two ranks get the same.
@@ -122,8 +127,12 @@ class WrittenUnits:
         Raises:
             CacheError: the process that counts is gone.
         """
-        with _with_others():
-            return self._store.add(split, 1)
+        if self._store is not None:
+            with _with_others():
+                return self._store.add(split, 1)
+        with self._lock:
+            self._counts[split] += 1
+            return self._counts[split]
 
 
 @contextmanager
@@ -143,7 +152,7 @@ def join_ranks() -> Ranks:
     ranks = read_ranks()
     if ranks.alone:
         return ranks
-    store, _, _ = next(torch.distributed.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
+    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
     if ranks.local_world == ranks.world:  # torchrun --max-restarts keeps its store, with the addresses of ranks gone
         store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     torch.distributed.init_process_group(

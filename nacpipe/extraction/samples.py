@@ -97,7 +97,8 @@ class _Reader:
             if not self.name.startswith("ood/"):
                 raise InputError(f"{self.name}: samples have no label; give (input, label), or a mapping with label")
             return np.full(rows, OOD)
-        check_labels(self.name, labels, classes, lambda row: f"sample {start + row}")
+        number = f"the network, which has {classes} classes"
+        check_labels(self.name, labels, classes, lambda row: f"sample {start + row}", number)
         return labels
 
 

@@ -26,7 +26,7 @@ from nacpipe.networks.checkpoints import (
 from nacpipe.networks.models import Model, suggest_name
 from nacpipe.networks.source import hash_source
 from nacpipe.networks.taps import freeze
-from nacpipe.networks.trial import TrialBatch, run_trial_batch
+from nacpipe.networks.trial import TWO_CLASSES, TrialBatch, run_trial_batch
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap, unwrap_children
 
 
@@ -157,6 +157,11 @@ def adopt_module(module: nn.Module, examples: Any, call: Call = PLAIN_CALL) -> N
     dtype = find_device_and_dtype(module)[1]
     examples = cast_floats(examples, dtype)
     trial = run_trial_batch(name, module, examples, call=call, examples=True)
+    if trial.classes == 1:
+        raise InputError(
+            f"model {name!r} gives one number for each sample, (n, 1): the softmax of one class is 1 for every input."
+            f" {TWO_CLASSES.format('cat')}"
+        )
     network = Network(
         model, module, hash_network(module), None, device_of(examples), dtype, call=call, examples=examples
     )

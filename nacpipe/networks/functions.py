@@ -50,7 +50,10 @@ def describe_call(call: Call) -> tuple[dict[str, str], list[str]]:
 
 def describe_function(function: Callable[..., Any]) -> tuple[str, bool]:
     """Return the sha256 of a function's source, and True; or its name, and False, where there is no source."""
-    text, from_source = _text(function)
+    try:
+        text, from_source = _text(function)
+    except RecursionError:  # a value that holds itself
+        text, from_source = _name(function), False
     return (hashlib.sha256(text.encode()).hexdigest() if from_source else text), from_source
 
 
@@ -92,7 +95,12 @@ def _find_class(instance: object) -> list[str]:
         return []
     nodes = [node for node in _parse("".join(lines)) if isinstance(node, ast.ClassDef) and node.name == kind.__name__]
     texts = [ast.unparse(node) for node in nodes if start + 1 in (node.lineno, _first_line(node))]
-    return [*texts, _value(getattr(instance, "__dict__", {}))] if texts else []
+    values = {
+        name: value
+        for name, value in getattr(instance, "__dict__", {}).items()
+        if isinstance(value, _SIMPLE) and not name.startswith("_")  # others may change while it is used
+    }
+    return [*texts, _value(values)] if texts else []
 
 
 def _definitions(file: str) -> list[Any]:
@@ -135,8 +143,8 @@ def _value(value: Any) -> str:
         return f"[{', '.join(map(_value, value))}]"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{_value(k)}: {_value(v)}' for k, v in value.items())}}}"
-    if inspect.isroutine(value) or isinstance(value, functools.partial):
-        return _text(value)[0]
+    if isinstance(code := getattr(value, "__code__", None), CodeType):
+        return "\n".join(_find_code(code)) or _name(value)
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 

@@ -30,6 +30,7 @@ from nacpipe.networks.wrappers import is_scripted, run_eagerly
 from nacpipe.text import command_line, spell_option
 
 Layers = Sequence[str] | Mapping[str, str]  # aliases or module paths, NAME=PATH among them; or name → path
+SHOWN = 8  # paths of modules in a message
 AUTO = "auto"
 ENDS = 4  # layers that are tapped by default, as in the paper
 FORWARD_ONLY = 4  # as many more without gradients: a layer then costs half the space, and no backward pass
@@ -194,7 +195,8 @@ def choose_layers(network: Network, *, more: int = 0, gradients: bool = True) ->
             whole[parts[-1]] = chain  # the same output, under the stage's name
         trunk = sorted([path for path in trunk if path != chain] + parts, key=list(layers).index)
     if not trunk:
-        raise InputError(f"{model.name} has no module that can be tapped; choose some with --layers A,B")
+        advice = "choose some with layers=[…]" if network.from_python else "choose some with --layers A,B"
+        raise InputError(f"{model.name} has no module that can be tapped; {advice}")
     inner = _share_out(blocks, {stage[-1] for stage in stages}, max(ENDS + more - len(ends), 0))
     if not default and (missing := ENDS - len(ends) - len(inner)) > 0:
         inner += [stage[-1] for stage in stem[-missing:]]
@@ -366,17 +368,21 @@ def _choose_layers(
     """Return the layers, with 0 neurons until they are counted, and notes, of guessed poolings if asked for."""
     model = network.model
     wanted = name_layers(layers or model.default)
-    where = command_line("layers", model.model_argument or model.name)
-    if not wanted:
-        raise InputError(f"{model.name} has no default layers; choose some with --layers A,B from: {where}")
     modules = dict(network.module.named_modules())
+    if network.from_python:
+        paths = [path for path in modules if path]
+        known = f"the paths of network.named_modules(): {', '.join(paths[:SHOWN])}{', …' * (len(paths) > SHOWN)}"
+        choose = f"layers=[…] from {known}"
+    else:
+        where = command_line("layers", model.model_argument or model.name)
+        known = f"{', '.join(model.layers)}, and the modules" if model.layers else "the modules"
+        known, choose = f"{known} that this lists: {where}", f"--layers A,B from: {where}"
+    if not wanted:
+        raise InputError(f"{model.name} has no default layers; choose some with {choose}")
     for target in wanted.values():
         if not target or target not in {**model.layers, **modules}:
-            raise InputError(
-                f"layer {target!r} is not known for {model.name}; known: "
-                + (f"{', '.join(model.layers)}, and the modules" if model.layers else "the modules")
-                + f" that this lists: {where}{suggest_name(target, [*model.layers, *modules])}"
-            )
+            suggested = suggest_name(target, [*model.layers, *modules])
+            raise InputError(f"layer {target!r} is not known for {model.name}; known: {known}{suggested}")
     chosen = _check_pools(list(wanted), poolings)
     table = {**{path: (path, pooling) for path, pooling in model.layers.values()}, **model.layers}
     seen = _record_outputs(network, gradients) if any(target not in table for target in wanted.values()) else {}
@@ -390,9 +396,13 @@ def _choose_layers(
             samples = POOLINGS[pooling].samples
             own = [size for axis, size in enumerate(shape) if axis != samples]
             if notes_guesses and name not in chosen:
+                option = f"{name}=KIND"
+                pooling_option = (
+                    f"pooling={{{name!r}: …}}" if network.from_python else f"--pooling {shlex.quote(option)}"
+                )
                 notes.append(
                     f"layer {name}: its output {_format_shape(own)} is pooled by {pooling}, which is a guess;"
-                    f" another with --pooling {shlex.quote(f'{name}=KIND')}"
+                    f" another with {pooling_option}"
                 )
         specs.append(LayerSpec(name=name, path=path, pooling=chosen.get(name, pooling), neurons=0))
     return specs, tuple(notes)

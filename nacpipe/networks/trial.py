@@ -37,6 +37,7 @@ from nacpipe.networks.wrappers import find_device_and_dtype, run_eagerly
 
 IMAGES = 4  # in one trial batch
 TOLERANCE = 1e-4  # of the logits' spread: the allowed difference of two runs, and of W·f + b and the logits
+TWO_CLASSES = "If a sigmoid follows, give logits=lambda z: torch.{}([torch.zeros_like(z), z], 1), which has two classes"
 BATCH_DEPENDENCE = 0.1  # of the spread: the difference above which logits depend on the batch
 
 
@@ -183,6 +184,8 @@ def _run_once(name: str, network: nn.Module, call: Call, classes: int | None, py
     wanted = f"({count}, {'classes' if classes is None else classes})"
     kind = name_sample(images)
     advice = "; logits= is a function that takes them out of it" if python and call.logits is None else ""
+    if advice and isinstance(output, Tensor) and output.dim() == 1:
+        advice = f". {TWO_CLASSES.format('stack')}"
     raise InputError(f"model {name!r} gives {description} for {count} {kind}s; expected are logits, {wanted}{advice}")
 
 

@@ -20,19 +20,19 @@ def draw_drift(frame: pd.DataFrame) -> Figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
         places = np.arange(len(frame))
         colours = [OUTSIDE if drift else INSIDE for drift in frame["drift"]]
-        low, high = 100 * frame["flagged_low"], 100 * frame["flagged_high"]
-        upper.fill_between(places, low, high, step="mid", color=INSIDE, alpha=0.15, label="chance")
-        upper.scatter(places, 100 * frame["flagged"], c=colours, s=14, zorder=3)
+        for axes, low, middle, high, label in (
+            (upper, 100 * frame["flagged_low"], 100 * frame["flagged"], 100 * frame["flagged_high"], "by chance"),
+            (
+                lower, frame["percentile_10"], frame["percentile_50"], frame["percentile_90"],
+                "10 % to 90 % of the images; a point is their median",
+            ),
+        ):  # fmt: skip
+            axes.bar(places, high - low, 0.8, low, color=INSIDE, alpha=0.15, label=label)
+            axes.scatter(places, middle, c=colours, s=14, zorder=3)
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
         upper.set(ylabel="flagged, %", ylim=(0, None))
-        upper.legend(loc="upper left")
-        lower.fill_between(
-            places, frame["percentile_10"], frame["percentile_90"], step="mid", color=INSIDE, alpha=0.15,
-            label="10 % to 90 % of the images",
-        )  # fmt: skip
         lower.axhline(50, color="#bbbbbb", linewidth=0.8, linestyle=":")
-        lower.scatter(places, frame["percentile_50"], c=colours, s=14, zorder=3)
-        lower.set(ylabel="percentile of id/val", ylim=(0, 100))
-        lower.legend(loc="lower left")
+        lower.set(ylabel="percentile of id/val", ylim=(0, 100), xlim=(-0.6, len(frame) - 0.4))
         shown = places[:: max(1, -(-len(places) // MAX_NAMES))]
         names = [escape_bytes(str(frame["group"].iloc[place])).rpartition("/")[2] for place in shown]
         lower.set_xticks(shown, names, rotation=30, ha="right")

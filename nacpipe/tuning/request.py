@@ -183,6 +183,20 @@ class SearchResult:
         subtrain, own = self.checks.subtrain_auroc, self.guide_subtrain
         return subtrain is not None and own is not None and subtrain < own - OVERFIT_POINTS
 
+    def _shown_checks(self) -> list[tuple[str, float]]:
+        checks = [("AUROC", self.checks.val_auroc), ("FPR@95", self.checks.val_fpr95)]
+        if (crossed := self.cross_validated) is not None:
+            checks += [("AUROC cross-validated", crossed.images)]
+        if (plain := self.best_plain) is not None:
+            checks += [(f"AUROC of {plain[0]}", plain[1])]
+        return checks
+
+    def __str__(self) -> str:
+        """Return the checks in percent, and how many terms have a weight after how many trials."""
+        checks = ", ".join(f"{name} {100 * value:.2f} %" for name, value in self._shown_checks())
+        terms = sum(layer.weight > 0 for layer in self.params.layers.values()) + (self.params.fused is not None)
+        return f"id/val: {checks}; {terms} term{'s' * (terms != 1)}, {self.trials} trials"
+
     def _repr_html_(self) -> str:
         """Return the result as a notebook shows it: the terms, and the checks in percent."""
         columns = ("bins", "saturation", "alpha", "weight", "source")
@@ -193,14 +207,8 @@ class SearchResult:
         ]  # fmt: skip
         if (fused := self.params.fused) is not None:
             rows.append((fused.method, "", "", "", f"{fused.weight:.4g}", ""))
-        checks = [("AUROC", self.checks.val_auroc), ("FPR@95", self.checks.val_fpr95)]
-        if (crossed := self.cross_validated) is not None:
-            checks += [("AUROC, cross-validated", crossed.images)]
-        if (plain := self.best_plain) is not None:
-            checks += [(f"AUROC of {plain[0]}", plain[1])]
-        return html_table(("term", *columns), rows) + html_table(
-            ("id/val", "%"), [(name, f"{100 * value:.2f}") for name, value in checks]
-        )
+        checks_shown = [(name, f"{100 * value:.2f}") for name, value in self._shown_checks()]
+        return html_table(("term", *columns), rows) + html_table(("id/val", "%"), checks_shown)
 
     def to_json(self) -> dict[str, Any]:
         """Return the `result` section of params.json."""

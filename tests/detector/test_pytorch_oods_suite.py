@@ -1,6 +1,6 @@
 """What pytorch-ood's own tests ask of every detector, asked of ours: their networks, loaders and statements, restated.
 
-Their tests/detectors (all of them through `fit`, call and `to`), tests/test_info.py and tests/test_hpo.py.
+Those of detectors, through `fit`, call and `to`, of their metadata and of hyperparameters.
 """
 
 from __future__ import annotations

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,10 +26,13 @@ from nacpipe.method.metrics import detect
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.networks.architectures.digits_cnn import DigitsCNN
 from nacpipe.networks.models import find_model
+from nacpipe.scoring.params_file import write_params
 
-onnxruntime = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-pytestmark = pytest.mark.usefixtures("one_thread")
+WITHOUT = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+pytestmark = [  # imported where they are used: every worker reads this file
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(bool(WITHOUT), reason=f"the extra onnx lacks {', '.join(WITHOUT)}"),
+]
 
 
 def activation(bins: int, saturation: int, alpha: float, weight: float = 1.0) -> LayerParams:
@@ -44,6 +49,8 @@ def batches(images: Tensor) -> DataLoader[tuple[Tensor, ...]]:
 
 
 def run(file: Path, **arguments: Tensor) -> dict[str, np.ndarray]:
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(file.read_bytes())
     outputs = [output.name for output in session.get_outputs()]
     return dict(zip(outputs, session.run(None, {k: v.numpy() for k, v in arguments.items()}), strict=True))
@@ -80,55 +87,70 @@ def packaged() -> DigitsCNN:
     return network
 
 
-@pytest.fixture(scope="module")
-def counted(packaged: DigitsCNN) -> Detector:
-    layers = {name: EVERY_KIND[name] for name in ("avgpool:activation", "layer2:activation:by_class")}
-    detector = Detector.fit(packaged, batches(digits("main_train", 600)), NacParams(layers=layers))
-    detector.calibrate(batches(digits("val", 300)))
-    return detector
+@dataclass(frozen=True)
+class Exports:
+    """What the command wrote: a detector without its network, and one file with both."""
+
+    detector: Detector
+    onnx: Path
+    printed: Result
 
 
 @pytest.fixture(scope="module")
-def written(counted: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("onnx") / "digits.onnx"
-    check = counted.to_onnx(file, digits("val", 80))
-    assert (check.samples, check.close >= 0.97) == (80, True)
-    assert [path.name for path in file.parent.iterdir()] == ["digits.onnx"]  # no second file of weights
-    return file
+def exports(packaged: DigitsCNN, digits_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    place = tmp_path_factory.mktemp("onnx")
+    layers = {
+        "avgpool:activation": activation(60, 20, 0.5),
+        "layer2:activation:by_class": activation(20, 7, 0.05),
+    }
+    write_params(place / "p.json", NacParams(layers=layers))
+    words = ["export", str(digits_cache), "--params", str(place / "p.json"), "--json", "--output"]
+    done = CliRunner().invoke(main, [*words, str(place / "d.safetensors")], prog_name="nacpipe")
+    assert done.exit_code == 0, done.stderr
+    (place / "out").mkdir()
+    file = place / "out/forward.detector.onnx"
+    done = CliRunner().invoke(main, [*words, str(file), "--format", "onnx"], prog_name="nacpipe")
+    assert done.exit_code == 0, done.stderr
+    assert [path.name for path in file.parent.iterdir()] == [file.name]  # no second file of weights
+    return Exports(Detector.load(place / "d.safetensors", packaged), file, done)
 
 
 @pytest.mark.parametrize("count", [1, 257])
-def test_onnxruntime_gives_the_detectors_scores(counted: Detector, written: Path, count: int) -> None:
+def test_onnxruntime_gives_the_detectors_scores(exports: Exports, count: int) -> None:
     images = digits("letters", count)
-    assert_alike(run(written, input=images), counted(images))
+    assert_alike(run(exports.onnx, input=images), exports.detector(images))
 
 
-def test_the_auroc_is_the_same(counted: Detector, written: Path) -> None:
+def test_the_auroc_is_the_same(exports: Exports) -> None:
     images, letters = digits("val", 500), digits("letters", 500)
-    ours = detect(counted(images).score.numpy(), counted(letters).score.numpy()).auroc
-    theirs = detect(run(written, input=images)["score"], run(written, input=letters)["score"]).auroc
+    ours = detect(exports.detector(images).score.numpy(), exports.detector(letters).score.numpy()).auroc
+    theirs = detect(run(exports.onnx, input=images)["score"], run(exports.onnx, input=letters)["score"]).auroc
     assert theirs == pytest.approx(ours, abs=0.0005)
     assert ours > 0.9
 
 
-def test_the_file_says_what_it_is_of(counted: Detector, written: Path) -> None:
-    session = onnxruntime.InferenceSession(written.read_bytes())
+def test_the_file_says_what_it_is_of(exports: Exports) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(exports.onnx.read_bytes())
     said = json.loads(session.get_modelmeta().custom_metadata_map["nacpipe_detector"])
-    assert said["threshold"] == counted.threshold
-    assert said["identity"]["weights"] == counted._exported.identity["weights"]  # type: ignore[union-attr]
+    assert said["threshold"] == exports.detector.threshold
+    assert said["identity"] == exports.detector.exported.identity
     assert [(one.name, one.shape[0]) for one in session.get_inputs()] == [("input", "batch")]
 
 
-def test_an_image_that_is_not_finite_has_no_score_and_is_flagged(written: Path) -> None:
+def test_an_image_that_is_not_finite_has_no_score_and_is_flagged(exports: Exports) -> None:
     images = digits("val", 3)
     images[1, 0, 4, 4] = torch.nan
-    found = run(written, input=images)
+    found = run(exports.onnx, input=images)
     assert np.isnan(found["score"]).tolist() == np.isnan(found["percentile"]).tolist() == [False, True, False]
     assert found["is_ood"][1]
 
 
-def test_a_program_of_torch_export(counted: Detector, tmp_path: Path) -> None:
-    check = counted.to_torch_export(tmp_path / "d.pt2", digits("val", 64))
+@pytest.mark.slow
+def test_a_program_of_torch_export(exports: Exports, tmp_path: Path) -> None:
+    counted = exports.detector
+    check = counted.to_torch_export(tmp_path / "d.pt2")
     assert check.close >= 0.97
     loaded = torch.export.load(tmp_path / "d.pt2").module()
     for count in (1, 257):
@@ -149,9 +171,10 @@ def test_a_term_with_a_backward_pass_is_refused(packaged: DigitsCNN, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_inputs_that_are_no_images_need_an_example(counted: Detector, tmp_path: Path) -> None:
+def test_inputs_that_are_no_images_need_an_example(tmp_path: Path) -> None:
+    torch.manual_seed(0)
     with pytest.raises(InputError, match="give a batch with example="):
-        counted.to_onnx(tmp_path / "d.onnx")
+        fit_rows(TwoInputs(), {"left": torch.randn(9, 4), "right": torch.randn(9, 2)}).to_onnx(tmp_path / "d.onnx")
 
 
 class LooksAtValues(nn.Module):
@@ -337,25 +360,18 @@ def test_rounding_is_that_of_the_bits(bits: int) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_export_writes_onnx_and_the_pages_program_runs_it(
-    digits_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_export_says_how_far_it_is_from_torch_and_the_pages_program_runs_the_file(
+    exports: Exports, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nacpipe.scoring.params_file import write_params
-
-    file = tmp_path / "forward.detector.onnx"
-    write_params(tmp_path / "p.json", NacParams(layers={"avgpool:activation": activation(24, 5, 0.4)}))
-    words = ["export", str(digits_cache), "--params", str(tmp_path / "p.json"), "--format", "onnx", "--json"]
-    done = CliRunner().invoke(main, [*words, "--output", str(file)], prog_name="nacpipe")
-    assert done.exit_code == 0, done.stderr
-    said = json.loads(done.stdout)
+    said = json.loads(exports.printed.stdout)
     assert said["format"] == "onnx"
     assert said["compared"]["samples"] == 64
     assert said["compared"]["close"] >= 0.97
-    assert "compared with torch on 64 random images" in done.stderr
+    assert "compared with torch on 64 random images" in exports.printed.stderr
     page = (Path(__file__).resolve().parents[2] / "docs/detector.md").read_text("utf-8")
     program = page.split("## Other runtimes")[1].split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {"images": digits("val", 5).numpy()}
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(exports.onnx.parent)
     exec(program, names)
     assert names["logits"].shape == (5, 10)
     np.testing.assert_array_equal(names["is_ood"], names["score"] < said["threshold"])

@@ -365,3 +365,23 @@ def test_two_ranks_one_killed_and_started_again(load_bench: Callable[[str], Modu
     assert len(alone) == 21
     assert pd.concat(map(read_part, find_parts([tmp_path / "one"]))).score.nunique() > 200
     assert module.check_two_ranks(bench, alone) == []
+
+
+@pytest.mark.slow
+def test_torchrun_starts_all_again_where_one_has_died(load_bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    module = load_bench("shards")
+    bench = module.make_bench(tmp_path / "bench", images=1500, shards=30)
+    bench.finish(bench.start(tmp_path / "one"))
+    out = tmp_path / "scores"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "--max-restarts", "1", *bench.command(out)[1:]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and len(list(out.glob("*.csv"))) < 4:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert process.wait() == 0
+    assert module.read_parts(out) == module.read_parts(tmp_path / "one")

@@ -33,7 +33,7 @@ SPLITS = "id/val,ood/val,ood/near/letters"
 OPTIONS = ["--splits", SPLITS, "--batch-size", "32", "--block-rows", "32", "--device", "cpu", "--workers", "1"]
 
 
-def extract_words(cache: Path) -> list[str]:
+def extract_words(cache: Path | str) -> list[str]:
     return ["-m", "nacpipe", "extract", "digits", "--cache", str(cache), *OPTIONS]
 
 
@@ -230,6 +230,30 @@ def test_a_program_alone_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert find_ranks() == Ranks()
     assert find_ranks(False) == Ranks()
+
+
+def test_a_rank_says_for_whom_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Barrier:
+        left = 3
+
+        def is_completed(self) -> bool:
+            self.left -= 1
+            return self.left == 0
+
+        def wait(self) -> None:
+            waited.append(self.left)
+
+    waited: list[int] = []
+    said: list[str] = []
+    monkeypatch.setattr("torch.distributed.barrier", lambda group, async_op: Barrier())
+    monkeypatch.setattr("nacpipe.extraction.distributed.NOTE_SECONDS", 0.0)
+    Ranks(1, 2).meet(said.append)
+    assert waited == [0]
+    assert said == [
+        "rank 1 of 2 waits for the others to call nacpipe.extract; distributed=False extracts in one process alone"
+    ]
+    Ranks().meet(said.append)
+    assert len(said) == 1
 
 
 @pytest.mark.slow

@@ -336,3 +336,44 @@ def test_functions_are_part_of_the_identity(tmp_path: Path, capfd: pytest.Captur
     assert capfd.readouterr().err == ""
     nacpipe.extract(network, splits, tmp_path / "y.zarr", logits=operator.itemgetter(1), layers=["hidden"])
     assert "the source of logits= is not at hand" in capfd.readouterr().err
+
+
+def test_a_network_that_ends_in_a_sigmoid_is_told_what_to_do(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    body, data = nn.Sequential(nn.Linear(5, 8), nn.ReLU()), TensorDataset(torch.randn(50, 5), torch.arange(50) % 2)
+    one, options = nn.Sequential(body, nn.Linear(8, 1)), {"layers": ["0"], "progress": False}
+    with pytest.raises(InputError, match=r"one number for each sample, .* give logits=lambda z: torch\.cat\(") as found:
+        nacpipe.extract(one, {"id/train": data}, tmp_path / "x.zarr", **options)
+    advice = str(found.value).split("logits=")[1].split(", which")[0]
+    cache = nacpipe.extract(one, {"id/train": data}, tmp_path / "x.zarr", logits=eval(advice), **options)
+    z = one(data.tensors[0]).detach()
+    np.testing.assert_allclose(cache["id/train"].read("logits"), torch.cat([0 * z, z], 1), rtol=1e-5, atol=1e-6)
+    flat = nn.Sequential(one, nn.Flatten(0))
+    with pytest.raises(InputError, match=r"gives \(4,\) for 4 .* give logits=lambda z: torch\.stack\(") as found:
+        nacpipe.extract(flat, {"id/train": data}, tmp_path / "y.zarr", layers=["0.0"], progress=False)
+    advice = str(found.value).split("logits=")[1].split(", which")[0]
+    assert torch.equal(eval(advice)(flat(data.tensors[0])), eval(advice.replace("stack", "cat"))(one(data.tensors[0])))
+    wrong = TensorDataset(data.tensors[0], data.tensors[1] + 1)
+    with pytest.raises(InputError, match=r"or the network, which has 2 classes$"):
+        nacpipe.extract(
+            two := nn.Sequential(body, nn.Linear(8, 2)), {"id/train": wrong}, tmp_path / "z.zarr", **options
+        )
+    known = r"the paths of network\.named_modules\(\): 0, 0\.0, 0\.1, 1$"
+    with pytest.raises(InputError, match=rf"layer '9' is not known for Sequential; known: {known}"):
+        nacpipe.extract(two, {"id/train": data}, tmp_path / "z.zarr", layers=["9"], progress=False)
+
+
+def test_more_training_samples_extract_id_train_alone(tmp_path: Path) -> None:
+    network, x, y = small()
+    splits = {"id/train": TensorDataset(x[:30], y[:30]), "id/val": TensorDataset(x, y)}
+    options: Any = {"layers": ["1"], "batch_size": 8}
+    before = nacpipe.extract(network, splits, tmp_path / "x.zarr", progress=False, **options)["id/val"].attributes
+    more, told = {**splits, "id/train": TensorDataset(x, y)}, list[str]()
+    with pytest.raises(IdentityError, match=r"id/train was made from other data: length.*redo=\['id/train'\]"):
+        nacpipe.extract(network, more, tmp_path / "x.zarr", progress=False, **options)
+    cache = nacpipe.extract(
+        network, more, tmp_path / "x.zarr", redo=["id/train"], progress=lambda split, _: told.append(split), **options
+    )
+    assert set(told) == {"id/train"}
+    assert cache["id/train"].rows == 50
+    assert cache["id/val"].attributes["digest"] == before["digest"]

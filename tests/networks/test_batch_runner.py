@@ -212,7 +212,7 @@ def test_auto_gives_each_rank_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_know_how_many_are_on_their_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, object] = {}
     store = torch.distributed.HashStore()
-    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url, timeout: iter([(store, 3, 4)]))
+    monkeypatch.setattr("nacpipe.extraction.distributed.rendezvous", lambda url, timeout: iter([(store, 3, 4)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda kind, **given: asked.update(given, kind=kind))
     for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)

@@ -47,6 +47,38 @@ def test_a_lambda_is_told_from_its_neighbours(tmp_path: Path) -> None:
 CLOSURE = "def make(part):\n    return lambda x: x[part]\n\n\nf = make({})\n"
 
 
+RECURSIVE = "def make():\n    def f(x):\n        return x if x < {} else f(x - 1)\n    return f\n\n\nf = make()\n"
+
+
+def test_functions_in_closures(tmp_path: Path) -> None:
+    """Their own text counts too; one that calls itself ends."""
+    assert described(tmp_path, RECURSIVE.format(1)) == described(tmp_path, RECURSIVE.format(1))
+    assert described(tmp_path, RECURSIVE.format(1)) != described(tmp_path, RECURSIVE.format(2))
+    inner = "def make():\n    g = lambda x: x[{}]\n    return lambda x: g(x)\n\n\nf = make()\n"
+    assert described(tmp_path, inner.format(0)) != described(tmp_path, inner.format(1))
+
+
+class Counting:
+    """Notes something while it is used."""
+
+    def __init__(self) -> None:
+        self.part, self._calls, self.seen = 0, 0, list[int]()
+
+    def __call__(self, output: Any) -> Any:
+        self._calls += 1
+        self.seen.append(self._calls)
+        return output[self.part]
+
+
+def test_what_changes_with_use_is_left_out() -> None:
+    function = Counting()
+    before = describe_function(function)
+    function([1])
+    assert describe_function(function) == before
+    function.part = 1
+    assert describe_function(function) != before
+
+
 def test_closures_partials_and_objects(tmp_path: Path) -> None:
     assert described(tmp_path, CLOSURE.format(0)) == described(tmp_path, CLOSURE.format(0))
     assert described(tmp_path, CLOSURE.format(0)) != described(tmp_path, CLOSURE.format(1))

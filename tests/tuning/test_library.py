@@ -79,6 +79,10 @@ def test_a_notebook_shows_tables(tuned: tuple[Path, SearchResult]) -> None:
     html = result._repr_html_()
     assert "<td>avgpool</td>" in html
     assert f"<td>{100 * result.checks.val_auroc:.2f}</td>" in html
+    assert str(result) == (
+        f"id/val: AUROC {100 * result.checks.val_auroc:.2f} %, FPR@95 {100 * result.checks.val_fpr95:.2f} %, AUROC of"
+        f" {result.guide} {100 * float(result.guide_val or 0):.2f} %; 1 term, {result.trials} trials"
+    )
     shown = nacpipe.open_cache(path)._repr_html_()
     assert "<tr><td>id/val</td><td>40</td><td>yes</td></tr>" in shown
     assert "<tr><td>layer1</td><td>layer1</td><td>sum-nchw</td><td>4</td></tr>" in shown
