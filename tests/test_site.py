@@ -58,7 +58,7 @@ def test_links_are_rewritten_for_the_site() -> None:
     expected = "[a](cache-format.md#marks) [b](search.md) [c](https://x.org/README.md) [d](#here)"
     assert pages.rewrite_links(links, "docs/trust.md") == expected
     assert pages.rewrite_links("[a](../../bench/README.md)", "docs/decisions/benchmarks.md") == "[a](../speeds.md)"
-    assert pages.rewrite_links("[`a`](../bench/trial.py) [b](../no/such)", "docs/trust.md") == "`a` [b](../no/such)"
+    assert pages.rewrite_links("[`a`](../bench/trial.py) [b](../no)", "docs/trust.md") == "`a` [b](../no)"
     assert pages.rewrite_links("[a](docs/search.md)", "CHANGELOG.md") == "[a](search.md)"
 
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from nacpipe.cli.evaluate import match_choices
 from nacpipe.cli.output import Address, note, params_option, split_names
-
-if TYPE_CHECKING:
-    from nacpipe.reporting.galleries import Gallery
-    from nacpipe.reporting.report import CacheReport
 
 
 @click.command()
@@ -74,7 +68,7 @@ def report(
         baselines,
         ctx.obj,
         note,
-        lambda report: _find_galleries(report, benchmark, data_root),
+        (benchmark, data_root),
     )
     made.save(output, figures)
     for path in (output, figures):
@@ -88,21 +82,3 @@ def report(
             raise ImageError(f"no mosaic was written: {made.galleries[0]}")
         draw_mistakes(shown).save(mosaic)
         note(f"wrote {mosaic}")
-
-
-def _find_galleries(report: CacheReport, benchmark: str | None, data_root: Path | None) -> Sequence[Gallery] | str:
-    """Return the images to show, or why there are none: the page is whole without them."""
-    from nacpipe.cli.image_lookup import open_split_images
-    from nacpipe.errors import NacError
-    from nacpipe.reporting.galleries import build_galleries
-
-    cache, scores = report.cache, report.run.methods["NAC"].scores
-    asked = {name: values for name, values in scores.items() if not name.startswith("csid/")}
-    try:
-        return build_galleries(
-            cache, asked, lambda split: open_split_images(cache, split, benchmark, data_root), report.val_scores
-        )
-    except NacError as error:
-        return error.one_line()
-    except ModuleNotFoundError as error:
-        return f"images need {error.name}; install it with: pip install 'nacpipe[extract]'"

@@ -6,12 +6,15 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from nacpipe.cache import Cache
+from nacpipe.errors import NacError
+from nacpipe.reporting.image_lookup import open_split_images
 from nacpipe.reporting.mosaic import draw_strips, fit_tile
 from nacpipe.text import label_set
 
@@ -55,8 +58,8 @@ class Gallery:
     def headings(self) -> tuple[str, str]:
         """Return what the two rows show."""
         if self.split.startswith("ood/"):
-            return "worst mistakes: taken for known", "recognised most clearly"
-        return "worst mistakes: taken for unknown", "most typical"
+            return "worst mistakes: scored highest", "recognised most clearly: scored lowest"
+        return "worst mistakes: scored lowest", "most typical: scored highest"
 
 
 def build_galleries(
@@ -105,3 +108,30 @@ def to_percentiles(
 ) -> Scores:  # (rows,), 0 … 100
     """Return the share of id/val, in percent, that scores no higher than each image."""
     return 100 * np.searchsorted(np.sort(reference), scores, side="right") / reference.size
+
+
+def find_galleries(
+    cache: Cache,
+    scores: Mapping[str, Scores],  # split → (rows,)
+    reference: Scores | None,  # (rows of id/val,)
+    benchmark: str | None = None,
+    data_root: Path | None = None,
+) -> Sequence[Gallery] | str:
+    """Return the images of every scored set but csid's, or why there are none: a page is whole without them.
+
+    Args:
+        cache: the cache.
+        scores: NAC's.
+        reference: NAC's scores of id/val.
+        benchmark: as `find_benchmark` takes it.
+        data_root: as `find_benchmark` takes it.
+    """
+    asked = {name: values for name, values in scores.items() if not name.startswith("csid/")}
+    try:
+        return build_galleries(
+            cache, asked, lambda split: open_split_images(cache, split, benchmark, data_root), reference
+        )
+    except NacError as error:
+        return error.one_line()
+    except ModuleNotFoundError as error:
+        return f"images need {error.name}; install it with: pip install 'nacpipe[extract]'"

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from nacpipe.reporting.galleries import Gallery
-    from nacpipe.reporting.report import CacheReport
 
 Params = NacParams | str | Path
 """Parameters, or a file of them; `published`: the paper's."""
@@ -299,7 +298,7 @@ def build_report(
     baselines: Sequence[str],
     command: str,
     note: Callable[[str], None] = lambda text: None,
-    find_galleries: Callable[[CacheReport], Sequence[Gallery] | str] = lambda report: "",
+    images: tuple[str | None, Path | None] = (None, None),
 ) -> Report:
     """Make the page of the command and of `report`; nothing is written.
 
@@ -309,9 +308,10 @@ def build_report(
         baselines: further methods.
         command: what makes this page.
         note: told where a parameter file was found on other states.
-        find_galleries: the images of a cache to show, or why there are none.
+        images: where they are, `image_lookup.find_benchmark`'s benchmark and data_root.
     """
     with _Extra():
+        from nacpipe.reporting.galleries import find_galleries
         from nacpipe.reporting.params_origin import ParamsOrigin
         from nacpipe.reporting.report import draw_cache_report, read_cache_report, render_report
     check_runs(caches)
@@ -325,7 +325,7 @@ def build_report(
         reports.append(read_cache_report(cache, _find(cache, choice, note), more=more, choice=path, study=origin))
     frame = tabulate([one.run for one in reports])
     drawn = [draw_cache_report(one) for one in reports]
-    galleries = [find_galleries(one) for one in reports]
+    galleries = [find_galleries(one.cache, one.run.methods["NAC"].scores, one.val_scores, *images) for one in reports]
     return Report(
         table=frame,
         checks={one.cache.path: one.overfitting for one in reports},

@@ -20,9 +20,9 @@ from nacpipe.benchmarks.synthetic import make_synthetic
 from nacpipe.cache import open_cache
 from nacpipe.cache.options import read_options
 from nacpipe.cli import main
-from nacpipe.cli.image_lookup import find_benchmark
 from nacpipe.method.metrics import detect
 from nacpipe.networks.models import find_model
+from nacpipe.reporting.image_lookup import find_benchmark
 from nacpipe.scoring.coverage import score_splits
 from nacpipe.scoring.params_file import read_params
 
