@@ -185,7 +185,8 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
         device = find_device(request.device, ranks.local, ranks.local_world)
         if ranks.local_world > 1 and request.device.startswith(("cuda:", "xpu:")):
             notes.append(
-                f"--device {request.device} is one GPU; each of the {ranks.local_world} processes here has its own"
+                f"--device {shlex.quote(request.device)} is one GPU; each of the {ranks.local_world} processes here has"
+                " its own"
             )
         network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
     notes += [f"images are prepared by {network.prepared_by}: {network.image_transform.describe()}", *network.notes]

@@ -126,7 +126,7 @@ class Taps:
         # An encoder's fast path passes nested tensors from layer to layer, which no pooling takes.
         nests = any(isinstance(module, nn.TransformerEncoder) for module in modules.values())
         known = attends and not nests and all(path in modules for path in paths)
-        self._starts_fast = known and bool(paths)
+        self._attends, self._starts_fast = attends, known and bool(paths)
         if self._starts_fast:
             self._handles += [modules[path].register_forward_hook(_end_fast_path) for path in paths]
         if classifier is not None:
@@ -161,7 +161,7 @@ class Taps:
             torch.set_grad_enabled(self._backward),
             precision,
             run_eagerly(),
-            _fast_path(self._starts_fast),
+            _fast_path(self._starts_fast) if self._attends else nullcontext(),
             _without_cudnn(self._recurrent and self._backward and device == "cuda"),
         ):
             logits = self._call.run(self.network, images)

@@ -90,18 +90,25 @@ def read_cache_report(
         ParamsError: a layer is not in the cache.
     """
     coverage = fit_coverage(cache, params)
+    scores = score_selection(cache, coverage)
     return CacheReport(
         cache=cache,
         run=score_cache(cache, coverage, more=more),
         params=params,
         coverage=coverage,
-        overfitting=check_overfitting(cache, coverage),
+        overfitting=check_overfitting(cache, scores),
         study=find_origin(cache, choice) if study is None else study,
-        val_scores=coverage.score(cache["id/val"]) if "id/val" in cache and cache.peek("id/val").sealed else None,
+        val_scores=scores.get("id/val"),
     )
 
 
-def check_overfitting(cache: Cache, coverage: Coverage) -> pd.DataFrame:
+def score_selection(cache: Cache, coverage: Coverage) -> dict[str, Scores]:
+    """Return NAC's scores of the finished splits that a search reads, (rows,) each."""
+    names = ("id/val", "ood/val", "id/subtrain")
+    return {name: coverage.score(cache[name]) for name in names if name in cache and cache.peek(name).sealed}
+
+
+def check_overfitting(cache: Cache, nac: Mapping[str, Scores]) -> pd.DataFrame:
     """Return a row for NAC and, where there are logits, one for the best plain score: how well they tell id/val from …
 
     The best plain score is the search's guide: the one with the highest AUROC of id/val against ood/val. There is none
@@ -109,10 +116,13 @@ def check_overfitting(cache: Cache, coverage: Coverage) -> pd.DataFrame:
 
     Columns: method, val_auroc and val_fpr95 (from ood/val), subtrain_auroc (from id/subtrain; 0.5 is the ideal).
     A split that the cache does not hold, or not finished, is NaN.
+
+    Args:
+        cache: the cache.
+        nac: NAC's scores of its finished splits, (rows,) each.
     """
-    names = ("id/val", "ood/val", "id/subtrain")
-    splits = {name: cache[name] for name in names if name in cache and cache.peek(name).sealed}
-    methods = {"NAC": {name: coverage.score(split) for name, split in splits.items()}}
+    splits = {name: cache[name] for name in nac}
+    methods = {"NAC": dict(nac)}
     if has_logits(cache) and {"id/val", "ood/val"} <= splits.keys():
         plain = {name: score_plainly(split.read("logits")) for name, split in splits.items()}
         inside, outside = plain["id/val"], plain["ood/val"]

@@ -25,7 +25,7 @@ from nacpipe.evaluation.tables import evaluate
 from nacpipe.method.outputs import OUTPUTS, as_logits, why_no_logits
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.plain_scores import energy, msp
-from nacpipe.reporting.report import check_overfitting
+from nacpipe.reporting.report import check_overfitting, score_selection
 from nacpipe.scoring.coverage import fit_coverage
 from nacpipe.scoring.params_file import write_params
 from nacpipe.scoring.states import check_layers, has_classes, has_logits, held_layers, outputs_of
@@ -96,7 +96,7 @@ def test_energy_is_no_yardstick(caches: Mapping[str, Cache], tmp_path: Path, out
     assert "id/val against ood/val: AUROC " in done.stdout
     result = json.loads((tmp_path / "p.json").read_text())["result"]
     assert (result["guide"], result["guide_val_auroc"], result["overfits"]) == (None, None, False)
-    assert list(check_overfitting(cache, fit_coverage(cache, PARAMS))["method"]) == ["NAC"]
+    assert list(check_overfitting(cache, score_selection(cache, fit_coverage(cache, PARAMS)))["method"]) == ["NAC"]
     write_params(tmp_path / "mine.json", PARAMS)
     done = CliRunner().invoke(main, ["evaluate", cache.path, "--params", str(tmp_path / "mine.json")])
     assert done.stderr == f"MaxLogit, Energy are left empty: {why_no_logits(outputs)}\n"

@@ -33,6 +33,7 @@ from nacpipe.reporting.report import (
     draw_cache_report,
     read_cache_report,
     render_report,
+    score_selection,
 )
 from nacpipe.scoring.coverage import fit_coverage
 from nacpipe.scoring.params_file import write_params
@@ -219,7 +220,9 @@ def test_foreign_names_are_text(make_cache: Callable[..., Cache], tmp_path: Path
 def test_the_overfitting_check_is_the_search_s(place: Path) -> None:
     search = Search(SearchRequest(cache=place / "s0.zarr", space="paper"), create=False)
     result = search.result("stopped")
-    found = check_overfitting(search.cache, fit_coverage(search.cache, result.params)).set_index("method")
+    found = check_overfitting(
+        search.cache, score_selection(search.cache, fit_coverage(search.cache, result.params))
+    ).set_index("method")
     checks = result.checks
     assert found.loc["NAC"].tolist() == [checks.val_auroc, checks.val_fpr95, checks.subtrain_auroc]
     guide = search.objective.guide
@@ -238,7 +241,7 @@ def test_the_overfitting_check_is_the_search_s(place: Path) -> None:
 
 def test_splits_that_are_not_there_are_no_number(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c.zarr", rows={"id/subtrain": 0})
-    found = check_overfitting(cache, fit_coverage(cache, PARAMS))
+    found = check_overfitting(cache, score_selection(cache, fit_coverage(cache, PARAMS)))
     assert found["subtrain_auroc"].isna().all()
     assert found["val_auroc"].notna().all()
 
