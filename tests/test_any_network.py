@@ -61,7 +61,7 @@ def restated(cache: nacpipe.Cache, params: nacpipe.NacParams, split: str) -> NDA
     return oracle.weighted_score(scores, weights)
 
 
-@pytest.mark.repeats(2)
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_from_a_network_to_a_verdict(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]()

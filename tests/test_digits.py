@@ -103,6 +103,7 @@ def test_ood_sets_have_no_class(name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
+@pytest.mark.repeats(3)
 def test_building_twice_gives_the_same_bytes(name: str) -> None:
     images, labels = load_set(name)
     again, labels_again = load_set.__wrapped__(name)
@@ -299,6 +300,7 @@ def test_packaged_weights_know_the_digits(network: DigitsCNN, digits_train: Modu
 
 
 @pytest.mark.parametrize("name", [name for name in OOD_COUNTS if name != "letters_val"])
+@pytest.mark.repeats(2)
 def test_known_methods_do_on_every_set_what_they_do_in_practice(network: DigitsCNN, name: str) -> None:
     """Each plain score tells every set from digits with an AUROC above 0.8: none is a straw man."""
     found = {}
@@ -332,6 +334,7 @@ def test_augmentation_moves_digits_but_keeps_background_and_ink(digits_train: Mo
     assert abs(ink / ink_before - 1) < 0.1
 
 
+@pytest.mark.slow
 def test_one_short_epoch_learns_and_repeats_itself(digits_train: ModuleType) -> None:
     images, labels = load_set("main_train")
     images, labels = images[:300], labels[:300]

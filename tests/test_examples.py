@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from nacpipe.cache import Cache
@@ -19,6 +20,7 @@ from nacpipe.scoring.params_file import write_params
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_evaluate(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c.zarr", rows={"csid/blurred": 25})
     layers = {

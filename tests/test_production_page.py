@@ -68,6 +68,7 @@ def run_script(place: Path, script: str, *args: str, **environment: str) -> subp
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_folder_every_night(place: Path) -> None:
     nightly = SCRIPTS[0]
     assert run_script(place, nightly, "nosuch").returncode == 1

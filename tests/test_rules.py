@@ -229,6 +229,7 @@ def python(code: str, *args: str, cwd: Path | None = None) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=cwd)
 
 
+@pytest.mark.slow
 def test_search_and_tables_run_without_torch(small_cache: Cache, tmp_path: Path) -> None:
     code = """
 import sys

@@ -189,6 +189,7 @@ def lose_attributes(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [damage_a_chunk, damage_labels, lose_attributes])
+@pytest.mark.repeats(1)
 def test_repair_takes_the_split_out_of_it(
     path: Path, whole: Cache, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +212,7 @@ def test_repair_takes_a_damaged_classifier_out_of_it(path: Path, whole: Cache) -
 
 
 @pytest.mark.parametrize("stale", [{}, {"id/val": {}}, None])
+@pytest.mark.repeats(1)
 def test_repair_renews_one_that_somebody_changed(path: Path, whole: Cache, stale: object) -> None:
     content = json.loads((path / "zarr.json").read_text())
     content["consolidated_metadata"]["metadata"] = stale

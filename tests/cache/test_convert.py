@@ -48,7 +48,7 @@ def bytes_of(folder: str | Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
 
 
-@pytest.mark.repeats(2)
+@pytest.mark.repeats(1)
 def test_every_value_is_copied_and_the_old_cache_is_as_it_was(old: Cache, tmp_path: Path) -> None:
     before = bytes_of(old.path)
     assert_copied(old, convert_cache(old.path, tmp_path / "new.zarr"))

@@ -100,7 +100,7 @@ def test_a_whole_cache_has_no_damage(path: Path) -> None:
     assert repair_cache(path) == []
 
 
-@pytest.mark.repeats(2)
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize(("whole", "position"), [(1, -1), (2, 0), (2, 30), (2, -1)], indirect=["whole"])
 def test_a_damaged_chunk_is_named_and_its_block_alone_is_computed_again(
     path: Path, whole: Cache, position: int
@@ -316,6 +316,7 @@ def test_a_mark_that_says_something_else_is_written_anew(path: Path, whole: Cach
 
 
 @pytest.mark.parametrize("what", ["digest", "images"])
+@pytest.mark.repeats(1)
 def test_attributes_that_can_be_read_but_were_not_sealed_cost_the_split(path: Path, whole: Cache, what: str) -> None:
     """Nothing says whether they changed or chunks were exchanged."""
     other = {"digest": "0" * 64, "images": {"list": "other.txt", "sha256": "1" * 64}}[what]
@@ -333,6 +334,7 @@ DROPPED_FOR_SEAL = (
 
 
 @pytest.mark.parametrize("whole", [1, 2], indirect=True)
+@pytest.mark.repeats(1)
 def test_a_split_with_exchanged_chunks_is_dropped(path: Path, whole: Cache) -> None:
     one, other = at(path, "id/val/logits/c.0.0"), at(path, "id/val/logits/c.1.0")
     content = one.read_bytes()
@@ -577,6 +579,7 @@ def test_a_repair_killed_at_any_change_can_be_run_again(
     ],
     ids=["changed", "lost", "an array lost"],
 )
+@pytest.mark.repeats(1)
 def test_the_classifier_is_written_again(path: Path, whole: Cache, damage: Callable[[Path], None], what: str) -> None:
     damage(path / "classifier")
     with pytest.raises(CacheError, match=what):

@@ -158,6 +158,7 @@ def test_a_damaged_chunk_is_a_sentence(path: Path, array: str) -> None:
 
 
 @pytest.mark.parametrize("array", ["logits", "features"])
+@pytest.mark.repeats(1)
 def test_no_number_is_a_sentence(make_cache: Callable[..., Cache], tmp_path: Path, array: str) -> None:
     cache = make_cache(tmp_path / "c.zarr", rows={"id/test": 0})
     source = cache["id/val"]

@@ -154,6 +154,7 @@ def test_it_is_not_written(url: str, here: Cache) -> None:
 
 
 @pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.repeats(1)
 def test_version_1_is_refused_with_the_command_that_converts_it(
     make_cache: Callable[..., Cache], tmp_path: Path, kind: type[Plain]
 ) -> None:
@@ -187,7 +188,7 @@ def test_a_cache_of_which_no_split_is_finished_is_refused_in_words(tmp_path: Pat
         open_cache(f"{address}/x.zarr")
 
 
-@pytest.mark.repeats(2)
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("damage", ["[]", '{"metadata": 3}', '{"metadata": {"id/val": []}}', '{"metadata": null}', "7"])
 def test_broken_consolidated_metadata_are_an_error_in_words(copy: tuple[Path, str], damage: str) -> None:
     path, url = copy
@@ -209,8 +210,8 @@ def test_what_is_not_there(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- verify -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.repeats(1)
 @pytest.mark.parametrize("url", SERVERS, indirect=True)
+@pytest.mark.slow
 def test_a_whole_cache_has_no_damage(url: str) -> None:
     there = open_cache(url)
     assert verify_cache(there) == []

@@ -170,7 +170,7 @@ USAGE = {
 }
 
 
-@pytest.mark.repeats(16)
+@pytest.mark.repeats(5)
 @pytest.mark.parametrize("line", [*WRONG, *USAGE])
 def test_wrong_input_is_one_line_and_changes_nothing(place: Path, line: str) -> None:
     code, message = (1, WRONG[line]) if line in WRONG else (2, USAGE[line])
@@ -249,6 +249,7 @@ def test_json_is_all_of_stdout(cache: str, tmp_path: Path) -> None:
     assert sum(row["count"] for row in layer["bins"]) == pytest.approx(60)
 
 
+@pytest.mark.slow
 def test_the_default_search_takes_every_term_and_is_cross_validated(cache: str, tmp_path: Path) -> None:
     printed = nacpipe("search", cache)
     assert printed.exit_code == 0, printed.output
@@ -279,7 +280,7 @@ def test_the_default_search_takes_every_term_and_is_cross_validated(cache: str, 
     assert nacpipe("evaluate", cache).exit_code == 0
 
 
-@pytest.mark.repeats(2)
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("storage", ["{}/s.log", "sqlite:///{}/s.db"])
 @pytest.mark.parametrize("option", ["--status", "--dry-run"])
 def test_looking_writes_nothing(cache: str, tmp_path: Path, option: str, storage: str) -> None:

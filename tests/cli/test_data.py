@@ -157,6 +157,7 @@ def test_download_prints_the_status_and_fails_where_files_are_missing(
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_imagenet_is_planned_from_its_lists_alone(tmp_path: Path) -> None:
     write_lists(tmp_path, "imagenet")
     args = ("extract", "imagenet", "--model", "resnet50", "--data-root", str(tmp_path), "--dry-run")

@@ -192,8 +192,8 @@ def test_a_network_of_your_own(place: Path, detector: Path, tmp_path: Path) -> N
     assert own.stdout == ours.stdout
 
 
-@pytest.mark.repeats(1)
 @pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.slow
 def test_the_next_line_runs_as_it_stands(place: Path, tmp_path: Path, checkpoint: bool) -> None:
     """But for the images."""
     (tmp_path / "my nets").mkdir()

@@ -87,6 +87,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_page_runs_as_it_stands(place: Path) -> None:
     lines = block("sh").splitlines()
     assert [line.split()[1] for line in lines] == ["data", "extract", "extract", "search", "evaluate"]

@@ -120,6 +120,7 @@ def test_an_extraction_with_closed_streams_does_what_it_does(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
+@pytest.mark.repeats(2)
 def test_exit_codes_stay(place: Path, redirect: str, args: list[str], code: int) -> None:
     """A closed stdout is not wanted, as one that goes to /dev/null is not: what goes there is dropped."""
     before = files_of(place)
@@ -156,6 +157,7 @@ def closed() -> io.StringIO:
 
 @pytest.mark.parametrize("make", [lambda: None, closed], ids=["None", "closed"])
 @pytest.mark.parametrize("names", [["stderr"], ["stdout"], ["stdout", "stderr"]], ids=" ".join)
+@pytest.mark.repeats(2)
 def test_a_host_without_streams(
     place: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any], names: list[str]
 ) -> None:
@@ -254,7 +256,7 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.repeats(5)
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_terminal_shows_every_command(studied: str, command: list[str]) -> None:
     args = [arg.format(studied) for arg in command]
@@ -324,6 +326,7 @@ def test_names_in_messages_are_shown_or_escaped(charset: str, tmp_path: Path) ->
     ],
     ids=str,
 )
+@pytest.mark.repeats(1)
 def test_a_real_terminal_of_another_encoding(place: Path, variables: dict[str, str]) -> None:
     os.rename(place / "c.zarr", place / os.fsdecode(b"caf\xc3\xa9 \xff.zarr"))
     for args in (["inspect", "id/val", "avgpool"], ["search", "--trials", "25"], ["search", "--explain"]):

@@ -309,6 +309,7 @@ def evaluate(net: nn.Module, postprocessor: Any, loaders: Any) -> float:
 
 
 @pytest.mark.parametrize("source", ["d.safetensors", "p.json"])
+@pytest.mark.repeats(1)
 def test_openood_from_end_to_end(cache: Cache, place: Path, network: nn.Module, source: str) -> None:
     def loader(split: str, size: int) -> list[dict[str, Tensor]]:
         return [{"data": x, "label": y} for x, y in batches(cache, split, size)]

@@ -144,8 +144,8 @@ def test_the_same_batches_give_the_caches_scores(digits: Case, method: FeatureSc
     assert found.is_ood[1] and torch.isnan(found.score).tolist() == [False, True, False]
 
 
-@pytest.mark.repeats(1)
 @pytest.mark.parametrize("method", FEATURE_SCORES)
+@pytest.mark.slow
 def test_a_detector_counted_from_batches_is_the_caches(digits: Case, method: FeatureScoreName) -> None:
     cache = open_cache(digits.cache.path)
     paths = {tap.name: tap.path for tap in digits.exported.taps}

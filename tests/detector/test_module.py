@@ -321,7 +321,7 @@ def view_params(cache: Cache, name: str) -> LayerParams:
     return LayerParams(bins=60, saturation=40, alpha=alpha, source=term.source)
 
 
-@pytest.mark.repeats(2)
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("term", VIEWS)
 def test_every_view_scores_as_the_cache_does(digits: Case, term: str, tmp_path: Path) -> None:
     params = NacParams(layers={term: view_params(digits.cache, term)})
@@ -447,6 +447,7 @@ def in_training(network: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("mode", ["grad", "no_grad", "inference_mode"])
+@pytest.mark.repeats(1)
 def test_a_network_in_training_gives_the_same_scores_and_is_left_alone(digits: Case, mode: str) -> None:
     network = in_training(digits.network())
     before = flags(network)

@@ -168,6 +168,7 @@ def coloured(rows: int, seed: int) -> TensorDataset:
 
 
 @pytest.mark.parametrize("kind", ["images", "vectors"])
+@pytest.mark.repeats(1)
 def test_outliers_score_higher(kind: str) -> None:
     if kind == "images":
         train_set, test_set = coloured(120, 1), coloured(30, 2)

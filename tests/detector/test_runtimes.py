@@ -116,6 +116,7 @@ def exports(packaged: DigitsCNN, digits_cache: Path, tmp_path_factory: pytest.Te
 
 
 @pytest.mark.parametrize("count", [1, 257])
+@pytest.mark.slow
 def test_onnxruntime_gives_the_detectors_scores(exports: Exports, count: int) -> None:
     images = digits("letters", count)
     assert_alike(run(exports.onnx, input=images), exports.detector(images))

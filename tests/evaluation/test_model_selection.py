@@ -225,8 +225,8 @@ def refuse_judges(first: Cache, second: Cache, message: str) -> None:
     assert list(found.columns) == ["checkpoint", "images", "area_avgpool", "area_layer1", "test_in"]
 
 
-@pytest.mark.repeats(1)
 @pytest.mark.parametrize("lacks", ["csid/b", "csid/b_out", "id/val"])
+@pytest.mark.slow
 def test_a_set_that_only_one_cache_has_judges_nothing(
     caches: list[Cache], make_cache: Callable[..., Cache], tmp_path: Path, lacks: str
 ) -> None:
@@ -239,8 +239,8 @@ def test_a_set_that_only_one_cache_has_judges_nothing(
     )
 
 
-@pytest.mark.repeats(1)
 @pytest.mark.parametrize("split", ["csid/a", "csid/a_out", "id/val"])
+@pytest.mark.slow
 def test_accuracies_of_other_images_are_not_compared(
     caches: list[Cache], make_cache: Callable[..., Cache], tmp_path: Path, split: str
 ) -> None:
@@ -362,6 +362,7 @@ def reopen(run: list[Cache]) -> list[Cache]:
     return [open_cache(cache.path) for cache in run]
 
 
+@pytest.mark.slow
 def test_none_is_chosen_where_none_classifies_an_image(run: list[Cache]) -> None:
     for cache in run:
         wrong_everywhere(cache, "id/train")

@@ -284,6 +284,7 @@ def test_tf32_is_noticed_where_a_networks_file_turns_it_on(turn: Callable[[bool]
 
 
 @pytest.mark.parametrize("more", [{}, {"channels_last": True}])
+@pytest.mark.repeats(1)
 def test_what_an_older_cache_does_not_say_is_not_compared(
     finished: Cache, request_: ExtractRequest, more: dict[str, Any]
 ) -> None:

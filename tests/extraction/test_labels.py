@@ -133,9 +133,9 @@ def wrong_cache(
     return make
 
 
-@pytest.mark.repeats(1)
 @pytest.mark.parametrize("split", ["id/val", "id/train"])
 @pytest.mark.parametrize("count", [1, 2])  # class 12 alone, and a −1 beside it
+@pytest.mark.slow
 def test_baselines_say_why_they_are_empty(
     wrong_cache: Callable[[dict[str, int]], Cache], split: str, count: int
 ) -> None:
@@ -169,8 +169,8 @@ def test_a_cache_with_right_labels_says_nothing(small_cache: Cache, tmp_path: Pa
     assert (done.exit_code, done.stderr) == (0, "")
 
 
-@pytest.mark.repeats(1)
 @pytest.mark.parametrize("split", ["csid/shifted", "id/val"])
+@pytest.mark.slow
 def test_rank_refuses_accuracies_of_wrong_labels(
     wrong_cache: Callable[[dict[str, int]], Cache], tmp_path: Path, split: str
 ) -> None:
@@ -187,6 +187,7 @@ def test_rank_refuses_accuracies_of_wrong_labels(
 
 
 @pytest.mark.parametrize(("split", "label"), [("id/train", 3), ("id/val", -1), ("csid/shifted", 12)])
+@pytest.mark.repeats(1)
 def test_a_training_loops_labels_are_refused_too(tmp_path: Path, split: str, label: int) -> None:
     images = torch.zeros(5, 3, 8, 8)
     right = [(images, torch.tensor([0, 1, 2, 0, 1]))]

@@ -46,7 +46,7 @@ def restate(kind: Kind, layer: str, sample: Any) -> tuple[Tensor, Tensor]:
     return pool(kept["output"].detach()), pool(gradient)
 
 
-@pytest.mark.repeats(3)
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_values_are_those_of_a_plain_restatement(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]()
@@ -67,6 +67,7 @@ def test_values_are_those_of_a_plain_restatement(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.repeats(2)
 def test_layers_are_chosen(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]()
     cache = extract(kind, tmp_path / "x.zarr")
@@ -79,6 +80,7 @@ class Crash(Exception):
 
 
 @pytest.mark.parametrize("name", ["wine", "recurrent"])  # all kinds, by SIGKILL: test_any_network.py
+@pytest.mark.repeats(1)
 def test_a_broken_extraction_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = KINDS[name]()
     whole = extract(kind, tmp_path / "whole.zarr")
@@ -269,6 +271,7 @@ def test_notes_and_a_bar_are_shown(tmp_path: Path, capfd: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(("name", "noted"), [("text", True), ("masked", False), ("wine", False)])
+@pytest.mark.repeats(1)
 def test_a_mask_that_is_not_named_is_noted(
     name: str, noted: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

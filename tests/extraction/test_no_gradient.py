@@ -200,6 +200,7 @@ class Probe(nn.Module):
         ([], [False, False, False]),  # a detector's file of an earlier version
     ],
 )
+@pytest.mark.repeats(4)
 def test_attention_is_fast_up_to_the_caches_first_layer(
     gradients: bool, of_cache: list[str] | None, fast: list[bool]
 ) -> None:

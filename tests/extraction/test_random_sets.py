@@ -175,6 +175,7 @@ def values(images: ImageSet, workers: int) -> list[int]:
 
 
 @pytest.mark.parametrize("generator", DRAWS)
+@pytest.mark.repeats(1)
 def test_random_images_and_labels_are_the_same_in_every_run(monkeypatch: pytest.MonkeyPatch, generator: str) -> None:
     monkeypatch.setattr(Unseeded, "draw", staticmethod(DRAWS[generator]))
     runs, labels = [], []

@@ -93,6 +93,7 @@ def test_the_same_command_after_a_crash_gives_the_same_values(
         assert split.attributes["digest"] == finished[name].attributes["digest"]
 
 
+@pytest.mark.slow
 def test_an_unfinished_cache_of_version_1_is_finished_as_version_1(
     finished: Cache, request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +173,7 @@ def test_more_training_images_extract_id_train_alone(
         Search(study)
 
 
+@pytest.mark.slow
 def test_the_command_says_that_id_train_is_extracted_anew(request_: ExtractRequest) -> None:
     small = replace(request_, train_images=10, splits=("id/train", "id/val"))
     extract(plan_extraction(small))
@@ -183,6 +185,7 @@ def test_the_command_says_that_id_train_is_extracted_anew(request_: ExtractReque
     assert states == {"id/train": "again", "id/val": "done"}
 
 
+@pytest.mark.slow
 def test_fewer_training_images_do_too_and_another_seed_asks_for_redo(finished: Cache, request_: ExtractRequest) -> None:
     both = replace(request_, splits=("id/train", "id/val"))
     extract(plan_extraction(both))
@@ -196,6 +199,7 @@ def test_fewer_training_images_do_too_and_another_seed_asks_for_redo(finished: C
     assert cache["id/val"].attributes["digest"] == finished["id/val"].attributes["digest"]
 
 
+@pytest.mark.slow
 def test_left_out_the_number_is_the_caches(request_: ExtractRequest) -> None:
     """States that took work are not dropped because an option is left out."""
     few = replace(request_, train_images=10, splits=("id/train", "id/val"))

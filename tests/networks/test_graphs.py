@@ -424,6 +424,7 @@ def test_aliases_can_be_named_too() -> None:
     assert measured.notes == ()
 
 
+@pytest.mark.slow
 def test_layers_shows_what_to_type(file: Path) -> None:
     done = CliRunner().invoke(main, ["layers", f"{file}:vgg11", "--benchmark", "cifar10"])
     assert done.exit_code == 0, done.output

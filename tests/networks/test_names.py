@@ -93,6 +93,7 @@ def test_layers_weights_and_transforms_get_one_too() -> None:
 @pytest.mark.parametrize(
     "layers", ["avgpool layer3 layer2", "avgpool,layer3,layer2", " avgpool, layer3\tlayer2,", "avgpool  layer3,layer2"]
 )
+@pytest.mark.repeats(1)
 def test_layers_may_be_separated_by_blanks(tmp_path: Path, layers: str) -> None:
     done = CliRunner().invoke(
         main, ["extract", "digits", "--cache", str(tmp_path / "c.zarr"), "--layers", layers, "--dry-run"]

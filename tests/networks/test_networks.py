@@ -241,6 +241,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return there
 
 
+@pytest.mark.slow
 def test_weights_by_name(server: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     state = torchvision.models.resnet18(weights=None).state_dict()
     url = "https://download.pytorch.org/models/resnet18-f37072fd.pth"

@@ -83,7 +83,7 @@ def draw_state(scheme: str) -> dict[str, Tensor]:
     return {**backbone, **own}
 
 
-@pytest.mark.repeats(3)
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("scheme", WRAPPERS)
 def test_openoods_checkpoints_load(tmp_path: Path, scheme: str) -> None:
     state = draw_state(scheme)
@@ -102,7 +102,7 @@ def test_every_scheme_has_its_keys_here() -> None:
     assert set(KEYS) == set(WRAPPERS)
 
 
-@pytest.mark.repeats(2)
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("scheme", WRAPPERS)
 def test_outputs_written_out(tmp_path: Path, scheme: str) -> None:
     """From the features and the checkpoint's numbers alone."""

@@ -135,6 +135,7 @@ def test_a_transform_can_be_chosen(published: Path, tmp_path: Path) -> None:
         assert (blank.transform, blank.prepared_by) == (expected, by)
 
 
+@pytest.mark.slow
 def test_the_plan_shows_the_transform(request_: ExtractRequest) -> None:
     text = "resize 32 (bilinear), crop 32, mean 0.4914 0.4822 0.4465, std 0.247 0.2435 0.2616"
     plan = plan_extraction(replace(request_, weights_transform="benchmark", splits=("ood/val",)))

@@ -103,7 +103,7 @@ WRAPS: list[Callable[[nn.Module], nn.Module]] = [
 ]
 
 
-@pytest.mark.repeats(2)
+@pytest.mark.repeats(1)
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_a_wrapped_network_is_scored_as_the_network(
     cache: Cache, detector_file: Path, tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]

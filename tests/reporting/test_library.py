@@ -117,6 +117,7 @@ def test_what_does_not_go_together_is_refused(small_cache: Cache, tmp_path: Path
         inspect(tmp_path / "none.zarr")
 
 
+@pytest.mark.slow
 def test_a_report_is_the_commands_page(small_cache: Cache, params_file: str, tmp_path: Path) -> None:
     made = nacpipe.report(small_cache, tmp_path / "page.html", params=params_file, figures=tmp_path / "figures")
     page = (tmp_path / "page.html").read_text("utf-8")

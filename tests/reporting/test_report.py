@@ -190,6 +190,7 @@ def test_training_runs(place: Path) -> None:
     assert (place / "two/run2-coverage-layer1.svg").exists()
 
 
+@pytest.mark.slow
 def test_parameters_that_no_study_here_found(place: Path) -> None:
     write_params(place / "bare.json", PARAMS)
     given = ["--params", f"{place}/bare.json", "--output", f"{place}/bare.html"]

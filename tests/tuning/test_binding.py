@@ -124,6 +124,7 @@ def test_an_unfinished_subtrain_is_said_to_be_left_out(cache: Cache) -> None:
 
 @pytest.mark.parametrize(("val", "changed"), [("ood/val", "ood/val"), ("ood/near/letters", "ood/near/letters"),
                                               ("ood/near/letters", "id/val"), ("id/test", "id/test")])  # fmt: skip
+@pytest.mark.repeats(2)
 def test_another_set_that_they_were_chosen_by_is_refused(cache: Cache, val: str, changed: str) -> None:
     search(cache, val=val)
     beside = cache.path.replace(".zarr", ".params.json")
@@ -181,6 +182,7 @@ def test_an_older_study_bound_to_id_subtrain_goes_on(cache: Cache, tmp_path: Pat
 
 @pytest.mark.parametrize("subtrain", [True, False])
 @pytest.mark.parametrize("val", ["ood/val", "ood/near/letters"])
+@pytest.mark.repeats(2)
 def test_older_parameters_are_taken(cache: Cache, tmp_path: Path, val: str, subtrain: bool) -> None:
     """They were bound to ood/val whatever --val was, and to id/subtrain where it was there."""
     found = search(cache, val=val)

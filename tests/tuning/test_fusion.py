@@ -65,6 +65,7 @@ def test_each_is_cross_validated_as_one_more_term(chosen: tuple[Search, SearchRe
         assert found[kind] == pytest.approx(cross_validate(scores, is_id, objective._plain, folds), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_with_another_choice(chosen: tuple[Search, SearchResult]) -> None:
     """The trials are the same; only the sum is made anew."""
     made, _ = chosen

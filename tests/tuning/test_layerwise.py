@@ -78,6 +78,7 @@ def whole() -> Whole:
     return run(LayerwiseRule(SPACE, 7, published=PUBLISHED), TRIALS)
 
 
+@pytest.mark.slow
 def test_going_on_after_any_trial_proposes_what_the_uninterrupted_one_proposes(whole: Whole) -> None:
     for told in range(TRIALS):
         fresh = LayerwiseRule(SPACE, 7, published=PUBLISHED)

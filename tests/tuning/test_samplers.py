@@ -359,6 +359,7 @@ def test_a_sampler_is_one_studys_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("stop", [0, 1, 23, 30, 59, 71])
+@pytest.mark.repeats(2)
 def test_another_process_goes_on_trial_for_trial(stop: int) -> None:
     """A new sampler learns from the study's trials what the first one knew."""
     objective = objective_with_values(RANGES)
