@@ -7,6 +7,7 @@ import os
 # Before numpy and torch are imported, here and in the processes that tests start: xdist's workers share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")  # extract sets it too late where a test trained a network before
+os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")  # to ask numba for its threads would set those of torch
 
 import asyncio
 import gc
