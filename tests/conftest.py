@@ -7,7 +7,6 @@ import os
 # Before numpy and torch are imported, here and in the processes that tests start: xdist's workers share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")  # extract sets it too late where a test trained a network before
-os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")  # to ask numba for its threads would set those of torch
 
 import asyncio
 import gc
@@ -211,6 +210,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def numba_threads() -> Iterator[None]:
+    """Numba's OpenMP threads, once they are asked for, are torch's number of threads too: it is set back."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 # --- a small cache ----------------------------------------------------------------------------------------------------

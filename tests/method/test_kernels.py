@@ -216,7 +216,7 @@ def test_threads_change_nothing(neurons: int) -> None:
     np.testing.assert_allclose(layer_score(results[0], neurons, 3), expected, rtol=1e-12)
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("threads", "numba_threads")
 def test_set_threads_takes_all_by_default_and_never_more() -> None:
     """It is a number of our own: numba's is the caller's."""
     numbas, most = numba.get_num_threads(), numba.config.NUMBA_NUM_THREADS
