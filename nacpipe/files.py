@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -46,7 +45,7 @@ def writing_whole(path: str | Path) -> Iterator[BinaryIO]:
     """
     target = Path(path)
     try:
-        draft = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+        draft = target.parent / f".{target.name}.{os.urandom(4).hex()}"
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), NEW_FILE)
         try:
             with os.fdopen(handle, "wb") as file:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import importlib.util
 import io
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -79,6 +76,9 @@ def doctor(no_test: bool, as_json: bool) -> None:
 
 
 def _versions() -> dict[str, str]:
+    import importlib.metadata
+    import platform
+
     facts = {
         "nacpipe": importlib.metadata.version("nacpipe"),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
@@ -113,6 +113,8 @@ def _devices() -> dict[str, str]:
 
 
 def _missing(extra: str) -> list[str]:
+    import importlib.util
+
     return [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
 
 
