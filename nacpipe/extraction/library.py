@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nacpipe.cache import Cache, open_cache
+from nacpipe.cache.identity import VAL
 from nacpipe.cache.layout import ALL_BITS, check_layer_names, check_split_name, is_split_path, split_order
 from nacpipe.cache.options import FROM_PYTHON
-from nacpipe.errors import InputError
+from nacpipe.errors import CacheError, InputError
 from nacpipe.extraction.distributed import Ranks, find_ranks
 from nacpipe.extraction.pipeline import choose_blocks
 from nacpipe.extraction.pipeline import extract as run_plan
 from nacpipe.extraction.plan import Plan, plan_splits
 from nacpipe.extraction.request import DataRequest, build_header, find_device, pin_arithmetic
 from nacpipe.extraction.samples import MapSamples, StreamSamples, open_samples
+from nacpipe.extraction.synthetic_samples import make_val
 from nacpipe.networks.build import adopt_module
 from nacpipe.networks.call import ATTENTION_MASK, Call, Mask, describe_input, move
 from nacpipe.networks.functions import describe_call
@@ -55,6 +57,7 @@ def extract(
     redo: Sequence[str] = (),
     fingerprint: str | Mapping[str, str] | None = None,
     name: str = "own",
+    synthetic_val: bool = True,
     distributed: bool | None = None,
     progress: bool | Callable[[str, int], None] = True,
 ) -> Cache:
@@ -91,6 +94,8 @@ def extract(
         fingerprint: text, or split → text, that stands for the data in the cache's identity; None: the class, length,
             labels and content of seeded samples, of an iterable the content of all.
         name: of the data, as the cache's identity has it.
+        synthetic_val: whether `ood/val` is made of id/val's samples (mixtures, shuffles, noise; of images of 8 bits
+            more kinds) where neither this call nor the cache has one: a search needs it.
         distributed: whether the processes of torchrun, or of torch's process group, write one cache together: then all
             of them call this. None: where there are several. An iterable is read by the first alone.
         progress: whether a bar and notes are shown on stderr; or a function that is called with a split and a number of
@@ -108,8 +113,10 @@ def extract(
     pin_arithmetic()
     call = Call(prepare=prepare, logits=logits, mask=mask)
     samples = _open_splits(splits, call, workers, fingerprint)
-    if unknown := [split for split in redo if split not in splits]:
-        raise InputError(f"redo names {unknown[0]!r}; the splits are {', '.join(splits)}")
+    made_notes = _add_val(samples, path, call) if synthetic_val else []
+    names = [one.name for one in samples]
+    if unknown := [split for split in redo if split not in names]:
+        raise InputError(f"redo names {unknown[0]!r}; the splits are {', '.join(names)}")
     request = DataRequest(
         cache=path,
         batch_size=_batch_size(splits) if batch_size is None else batch_size,
@@ -131,7 +138,7 @@ def extract(
         network.to(target)
         with isolated(network, target):
             plan = _plan(request, network, samples, call, layers, pooling or {}, name)
-            for text in plan.notes:
+            for text in (*made_notes, *plan.notes):
                 show.note(text)
             plan = choose_blocks(plan, ranks, show.note)
             with show.bar(plan):
@@ -188,6 +195,36 @@ def _open_splits(
         text = fingerprint.get(split) if isinstance(fingerprint, Mapping) else fingerprint
         samples.append(open_samples(split, splits[split], call, workers=workers, fingerprint=text))
     return samples
+
+
+def _add_val(samples: list[MapSamples | StreamSamples], path: str | Path, call: Call) -> list[str]:
+    """Add an `ood/val` that is made of id/val, where neither the call nor the cache has one; return what to say."""
+    by_name = {one.name: one for one in samples}
+    if VAL in by_name or "id/val" not in by_name:
+        return []
+    held = _held_val(path)
+    if held is not None and "synthetic" not in held:
+        return []
+    source = by_name["id/val"]
+    try:
+        if isinstance(source, StreamSamples):
+            raise InputError("id/val is an iterable, whose samples cannot be chosen")
+        made = make_val(source, call)
+    except InputError as error:
+        return [f"there is no {VAL}, which a search needs, and none can be made of id/val: {error}; give one"]
+    samples.append(made)
+    samples.sort(key=lambda one: split_order(one.name))
+    kinds = ", ".join(made.identity()["synthetic"]["kinds"])
+    return [f"there is no {VAL}; it is made of id/val's samples ({kinds}); synthetic_val=False leaves it out"]
+
+
+def _held_val(path: str | Path) -> Mapping[str, Any] | None:
+    """Return what the ood/val of a cache that is there was made from."""
+    try:
+        cache = open_cache(path)
+        return cache.peek(VAL).images if VAL in cache else None
+    except CacheError:  # there is none yet; what is wrong with one is said later
+        return None
 
 
 def _batch_size(splits: Mapping[str, Any]) -> int:

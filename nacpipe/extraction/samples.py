@@ -118,6 +118,7 @@ class MapSamples:
         collate: Callable[[list[Any]], Any] | None = None,
         workers: int = 0,
         fingerprint: str | None = None,
+        described: Mapping[str, Any] | None = None,
     ) -> None:
         """Look at a data set; its seeded samples are read.
 
@@ -128,6 +129,7 @@ class MapSamples:
             collate: a list of samples → a batch; None: torch's `default_collate`.
             workers: processes that read samples; 0: this one.
             fingerprint: text that stands for the data in the cache's identity, in place of samples' content.
+            described: further fields of the identity.
 
         Raises:
             InputError: it is empty, or a sample is another each time it is read.
@@ -143,6 +145,11 @@ class MapSamples:
         self.index: NDArray[np.int64] = np.arange(len(dataset))
         """(rows,)"""
         self._identity = {"list": self.source, "length": len(dataset), **self._content(fingerprint)}
+        self._identity |= described or {}
+
+    def of(self, name: str, dataset: Any, described: Mapping[str, Any]) -> MapSamples:
+        """Return another split's samples, which are read as these are."""
+        return MapSamples(name, dataset, self._call, collate=self._collate, workers=self._workers, described=described)
 
     def _content(self, fingerprint: str | None) -> dict[str, str]:
         rows = self.index.size
