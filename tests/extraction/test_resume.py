@@ -120,7 +120,7 @@ def test_an_unfinished_cache_of_version_1_is_finished_as_version_1(
 
 def test_blocks_that_are_done_are_not_run_again(request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     extract(plan_extraction(request_))
-    monkeypatch.setattr(extraction, "load_batches", lambda *_: pytest.fail("nothing was left to do"))
+    monkeypatch.setattr(extraction, "load_batches", lambda *_, **__: pytest.fail("nothing was left to do"))
     extract(plan_extraction(request_))
 
 
