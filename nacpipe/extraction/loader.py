@@ -13,6 +13,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -143,20 +145,22 @@ def _decode_apart(
     dataset: PixelBatches, batches: Sequence[Batch], workers: int, pin: bool
 ) -> Generator[Tensor | NacError, None, None]:
     """Decode in processes, which torch ends with this one."""
-    loader = DataLoader(
-        dataset,
-        sampler=batches,  # keys of the data set
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        pin_memory=pin,
-        prefetch_factor=AHEAD,
-        worker_init_fn=_end_quietly,
-        multiprocessing_context=_context(),
-        generator=torch.Generator().manual_seed(0),  # a seed is drawn even where nothing is
-    )
-    with _interrupts_later():
-        loaded = iter(loader)
+    with warnings.catch_warnings(), _interrupts_later():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, as asked
+        loaded = iter(
+            DataLoader(
+                dataset,
+                sampler=batches,  # keys of the data set
+                batch_size=None,
+                collate_fn=_as_it_is,
+                num_workers=workers,
+                pin_memory=pin,
+                prefetch_factor=AHEAD,
+                worker_init_fn=_end_quietly,
+                multiprocessing_context=_context(),
+                generator=torch.Generator().manual_seed(0),  # a seed is drawn even where nothing is
+            )
+        )
     try:
         yield from loaded
     except RuntimeError as error:
@@ -175,8 +179,17 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _end_quietly(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # this process ends them
+    """Let this decoding process end with the one that started it, and say nothing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     sys.excepthook = lambda *_: None  # of the thread that hands memory over to a process that is gone
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Wait for the parent's end. Torch watches the process that forked this one, which lives as long as its forks."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _context() -> Any:
