@@ -1,6 +1,6 @@
 """Peak memory of extraction: 10,000 images against 1,000, the same batch size.
 
-    python bench/memory.py [--small 1000] [--large 10000]
+    python bench/memory.py [--small 1000] [--large 10000] [--workers auto]
 
 Writes generated PNGs in OpenOOD's layout to a temporary folder (every image is listed as often as needed) and extracts
 them with a ResNet-20 of random weights, each size in a process of its own; peak memory is the operating system's.
@@ -22,13 +22,13 @@ from PIL import Image
 from nacpipe.networks.architectures.resnets import CifarResNet
 
 
-def peak_mib(root: Path, weights: Path, rows: int) -> float:
+def peak_mib(root: Path, weights: Path, rows: int, workers: str) -> float:
     (root / "benchmark_imglist/cifar10/val_cifar10.txt").write_text(
         "".join(f"{row % 100}.png {row % 10}\n" for row in range(rows))
     )
     command = [sys.executable, "-m", "nacpipe", "extract", "cifar10", "--model", "resnet20", "--device", "cpu"]
     command += ["--checkpoint", str(weights), "--data-root", str(root), "--splits", "id/val"]
-    command += ["--cache", str(root / f"{rows}.zarr")]
+    command += ["--cache", str(root / f"{rows}.zarr"), "--workers", workers]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     if status:
@@ -40,6 +40,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", type=int, default=1000)
     parser.add_argument("--large", type=int, default=10000)
+    parser.add_argument("--workers", default="auto", help="processes that decode, whose own memory is not counted")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -50,6 +51,6 @@ if __name__ == "__main__":
             pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / "images_classic" / f"{number}.png")
         torch.save(CifarResNet(3, 10).state_dict(), root / "weights.pth")
-        small, large = (peak_mib(root, root / "weights.pth", rows) for rows in (args.small, args.large))
+        small, large = (peak_mib(root, root / "weights.pth", rows, args.workers) for rows in (args.small, args.large))
         ratio = large / small
         print(f"peak memory: {args.small} images {small:.0f} MiB, {args.large} images {large:.0f} MiB: {ratio:.3f}")

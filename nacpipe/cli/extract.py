@@ -31,6 +31,21 @@ def _split_poolings(
     return tuple(poolings)
 
 
+class _Workers(click.ParamType):  # type: ignore[type-arg]
+    """`auto`, which is None, or a number."""
+
+    name = "auto|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        return None if value == "auto" else click.IntRange(0).convert(value, param, ctx)
+
+
+workers_option = click.option(
+    "--workers", type=_Workers(), default="auto", show_default=True, metavar="auto|N",
+    help="Processes that decode images, 0 for a thread; auto: the cores less two, 0 where images are few or small.",
+)  # fmt: skip
+
+
 def extract_options(command: Any) -> Any:
     """Add the options of an extraction to a command: `extract` and `run`."""
     options = [
@@ -64,8 +79,7 @@ def extract_options(command: Any) -> Any:
         click.option("--redo", callback=split_names, metavar="A,B",
                      help="Drop these finished splits and extract them again."),
         click.option("--allow-truncated", is_flag=True, help="Load truncated images as OpenOOD does."),
-        click.option("--workers", type=click.IntRange(0), default=2, show_default=True,
-                     help="Threads that decode images."),
+        workers_option,
         click.option("--autocast", default="none", show_default=True, metavar="none|bf16",
                      help="Run the network in this type; states change in the third digit."),
         click.option("--channels-last/--contiguous", default=None, help="Default: channels last on CUDA."),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nacpipe.cli.extract import workers_option
 from nacpipe.cli.output import note, output_options, percent, print_frame, print_json, print_table
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _SHOWN = {"auroc": "AUROC", "fpr95": "FPR@95"}
 @click.option("--mirror", metavar="URL", help="Fetch URL/NAME.zip instead of from Google Drive.")
 @click.option("--device", default="auto", show_default=True, help="cuda, mps, cpu, …")
 @click.option("--batch-size", type=int, default=128, show_default=True, help="Images at once.")
-@click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Threads that decode images.")
+@workers_option
 @click.option("--dry-run", is_flag=True, help="Print what is missing and how to get it, and stop.")
 @output_options
 def reproduce(
@@ -44,7 +45,7 @@ def reproduce(
     mirror: str | None,
     device: str,
     batch_size: int,
-    workers: int,
+    workers: int | None,
     dry_run: bool,
     output: str | None,
 ) -> None:

@@ -1,15 +1,14 @@
-"""Images of lists, class folders, torchvision's data sets and packaged sets, as deterministic batches.
+"""Images of lists, class folders, torchvision's data sets and packaged sets, one by one.
 
-Images are in the list's order; none is shuffled, dropped or repeated.
+Images are in the list's order; none is shuffled, dropped or repeated. loader.py makes batches of them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import functional as vision
 
 from nacpipe.benchmarks import digits
 from nacpipe.benchmarks.lists import OOD, ImageList, check_labels, read_list
@@ -41,7 +41,7 @@ class ImageSet:
     sha256: str
     """Digest of the list's bytes, of the packaged images, or of the labels of torchvision's data set."""
     open: Callable[[int], Image.Image]
-    """Position in the list → the decoded image."""
+    """Position in the list → the decoded image; can be sent to another process unless `one_thread` is set."""
     labels: NDArray[np.int64]
     """(list's rows,)"""
     index: NDArray[np.int64]
@@ -156,19 +156,7 @@ def _synthesise(base: ImageSet, split: Split, benchmark: Benchmark) -> ImageSet:
     """
     transform, side = benchmark.transform, benchmark.transform.resize
     synthesis = Synthesis(labels=base.labels, kinds=split.synthetic)
-    mode = _mode(transform)
-    resize, crop = _resize(transform), transforms.CenterCrop(side)
-
-    def load(row: int) -> NDArray[np.uint8]:
-        image = base.open(row).convert(mode)
-        return np.asarray(image if base.pre_resized else crop(resize(image)))
-
-    def open_one(row: int) -> Image.Image:
-        try:
-            return Image.fromarray(synthesis.make(row, load))
-        except InputError as error:
-            raise ImageError(f"{split.name}, from {base.where(row)}: {error}") from None
-
+    prepare = Pixels(replace(transform, crop=side), base.pre_resized)
     note = (
         f"{split.name}: made from the images of {base.name} (synthetic, version {synthesis.version}, seed"
         f" {synthesis.seed}): {', '.join(synthesis.kinds)}"
@@ -178,11 +166,30 @@ def _synthesise(base: ImageSet, split: Split, benchmark: Benchmark) -> ImageSet:
         base,
         name=split.name,
         source=f"synthetic, from {base.source}",
-        open=open_one,
+        open=_Synthetic(name=split.name, base=base, synthesis=synthesis, prepare=prepare),
         labels=np.full_like(base.labels, OOD),
         choice={**base.choice, "synthetic": choice},
         notes=(note,),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Synthetic:
+    """Opens the images that are made of a set's."""
+
+    name: str
+    base: ImageSet
+    synthesis: Synthesis
+    prepare: Pixels
+
+    def __call__(self, row: int) -> Image.Image:
+        try:
+            return Image.fromarray(self.synthesis.make(row, self._load))
+        except InputError as error:
+            raise ImageError(f"{self.name}, from {self.base.where(row)}: {error}") from None
+
+    def _load(self, row: int) -> NDArray[np.uint8]:
+        return np.asarray(self.prepare.image(self.base.open(row)))
 
 
 def _choose_training(images: ImageSet, benchmark: Benchmark, count: int, seed: int) -> ImageSet:
@@ -206,71 +213,66 @@ _Opener = Callable[[int], Image.Image]
 def _packaged(source: str) -> tuple[_Opener, NDArray[np.int64], str]:
     images, labels = digits.load_set(source)
     sha256 = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    return lambda row: Image.fromarray(images[row]), labels, sha256
+    return partial(_open_packaged, images), labels, sha256
+
+
+def _open_packaged(images: NDArray[np.uint8], row: int) -> Image.Image:
+    return Image.fromarray(images[row])
 
 
 def _opener(listed: ImageList, allow_truncated: bool) -> _Opener:
+    return partial(_open_listed, listed, allow_truncated)
+
+
+def _open_listed(listed: ImageList, allow_truncated: bool, row: int) -> Image.Image:
     hint = "; --allow-truncated loads it as OpenOOD does"
-    return lambda row: read_image(listed.file(row), listed.where(row), allow_truncated, hint)
+    return read_image(listed.file(row), listed.where(row), allow_truncated, hint)
+
+
+class Pixels:
+    """An image → its pixels: OpenOOD's test transform as far as it is Pillow's, resize and crop."""
+
+    def __init__(self, transform: Transform, pre_resized: bool = False) -> None:
+        """Store the transform.
+
+        Args:
+            transform: resize, crop, interpolation and the number of channels.
+            pre_resized: neither resize nor crop.
+        """
+        self._mode = "L" if len(transform.mean) == 1 else "RGB"  # Pillow's names
+        mode = transforms.InterpolationMode(transform.interpolation)
+        geometry = [transforms.Resize(transform.resize, interpolation=mode), transforms.CenterCrop(transform.crop)]
+        self._geometry = transforms.Compose([] if pre_resized else geometry)
+
+    def image(self, image: Image.Image) -> Image.Image:
+        """Return the image, converted, resized and cropped."""
+        return self._geometry(image.convert(self._mode))  # type: ignore[no-any-return]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return (channels, height, width) uint8."""
+        return vision.pil_to_tensor(self.image(image))  # type: ignore[no-any-return]
+
+
+class Normalise:
+    """Pixels → what a network gets, on a device: bit for bit torchvision's ToTensor and Normalize.
+
+    Three steps: folded constants and a product with 1/255 differ in the last bit. The divisors are tensors on the
+    device, because CUDA multiplies by the reciprocal of a number.
+    """
+
+    def __init__(self, transform: Transform, device: torch.device | None = None) -> None:
+        """Store the mean and the deviation of the channels on a device; None: the CPU."""
+        self._scale = torch.tensor([255.0], device=device)
+        self._mean, self._std = (
+            torch.tensor(values, device=device)[:, None, None] for values in (transform.mean, transform.std)
+        )
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return (…, channels, height, width) float32 of (…, channels, height, width) uint8."""
+        return pixels.to(torch.float32).div_(self._scale).sub_(self._mean).div_(self._std)
 
 
 def build_transform(transform: Transform, pre_resized: bool = False) -> Callable[[Image.Image], Tensor]:
     """Return image → (channels, crop, crop) float32: OpenOOD's test transform; pre-resized: no resize, no crop."""
-    mode = _mode(transform)
-    geometry = [_resize(transform), transforms.CenterCrop(transform.crop)]
-    steps = transforms.Compose(  # not transforms.v2, whose scaling to 0 … 1 differs in the last bit
-        [
-            *([] if pre_resized else geometry),
-            transforms.ToTensor(),
-            transforms.Normalize(transform.mean, transform.std),
-        ]
-    )
-    return lambda image: steps(image.convert(mode))
-
-
-def _mode(transform: Transform) -> str:
-    """Pillow's name for the transform's channels."""
-    return "L" if len(transform.mean) == 1 else "RGB"
-
-
-def _resize(transform: Transform) -> transforms.Resize:
-    return transforms.Resize(transform.resize, interpolation=transforms.InterpolationMode(transform.interpolation))
-
-
-def load_batches(
-    images: ImageSet,
-    batches: Sequence[range],  # positions in images.index
-    transform: Callable[[Image.Image], Tensor],
-    workers: int,
-    pin: bool = False,
-) -> Iterator[Tensor]:
-    """Yield one tensor (n, channels, height, width) per batch, in order, decoding ahead on `workers` threads.
-
-    If `images.one_thread` is set, one thread reads the batches in order, for any number of workers.
-
-    `pin` puts batches in page-locked memory, so that they are copied to a GPU while it computes.
-    """
-
-    def decode(batch: range) -> Tensor:
-        decoded = [transform(images.open(int(images.index[row]))) for row in batch]
-        if len({image.shape for image in decoded}) > 1:  # pre-resized sets alone
-            sizes = sorted({"×".join(str(side) for side in image.shape[:0:-1]) for image in decoded})
-            raise ImageError(f"{images.name} is pre_resized, but its images differ in size: {', '.join(sizes)}")
-        return torch.stack(decoded).pin_memory() if pin else torch.stack(decoded)
-
-    if workers == 0:
-        yield from map(decode, batches)
-        return
-    if images.one_thread:
-        workers = 1
-    waiting: deque[Future[Tensor]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for batch in batches:
-                waiting.append(pool.submit(decode, batch))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    pixels, normalise = Pixels(transform, pre_resized), Normalise(transform)
+    return lambda image: normalise(pixels(image))

@@ -1,6 +1,6 @@
 """Extraction: runs the batches of a plan and writes their blocks.
 
-    threads     decode ── decode ── decode ──▶    a few batches ahead
+    loader      decode ── decode ── decode ──▶    a few batches ahead, in processes or on a thread
     network              forward, backward ── forward, backward ──▶
     writers                                   block k ──────▶ block k + 2 ──▶
                                                  block k + 1 ──────▶ block k + 3 ──▶
@@ -17,21 +17,24 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from nacpipe.cache import CacheWriter, Header, open_cache
 from nacpipe.cache.layout import count_blocks
 from nacpipe.cache.lock import CacheLock
 from nacpipe.errors import CacheError, ValuesError
-from nacpipe.extraction.dataset import ImageSet, build_transform, load_batches
+from nacpipe.extraction.dataset import ImageSet, Normalise
 from nacpipe.extraction.distributed import Ranks, WrittenUnits
+from nacpipe.extraction.loader import choose_workers, load_batches
 from nacpipe.extraction.plan import Plan, SplitPlan
 from nacpipe.extraction.request import BLOCK_SECONDS, ExtractRequest, choose_block_rows
 from nacpipe.extraction.samples import MapSamples, StreamSamples
@@ -142,9 +145,14 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
                 writer.seal(name)
                 _note_accuracy(plan, name, note)
 
-    with plan.taps() as taps, ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as pool:
+    with (
+        closing(_load_images(plan, ranks)) as images,
+        plan.taps() as taps,
+        ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as pool,
+    ):
+        prepare = _preparation(plan)
         run = BatchRunner(
-            lambda images: to_arrays(taps(images), plan.header),
+            lambda arguments: to_arrays(taps(prepare(arguments)), plan.header),
             plan.network.device,
             note,
             python=plan.network.from_python,
@@ -157,7 +165,7 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
                         _run_stream(plan, split.images, run, progress, writer)
                         _note_accuracy(plan, split.images.name, note)
                 continue
-            for unit, arrays in _run_blocks(plan, split, ranks, run, progress):
+            for unit, arrays in _run_blocks(plan, split, images, ranks, run, progress):
                 if len(writing) == BLOCKS_IN_FLIGHT:
                     writing.popleft().result()
                 writing.append(pool.submit(write, split, unit, arrays))
@@ -235,12 +243,17 @@ def _accuracy(path: str | Path, classes: int, samples: str = "images", stated: f
 
 
 def _run_blocks(
-    plan: Plan, split: SplitPlan, ranks: Ranks, run: BatchRunner[Arrays], progress: Progress
+    plan: Plan,
+    split: SplitPlan,
+    images: Iterator[Tensor],
+    ranks: Ranks,
+    run: BatchRunner[Arrays],
+    progress: Progress,
 ) -> Iterator[tuple[int, Arrays]]:
     """Yield (first block, arrays) for every unit of this rank: a block, or a shard's blocks."""
     samples, units = split.images, [unit for of, unit in plan.work(ranks) if of is split]
     assert not isinstance(samples, StreamSamples)
-    loaded = _load(plan, samples, [batch for unit in units for batch in plan.batches(split, unit)])
+    loaded = _load(plan, samples, images, [batch for unit in units for batch in plan.batches(split, unit)])
     for unit in units:
         parts: list[Arrays] = []
         labels: list[NDArray[np.int64]] = []
@@ -260,19 +273,41 @@ def _known(samples: ImageSet | MapSamples) -> tuple[NDArray[np.int64] | None, ND
     return (samples.labels[samples.index] if isinstance(samples, ImageSet) else None), samples.index
 
 
-def _load(
-    plan: Plan, samples: ImageSet | MapSamples, batches: Sequence[range]
-) -> Iterator[tuple[Any, NDArray[np.int64]]]:
-    """Yield the network's arguments and the labels (n,) of every batch."""
-    pin = plan.network.device.type == "cuda"
-    if isinstance(samples, MapSamples):
-        yield from samples.load(batches, plan.header.classes, pin)
+def _preparation(plan: Plan) -> Callable[[Any], Any]:
+    """Return what is done on the device to the arguments that were loaded: images come as pixels."""
+    if isinstance(plan.request, ExtractRequest):
+        return Normalise(plan.network.image_transform, plan.network.device)
+    return lambda arguments: arguments
+
+
+def _load_images(plan: Plan, ranks: Ranks) -> Generator[Tensor, None, None]:
+    """Yield the pixels of this rank's batches of all splits of images, in order; nothing starts before the first."""
+    splits = [split for split in plan.splits if isinstance(split.images, ImageSet)]
+    sets = [split.images for split in splits if isinstance(split.images, ImageSet)]
+    batches = [
+        (place, batch)
+        for place, split in enumerate(splits)
+        for of, unit in plan.work(ranks)
+        if of is split
+        for batch in plan.batches(split, unit)
+    ]
+    if not (batches and isinstance(plan.request, ExtractRequest)):
         return
-    assert isinstance(plan.request, ExtractRequest)
-    transform = build_transform(plan.network.image_transform, samples.pre_resized)
-    loaded = load_batches(samples, batches, transform, plan.request.workers, pin=pin)
-    for batch, images in zip(batches, loaded, strict=True):
-        yield images, samples.labels[samples.index[batch.start : batch.stop]]
+    rows = [plan.todo_of(split, ranks) for split in splits]
+    transform = plan.network.image_transform
+    workers = choose_workers(plan.request.workers, sets, rows, transform.crop, ranks.local_world)
+    yield from load_batches(sets, batches, transform, workers, pin=plan.network.device.type == "cuda")
+
+
+def _load(
+    plan: Plan, samples: ImageSet | MapSamples, images: Iterator[Tensor], batches: Sequence[range]
+) -> Iterator[tuple[Any, NDArray[np.int64]]]:
+    """Yield the network's arguments and the labels (n,) of every batch; of images the pixels."""
+    if isinstance(samples, MapSamples):
+        yield from samples.load(batches, plan.header.classes, plan.network.device.type == "cuda")
+        return
+    for batch in batches:
+        yield next(images), samples.labels[samples.index[batch.start : batch.stop]]
 
 
 def _run_stream(

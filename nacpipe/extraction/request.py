@@ -107,8 +107,8 @@ class ExtractRequest(ExtractOptions, _Running):
     """Names; empty: every split whose list exists."""
     redo: tuple[str, ...] = ()
     """Finished splits to drop and extract again."""
-    workers: int = 2
-    """Threads that decode images."""
+    workers: int | None = None
+    """Processes that decode images; 0: a thread; None: as loader.py chooses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

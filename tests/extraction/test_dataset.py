@@ -17,7 +17,7 @@ from torchvision.transforms import functional as vision
 from nacpipe.benchmarks import digits
 from nacpipe.benchmarks.standard import Transform, find_benchmark
 from nacpipe.errors import ImageError, InputError
-from nacpipe.extraction.dataset import ImageSet, build_transform, load_batches, open_images
+from nacpipe.extraction.dataset import ImageSet, build_transform, open_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -213,13 +213,6 @@ def test_pre_resized_images_are_only_normalised(tmp_path: Path) -> None:
     expected = vision.normalize(vision.to_tensor(image), [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
     transform = build_transform(CIFAR10.transform, pre_resized=True)
     assert torch.equal(transform(image), expected)
-    write_image(tmp_path, "a.png", picture(0, (32, 40)))
-    write_image(tmp_path, "b.png", picture(1, (32, 41)))
-    write_list(tmp_path, "val_cifar10.txt", "a.png 0\nb.png 0\n")
-    batches = load_batches(open_val(tmp_path), [range(1), range(2)], transform, 0)
-    assert next(batches).shape == (1, 3, 40, 32)
-    with pytest.raises(ImageError, match=r"^id/val is pre_resized, but its images differ in size: 32×40, 32×41$"):
-        next(batches)
 
 
 def test_being_pre_resized_is_part_of_the_identity(tmp_path: Path) -> None:
@@ -241,30 +234,6 @@ def test_packaged_images_come_as_they_are() -> None:
     np.testing.assert_allclose(found[0].numpy(), expected, rtol=1e-5, atol=1e-6)
     assert (images.labels == labels).all()
     images.check(images.index)
-
-
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_batches_come_in_order_whatever_the_workers(tmp_path: Path, workers: int) -> None:
-    for i in range(11):
-        write_image(tmp_path, f"{i}.png", Image.new("RGB", (32, 32), (i, i, i)))
-    write_list(tmp_path, "val_cifar10.txt", "".join(f"{i}.png 0\n" for i in range(11)))
-    transform = build_transform(Transform(resize=32, crop=32, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255)))
-    batches = [range(3), range(3, 4), range(8, 11), range(4, 8)]
-    loaded = list(load_batches(open_val(tmp_path), batches, transform, workers))
-    found = [batch[:, 0, 0, 0].round().int().tolist() for batch in loaded]
-    assert found == [[0, 1, 2], [3], [8, 9, 10], [4, 5, 6, 7]]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_image_stops_the_batches_by_name(tmp_path: Path, workers: int) -> None:
-    write_image(tmp_path, "a.png", picture(0))
-    write_image(tmp_path, "b.png", b"no")
-    write_list(tmp_path, "val_cifar10.txt", "a.png 0\nb.png 0\n")
-    transform = build_transform(CIFAR10.transform)
-    batches = load_batches(open_val(tmp_path), [range(1), range(1, 2)], transform, workers)
-    assert torch.equal(next(batches), transform(picture(0))[None])
-    with pytest.raises(ImageError, match=r"^image cannot be read: .*b\.png \(line 2 of "):
-        next(batches)
 
 
 # --- hostile images ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,9 @@ from PIL import Image
 from nacpipe.benchmarks.standard import Benchmark, Split, Transform
 from nacpipe.detector.predict import Ready, score_images
 from nacpipe.errors import ImageError
-from nacpipe.extraction.dataset import ImageSet, build_transform, load_batches, open_images
+from nacpipe.extraction.dataset import ImageSet, Normalise, open_images
 from nacpipe.extraction.image_file import read_image, to_eight_bits
+from nacpipe.extraction.loader import load_batches
 from nacpipe.reporting.mosaic import GAP, SIDE, TEXT, draw_mosaic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -189,7 +191,8 @@ def test_extraction_sees_the_scaled_values(
 ) -> None:
     content, expected = KNOWN[kind]
     images = opened(split_of(place, tmp_path, content, monkeypatch), tmp_path)
-    (batch,) = load_batches(images, [range(1)], build_transform(AS_THEY_ARE, pre_resized=True), 2)
+    images = replace(images, pre_resized=True)
+    (batch,) = map(Normalise(AS_THEY_ARE), load_batches([images], [(0, range(1))], AS_THEY_ARE, 0))
     assert batch.round().int()[0].flatten(1).tolist() == [expected] * 3
 
 
@@ -207,7 +210,7 @@ def test_extraction_refuses_the_others_by_name(
         "class": "number 0 of torchvision's FakeData",
     }.get(place, file)
     with pytest.raises(ImageError, match=f"^image cannot be read: {where}: its values are {reason}; save it with 8"):
-        next(load_batches(images, [range(1)], build_transform(AS_THEY_ARE, pre_resized=True), 2))
+        next(load_batches([images], [(0, range(1))], AS_THEY_ARE, 0))
 
 
 def mean_as_score(images: torch.Tensor) -> SimpleNamespace:

@@ -21,7 +21,8 @@ from nacpipe.detector.fit import fit_detector
 from nacpipe.detector.module import attach
 from nacpipe.errors import CacheError, IdentityError, InputError, ParamsError
 from nacpipe.evaluation.inspection import compare_splits
-from nacpipe.extraction.dataset import build_transform, load_batches, open_images
+from nacpipe.extraction.dataset import Normalise, open_images
+from nacpipe.extraction.loader import load_batches
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
@@ -117,8 +118,8 @@ def test_a_detector_of_activations_scores_as_the_cache_without_a_backward_pass(
     root = Path(str(forward.data_root))
     images = open_images(benchmark, benchmark.split("id/val"), root, train_images=20, train_seed=1)
     assert images is not None
-    transform = build_transform(network.transform, images.pre_resized)
-    batches = load_batches(images, [range(cache["id/val"].rows)], transform, 0)
+    loaded = load_batches([images], [(0, range(cache["id/val"].rows))], network.transform, 0)
+    batches = map(Normalise(network.transform), loaded)
     found = detector(next(iter(batches))).score.numpy()
     np.testing.assert_allclose(found, score_splits(cache, params, ["id/val"])["id/val"], rtol=1e-6)
 

@@ -225,7 +225,7 @@ def test_cache_holds_what_taps_give_batch_by_batch(finished: Cache, root: Path, 
 
 
 @pytest.mark.repeats(1)
-@pytest.mark.parametrize(("batch_size", "workers"), [(5, 0), (40, 3)])
+@pytest.mark.parametrize(("batch_size", "workers"), [(5, 0), pytest.param(40, 3, marks=pytest.mark.slow)])
 def test_other_batch_sizes_and_workers_agree(
     finished: Cache, request_: ExtractRequest, batch_size: int, workers: int
 ) -> None:

@@ -18,7 +18,8 @@ from PIL import Image
 from nacpipe.benchmarks.standard import Benchmark, Split, Transform
 from nacpipe.cache import open_cache
 from nacpipe.errors import ImageError
-from nacpipe.extraction.dataset import ImageSet, build_transform, load_batches, open_images
+from nacpipe.extraction.dataset import ImageSet, open_images
+from nacpipe.extraction.loader import load_batches
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
@@ -166,12 +167,10 @@ def opened(
 
 def values(images: ImageSet, workers: int) -> list[int]:
     """The grey value of every image."""
-    transform = build_transform(Transform(resize=2, crop=2, mean=(0.0,), std=(1 / 255,)))
+    transform = Transform(resize=2, crop=2, mean=(0.0,), std=(1.0,))
     size = images.index.size
-    batches = [range(start, min(start + 3, size)) for start in range(0, size, 3)]
-    return [
-        int(value) for batch in load_batches(images, batches, transform, workers) for value in batch[:, 0, 0, 0].round()
-    ]
+    batches = [(0, range(start, min(start + 3, size))) for start in range(0, size, 3)]
+    return [int(value) for batch in load_batches([images], batches, transform, workers) for value in batch[:, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("generator", DRAWS)
@@ -214,8 +213,8 @@ def test_one_thread_reads_in_the_order_of_the_batches(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Watched, "threads", set())
     monkeypatch.setattr(Watched, "order", [])
     images = opened(Watched, monkeypatch)
-    transform = build_transform(Transform(resize=2, crop=2, mean=(0.0,), std=(1.0,)))
-    list(load_batches(images, [range(10, 13), range(9), range(30, 40)], transform, workers))
+    transform = Transform(resize=2, crop=2, mean=(0.0,), std=(1.0,))
+    list(load_batches([images], [(0, range(10, 13)), (0, range(9)), (0, range(30, 40))], transform, workers))
     assert (len(Watched.threads), Watched.order) == (1, [10, 11, 12, *range(9), *range(30, 40)])
 
 

@@ -119,9 +119,24 @@ def test_an_unfinished_cache_of_version_1_is_finished_as_version_1(
     assert crash.left == 5 - BLOCKS
 
 
+@pytest.mark.slow
+def test_a_run_with_processes_that_stops_goes_on(
+    finished: Cache, request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash = CrashAfter()
+    crash.left = 5
+    monkeypatch.setattr(CacheWriter, "write_block", crash.write_block)
+    request_ = replace(request_, workers=1)
+    with pytest.raises(Crash):
+        extract(plan_extraction(request_))
+    extract(plan_extraction(request_))
+    assert crash.left == 5 - BLOCKS  # each block was written once
+    assert_equal(open_cache(request_.cache), finished)
+
+
 def test_blocks_that_are_done_are_not_run_again(request_: ExtractRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     extract(plan_extraction(request_))
-    monkeypatch.setattr(extraction, "load_batches", lambda *_: pytest.fail("nothing was left to do"))
+    monkeypatch.setattr(extraction, "load_batches", lambda *_, **__: pytest.fail("nothing was left to do"))
     extract(plan_extraction(request_))
 
 
