@@ -4,7 +4,7 @@
     python bench/loading.py --small --images 10000 --against CHECKOUT
 
 JPEGs of 500 × 375 are made in a temporary folder and prepared to 224 × 224. A loader is timed after the first batch of
-each worker, since the second's is ready with the first's; what comes before the first batch, the start of the processes,
+each worker, since the second is ready with the first; what comes before the first batch, the start of the processes,
 is told apart. Bare: as many processes at once as workers, each decodes and transforms its share with Pillow and
 torchvision, timed from the moment that all are ready. With `--small` the images are PNGs of 32 × 32, and the whole
 extraction with a ResNet-20 of random weights is timed, with the workers that each version chooses. Sides run in turn; a
