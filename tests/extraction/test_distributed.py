@@ -30,7 +30,7 @@ from tests.prefork import python_words
 SPLITS = "id/val,ood/val,ood/near/letters"
 
 
-OPTIONS = ["--splits", SPLITS, "--batch-size", "32", "--block-rows", "32", "--device", "cpu", "--workers", "1"]
+OPTIONS = ["--splits", SPLITS, "--batch-size", "32", "--block-rows", "32", "--device", "cpu", "--workers", "0"]
 
 
 def extract_words(cache: Path | str) -> list[str]:
