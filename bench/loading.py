@@ -8,7 +8,7 @@ of each worker, since the second's is ready with the first's; what comes before 
 processes, is told apart. Bare: as many processes at once as workers, each decodes and transforms its share with
 Pillow and torchvision, timed from the moment that all are ready. With `--small` the images are PNGs of 32 × 32, and
 the whole extraction with a ResNet-20 of random weights is timed, with the workers that each version chooses. Sides
-run in turn; a ratio is the median of the rounds'. """
+run in turn; a ratio is the median of the rounds'."""
 
 from __future__ import annotations
 

@@ -169,7 +169,8 @@ def make_requests(**asked: Any) -> list[ExtractRequest]:
             {**asked, "checkpoint": file, "cache": _address(name_run(str(asked["cache"]), run))}
             for run, file in find_runs(checkpoint).items()
         ]
-    return [ExtractRequest(**{**run, "train_images": _train_images(run["train_images"], run["cache"])}) for run in runs]
+    counts = [_train_images(run.get("train_images"), run["cache"]) for run in runs]
+    return [ExtractRequest(**{**run, "train_images": count}) for run, count in zip(runs, counts, strict=True)]
 
 
 def _train_images(asked: int | None, cache: str | Path) -> int:
