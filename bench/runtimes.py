@@ -23,7 +23,8 @@ from nacpipe.cache import open_cache
 from nacpipe.cache.options import read_options
 from nacpipe.detector.export import export_detector
 from nacpipe.detector.predict import attach_network
-from nacpipe.extraction.dataset import build_transform, load_batches, open_images
+from nacpipe.extraction.dataset import Normalise, open_images
+from nacpipe.extraction.loader import load_batches
 from nacpipe.method.metrics import detect
 from nacpipe.scoring.params_file import find_params
 
@@ -62,9 +63,9 @@ def main() -> None:
         images = open_images(benchmark, benchmark.split(name), root, train_images=1, train_seed=1)
         assert images is not None
         rows = cache[name].rows
-        batches = [range(start, min(start + BATCH, rows)) for start in range(0, rows, BATCH)]
+        batches = [(0, range(start, min(start + BATCH, rows))) for start in range(0, rows, BATCH)]
         ours, theirs, first = [], [], None
-        for batch in load_batches(images, batches, build_transform(ready.transform, images.pre_resized), 2):
+        for batch in map(Normalise(ready.transform), load_batches([images], batches, ready.transform, 0)):
             first = batch if first is None else first
             ours.append(ready.detector(batch).score.numpy())
             theirs.append(run(batch))

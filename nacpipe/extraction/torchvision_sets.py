@@ -84,6 +84,7 @@ def open_vision(split: Split, root: Path, allow_truncated: bool = False) -> Visi
             image.load()
             return to_eight_bits(image)
         except Exception as error:
+            image.close()
             raise _cannot_read(split, row, error) from error
 
     return VisionSet(

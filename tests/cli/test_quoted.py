@@ -239,7 +239,12 @@ def test_data_and_layers_quote_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 # What is named and not to be pasted: an option with the value that it was given.
 NAMED = {"cli/evaluate.py: text", "tuning/study.py: request.sampler"}
-NAMED |= {"extraction/plan.py: request.block_rows", "tuning/study.py: fuse", "tuning/validation.py: method"}
+NAMED |= {
+    "extraction/loader.py: workers // 2",
+    "extraction/plan.py: request.block_rows",
+    "tuning/study.py: fuse",
+    "tuning/validation.py: method",
+}
 
 
 def interpolated(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:

@@ -27,7 +27,8 @@ from nacpipe.detector.file import Exported, write_detector
 from nacpipe.detector.module import Detected, Detector, Lookup, attach, load_detector
 from nacpipe.detector.values import round_bits
 from nacpipe.errors import DetectorError, InputError
-from nacpipe.extraction.dataset import build_transform, load_batches, open_images
+from nacpipe.extraction.dataset import Normalise, open_images
+from nacpipe.extraction.loader import load_batches
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
@@ -82,8 +83,10 @@ class Case:
             benchmark, benchmark.split(split), root, train_images=self.request.train_images, train_seed=1
         )
         assert found is not None
-        transform = build_transform(self.exported.transform)
-        return torch.cat(list(load_batches(found, [range(found.index.size)], transform, 0)))
+        transform = self.exported.transform
+        return torch.cat(
+            [*map(Normalise(transform), load_batches([found], [(0, range(found.index.size))], transform, 0))]
+        )
 
     def cached(self, split: str) -> NDArray[np.float64]:
         return nacpipe.score_splits(self.cache, self.params, [split])[split]
