@@ -163,11 +163,12 @@ def _decode_apart(
         )
     try:
         yield from loaded
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, OSError, EOFError) as error:  # the last two: a batch was on its way from the process
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ImageError(
-            f"a process that decodes images is gone ({str(error).splitlines()[0]}), mostly because memory or /dev/shm"
+            f"a process that decodes images is gone ({reason}), mostly because memory or /dev/shm"
             f" is full; the same command goes on; --workers {workers // 2} takes less"
         ) from None
     finally:

@@ -197,7 +197,7 @@ def test_processes_end_with_the_run(tmp_path: Path, event: str) -> None:
             assert (run.returncode, said) == (130, "")
         elif event == "worker killed":
             (line,) = last
-            assert line.startswith("a process that decodes images is gone (DataLoader worker (pid(s) ")
+            assert line.startswith("a process that decodes images is gone (")  # torch notices, or a batch is cut short
             assert line.endswith("; the same command goes on; --workers 1 takes less")
             assert run.returncode == 1
         else:
