@@ -183,18 +183,19 @@ def choose_layers(network: Network, *, more: int = 0, gradients: bool = True) ->
     default = {model.layers[name][0]: name for name in model.default}
     trunk, whole = _children("", layers), {}
     while True:
-        trunk = [path for path in trunk if not _gives_logits(outputs[path], outputs, model.classifier)]
-        stem, stages = _list_stages(trunk, layers, network.module)
+        logits = {path for path in trunk if _gives_logits(outputs[path], outputs, model.classifier)}
+        before = [path for path in trunk if path not in logits]
+        stem, stages = _list_stages(before, layers, network.module)
         ends = list(default)[::-1] or _distinct(network, [stage[-1] for stage in stages], layers)[-ENDS:]
         blocks = [[path for path in stage if _holds_modules(network.module, path)] for stage in stages]
-        chain = _next_chain(trunk, network.module, layers, of_blocks=len(ends) >= ENDS)
+        chain = _next_chain(trunk, logits, network.module, layers, of_blocks=len(ends) >= ENDS)
         if chain is None or (len(ends) >= ENDS and not more):
             break
         parts = _children(chain, layers)
         if type(network.module.get_submodule(chain)) is nn.Sequential and len({layers[p].shape for p in parts}) == 1:
             whole[parts[-1]] = chain  # the same output, under the stage's name
         trunk = sorted([path for path in trunk if path != chain] + parts, key=list(layers).index)
-    if not trunk:
+    if not before:
         advice = "choose some with layers=[…]" if network.from_python else "choose some with --layers A,B"
         raise InputError(f"{model.name} has no module that can be tapped; {advice}")
     inner = _share_out(blocks, {stage[-1] for stage in stages}, max(ENDS + more - len(ends), 0))
@@ -247,14 +248,20 @@ def _share_out(blocks: Sequence[list[str]], ends: Collection[str], count: int) -
 
 
 def _next_chain(
-    trunk: Sequence[str], network: nn.Module, layers: Mapping[str, Tappable], *, of_blocks: bool
+    trunk: Sequence[str],
+    logits: Collection[str],
+    network: nn.Module,
+    layers: Mapping[str, Tappable],
+    *,
+    of_blocks: bool,
 ) -> str | None:
     """Return the module to take apart next: the largest that holds most of the parameters, else the largest chain.
 
-    With `of_blocks`, only what holds blocks.
+    One of `logits` gives the logits, as a head or what wraps a whole network does: it is no layer itself, so that it is
+    taken apart for a single module too. With `of_blocks`, only what holds blocks.
     """
     sizes = {path: sum(p.numel() for p in network.get_submodule(path).parameters()) for path in trunk}
-    parts = [path for path in trunk if len(_children(path, layers)) > 1]
+    parts = [path for path in trunk if len(_children(path, layers)) > (path not in logits)]
     whole = [path for path in parts if 2 * sizes[path] > sum(p.numel() for p in network.parameters())]
     chains = [path for path in parts if type(network.get_submodule(path)) is nn.Sequential]
     if of_blocks:

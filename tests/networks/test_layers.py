@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -81,6 +82,39 @@ def test_ends_of_stages_and_blocks_inside_them(name: str) -> None:
     assert list(choose_layers(network)) == ends
     if more is not None:
         assert list(choose_layers(network, more=FORWARD_ONLY)) == more
+
+
+class Wrapper(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.inner = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        values: Tensor = self.inner(images)
+        return values
+
+
+@pytest.mark.parametrize("more", [0, FORWARD_ONLY])
+@pytest.mark.parametrize(
+    ("wrap", "prefix"),
+    [
+        (Wrapper, "inner."),
+        (lambda network: Wrapper(Wrapper(network)), "inner.inner."),
+        (lambda network: nn.Sequential(nn.BatchNorm2d(3), network), "1."),  # a normalisation in front
+    ],
+)
+def test_a_wrapped_network_has_the_layers_of_the_network(
+    wrap: Callable[[nn.Module], nn.Module], prefix: str, more: int
+) -> None:
+    """What wraps it gives the logits as its head does, and is taken apart."""
+    own = choose_layers(adopt(residual(3), 32), more=more)
+    assert list(choose_layers(adopt(wrap(residual(3)), 32), more=more)) == [prefix + path for path in own]
+
+
+def test_the_input_of_a_heads_last_layer_is_tapped() -> None:
+    head = nn.Sequential(nn.Linear(36, 20), nn.ReLU(), nn.Dropout(), nn.Linear(20, 3))
+    network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU()), nn.Flatten(), head)
+    assert list(choose_layers(adopt(network, 8))) == ["2.1", "1", "0"]
 
 
 def test_forward_passes_alone_tap_four_more_than_a_models_own() -> None:
