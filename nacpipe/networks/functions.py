@@ -1,17 +1,20 @@
 """What stands for a caller's functions in an identity: their source, whatever its layout and comments.
 
     lambda output: output[0]              the lambda alone, not its line
-    def take(output): …                   the definition, and the simple values of its closure
+    def take(output, part=PART): …        the definition, and the simple values of its closure and defaults
     functools.partial(take, part=1)       the function, and the arguments
-    an object with __call__               its class, and its simple values
+    an object with __call__               its class, and its simple values; of a module its weights too
+    taker.take                            the method, and the object's simple values that it names
     operator.itemgetter(0)                no source: its name, which a note says
 
-What a function calls is not compared.
+Simple values are numbers, texts, tensors and arrays, and tuples, lists and mappings of them. What a function calls is
+not compared, nor are global values.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -20,7 +23,13 @@ from collections.abc import Callable, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
+import numpy as np
+from torch import Tensor, nn
+
+from nacpipe.errors import InputError
 from nacpipe.networks.call import Call
+from nacpipe.networks.checkpoints import hash_network
+from nacpipe.networks.state_dicts import hash_weights
 
 _SIMPLE = (str, bytes, int, float, complex, bool, type(None))
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
@@ -62,16 +71,28 @@ def _text(function: Callable[..., Any]) -> tuple[str, bool]:
         text, from_source = _text(function.func)
         arguments = [*map(_value, function.args), *(f"{k}={_value(v)}" for k, v in sorted(function.keywords.items()))]
         return f"partial({', '.join([text, *arguments])})", from_source
-    function = inspect.unwrap(function)
+    with contextlib.suppress(ValueError):  # wrappers in a circle
+        function = inspect.unwrap(function)
     plain = getattr(function, "__func__", function)  # of a method
     code = getattr(plain, "__code__", None)
     texts = _find_code(code) if isinstance(code, CodeType) else _find_class(plain)
     if not texts:
         return _name(function), False
     if isinstance(code, CodeType):
-        for name, cell in zip(code.co_freevars, plain.__closure__ or (), strict=True):
-            texts.append(f"{name} = {_cell(cell)}")
+        texts += _find_values(plain, code)
+        if plain is not function:
+            own = _simple_values(function.__self__)  # type: ignore[attr-defined]
+            texts += [f"self.{name} = {_value(value)}" for name, value in own.items() if name in code.co_names]
     return "\n".join(texts), True
+
+
+def _find_values(function: Any, code: CodeType) -> list[str]:
+    """Return what a function holds beside its text: its closure, and the values of its defaults."""
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    texts = [f"{name} = {_cell(cell)}" for name, cell in cells]
+    if defaults := [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()]:
+        texts.append(f"defaults = {_value(defaults)}")
+    return texts
 
 
 def _find_code(code: CodeType) -> list[str]:
@@ -95,12 +116,21 @@ def _find_class(instance: object) -> list[str]:
         return []
     nodes = [node for node in _parse("".join(lines)) if isinstance(node, ast.ClassDef) and node.name == kind.__name__]
     texts = [ast.unparse(node) for node in nodes if start + 1 in (node.lineno, _first_line(node))]
-    values = {
-        name: value
-        for name, value in getattr(instance, "__dict__", {}).items()
-        if isinstance(value, _SIMPLE) and not name.startswith("_")  # others may change while it is used
-    }
-    return [*texts, _value(values)] if texts else []
+    weights = [f"weights = {_weights(instance)}"] if isinstance(instance, nn.Module) else []
+    return [*texts, _value(_simple_values(instance)), *weights] if texts else []
+
+
+def _simple_values(instance: object) -> dict[str, Any]:
+    """Return an object's public attributes that are numbers or texts; others may change while it is used."""
+    held = getattr(instance, "__dict__", {}).items()
+    return {name: value for name, value in held if isinstance(value, _SIMPLE) and not name.startswith("_")}
+
+
+def _weights(module: nn.Module) -> str:
+    try:
+        return hash_network(module)
+    except InputError:  # in a form that cannot be hashed
+        return "?"
 
 
 def _definitions(file: str) -> list[Any]:
@@ -143,6 +173,9 @@ def _value(value: Any) -> str:
         return f"[{', '.join(map(_value, value))}]"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{_value(k)}: {_value(v)}' for k, v in value.items())}}}"
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        with contextlib.suppress(InputError):  # objects, or no values
+            return hash_weights({"": value})
     if isinstance(code := getattr(value, "__code__", None), CodeType):
         return "\n".join(_find_code(code)) or _name(value)
     return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import operator
@@ -9,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from nacpipe.networks.call import Call
 from nacpipe.networks.functions import describe_call, describe_function
@@ -87,6 +91,48 @@ def test_closures_partials_and_objects(tmp_path: Path) -> None:
     assert described(tmp_path, partial.format(0)) != described(tmp_path, partial.format(1))
 
 
+def taking(part: Any) -> Callable[..., Any]:
+    return lambda output, part=part: output[part]
+
+
+def taking_by_name(part: Any) -> Callable[..., Any]:
+    def take(output: Any, *, part: Any = part) -> Any:
+        return output[part]
+
+    return take
+
+
+def holding(value: Any) -> Callable[..., Any]:
+    return lambda output: output @ value
+
+
+@pytest.mark.parametrize("make", [taking, taking_by_name, holding, lambda part: Take(part).named])
+def test_values_of_defaults_closures_and_methods_count(make: Callable[[Any], Callable[..., Any]]) -> None:
+    assert describe_function(make(0)) == describe_function(make(0))
+    assert describe_function(make(0)) != describe_function(make(1))
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_tensors_and_arrays_that_a_function_holds_count(kind: Callable[[list[int]], Any]) -> None:
+    assert describe_function(holding(kind([1, 2]))) == describe_function(holding(kind([1, 2])))
+    assert describe_function(holding(kind([1, 2]))) != describe_function(holding(kind([1, 3])))
+    odd = describe_function(holding(np.array([object()], object)))
+    assert odd == describe_function(holding(np.array([object()], object)))
+
+
+def test_a_module_counts_with_its_weights() -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(3, 2)
+    assert describe_function(copy.deepcopy(head)) == describe_function(head)
+    assert describe_function(nn.Linear(3, 2)) != describe_function(head)
+
+
+def test_wrappers_in_a_circle_are_described() -> None:
+    one, two = taking(0), taking(0)
+    one.__wrapped__, two.__wrapped__ = two, one  # type: ignore[attr-defined]
+    assert describe_function(one) == describe_function(taking(0))
+
+
 def first(output: Any) -> Any:
     return output[0]
 
@@ -100,6 +146,9 @@ class Take:
 
     def method(self, output: Any) -> Any:
         return output[1]
+
+    def named(self, output: Any) -> Any:
+        return output[self.part]
 
 
 def test_classes_methods_and_decorated_functions() -> None:
