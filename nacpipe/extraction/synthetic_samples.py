@@ -59,12 +59,15 @@ class SyntheticSamples:
 
         def load(of: int) -> NDArray[Any]:
             part = list(_leaves(self._input(of)))[place]
-            array = part.detach().cpu().numpy() if isinstance(part, Tensor) else np.asarray(part)
+            if isinstance(part, Tensor):
+                part = part.detach().cpu()
+                part = part.float() if part.dtype is torch.bfloat16 else part  # which numpy lacks
+            array = np.asarray(part)
             return np.moveaxis(array, 0, -1) if self._images and array.ndim == 3 else array
 
         made = self.synthesis.make(row, load)
         made = np.ascontiguousarray(np.moveaxis(made, -1, 0) if self._images and made.ndim == 3 else made)
-        return torch.from_numpy(made) if isinstance(own, Tensor) else made
+        return torch.from_numpy(made).to(own.dtype) if isinstance(own, Tensor) else made
 
 
 def make_val(samples: MapSamples, call: Call) -> MapSamples:
@@ -77,12 +80,20 @@ def make_val(samples: MapSamples, call: Call) -> MapSamples:
     if call.mask_of(samples.examples()) is not None:
         raise InputError("its samples are padded")
     labels = find_labels(dataset)
-    if labels is None:
-        labels = np.array([int(split_label(dataset[row])[1]) for row in range(len(dataset))], np.int64)
+    if labels is None or len(labels) != len(dataset):  # `labels` may be the classes'
+        labels = np.array([_label(dataset, row) for row in range(len(dataset))], np.int64)
     made = SyntheticSamples(dataset, labels)
     return samples.of(
         "ood/val", made, {"list": f"made of id/val, {samples.source}", "synthetic": made.synthesis.identity()}
     )
+
+
+def _label(dataset: Any, row: int) -> int:
+    label = split_label(dataset[row])[1]
+    try:
+        return int(label)
+    except (TypeError, ValueError, RuntimeError):  # none, or not a number: refused where id/val is read
+        raise InputError(f"sample {row} has no whole number as its label") from None
 
 
 def _is_image(part: Tensor | NDArray[Any]) -> bool:

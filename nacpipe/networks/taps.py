@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from nacpipe.cache import LayerSpec
 from nacpipe.errors import InputError
@@ -407,7 +408,11 @@ def frozen(network: nn.Module) -> Iterator[None]:
     """`freeze` a network during the `with` block; afterwards every flag has its former value.
 
     Wrapped modules inside it (torch.compile's, DataParallel's, scripted ones) are unwrapped during the block.
+
+    Raises:
+        InputError: a weight has no values yet.
     """
+    _check_values(network)
     training = [module for module in network.modules() if getattr(module, "training", False)]
     in_place = [module for module in network.modules() if getattr(module, "inplace", False) and not is_scripted(module)]
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -422,3 +427,14 @@ def frozen(network: nn.Module) -> Iterator[None]:
             module.inplace = True  # type: ignore[assignment]
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def _check_values(network: nn.Module) -> None:
+    """Refuse weights without values: of lazy modules, and on the meta device."""
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if is_lazy(tensor):
+            raise InputError(f"the network's weights {name!r} have no shape yet (of a lazy module); run a batch first")
+        if tensor.is_meta:
+            raise InputError(
+                f"the network's weights {name!r} have no values (they are on the meta device); load them first"
+            )

@@ -341,6 +341,25 @@ def test_functions_are_part_of_the_identity(tmp_path: Path, capfd: pytest.Captur
     assert "the source of logits= is not at hand" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (
+            lambda: nn.Linear(5, 3, device="meta"),
+            r"weights 'weight' have no values \(they are on the meta device\); load",
+        ),
+        (
+            lambda: nn.Sequential(nn.LazyLinear(3)),
+            r"weights '0.weight' have no shape yet \(of a lazy module\); run a batch",
+        ),
+    ],
+)
+def test_networks_without_values_are_refused(network: Callable[[], nn.Module], message: str, tmp_path: Path) -> None:
+    samples = TensorDataset(torch.zeros(6, 5), torch.arange(6) % 3)
+    with pytest.raises(InputError, match=message):
+        nacpipe.extract(network(), {"id/train": samples}, tmp_path / "x.zarr", progress=False)
+
+
 def test_a_network_that_ends_in_a_sigmoid_is_told_what_to_do(tmp_path: Path) -> None:
     torch.manual_seed(0)
     body, data = nn.Sequential(nn.Linear(5, 8), nn.ReLU()), TensorDataset(torch.randn(50, 5), torch.arange(50) % 2)

@@ -39,6 +39,13 @@ def test_images_of_8_bits_have_their_channels_first() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+def test_bfloat16_which_numpy_lacks() -> None:
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    made, wide = (SyntheticSamples([(row, 0) for row in rows], LABELS[:6]) for rows in (x, x.float()))
+    assert [made[row].dtype for row in range(6)] == [torch.bfloat16] * 6
+    assert all(torch.equal(made[row], wide[row].bfloat16()) for row in range(6))
+
+
 def test_every_tensor_of_an_input_is_changed_and_keeps_its_form() -> None:
     generator = torch.Generator().manual_seed(0)
     samples = [
@@ -112,3 +119,20 @@ def test_where_none_can_be_made_it_is_said(tmp_path: Path, capsys: pytest.Captur
     cache = nacpipe.extract(network(), splits, tmp_path / "c.zarr")
     assert list(cache) == ["id/train", "id/val"]
     assert "there is no ood/val, which a search needs, and none can be made of id/val: " in capsys.readouterr().err
+
+
+class Named(list[Any]):
+    """A data set whose `labels` are not its samples'."""
+
+    labels = torch.arange(3)
+
+
+def test_labels_are_one_for_each_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    samples = [(row, int(label)) for row, label in zip(x, LABELS, strict=True)]
+    splits = {"id/train": samples, "id/val": Named(samples)}
+    network = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    assert nacpipe.extract(network, splits, tmp_path / "x.zarr")["ood/val"].rows == 12
+    with pytest.raises(InputError, match=r"^id/val: samples have no label; give \(input, label\)"):
+        nacpipe.extract(network, {**splits, "id/val": list(x)}, tmp_path / "y.zarr")
+    assert "none can be made of id/val: sample 0 has no whole number as its label; give one" in capsys.readouterr().err
