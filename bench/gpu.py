@@ -558,6 +558,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     args = parser.parse_args()
+    if unknown := [part for part in args.only.split(",") if part not in PARTS]:
+        parser.error(f"part {unknown[0]!r} is not known; the parts are {', '.join(PARTS)}")
     began = time.monotonic()
     deadline = began + 60 * args.minutes
     device = torch.device(args.device)

@@ -167,9 +167,12 @@ def join_ranks() -> Ranks:
 
 
 def read_ranks() -> Ranks:
-    """Return this process's place among those that torchrun, or another launcher, started; they are not joined."""
+    """Return this process's place among those that torchrun, or another launcher, started; they are not joined.
+
+    A WORLD_SIZE without a RANK is left over from another program.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    if world == 1 or "RANK" not in os.environ:
         return Ranks()
     return Ranks(int(os.environ["RANK"]), world, *_local())
 

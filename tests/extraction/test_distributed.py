@@ -21,7 +21,7 @@ import torch
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cache.consolidated import copy_is_stale
 from nacpipe.errors import CacheError
-from nacpipe.extraction.distributed import Ranks, find_ranks
+from nacpipe.extraction.distributed import Ranks, find_ranks, join_ranks
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
@@ -230,6 +230,8 @@ def test_a_program_alone_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert find_ranks() == Ranks()
     assert find_ranks(False) == Ranks()
+    monkeypatch.delenv("RANK", raising=False)
+    assert join_ranks() == Ranks()
 
 
 def test_a_rank_says_for_whom_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
