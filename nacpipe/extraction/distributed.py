@@ -116,8 +116,14 @@ class Ranks:
 class WrittenUnits:
     """The number of written units of each split, over all ranks."""
 
-    def __init__(self, ranks: Ranks, cache: object) -> None:
-        self._store = None if ranks.store is None else PrefixStore(f"written/{cache}", ranks.store)
+    def __init__(self, ranks: Ranks, extraction: object) -> None:
+        """Begin to count.
+
+        Args:
+            ranks: this process among those that count.
+            extraction: the same for all of them, and for no other extraction of theirs: a store may outlive one.
+        """
+        self._store = None if ranks.store is None else PrefixStore(f"written/{extraction}", ranks.store)
         self._counts: Counter[str] = Counter()  # of a rank alone
         self._lock = threading.Lock()
 

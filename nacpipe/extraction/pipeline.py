@@ -13,6 +13,7 @@ The number is chosen once, from the time of a trial batch, and later read from t
 
 from __future__ import annotations
 
+import secrets
 import tempfile
 import threading
 import time
@@ -135,7 +136,8 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
     if not ranks.first:
         lock.share()
         writer = _open_writer(plan, ranks)
-    written, sealing = WrittenUnits(ranks, plan.request.cache), threading.Lock()
+    # A number and not the path, which may differ between machines, and which a run that failed has counted under.
+    written, sealing = WrittenUnits(ranks, ranks.agree(secrets.randbits(62))), threading.Lock()
 
     def write(split: SplitPlan, unit: int, arrays: Arrays) -> None:
         name = split.images.name
