@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from nacpipe.benchmarks.folders import SUFFIXES, is_hidden, walk_images
-from nacpipe.cache.objects import list_objects, open_object
+from nacpipe.cache.objects import READ_AHEAD, list_objects, open_object
 from nacpipe.errors import ImageError, InputError, MissingExtra
 from nacpipe.extraction.image_file import CANNOT_READ, read_content
 from nacpipe.files import is_url
@@ -76,7 +76,8 @@ class Shard:
         )
         if self.kind == "files":
             return "images"
-        return name if self.kind == "folder" else name.rsplit(".", 1)[0]
+        name = name if self.kind == "folder" else name.rsplit(".", 1)[0]
+        return name.lstrip(".") or "images"  # parts are no hidden files
 
     def check(self) -> None:
         """Refuse what is named and not there, which would be a part of no images; at a URL this is not looked at.
@@ -255,14 +256,15 @@ def _read_parquet(address: str, column: str | None) -> Iterator[EncodedImage | U
         raise MissingExtra(f"{address} needs pyarrow; install it with: pip install 'nacpipe[score]'") from None
     with _open(address) as file:
         try:
-            table = pyarrow.parquet.ParquetFile(file)
+            # Without the two it reads all images of a row group first, and many files are one row group.
+            table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=READ_AHEAD)
             chosen = _image_column(address, table.schema_arrow, column)
             row = 0
             for batch in table.iter_batches(ROWS_AT_ONCE, columns=[chosen]):
                 for value in batch.column(0).to_pylist():
                     yield _parquet_row(address, row, value)
                     row += 1
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: of names that are no UTF-8
             raise ImageError(f"{address} cannot be read as Parquet: {str(error).splitlines()[0][:200]}") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 from pathlib import Path
 
@@ -99,6 +100,45 @@ def test_parquet(tmp_path: Path, struct: bool) -> None:
     assert first.read() == DOT
     with pytest.raises(ImageError, match=r"has not a column 'label' of encoded images .* it has label, image"):
         list(shard.images("label"))
+
+
+def test_a_parquet_file_of_one_row_group_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    images = [np.random.default_rng(row).bytes(1 << 16) for row in range(500)]
+    table = pyarrow.table({"image": images})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False, write_batch_size=16)
+    sizes = []
+
+    class Counted(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes | None:
+            sizes.append(size or 0)
+            return super().read(size)
+
+    monkeypatch.setattr("nacpipe.detector.shards._open", Counted)
+    shard = read(tmp_path / "a.parquet")
+    assert [image.read() for image in shard.images() if isinstance(image, EncodedImage)] == images
+    assert len(sizes) > 4
+    assert max(sizes) <= 8 << 20  # of 32 MiB
+
+
+def test_a_parquet_file_with_a_name_that_is_no_text(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    ends = pyarrow.py_buffer(np.array([0, 2], np.int32))
+    path = pyarrow.StringArray.from_buffers(1, ends, pyarrow.py_buffer(b"\xff\xfe"))
+    struct = pyarrow.StructArray.from_arrays([pyarrow.array([DOT]), path], ["bytes", "path"])
+    pyarrow.parquet.write_table(pyarrow.table({"image": struct}), tmp_path / "a.parquet")
+    with pytest.raises(ImageError, match=r"a\.parquet cannot be read as Parquet: 'utf-8' codec"):
+        names(read(tmp_path / "a.parquet"))
+
+
+def test_a_part_of_a_hidden_folder_is_not_hidden(tmp_path: Path) -> None:
+    (tmp_path / ".incoming").mkdir()
+    assert read(tmp_path / ".incoming").stem == "incoming"
+    assert read(tmp_path / ".a.tar").stem == "a"
 
 
 def test_lists_folders_and_files(tmp_path: Path) -> None:
