@@ -168,10 +168,10 @@ def _print_rows(
 
 def _lists(images: Sequence[str | Path]) -> Iterator[list[Path]]:
     """The files and folders that are named, with lists in place of their names."""
-    from nacpipe.detector.shards import LIST, Shard
+    from nacpipe.detector.shards import find_shards
 
-    for image in map(Path, images):
-        yield Shard(address=str(image), kind="list").paths() if image.suffix == LIST and image.is_file() else [image]
+    for shard in (shard for image in images for shard in find_shards([image])):  # one by one, in their order
+        yield [Path(shard.address)] if shard.kind == "folder" else shard.paths()
 
 
 def _write_parts(

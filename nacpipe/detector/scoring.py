@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nacpipe.detector.file import Exported
-from nacpipe.detector.parts import Parts
+from nacpipe.detector.parts import Parts, read_part
 from nacpipe.detector.predict import Ready, score_stream
 from nacpipe.detector.shards import Shard, check_stems, find_shards
-from nacpipe.errors import CacheError, ImageError
+from nacpipe.errors import CacheError, ImageError, InputError
 from nacpipe.extraction.distributed import Ranks
+from nacpipe.text import escape_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,10 +58,10 @@ class ScoredShard:
 
 
 def plan_scoring(sources: Sequence[str | Path], parts: Parts, ranks: Ranks = Ranks()) -> ScorePlan:  # noqa: B008
-    """Return what to do; reads names and changes nothing.
+    """Return what to do; reads names, and the part of single image files, and changes nothing.
 
     Raises:
-        InputError: two shards would have one part.
+        InputError: two shards would have one part, or the part of single image files is of other files.
         ImageError: a file, list or shard on this machine is not there.
         CacheError: a server does not answer.
     """
@@ -69,12 +70,25 @@ def plan_scoring(sources: Sequence[str | Path], parts: Parts, ranks: Ranks = Ran
         shard.check()
     check_stems(shards)
     done = frozenset(parts.written())
+    for shard in shards:
+        if shard.kind == "files" and shard.stem in done:
+            _check_same_files(shard, parts.address(shard.stem))
     own = shards[ranks.rank :: ranks.world]
     return ScorePlan(
         shards=tuple(shards),
         done=frozenset(shard.stem for shard in shards if shard.stem in done),
         todo=tuple(shard for shard in own if shard.stem not in done),
     )
+
+
+def _check_same_files(shard: Shard, part: str) -> None:
+    """Refuse single files where a part of others has the name; of shards the name says which they are."""
+    scored = set(read_part(part)["image"])
+    if new := [path for path in shard.files if escape_bytes(str(path)) not in scored]:
+        raise InputError(
+            f"{part} is of other files, without {new[0]}; name another folder with --output, or name the files in a"
+            " list (.txt), whose part has its name"
+        )
 
 
 def score_shard(
@@ -162,7 +176,8 @@ def score(
     Raises:
         DetectorError: the detector takes no images.
         ImageError: without `output`, a shard cannot be read.
-        InputError: two shards would have one part, or the parts in `output` are of another detector.
+        InputError: two shards would have one part, or the parts in `output` are of another detector, of another format
+            or of other single files.
     """
     import pandas as pd
 
