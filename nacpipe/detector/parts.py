@@ -13,17 +13,18 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import SpooledTemporaryFile
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from nacpipe.cache.objects import list_objects, open_object, read_object, write_object
-from nacpipe.errors import CacheError, InputError, MissingExtra
-from nacpipe.files import is_url, write_whole, writing_whole
+from nacpipe.errors import InputError, MissingExtra
+from nacpipe.files import is_url, lock_handle, write_whole, writing_whole
 from nacpipe.text import escape_bytes
 
 if TYPE_CHECKING:
@@ -134,17 +135,23 @@ class Parts:
                 write_object(self.address(stem), file.read())
             return
         for draft in Path(self.folder).glob(f".{_literal(stem)}.{self.kind}.*"):  # of a process that was killed
-            draft.unlink(missing_ok=True)
+            with suppress(OSError), open(draft, "rb") as left:  # one that writes now holds a lock
+                if sys.platform != "win32":  # where no open file can be removed
+                    lock_handle(left.fileno(), wait=False)
+                draft.unlink(missing_ok=True)
         with writing_whole(self.address(stem)) as file:
+            if sys.platform != "win32":
+                with suppress(OSError):
+                    lock_handle(file.fileno(), wait=False)
             writer = _WRITERS[self.kind](file)
             yield writer
             writer.close()
 
     def claim(self, description: Mapping[str, Any]) -> None:
-        """Make the folder, and refuse one with parts of another detector.
+        """Make the folder, and refuse one with parts of another detector or in another format.
 
         Raises:
-            InputError: the folder cannot be made, or another detector's parts are in it.
+            InputError: the folder cannot be made, or such parts are in it.
         """
         here = _join(self.folder, DESCRIPTION)
         if not is_url(self.folder):
@@ -153,7 +160,7 @@ class Parts:
             except OSError as error:
                 raise InputError(f"{self.folder} cannot be made: {error.strerror or error}") from None
         if (content := _read(here)) is None:
-            _write(here, json.dumps(description, indent=2).encode())
+            _write(here, json.dumps({**description, "format": self.kind}, indent=2).encode())
             return
         try:
             found = json.loads(content)
@@ -162,6 +169,11 @@ class Parts:
         if not isinstance(found, dict) or found.get("sha256") != description["sha256"]:
             raise InputError(
                 f"{self.folder} holds parts of another detector ({here} differs); name another folder with --output"
+            )
+        if (kind := found.get("format", self.kind)) != self.kind:  # `watch` would count images twice
+            raise InputError(
+                f"{self.folder} holds parts in the format {kind}; go on with --format {kind}, or name another folder"
+                " with --output"
             )
 
 
@@ -194,8 +206,8 @@ def _write(address: str, content: bytes) -> None:
 def csv_line(values: Iterator[Any] | tuple[Any, ...] | list[Any]) -> str:
     """Return a line of CSV; None is an empty cell."""
     line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow("" if value is None else value for value in values)
-    return line.getvalue()
+    csv.writer(line).writerow("" if value is None else value for value in values)  # its end has \r: both are quoted
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _values(row: ScoredImage) -> dict[str, Any]:
@@ -291,21 +303,22 @@ def find_parts(addresses: list[str | Path]) -> list[str]:
     endings = tuple(f".{kind}" for kind in KINDS)
     found: list[str] = []
     for address in map(str, addresses):
-        if address.endswith(endings) and not Path(address).is_dir():
-            found.append(address)
-            continue
         if is_url(address):
-            inside = list_objects(address)
+            inside = [address] if address.endswith(endings) else list_objects(address)
+        elif (path := Path(address)).is_dir():
+            inside = sorted(str(one) for one in path.iterdir() if not one.name.startswith("."))
+        elif path.exists():
+            inside = [address]
         else:
-            folder = Path(address)
-            if not folder.is_dir():
-                raise InputError(f"there are no scores at {address}; make some with: nacpipe score … --output FOLDER")
-            inside = sorted(str(path) for path in folder.iterdir() if not path.name.startswith("."))
-        parts = [one for one in inside if one.endswith(endings) and not one.endswith(f"/{DESCRIPTION}")]
+            raise InputError(f"there are no scores at {address}; make some with: nacpipe score … --output FOLDER")
+        parts = [one for one in inside if one.endswith(endings)]
         if not parts:
             raise InputError(f"there is no part in {address}; known endings: {', '.join(endings)}")
-        found += parts
-    return found
+        found += [one for one in parts if PurePath(one).name != DESCRIPTION]
+    if not found:
+        named = ", ".join(map(str, addresses))
+        raise InputError(f"there is no part in {named} yet; make some with: nacpipe score … --output FOLDER")
+    return list(dict.fromkeys(found))  # once, however often it is named
 
 
 def read_part(address: str) -> pd.DataFrame:
@@ -322,12 +335,17 @@ def read_part(address: str) -> pd.DataFrame:
                 _import_pyarrow()
                 frame = pd.read_parquet(io.BytesIO(file.read()))
             elif address.endswith(".json"):
-                frame = pd.DataFrame(json.loads(file.read()), columns=list(COLUMNS))
+                if not isinstance(rows := json.loads(file.read()), list):
+                    raise ValueError("it is no list of rows")
+                frame = pd.DataFrame(rows, columns=list(COLUMNS))
             else:
                 text = dict.fromkeys(("image", "error", "time", "is_ood"), str)
                 frame = pd.read_csv(file, dtype=text, keep_default_na=False, na_values=[""])
-                if "is_ood" in frame:
-                    frame["is_ood"] = frame["is_ood"].map({"True": True, "False": False})
+                if "is_ood" in frame:  # spreadsheets write TRUE
+                    written = frame["is_ood"]
+                    frame["is_ood"] = written.str.capitalize().map({"True": True, "False": False})
+                    if (unknown := written[written.notna() & frame["is_ood"].isna()]).size:
+                        raise ValueError(f"is_ood is {unknown.iloc[0]!r}; known: True, False")
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{address} cannot be read as scores: {str(error).splitlines()[0][:200]}") from None
     if lacking := [name for name in ("score", "percentile", "is_ood") if name not in frame]:
@@ -336,9 +354,13 @@ def read_part(address: str) -> pd.DataFrame:
 
 
 def read_description(address: str) -> dict[str, Any] | None:
-    """Return what the parts beside this one were scored with; None where that is not known."""
+    """Return what the parts beside this one were scored with; None where that is not known.
+
+    Raises:
+        CacheError: a server does not answer.
+    """
     folder = address.rpartition("/")[0] if is_url(address) else str(Path(address).parent)
-    with suppress(InputError, CacheError, ValueError):
+    with suppress(InputError, ValueError):
         content = _read(_join(folder, DESCRIPTION))
         found = None if content is None else json.loads(content)
         return found if isinstance(found, dict) else None

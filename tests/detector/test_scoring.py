@@ -172,6 +172,7 @@ def test_formats_hold_the_same_rows(tmp_path: Path, kind: str) -> None:
                     time="2026-11-27T00:00:00Z"),
         ScoredImage(image="b.png", score=None, percentile=None, is_ood=None, predicted=None, error='it is "broken"'),
         ScoredImage(image="NA", score=float("nan"), percentile=None, is_ood=True, predicted=0, error=None),
+        ScoredImage(image="c\rd.png", score=0.5, percentile=None, is_ood=False, predicted=1, error=None),
     ]  # fmt: skip
     parts = Parts(tmp_path, kind)
     with parts.writing("x") as writer:
@@ -179,11 +180,11 @@ def test_formats_hold_the_same_rows(tmp_path: Path, kind: str) -> None:
             writer.add(row)
     assert parts.written() == {"x"}
     frame = read_part(parts.address("x"))
-    assert frame.image.tolist() == ["a,\n\\xff.png", "b.png", "NA"]
+    assert frame.image.tolist() == ["a,\n\\xff.png", "b.png", "NA", "c\rd.png"]
     assert frame.score[0] == 0.1 + 0.2
-    assert frame.score.isna().tolist() == [False, True, True]
+    assert frame.score.isna().tolist() == [False, True, True, False]
     assert frame.is_ood.tolist()[::2] == [False, True]
-    assert frame.is_ood.isna().tolist() == [False, True, False]
+    assert frame.is_ood.isna().tolist() == [False, True, False, False]
     assert frame.predicted.tolist()[::2] == [3, 0]
     assert frame.error[1] == 'it is "broken"'
     assert frame.time[0] == "2026-11-27T00:00:00Z"
@@ -199,6 +200,58 @@ def test_a_part_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         writer.add(ScoredImage(image="a", score=1.0, percentile=None, is_ood=False, predicted=None, error=None))
         raise ZeroDivisionError
     assert list((tmp_path / "scores").iterdir()) == []
+
+
+def test_two_processes_that_write_one_part_both_end(tmp_path: Path) -> None:
+    parts = Parts(tmp_path)
+    row = ScoredImage(image="a", score=1.0, percentile=None, is_ood=False, predicted=None, error=None)
+    with parts.writing("x") as ours:
+        with parts.writing("x") as theirs:
+            theirs.add(row)
+        ours.add(row)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
+    assert read_part(parts.address("x")).image.tolist() == ["a"]
+
+
+def test_parts_in_another_format_are_refused(tmp_path: Path) -> None:
+    for _ in range(2):
+        Parts(tmp_path, "csv").claim({"sha256": "0" * 64})
+    with pytest.raises(InputError, match="holds parts in the format csv; go on with --format csv, or name another"):
+        Parts(tmp_path, "json").claim({"sha256": "0" * 64})
+
+
+def test_the_part_of_single_files_is_not_taken_for_that_of_others(detector: Path, tmp_path: Path) -> None:
+    for name, image in zip("ab", load_set("val")[0], strict=False):
+        (tmp_path / f"{name}.png").write_bytes(png(image))
+    out = tmp_path / "scores"
+    for _ in range(2):
+        assert run("score", detector, tmp_path / "a.png", "--output", out).exit_code == 0
+    done = run("score", detector, tmp_path / "b.png", "--output", out)
+    assert done.exit_code == 1
+    assert f"{out}/images.csv is of other files, without {tmp_path}/b.png; name another folder" in done.stderr
+
+
+def test_parts_are_found_once_and_their_description_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = Parts(tmp_path, "json")
+    parts.claim({"sha256": "0" * 64})
+    with pytest.raises(InputError, match=r"there is no part in .* yet; make some with: nacpipe score"):
+        find_parts([tmp_path])
+    with parts.writing("x"):
+        pass
+    here = str(tmp_path / "x.json")
+    assert find_parts([tmp_path, here, tmp_path / "_detector.json"]) == [here]
+    monkeypatch.chdir(tmp_path)
+    assert find_parts(["."]) == ["x.json"]
+    with pytest.raises(InputError, match=r"there are no scores at no/x\.csv; make some with: nacpipe score"):
+        find_parts(["no/x.csv"])
+
+
+def test_ranges_and_lists_are_printed_too(detector: Path, tmp_path: Path) -> None:
+    for number, image in zip(range(3), load_set("val")[0], strict=False):
+        (tmp_path / f"{number}.png").write_bytes(png(image))
+    (tmp_path / "L.TXT").write_text("2.png\n")
+    done = run("score", detector, tmp_path / "L.TXT", f"{tmp_path}/{{0..1}}.png", "--json")
+    assert [Path(row["image"]).name for row in json.loads(done.stdout)] == ["2.png", "0.png", "1.png"]
 
 
 def test_parts_of_another_detector_are_refused(detector: Path, shards: Path, tmp_path: Path) -> None:
@@ -258,6 +311,15 @@ def test_reading_what_are_no_scores(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(InputError, match=r"a\.json cannot be read as scores: "):
         read_part(str(tmp_path / "a.json"))
+    (tmp_path / "b.json").write_text("{}")
+    with pytest.raises(InputError, match=r"b\.json cannot be read as scores: it is no list of rows"):
+        read_part(str(tmp_path / "b.json"))
+    head = "image,score,percentile,is_ood,predicted,error,time\n"
+    (tmp_path / "c.csv").write_text(f"{head}a,1,2,TRUE,,,\nb,1,2,FALSE,,,\n")  # as a spreadsheet writes it
+    assert read_part(str(tmp_path / "c.csv")).is_ood.tolist() == [True, False]
+    (tmp_path / "c.csv").write_text(f"{head}a,1,2,nein,,,\n")
+    with pytest.raises(InputError, match="is_ood is 'nein'; known: True, False"):
+        read_part(str(tmp_path / "c.csv"))
 
 
 @pytest.mark.slow
