@@ -83,13 +83,21 @@ def watch(
         raise InputError(f"max-flagged is {max_flagged}; it must be at least 0 and below 1")
     addresses = find_parts(list(parts))
     reference = read_reference(addresses)
+    if by == "part":  # one at a time: memory holds one
+        level = false_alarms / (2 * len(addresses))  # two questions of every group
+        return pd.DataFrame(
+            [_judge(name, rows, reference, level, max_flagged) for name, rows in _groups(addresses, by)]
+        )
     groups: dict[str, list[pd.DataFrame]] = {}
     for name, rows in _groups(addresses, by):
         groups.setdefault(name, []).append(rows)
-    named = groups.items() if by == "part" else sorted(groups.items(), key=lambda item: (item[0] == NO_TIME, item[0]))
-    level = false_alarms / (2 * len(groups))  # two questions of every group
-    rows = [_judge(name, pd.concat(frames, ignore_index=True), reference, level, max_flagged) for name, frames in named]
-    return pd.DataFrame(rows)
+    if not groups:
+        raise InputError(f"the parts hold no images, so that there is no {by}; the first: {addresses[0]}")
+    level = false_alarms / (2 * len(groups))
+    named = sorted(groups.items(), key=lambda item: (item[0] == NO_TIME, item[0]))
+    return pd.DataFrame(
+        [_judge(name, pd.concat(frames, ignore_index=True), reference, level, max_flagged) for name, frames in named]
+    )
 
 
 def read_reference(addresses: Sequence[str]) -> Reference:
@@ -99,9 +107,11 @@ def read_reference(addresses: Sequence[str]) -> Reference:
         InputError: it is not known, or there are several.
     """
     found: dict[str, tuple[str, dict[str, object]]] = {}
+    folders: set[str] = set()
     for address in addresses:
         folder = address.rpartition("/")[0]
-        if folder not in {folder for folder, _ in found.values()}:
+        if folder not in folders:
+            folders.add(folder)
             description = read_description(address)
             if description is None or not description.get("validation_scores"):
                 raise InputError(

@@ -152,6 +152,17 @@ def test_an_empty_part_is_no_drift(tmp_path: Path) -> None:
     assert not frame["drift"].any()
 
 
+def test_no_images_have_no_days(tmp_path: Path) -> None:
+    scores = write_parts(tmp_path / "s", {"a": np.empty(0)})
+    with pytest.raises(InputError, match=r"the parts hold no images, so that there is no day; the first: .*a\.csv"):
+        watch([scores], by="day")
+
+
+def test_a_part_that_is_named_twice_is_counted_once(tmp_path: Path) -> None:
+    scores = write_parts(tmp_path / "s", {"a": draw(5)})
+    assert watch([scores, scores / "a.csv"]).equals(watch([scores]))
+
+
 def test_two_detectors_are_refused(tmp_path: Path) -> None:
     one, other = (write_parts(tmp_path / name, {"x": draw(5)}) for name in ("a", "b"))
     description = json.loads((other / DESCRIPTION).read_text()) | {"sha256": "1" * 64}
