@@ -7,6 +7,8 @@ feature scores and the weighted sum are float64. A bin is found by bisection, in
 bins has binary digits:
 
     borders  −∞  b1  b2  b3  b4  b5  +∞  +∞       padded to 2^k − 1; three comparisons find one of 8 places
+
+Numbers of float64 are buffers: the exporter to ONNX rounds a number in the code to float32, also beside float64.
 """
 
 from __future__ import annotations
@@ -83,8 +85,8 @@ class DetectorGraph(nn.Module):
         self.terms = nn.ModuleList([_TermTable(fitted) for fitted in terms])
         self.rounding = None if mantissa_bits == ALL_BITS else _Rounding(mantissa_bits)
         self.fused = None if fused is None else _FusedTable(fused)
-        self._shares = [float(share) for share in weights / weights.sum()]
-        self._threshold = threshold
+        self.register_buffer("shares", torch.from_numpy(weights / weights.sum()))
+        self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
         self.validation = None if validation is None else _Bisection(validation)
 
     def forward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -98,7 +100,7 @@ class DetectorGraph(nn.Module):
             torch.zeros_like(logits[:, 0], dtype=torch.float64),
             torch.ones_like(logits[:, 0], dtype=torch.bool),
         )
-        members = iter(self._shares)
+        members = iter(self.get_buffer("shares"))
         for table in self.terms:
             assert isinstance(table, _TermTable)
             values = self._values(tapped, table.term, logits)
@@ -115,14 +117,15 @@ class DetectorGraph(nn.Module):
         if self.validation is not None:
             lower = self.validation(scores, or_equal=False)
             percentile = torch.where(finite, 100.0 * lower.double() / self.validation.size, math.nan)
-        return tapped.logits, scores, percentile, torch.logical_not(scores >= self._threshold)
+        return tapped.logits, scores, percentile, torch.logical_not(scores >= self.get_buffer("threshold"))
 
     def _values(self, tapped: Tapped, term: Term, logits: Tensor) -> Tensor:
         """A term's source, (n, neurons) float32; see `select_values`."""
         if term.layer == LOGITS:
             activation, wide = logits, logits.double()
             exp = torch.exp(wide - wide.amax(dim=1, keepdim=True))
-            gradient = (exp / exp.sum(dim=1, keepdim=True) - 1.0 / logits.shape[1]).float()
+            uniform = torch.ones_like(wide[:, :1]) / logits.shape[1]
+            gradient = (exp / exp.sum(dim=1, keepdim=True) - uniform).float()
         else:
             activation = self._round(tapped.activation[term.layer].float())
             if not term.needs_gradient:
@@ -168,7 +171,8 @@ class _TermTable(nn.Module):
     def __init__(self, fitted: FittedTerm) -> None:
         super().__init__()
         self.term, self._bins, self._counted = fitted.term, fitted.params.bins - 1, fitted.counted
-        self._scale = float(fitted.counted * fitted.params.saturation)
+        scale = torch.tensor(fitted.counted * fitted.params.saturation, dtype=torch.float64)
+        self.register_buffer("scale", scale)
         self.borders = _Bisection(fitted.borders)
         self.components = fitted.components is not None
         if fitted.components is not None:
@@ -203,7 +207,7 @@ class _TermTable(nn.Module):
             stored = self.keys(places)  # the last stored place that is at most this one, from 1; 0: there is none
             there = self.keys.get_buffer("entries")[stored] == places
             found = torch.where(there, entries[(stored - 1).clamp(min=0)].to(torch.int64), 0)
-        return found.sum(dim=1).double() / self._scale
+        return found.sum(dim=1).double() / self.get_buffer("scale")
 
 
 class _Rounding(nn.Module):
@@ -236,7 +240,9 @@ class _FusedTable(nn.Module):
 
     def __init__(self, fitted: FittedFusion) -> None:
         super().__init__()
-        self._params, self._score = fitted.params, fitted.feature_score
+        self._score = fitted.feature_score
+        for name in ("mean", "deviation"):
+            self.register_buffer(f"score_{name}", torch.tensor(getattr(fitted.params, name), dtype=torch.float64))
         for name, array in fitted.feature_score.arrays().items():
             self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(array, np.float64)))
 
@@ -259,7 +265,8 @@ class _FusedTable(nn.Module):
             energy = top + torch.log(torch.exp(wide - top[:, None]).sum(dim=1))
             outside = _length(centred - (centred @ principal) @ principal.T)
             scores = energy - self.get_buffer("alpha") * outside
-        return torch.round((scores - self._params.mean) / self._params.deviation / STEP) * STEP
+        standardised = (scores - self.get_buffer("score_mean")) / self.get_buffer("score_deviation")
+        return torch.round(standardised / STEP) * STEP
 
 
 def is_finite(values: Tensor) -> Tensor:  # (n, neurons)

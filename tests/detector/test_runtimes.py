@@ -148,6 +148,25 @@ def test_an_image_that_is_not_finite_has_no_score_and_is_flagged(exports: Export
     assert found["is_ood"][1]
 
 
+def test_scores_and_what_is_at_the_threshold_are_the_same_in_every_bit(exports: Exports, tmp_path: Path) -> None:
+    """A threshold is one of id/val's scores: in float32 it would flag an image that it shall keep."""
+    detector, images = exports.detector, digits("val", 500)
+    weights, threshold = detector.weights, detector.threshold
+    try:
+        detector.weights = np.array([0.3, 0.7])
+        scores = detector(images).score.numpy()
+        detector.threshold = float(next(score for score in np.sort(scores)[25:] if np.float32(score) > score))
+        detector.to_onnx(tmp_path / "d.onnx", images[:64])
+        wanted, found = detector(images), run(tmp_path / "d.onnx", input=images)
+    finally:
+        detector.weights, detector.threshold = weights, threshold
+    same = np.abs(found["score"] - scores) <= 1e-5
+    assert same.mean() >= 0.97
+    assert (found["score"] == scores)[same].all()
+    assert (found["is_ood"] == wanted.is_ood.numpy())[same].all()
+    assert (scores == float(wanted.score[~wanted.is_ood].min()))[same].any()  # one is at the threshold
+
+
 @pytest.mark.slow
 def test_a_program_of_torch_export(exports: Exports, tmp_path: Path) -> None:
     counted = exports.detector
