@@ -69,11 +69,12 @@ def score(
     torchrun --nproc-per-node 8 -m nacpipe score digits.safetensors s3://in/shards/ --output s3://out/scores
     """
     from nacpipe.detector.shards import find_shards
+    from nacpipe.extraction.distributed import join_ranks, leave_ranks, read_ranks
 
     if output is None:
         if kind is not None or dry_run:
             raise click.UsageError(f"{'--format' if kind else '--dry-run'} belongs to --output FOLDER.")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not read_ranks().alone:
             raise click.UsageError("several processes write parts; name their folder with --output.")
         shards = find_shards(images)
         streams = [shard for shard in shards if shard.kind in ("tar", "parquet")]
@@ -85,7 +86,6 @@ def score(
     from nacpipe.detector.parts import Parts
     from nacpipe.detector.predict import prepare
     from nacpipe.detector.scoring import describe, plan_scoring
-    from nacpipe.extraction.distributed import join_ranks, leave_ranks, read_ranks
 
     parts = Parts(output, kind or "csv")
     if dry_run:

@@ -26,7 +26,7 @@ import torch.distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from nacpipe.errors import CacheError
+from nacpipe.errors import CacheError, InputError
 from nacpipe.networks.checkpoints import first_line
 
 Unit = TypeVar("Unit")
@@ -175,12 +175,18 @@ def join_ranks() -> Ranks:
 def read_ranks() -> Ranks:
     """Return this process's place among those that torchrun, or another launcher, started; they are not joined.
 
-    A WORLD_SIZE without a RANK is left over from another program.
+    Raises:
+        InputError: WORLD_SIZE is there, and RANK is not or does not fit it.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1 or "RANK" not in os.environ:
+    world, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "")
+    if world == "1":
         return Ranks()
-    return Ranks(int(os.environ["RANK"]), world, *_local())
+    if not (world.isdecimal() and rank.isdecimal() and int(rank) < int(world)):
+        raise InputError(
+            f"WORLD_SIZE is {world!r} and RANK is {rank!r}: give each of several processes its own RANK, from 0 to"
+            " WORLD_SIZE - 1, as torchrun does, or unset both"
+        )
+    return Ranks(int(rank), int(world), *_local())
 
 
 def _local() -> tuple[int, int]:

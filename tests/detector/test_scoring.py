@@ -282,6 +282,15 @@ def test_usage(detector: Path, shards: Path, args: Any, environment: dict[str, s
     assert (done.exit_code, message in done.stderr) == (2, True), done.stderr
 
 
+@pytest.mark.parametrize(("world", "rank"), [("2", "2"), ("two", "0"), ("2", "")])
+def test_ranks_that_cannot_be(detector: Path, shards: Path, tmp_path: Path, world: str, rank: str) -> None:
+    for output in (("--output", tmp_path / "scores"), ()):
+        done = run("score", detector, shards / "000.tar", *output, WORLD_SIZE=world, RANK=rank)
+        assert done.exit_code == 1
+        assert f"WORLD_SIZE is {world!r} and RANK is {rank!r}: give each of several processes" in done.stderr
+    assert not (tmp_path / "scores").exists()
+
+
 def test_from_python(detector: Path, shards: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -20,7 +20,7 @@ import torch
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.cache.consolidated import copy_is_stale
-from nacpipe.errors import CacheError
+from nacpipe.errors import CacheError, InputError
 from nacpipe.extraction.distributed import Ranks, find_ranks, join_ranks
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
@@ -234,7 +234,8 @@ def test_a_program_alone_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert find_ranks() == Ranks()
     assert find_ranks(False) == Ranks()
     monkeypatch.delenv("RANK", raising=False)
-    assert join_ranks() == Ranks()
+    with pytest.raises(InputError, match="WORLD_SIZE is '2' and RANK is ''"):
+        join_ranks()
 
 
 def test_a_rank_says_for_whom_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
