@@ -15,7 +15,7 @@ import itertools
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 from nacpipe.benchmarks.folders import SUFFIXES, is_hidden, walk_images
 from nacpipe.cache.objects import READ_AHEAD, list_objects, open_object
 from nacpipe.errors import ImageError, InputError, MissingExtra
+from nacpipe.extraction.encoded_images import EncodedImage
 from nacpipe.extraction.image_file import CANNOT_READ, read_content
 from nacpipe.files import is_url
 
@@ -35,26 +36,16 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _BLOCK = 512  # bytes, of tar
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedImage:
-    """An image of a shard, not decoded yet."""
-
-    name: str
-    """The file's path, or the member's or row's name."""
-    where: str
-    """The same for messages."""
-    read: Callable[[], bytes]
-    """Returns its content; of a file it is read here."""
-    time: float | None = None
-    """When it was written last, in seconds since 1970; None where that is not known."""
-
-
 class Unscored(ImageError):
     """A member of a shard that is no image; it has a name and no score."""
 
     def __init__(self, message: str, name: str) -> None:
         super().__init__(message)
         self.name = name
+
+
+class ShardError(ImageError):
+    """A shard cannot be read, or not to its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nacpipe.detector.shards import EncodedImage, Shard, Unscored, check_stems, expand_ranges, find_shards
+from nacpipe.detector.shards import Shard, Unscored, check_stems, expand_ranges, find_shards
 from nacpipe.errors import ImageError, InputError
+from nacpipe.extraction.encoded_images import EncodedImage
 from tests.shard_files import png, write_parquet, write_tar
 
 DOT = png(np.zeros((2, 2), np.uint8))
