@@ -16,7 +16,7 @@ from nacpipe.benchmarks.standard import BENCHMARKS, Benchmark, Transform
 from nacpipe.detector.file import Exported, read_detector
 from nacpipe.detector.module import Detected, Detector, attach
 from nacpipe.detector.parts import ScoredImage, format_time
-from nacpipe.detector.shards import Shard, ShardError, Unscored
+from nacpipe.detector.shards import Shard, Unscored
 from nacpipe.errors import CacheError, DetectorError, ImageError, InputError
 from nacpipe.extraction.dataset import Normalise
 from nacpipe.extraction.distributed import Ranks
@@ -27,6 +27,10 @@ from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
 from nacpipe.networks.wrappers import find_device_and_dtype
+
+
+class ShardError(ImageError):
+    """A shard cannot be read, or not to its end; the next one can follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +183,7 @@ def score_shards(
         note: called with what to say aloud: that batches are smaller, where the memory is.
 
     Raises:
-        ShardError: by the rows, at their end: the shard cannot be read, or not to its end. The next one can follow.
+        ShardError: by the rows, at their end.
         ImageError: a process that decodes images is gone.
     """
     normalise = Normalise(ready.transform, ready.device)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from nacpipe.detector.file import Exported
 from nacpipe.detector.parts import Parts, ScoredImage, read_part
-from nacpipe.detector.predict import Ready, ScoreOptions, score_shards
-from nacpipe.detector.shards import Shard, ShardError, check_stems, find_shards
+from nacpipe.detector.predict import Ready, ScoreOptions, ShardError, score_shards
+from nacpipe.detector.shards import Shard, check_stems, find_shards
 from nacpipe.errors import InputError
 from nacpipe.extraction.distributed import Ranks
 from nacpipe.text import escape_bytes

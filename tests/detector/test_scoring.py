@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,8 @@ import nacpipe
 from nacpipe.benchmarks.digits import load_set
 from nacpipe.cli import main
 from nacpipe.detector.parts import COLUMNS, Parts, ScoredImage, find_parts, format_time, read_part
-from nacpipe.errors import InputError
+from nacpipe.errors import ImageError, InputError
+from nacpipe.extraction import loader
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.scoring.params_file import write_params
 from tests.prefork import python_words
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*args: str | Path, **environment: str) -> Result:
+def run(*args: str | Path | int, **environment: str) -> Result:
     return CliRunner(env=environment).invoke(main, [str(arg) for arg in args], prog_name="nacpipe")
 
 
@@ -111,6 +112,69 @@ def test_the_same_command_goes_on(alone: dict[str, bytes], detector: Path, shard
     ]
     assert contents(out) == alone
     assert (out / "001.csv").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_decoding_processes_give_the_same_parts(
+    alone: dict[str, bytes], detector: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One set for all shards: a damaged one, one of broken images and files follow each other."""
+    shutil.copytree(shards, tmp_path / "in")
+    (tmp_path / "in/002.tar").write_bytes((shards / "002.tar").read_bytes()[:9000])
+    write_tar(tmp_path / "in/odd.tar", [("a.png", b"no"), ("b.pdf", b"%PDF"), ("c.png", png(load_set("val")[0][0]))])
+    write_tar(tmp_path / "in/none.tar", [])
+    (tmp_path / "photos").mkdir()
+    for row, image in enumerate(load_set("val")[0][:30]):
+        (tmp_path / f"photos/{row:02}.png").write_bytes(png(image))
+    (tmp_path / "photos/99.png").write_bytes(b"")
+    sources = [
+        f"{tmp_path}/in/{{000..005}}.tar",
+        tmp_path / "in/odd.tar",
+        tmp_path / "in/none.tar",
+        tmp_path / "photos",
+    ]
+    started = []
+    for name, workers in (("thread", 0), ("processes", 2), ("both", "auto")):
+        monkeypatch.setattr(loader, "WORTH_PROCESSES", 60 * 28 * 28)
+        monkeypatch.setattr(loader, "count_cores", lambda: loader.KEPT_CORES + 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(loader, "_decode_apart", noted := Noted(loader._decode_apart))
+            out = tmp_path / name
+            done = run("score", detector, *sources, "--batch-size", "8", "--output", out, "--workers", str(workers))
+        assert (done.exit_code, "3 of 159 images and 1 of 9 shards could not be scored" in done.stderr) == (1, True)
+        started.append(noted.workers)
+    assert started == [[], [2], [1]]
+    assert contents(tmp_path / "thread") == contents(tmp_path / "processes") == contents(tmp_path / "both")
+    for name in ("000.csv", "001.csv", "003.csv"):
+        assert (tmp_path / "both" / name).read_bytes() == alone[name]
+
+
+class Noted:
+    """Notes how many processes decode."""
+
+    def __init__(self, decode: Callable[..., Iterator[Any]]) -> None:
+        self.decode, self.workers = decode, list[int]()
+
+    def __call__(self, dataset: Any, batches: Any, workers: int, pin: bool) -> Iterator[Any]:
+        self.workers.append(workers)
+        return self.decode(dataset, batches, workers, pin)
+
+
+def test_a_decoding_process_that_is_gone_ends_the_run(
+    detector: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no shard's fault: the other shards would have none either."""
+
+    def gone(dataset: Any, batches: Any, *_: Any) -> Iterator[Any]:
+        for number, batch in enumerate(batches):
+            if number == 5:
+                raise ImageError("a process that decodes images is gone")
+            yield dataset[batch]
+
+    monkeypatch.setattr(loader, "_decode_apart", gone)
+    done = run("score", detector, *words(shards), "--output", tmp_path / "scores", "--workers", 2)
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (1, "nacpipe: a process that decodes images is gone")
+    assert Parts(tmp_path / "scores").written() == {"000"}
 
 
 def test_two_processes_share_the_shards(alone: dict[str, bytes], detector: Path, shards: Path, tmp_path: Path) -> None:
