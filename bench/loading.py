@@ -10,8 +10,8 @@ processes, is told apart. Bare: as many processes at once as workers, each decod
 Pillow and torchvision, timed from the moment that all are ready. With `--small` the images are PNGs of 32 × 32, and
 the whole extraction with a ResNet-20 of random weights is timed, with the workers that each version chooses. With
 `--score` the JPEGs are in tar shards, and `nacpipe.score` of a small network is timed, the start of its processes
-included; exit code 1 where a part differs from the other version's. Sides run in turn; a ratio is the median of the
-rounds'."""
+included, beside the same with a thread; exit code 1 where a part differs. Sides run in turn; a ratio is the median of
+the rounds'."""
 
 from __future__ import annotations
 
@@ -205,21 +205,23 @@ def compare(root: Path, options: argparse.Namespace) -> None:
 
 
 def compare_scores(root: Path, options: argparse.Namespace) -> bool:
-    """Print the rounds and their median ratio; return whether all parts are equal."""
-    sides = {"here": HERE} | ({"against": options.against.resolve()} if options.against else {})
+    """Print the rounds and their median ratios; return whether all parts are equal."""
+    sides = {"here": (HERE, options.workers), "a thread": (HERE, 0)}
+    if options.against:
+        sides["against"] = (options.against.resolve(), options.workers)
     rates: dict[str, list[float]] = {name: [] for name in sides}
     parts = set()
     for _ in range(options.rounds):
-        for name, checkout in sides.items():
-            found = run_here(checkout, root, options.workers, "--score")
-            print(f"{name:8} {found['rate']:7.0f} images/s, {options.workers} workers", flush=True)
+        for name, (checkout, workers) in sides.items():
+            found = run_here(checkout, root, workers, "--score")
+            print(f"{name:8} {found['rate']:7.0f} images/s, {workers} workers", flush=True)
             rates[name].append(found["rate"])
             parts.add(found["parts"])
-    if options.against:
-        ratios = [ours / theirs for ours, theirs in zip(*rates.values(), strict=True)]
+    for name in [*sides][1:]:
+        ratios = [ours / theirs for ours, theirs in zip(rates["here"], rates[name], strict=True)]
         shown = ", ".join(f"{value:.2f}" for value in ratios)
-        print(f"images a second, here / against: median {statistics.median(ratios):.2f} of {shown}")
-        print("parts: " + ("equal, byte for byte" if len(parts) == 1 else "they differ"))
+        print(f"images a second, here / {name}: median {statistics.median(ratios):.2f} of {shown}")
+    print("parts: " + ("equal, byte for byte" if len(parts) == 1 else "they differ"))
     return len(parts) == 1
 
 

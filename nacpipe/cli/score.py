@@ -119,10 +119,11 @@ def _print_rows(
     output_as: str | None,
 ) -> None:
     """Print a row per image; of shards as they come, since nobody knows how many they hold."""
-    from nacpipe.detector.predict import find_images, prepare, score_images, score_shards
+    from nacpipe.detector.predict import prepare, score_images, score_shards
+    from nacpipe.detector.shards import find_paths
     from nacpipe.errors import ImageError
 
-    paths = [] if shards else find_images([path for shard in _lists(images) for path in shard])
+    paths = [] if shards else find_paths(images)
     ready = prepare(detector, model, checkpoint, device)
     for text in ready.notes:
         note(text)
@@ -163,14 +164,6 @@ def _print_rows(
             print_table(_COLUMNS[:-1], [_cells(row) for row in rows()])
     if broken:
         raise ImageError(f"{len(broken)} of {count} images could not be scored; the first: {broken[0]}")
-
-
-def _lists(images: Sequence[str | Path]) -> Iterator[list[Path]]:
-    """The files and folders that are named, with lists in place of their names."""
-    from nacpipe.detector.shards import find_shards
-
-    for shard in (shard for image in images for shard in find_shards([image])):  # one by one, in their order
-        yield [Path(shard.address)] if shard.kind == "folder" else shard.paths()
 
 
 def _write_parts(ready: Ready, plan: ScorePlan, parts: Parts, ranks: Ranks, options: ScoreOptions) -> list[ScoredShard]:

@@ -112,19 +112,6 @@ def attach_network(
     return replace(Ready.of(detector), notes=tuple(notes))
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Return files as they are given, and folders' images (by suffix, at any depth) in alphabetical order.
-
-    Raises:
-        ImageError: a folder holds no image, cannot be read, or has a link that leads nowhere or back.
-    """
-    shards = [
-        Shard(address=str(p), kind="folder") if p.is_dir() else Shard(address="", kind="files", files=(p,))
-        for p in paths
-    ]
-    return [path for shard in shards for path in shard.paths()]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreOptions:
     """How images are read and scored; none of it changes a score but for what a network makes of another batch."""

@@ -12,6 +12,7 @@ One of them is a shard: the unit of a part of the result. Memory holds a few bat
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import io
 import itertools
@@ -26,6 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from nacpipe.benchmarks.folders import SUFFIXES, is_hidden, walk_images
+from nacpipe.benchmarks.lists import BLANKS
 from nacpipe.cache.objects import READ_AHEAD, list_objects, open_object
 from nacpipe.errors import ImageError, InputError, MissingExtra, NacError
 from nacpipe.extraction.encoded_images import EncodedImage
@@ -80,7 +82,7 @@ class Shard:
         """
         named = self.files if self.kind == "files" else () if is_url(self.address) else (Path(self.address),)
         for path in named:
-            if not path.exists():
+            if not os.path.exists(path):  # noqa: PTH110 (Path's raises where a name is too long)
                 raise ImageError(f"there is no {path}")
 
     def images(self, column: str | None = None) -> Iterator[EncodedImage | Unscored]:
@@ -127,7 +129,7 @@ def find_shards(sources: Sequence[str | Path]) -> list[Shard]:
     files: list[Path] = []
     for source in itertools.chain.from_iterable(expand_braces(str(source)) for source in sources):
         ending = _ending(source)
-        if not is_url(source) and Path(source).is_dir():
+        if not is_url(source) and os.path.isdir(source):  # noqa: PTH112 (Path's raises where a name is too long)
             shards.append(Shard(address=source, kind="folder"))
         elif ending in NOT_READ:
             raise InputError(f"{source}: archives {ending} are not read; pack it anew, as one of {', '.join(STREAMS)}")
@@ -146,6 +148,15 @@ def find_shards(sources: Sequence[str | Path]) -> list[Shard]:
     if files:
         shards.append(Shard(address=", ".join(map(str, files[:3])), kind="files", files=tuple(files)))
     return shards
+
+
+def find_paths(sources: Sequence[str | Path]) -> list[Path]:
+    """Return the image files that sources name, in the order in which they are named; errors as `find_shards`.
+
+    Raises:
+        ImageError: a folder holds no image, a list is empty, or one of them cannot be read.
+    """
+    return [path for source in sources for shard in find_shards([source]) for path in shard.paths()]
 
 
 def _ending(address: str) -> str:
@@ -182,17 +193,17 @@ def expand_braces(address: str) -> list[str]:
 def _file(path: Path) -> EncodedImage:
     try:
         time = path.stat().st_mtime
-    except OSError:
+    except (OSError, ValueError):
         time = None  # `read` says why
     return EncodedImage(name=str(path), where=str(path), read=partial(read_content, path, str(path)), time=time)
 
 
 def _read_list(path: Path) -> list[Path]:
     try:
-        lines = path.read_text("utf-8-sig", "surrogateescape").splitlines()
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").split("\n")
     except OSError as error:
         raise ImageError(f"list {path} cannot be read: {error.strerror or error}") from None
-    if not (found := [path.parent / line for line in map(str.strip, lines) if line]):
+    if not (found := [path.parent / line for line in (line.strip(BLANKS) for line in lines) if line]):
         raise ImageError(f"list {path} is empty; write a path a line")
     return found
 
@@ -315,11 +326,15 @@ def _image_column(address: str, schema: Any, column: str | None) -> str:
     import pyarrow.types as types
 
     def holds_images(kind: Any) -> bool:
-        if types.is_struct(kind):
-            return bool(kind.get_field_index("bytes") >= 0 and holds_images(kind.field("bytes").type))
-        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+        return any(test(kind) for test in (types.is_binary, types.is_large_binary, types.is_binary_view,
+                                           types.is_fixed_size_binary))  # fmt: skip
 
-    fitting = [field.name for field in schema if holds_images(field.type)]
+    def bytes_of(kind: Any) -> Any:
+        if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = kind.field("bytes").type
+        return kind.value_type if types.is_dictionary(kind) else kind
+
+    fitting = [field.name for field in schema if holds_images(bytes_of(field.type))]
     if column is None and fitting:
         return str(fitting[0])
     if column in fitting:

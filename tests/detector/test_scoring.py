@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*args: str | Path | int, **environment: str) -> Result:
+def run(*args: str | Path | int, **environment: str | None) -> Result:
     return CliRunner(env=environment).invoke(main, [str(arg) for arg in args], prog_name="nacpipe")
 
 
@@ -353,6 +353,47 @@ def test_ranks_that_cannot_be(detector: Path, shards: Path, tmp_path: Path, worl
         assert done.exit_code == 1
         assert f"WORLD_SIZE is {world!r} and RANK is {rank!r}: give each of several processes" in done.stderr
     assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize(("world", "local"), [("0", "0"), ("", "0"), ("2", "x"), ("2", "2"), ("2", ""), (None, "-1")])
+def test_places_on_a_machine_that_cannot_be(
+    detector: Path, shards: Path, tmp_path: Path, world: str | None, local: str
+) -> None:
+    environment = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": world}
+    done = run("score", detector, shards / "000.tar", "--output", tmp_path / "scores", **environment)
+    assert done.exit_code == 1
+    assert f"LOCAL_RANK is {local!r} and LOCAL_WORLD_SIZE is {world!r}: give each process of a machine" in done.stderr
+
+
+@pytest.mark.parametrize("device", ["meta", "nosuch", "cuda:99"])
+def test_a_device_that_computes_nothing(detector: Path, shards: Path, device: str) -> None:
+    done = run("score", detector, shards / "000.tar", "--device", device)
+    assert (done.exit_code, f"device {device!r} cannot be used here: " in done.stderr) == (1, True), done.stderr
+
+
+def test_lines_of_a_list_that_name_no_image_are_rows(detector: Path, tmp_path: Path) -> None:
+    """Printed and written: neither ends at one, nor takes a folder for its images."""
+    (tmp_path / "photos").mkdir()
+    names = ["a\rb.png", "a\x0cb.png", "a\x85b.png", "a\u2028b.png"]
+    for name in [*names, "photos/1.png"]:
+        (tmp_path / name).write_bytes(png(load_set("val")[0][0]))
+    lines = [*names, "nul\0.png", "x" * 5000 + ".png", "photos"]
+    (tmp_path / "l.txt").write_bytes("\r\n".join(lines).encode())
+    printed = run("score", detector, tmp_path / "l.txt", "--json")
+    run("score", detector, tmp_path / "l.txt", "--output", tmp_path / "scores", "--format", "json")
+    for rows in (json.loads(printed.stdout), json.loads((tmp_path / "scores/l.json").read_bytes())):
+        assert [row["image"] for row in rows] == [str(tmp_path / line) for line in lines]
+        assert [row["error"] is None for row in rows] == [True] * 4 + [False] * 3
+    assert "3 of 7 images could not be scored; the first: image cannot be read: " in printed.stderr
+
+
+def test_a_name_that_is_too_long(detector: Path, tmp_path: Path) -> None:
+    done = run("score", detector, tmp_path / ("x" * 5000))
+    assert (done.exit_code, "1 of 1 images could not be scored; the first: image cannot be read: " in done.stderr) == (
+        1, True
+    ), done.stderr  # fmt: skip
+    done = run("score", detector, tmp_path / ("x" * 5000), "--output", tmp_path / "scores")
+    assert (done.exit_code, "there is no " in done.stderr) == (1, True), done.stderr
 
 
 def test_from_python(detector: Path, shards: Path, alone: dict[str, bytes], tmp_path: Path) -> None:

@@ -173,6 +173,29 @@ def test_parquet(tmp_path: Path, struct: bool) -> None:
         list(shard.images("label"))
 
 
+def test_every_type_of_bytes_in_parquet(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    kinds = [pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(len(DOT))]
+    columns = [pa.array([DOT, DOT], kind) for kind in kinds]
+    columns.append(pa.array([DOT, DOT]).dictionary_encode())
+    columns += [pa.StructArray.from_arrays([column], ["bytes"]) for column in columns[:2]]
+    for number, column in enumerate(columns):
+        pyarrow.parquet.write_table(pa.table({"image": column}), tmp_path / f"{number}.parquet")
+        images = [*read(tmp_path / f"{number}.parquet").images()]
+        assert [image.read() for image in images if isinstance(image, EncodedImage)] == [DOT, DOT]
+    for column in (
+        pa.array(["a.png"]),
+        pa.array([[DOT]]),
+        pa.array([{"bytes": {"bytes": DOT}}]),
+        pa.array([{"a": DOT}]),
+    ):
+        pyarrow.parquet.write_table(pa.table({"image": column}), tmp_path / "a.parquet")
+        with pytest.raises(ImageError, match=r"has not a column of encoded images .* it has image$"):
+            names(read(tmp_path / "a.parquet"))
+
+
 def test_a_parquet_file_of_one_row_group_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow
     import pyarrow.parquet
