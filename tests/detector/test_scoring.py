@@ -387,6 +387,13 @@ def test_lines_of_a_list_that_name_no_image_are_rows(detector: Path, tmp_path: P
     assert "3 of 7 images could not be scored; the first: image cannot be read: " in printed.stderr
 
 
+@pytest.mark.parametrize("output", ["https://host/scores", "ftp://host/scores"])
+def test_parts_go_where_something_can_be_written(detector: Path, shards: Path, output: str) -> None:
+    done = run("score", detector, shards / "000.tar", "--output", output)
+    assert done.exit_code == 1
+    assert f"{output} cannot be written; write to a folder or to s3://BUCKET/FOLDER" in done.stderr
+
+
 def test_a_name_that_is_too_long(detector: Path, tmp_path: Path) -> None:
     done = run("score", detector, tmp_path / ("x" * 5000))
     assert (done.exit_code, "1 of 1 images could not be scored; the first: image cannot be read: " in done.stderr) == (
@@ -420,7 +427,7 @@ def test_times() -> None:
 
 def test_reading_what_are_no_scores(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")
-    with pytest.raises(InputError, match=r"a\.csv has no column 'score'; it is not from nacpipe score"):
+    with pytest.raises(InputError, match=r"a\.csv cannot be read as scores: it has no column 'score', and is not from"):
         read_part(str(tmp_path / "a.csv"))
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(InputError, match=r"a\.json cannot be read as scores: "):
@@ -434,6 +441,17 @@ def test_reading_what_are_no_scores(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text(f"{head}a,1,2,nein,,,\n")
     with pytest.raises(InputError, match="is_ood is 'nein'; known: True, False"):
         read_part(str(tmp_path / "c.csv"))
+    (tmp_path / "c.csv").write_text(f"{head}a,1,2,,,,\n")
+    with pytest.raises(InputError, match="image 'a' has neither is_ood nor an error"):
+        read_part(str(tmp_path / "c.csv"))
+    for name, value in (("score", "x"), ("percentile", "1,5"), ("is_ood", 7)):
+        row = {"image": "a", "score": 1.0, "percentile": 2.0, "is_ood": True, name: value}
+        (tmp_path / "d.json").write_text(json.dumps([row]))
+        pd.DataFrame([row]).to_csv(tmp_path / "d.csv", index=False)
+        pd.DataFrame([row]).to_parquet(tmp_path / "d.parquet")
+        for kind in ("json", "csv", "parquet"):
+            with pytest.raises(InputError, match=rf"d\.{kind} cannot be read as scores: {name} is '?{value}"):
+                read_part(str(tmp_path / f"d.{kind}"))
 
 
 @pytest.mark.slow
