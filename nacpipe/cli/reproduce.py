@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nacpipe.cli.extract import workers_option
-from nacpipe.cli.output import note, output_options, percent, print_frame, print_json, print_table
+from nacpipe.cli.output import note, output_options, percent, print_frame, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,7 +71,7 @@ def reproduce(
         _download(reproduction, opened, root, results, mirror)
     missing = find_missing(reproduction, opened, root, results, mirror)
     if dry_run:
-        _print_missing(missing, reproduction, as_json=output == "json")
+        _print_missing(missing, reproduction, output)
         return
     if missing:
         commands = " && ".join(dict.fromkeys(one.command for one in missing))
@@ -131,9 +131,11 @@ def _download(reproduction: Reproduction, benchmark: Benchmark, root: Path, resu
         note(problem)
 
 
-def _print_missing(missing: list[Missing], reproduction: Reproduction, *, as_json: bool) -> None:
-    if as_json:
-        print_json([{"what": one.what, "state": one.state, "command": one.command} for one in missing])
+def _print_missing(missing: list[Missing], reproduction: Reproduction, output: str | None) -> None:
+    if output:
+        import pandas as pd
+
+        print_frame(pd.DataFrame(missing, columns=["what", "state", "command"]), output)
         return
     if missing:
         print_table(("missing", "state"), [(one.what, one.state) for one in missing], left=2)

@@ -160,7 +160,10 @@ def _trace(graph: DetectorGraph, arguments: Any) -> tuple[torch.export.ExportedP
             "its forward must not look at values or at the number of samples (.item(), if x.sum() > 0, .view(8, …))"
         )
         if any(".quantized" in type(module).__module__ for module in graph.network.modules()):
-            advice = "it has torch.ao's packed modules: quantise the network by PT2E, which torch.export follows"
+            advice = (
+                "it has torch.ao's packed modules: quantise the network as a program of torch.export (PT2E does), and"
+                " give torch.export.unflatten(program)"
+            )
         raise DetectorError(f"torch.export cannot follow the network: {_reason(error)}; {advice}") from error
     return program, arguments
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -86,6 +87,8 @@ def test_a_dry_run_says_what_is_missing_and_how_to_get_it(tmp_path: Path) -> Non
     assert "id/train, id/val, id/test, ood/near/cifar100" in refused.stderr
     assert "not there; get them with --download, or with: nacpipe data download cifar10" in refused.stderr
     rows = json.loads(run(*words, "--dry-run", "--json").stdout)
+    table = pd.read_csv(io.StringIO(run(*words, "--dry-run", "--csv").stdout))
+    assert table.to_dict("records") == rows
     assert [row["what"] for row in rows] == [*wanted, "checkpoints"]
 
 

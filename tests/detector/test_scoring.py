@@ -517,6 +517,8 @@ def test_shards_on_a_web_server(
         assert len(read_part(str(out / "p.csv"))) == 60
         missing = run("score", detector, f"{url}/nosuch.tar", "--output", out)
         assert (missing.exit_code, f"there is no {url}/nosuch.tar" in missing.stderr) == (1, True), missing.stderr
+        behind = run("score", detector, f"{url}/{{nosuch,001}}.tar", "--batch-size", 8, "--output", tmp_path / "behind")
+        assert (tmp_path / "behind/001.csv").read_bytes() == alone["001.csv"], behind.stderr
         listing = run("score", detector, f"{url}/", "--output", out)
         assert "a web server has no listing; name its files, such as" in listing.stderr
     (shards / "p.parquet").unlink()
