@@ -175,8 +175,8 @@ class Parts:
             )
         if (kind := found.get("format", self.kind)) != self.kind:  # `watch` would count images twice
             raise InputError(
-                f"{self.folder} holds parts in the format {kind}; go on with --format {shlex.quote(str(kind))}, or name another folder"
-                " with --output"
+                f"{self.folder} holds parts in the format {kind}; go on with --format {shlex.quote(str(kind))}, or name"
+                " another folder with --output"
             )
 
 
