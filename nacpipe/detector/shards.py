@@ -258,12 +258,17 @@ def _read_tar(address: str) -> Iterator[EncodedImage | Unscored]:
                 raise ImageError(f"{address} {found} at byte {end}, before the end of its archive; copy it anew")
             while module is not None and blocks.read(READ_AHEAD):
                 pass  # to the checksum
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, RecursionError) as error:
+            # The last three: of sizes and chains of names in damaged headers, which tarfile follows.
             raise ImageError(f"{address} cannot be read as a tar file: {error}") from None
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    end = 0
     while (member := archive.next()) is not None:
+        if archive.offset <= end:  # of a negative size: tarfile would read the same members for ever
+            raise tarfile.ReadError(f"{member.name!r} ends before it begins")
+        end = archive.offset
         archive.members.clear()  # type: ignore[attr-defined]  # or it would keep all of them
         if not (member.isdir() or is_hidden(PurePosixPath(member.name).name)):
             yield member

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 from pathlib import Path
@@ -87,6 +88,37 @@ def test_a_tar_file_that_ends_early_is_not_taken_for_whole(tmp_path: Path, cut: 
     (tmp_path / "a.tar").write_bytes(whole[:cut])
     with pytest.raises(ImageError, match=r"a\.tar (ends|cannot be read|is damaged)"):
         names(read(tmp_path / "a.tar"))
+
+
+def header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
+    """A tar file's header with a valid checksum."""
+    member = tarfile.TarInfo(name)
+    block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    block[124:136], block[156:157], block[148:156] = size, kind, b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+HUGE = b"\x80" + b"\x7f" * 11  # in base 256
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header("a.txt", HUGE) + bytes(2048),
+        header("a", HUGE, b"x") + bytes(2048),
+        header("a.png", b"-0000002000\0") * 3 + bytes(2048),
+        header("a.png", b"00000000000\0") + header("b.png", b"-0000002000\0") + bytes(2048),
+        (header("a", b"00000000002\0", b"L") + b"b\0".ljust(512, b"\0")) * 2000 + bytes(2048),
+    ],
+    ids=["size", "size of a pax header", "negative size", "negative size behind another", "chain of long names"],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_damaged_headers_that_tarfile_follows(tmp_path: Path, content: bytes, packed: bool) -> None:
+    path = tmp_path / ("a.tar.gz" if packed else "a.tar")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(ImageError, match=r"a\.tar(\.gz)? (cannot be read as a tar file: |is damaged|ends)"):
+        names(read(path))
 
 
 def test_webdataset_takes_a_torn_archive_for_its_end(tmp_path: Path) -> None:
