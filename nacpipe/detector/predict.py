@@ -114,7 +114,7 @@ def attach_network(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreOptions:
-    """How images are read and scored; none of it changes a score but for what a network makes of another batch."""
+    """How images are read; a score may depend on `batch_size` alone, in the last bits of what a network computes."""
 
     batch_size: int = 128
     """Images at once; no batch holds images of two shards."""

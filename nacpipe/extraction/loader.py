@@ -1,4 +1,6 @@
-"""Batches of pixels of all splits, in order, decoded ahead: by one set of processes for a whole run, or on a thread.
+"""Batches of pixels, in order, decoded ahead: by one set of processes for a whole run, or on a thread.
+
+Extraction's are of all splits, whose images are counted; `score`'s are of streams, whose length nobody knows.
 
     process 1   decode ────────▶ decode ────────▶     (n, channels, height, width) uint8 through shared memory
     process 2        decode ────────▶ decode ────────▶
