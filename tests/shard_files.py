@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from nacpipe.detector.shards import Shard, find_shards
+from nacpipe.extraction.encoded_images import Unscored
+
 
 def png(values: np.ndarray) -> bytes:
     content = io.BytesIO()
@@ -37,3 +40,15 @@ def write_parquet(path: Path, images: Iterable[tuple[str, bytes | None]], *, str
         column = pyarrow.array([content for _, content in rows], pyarrow.binary())
     pyarrow.parquet.write_table(pyarrow.table({"label": [0] * len(rows), "image": column}), path, row_group_size=50)
     return path
+
+
+DOT = png(np.zeros((2, 2), np.uint8))
+
+
+def names(shard: Shard) -> list[str]:
+    return [f"{image.name}!" if isinstance(image, Unscored) else image.name for image in shard.images()]
+
+
+def read(path: Path) -> Shard:
+    (shard,) = find_shards([path])
+    return shard

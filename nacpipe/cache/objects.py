@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from nacpipe.cache.store import CONNECT, OBJECTS, PAGES, TIMEOUT, first_line, permanent_error_advice
 from nacpipe.errors import CacheError, InputError, MissingExtra
+from nacpipe.files import is_url
 
 READ_AHEAD = 4 << 20  # bytes of one request
 
@@ -39,6 +40,21 @@ def open_object(url: str) -> BinaryIO:
             return _fetch(store, name, url)
         raise _named(error, url, "read") from error
     return io.BufferedReader(_RawObject(reader, url), READ_AHEAD)
+
+
+def open_file(address: str) -> BinaryIO:
+    """Open a file for reading in pieces, here or at a URL.
+
+    Raises:
+        InputError: it cannot be read, or is not there.
+        MissingExtra: obstore is not installed, for a URL.
+    """
+    if is_url(address):
+        return open_object(address)
+    try:
+        return open(address, "rb")
+    except OSError as error:
+        raise InputError(f"{address} cannot be read: {error.strerror or error}") from None
 
 
 def _fetch(store: Any, name: str, url: str) -> BinaryIO:

@@ -23,7 +23,7 @@ from pathlib import Path, PurePath
 from tempfile import SpooledTemporaryFile
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from nacpipe.cache.objects import check_writable_object, list_objects, open_object, read_object, write_object
+from nacpipe.cache.objects import check_writable_object, list_objects, open_file, read_object, write_object
 from nacpipe.errors import InputError, MissingExtra
 from nacpipe.files import is_url, lock_handle, write_whole, writing_whole
 from nacpipe.text import escape_bytes
@@ -333,7 +333,7 @@ def read_part(address: str) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        with open_object(address) if is_url(address) else open(address, "rb") as file:
+        with open_file(address) as file:
             if address.endswith(".parquet"):
                 _import_pyarrow()
                 frame = pd.read_parquet(io.BytesIO(file.read()))

@@ -16,11 +16,11 @@ from nacpipe.benchmarks.standard import BENCHMARKS, Benchmark, Transform
 from nacpipe.detector.file import Exported, read_detector
 from nacpipe.detector.module import Detected, Detector, attach
 from nacpipe.detector.parts import ScoredImage, format_time
-from nacpipe.detector.shards import Shard, Unscored
+from nacpipe.detector.shards import Shard
 from nacpipe.errors import CacheError, DetectorError, ImageError, InputError
 from nacpipe.extraction.dataset import Normalise
 from nacpipe.extraction.distributed import Ranks
-from nacpipe.extraction.encoded_images import DecodedImages, EncodedBatches, EncodedImage
+from nacpipe.extraction.encoded_images import DecodedImages, EncodedBatches, EncodedImage, Unscored
 from nacpipe.extraction.loader import choose_stream_workers, load_stream
 from nacpipe.extraction.request import find_device, pin_arithmetic
 from nacpipe.networks.batch_runner import BatchRunner

@@ -13,43 +13,33 @@ One of them is a shard: the unit of a part of the result. Memory holds a few bat
 from __future__ import annotations
 
 import codecs
-import importlib
-import io
 import itertools
 import os
 import re
-import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
 
-from nacpipe.benchmarks.folders import SUFFIXES, is_hidden, walk_images
+from nacpipe.benchmarks.folders import SUFFIXES, walk_images
 from nacpipe.benchmarks.lists import BLANKS
-from nacpipe.cache.objects import READ_AHEAD, list_objects, open_object
-from nacpipe.errors import ImageError, InputError, MissingExtra, NacError
-from nacpipe.extraction.encoded_images import EncodedImage
-from nacpipe.extraction.image_file import CANNOT_READ, read_content
+from nacpipe.cache.objects import list_objects
+from nacpipe.detector.parquet_file import read_parquet
+from nacpipe.detector.tar_file import read_tar
+from nacpipe.errors import ImageError, InputError
+from nacpipe.extraction.encoded_images import EncodedImage, Unscored
+from nacpipe.extraction.image_file import read_content
 from nacpipe.files import is_url
 
-UNPACK = {".tar.gz": "gzip", ".tgz": "gzip", ".tar.bz2": "bz2", ".tar.xz": "lzma"}  # modules with an `open`
+UNPACK = {  # ending → the module whose `open` reads it
+    **dict.fromkeys((".tar.gz", ".tgz"), "gzip"),
+    **dict.fromkeys((".tar.bz2", ".tbz2"), "bz2"),
+    **dict.fromkeys((".tar.xz", ".txz"), "lzma"),
+}
 STREAMS = (".tar", *UNPACK, ".parquet")
-NOT_READ = (".tar.zst", ".tar.lz4", ".tar.z", ".tzst", ".tbz2", ".txz", ".zip", ".7z", ".rar")
+NOT_READ = (".tar.zst", ".tar.lz4", ".tar.z", ".tzst", ".zip", ".7z", ".rar")
 LIST = ".txt"
-MAX_IMAGE_BYTES = 1 << 29
-ROWS_AT_ONCE = 64  # of a Parquet file
 _BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<names>[^{},]*(?:,[^{},]*)+))\}")
-_BLOCK = 512  # bytes, of tar
-
-
-class Unscored(ImageError):
-    """A member of a shard that is no image; it has a name and no score."""
-
-    def __init__(self, message: str, name: str) -> None:
-        super().__init__(message)
-        self.name = name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,9 +85,9 @@ class Shard:
             ImageError: the shard itself cannot be read, or ends before its end.
         """
         if self.kind == "tar":
-            return _read_tar(self.address)
+            return read_tar(self.address, UNPACK.get(_ending(self.address)))
         if self.kind == "parquet":
-            return _read_parquet(self.address, column)
+            return read_parquet(self.address, column)
         return map(_file, self.paths())
 
     def paths(self) -> list[Path]:
@@ -206,156 +196,6 @@ def _read_list(path: Path) -> list[Path]:
     if not (found := [path.parent / line for line in (line.strip(BLANKS) for line in lines) if line]):
         raise ImageError(f"list {path} is empty; write a path a line")
     return found
-
-
-def _open(address: str) -> BinaryIO:
-    if is_url(address):
-        return open_object(address)
-    try:
-        return open(address, "rb")
-    except OSError as error:
-        raise ImageError(f"{address} cannot be read: {error.strerror or error}") from None
-
-
-class _Blocks(io.RawIOBase):
-    """A tar file that keeps what was read last: the block at which the archive ends."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.last = b""
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            self.last = self._file.read(size)
-        except (NacError, OSError, EOFError):
-            raise
-        except Exception as error:  # zlib's and lzma's own
-            raise OSError(str(error)) from None
-        return self.last
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-
-def _read_tar(address: str) -> Iterator[EncodedImage | Unscored]:
-    """Yield the members; those that share their key with an image and are none are left out, as its labels."""
-    module = UNPACK.get(_ending(address))
-    with ExitStack() as stack:
-        file = stack.enter_context(_open(address))
-        try:
-            if module is not None:
-                file = stack.enter_context(importlib.import_module(module).open(file, "rb"))
-            blocks: Any = _Blocks(file)
-            with tarfile.open(fileobj=blocks, mode="r:") as archive:
-                for _, members in itertools.groupby(_members(archive), key=lambda member: _key(member.name)):
-                    yield from _read_group(address, archive, members)
-                end, block = archive.offset, blocks.last
-            if block != bytes(_BLOCK):
-                found = "ends" if len(block) < _BLOCK else "is damaged"
-                raise ImageError(f"{address} {found} at byte {end}, before the end of its archive; copy it anew")
-            while module is not None and blocks.read(READ_AHEAD):
-                pass  # to the checksum
-        except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, RecursionError) as error:
-            # The last three: of sizes and chains of names in damaged headers, which tarfile follows.
-            raise ImageError(f"{address} cannot be read as a tar file: {error}") from None
-
-
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    end = 0
-    while (member := archive.next()) is not None:
-        if archive.offset <= end:  # of a negative size: tarfile would read the same members for ever
-            raise tarfile.ReadError(f"{member.name!r} ends before it begins")
-        end = archive.offset
-        archive.members.clear()  # type: ignore[attr-defined]  # or it would keep all of them
-        if not (member.isdir() or is_hidden(PurePosixPath(member.name).name)):
-            yield member
-
-
-def _key(name: str) -> str:
-    """WebDataset's: all before the first dot of the file's name."""
-    folder, _, file = name.rpartition("/")
-    return f"{folder}/{file.partition('.')[0]}"
-
-
-def _read_group(
-    address: str, archive: tarfile.TarFile, members: Iterator[tarfile.TarInfo]
-) -> Iterator[EncodedImage | Unscored]:
-    others, images = [], 0
-    for member in members:
-        where = f"{address}: {member.name}"
-        if PurePosixPath(member.name).suffix.lower() not in SUFFIXES:
-            others.append(member.name)
-            continue
-        images += 1
-        if not member.isreg():
-            yield Unscored(f"{CANNOT_READ}{where}: it is a link", member.name)
-        elif member.size > MAX_IMAGE_BYTES:
-            yield Unscored(f"{CANNOT_READ}{where}: it has {member.size} bytes", member.name)
-        else:
-            stream = archive.extractfile(member)
-            assert stream is not None
-            content = stream.read()
-            if len(content) < member.size:
-                raise ImageError(f"{address} ends within {member.name}; copy it anew")
-            yield EncodedImage(name=member.name, where=where, read=partial(bytes, content), time=float(member.mtime))
-    if not images:
-        for name in others:
-            yield Unscored(f"{address}: {name} is no image; known endings: {', '.join(sorted(SUFFIXES))}", name)
-
-
-def _read_parquet(address: str, column: str | None) -> Iterator[EncodedImage | Unscored]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtra(f"{address} needs pyarrow; install it with: pip install 'nacpipe[score]'") from None
-    with _open(address) as file:
-        try:
-            # Without the two it reads all images of a row group first, and many files are one row group.
-            table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=READ_AHEAD)
-            chosen = _image_column(address, table.schema_arrow, column)
-            row = 0
-            for batch in table.iter_batches(ROWS_AT_ONCE, columns=[chosen]):
-                for value in batch.column(0).to_pylist():
-                    yield _parquet_row(address, row, value)
-                    row += 1
-        except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: of names that are no UTF-8
-            raise ImageError(f"{address} cannot be read as Parquet: {str(error).splitlines()[0][:200]}") from None
-
-
-def _image_column(address: str, schema: Any, column: str | None) -> str:
-    """The name of the column of images: bytes, or a struct with a field of bytes, as Hugging Face's data sets have."""
-    import pyarrow.types as types
-
-    def holds_images(kind: Any) -> bool:
-        return any(test(kind) for test in (types.is_binary, types.is_large_binary, types.is_binary_view,
-                                           types.is_fixed_size_binary))  # fmt: skip
-
-    def bytes_of(kind: Any) -> Any:
-        if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            kind = kind.field("bytes").type
-        return kind.value_type if types.is_dictionary(kind) else kind
-
-    fitting = [field.name for field in schema if holds_images(bytes_of(field.type))]
-    if column is None and fitting:
-        return str(fitting[0])
-    if column in fitting:
-        return str(column)
-    wanted = "a column of encoded images" if column is None else f"a column {column!r} of encoded images"
-    raise ImageError(f"{address} has not {wanted} (bytes, or a struct with bytes); it has {', '.join(schema.names)}")
-
-
-def _parquet_row(address: str, row: int, value: Any) -> EncodedImage | Unscored:
-    name = str(row)
-    if isinstance(value, dict):
-        name, value = str(value.get("path") or name), value.get("bytes")
-    where = f"{address}: row {row}" + (f", {name}" if name != str(row) else "")
-    if value is None:
-        return Unscored(f"{CANNOT_READ}{where}: it is null", name)
-    return EncodedImage(name=name, where=where, read=partial(bytes, value))
 
 
 def check_stems(shards: Sequence[Shard]) -> None:

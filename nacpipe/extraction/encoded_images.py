@@ -34,6 +34,14 @@ class EncodedImage:
     """When it was written last, in seconds since 1970; None where that is not known."""
 
 
+class Unscored(ImageError):
+    """A member of a shard that is no image; it has a name and no score."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodedImages:
     """A batch of n images, some of which may have no pixels."""
