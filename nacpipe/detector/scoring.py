@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nacpipe.detector.file import Exported
-from nacpipe.detector.parts import Parts, ScoredImage, read_part
+from nacpipe.detector.parts import COLUMNS, Parts, ScoredImage, read_part
 from nacpipe.detector.predict import Ready, ScoreOptions, ShardError, score_shards
 from nacpipe.detector.shards import Shard, check_stems, find_shards
 from nacpipe.errors import InputError
@@ -205,7 +205,7 @@ def score(
     sources = [images] if isinstance(images, str | Path) else list(images)
     if output is None:
         scored = score_shards(ready, find_shards(sources), options, note)
-        return pd.DataFrame([row for _, rows in scored for row in rows])
+        return pd.DataFrame([row for _, rows in scored for row in rows], columns=list(COLUMNS))
     parts = Parts(output, format)
     plan = plan_scoring(sources, parts)
     parts.claim(describe(ready.exported))

@@ -416,6 +416,8 @@ def test_from_python(detector: Path, shards: Path, alone: dict[str, bytes], tmp_
     done = nacpipe.score(loaded, [shards / "002.tar", shards / "003.tar"], tmp_path / "scores", batch_size=8)
     assert done[["images", "errors"]].to_numpy().tolist() == [[25, 0], [25, 0]]
     assert contents(tmp_path / "scores") == {name: alone[name] for name in ("002.csv", "003.csv", "_detector.json")}
+    empty = nacpipe.score(loaded, write_tar(tmp_path / "none.tar", []))
+    assert (len(empty), list(empty.columns)) == (0, list(rows.columns))
     write_parquet(tmp_path / "p.parquet", [(f"{n}.png", png(load_set("val")[0][50 + n])) for n in range(25)])
     assert nacpipe.score(loaded, tmp_path / "p.parquet", batch_size=8).score.tolist() == rows.score.tolist()
 
