@@ -125,6 +125,8 @@ def list_objects(url: str) -> list[str]:
 
     base = url.rstrip("/")
     if base.partition("://")[0] in PAGES:
+        if "?" in base:  # a signed one, say
+            raise InputError(f"{url}: addresses with a query are not read; give s3://… and AWS_…, or a local copy")
         raise InputError(f"{url}: a web server has no listing; name its files, such as {base}/{{000..009}}.tar")
     store, _ = _connect(f"{base}/x", write=True)
     try:

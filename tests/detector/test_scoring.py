@@ -523,6 +523,8 @@ def test_shards_on_a_web_server(
         assert (tmp_path / "behind/001.csv").read_bytes() == alone["001.csv"], behind.stderr
         listing = run("score", detector, f"{url}/", "--output", out)
         assert "a web server has no listing; name its files, such as" in listing.stderr
+        signed = run("score", detector, f"{url}/001.tar?X-Amz-Signature=1", "--output", out)
+        assert "addresses with a query are not read; give s3://… and AWS_…, or a local copy" in signed.stderr
     (shards / "p.parquet").unlink()
 
 
