@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import math
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -172,8 +173,8 @@ class Parts:
             )
         if (kind := found.get("format", self.kind)) != self.kind:  # `watch` would count images twice
             raise InputError(
-                f"{self.folder} holds parts in the format {kind}; go on with --format {kind}, or name another folder"
-                " with --output"
+                f"{self.folder} holds parts in the format {kind}; go on with --format {shlex.quote(str(kind))}, or name"
+                " another folder with --output"
             )
 
 
