@@ -17,7 +17,6 @@ from nacpipe.tuning.space import Choice, Interval, LayerSpace
 from nacpipe.tuning.study import Search
 from nacpipe.tuning.validation import SHOWN, ObjectiveName
 
-EDGE = 0.02  # of a range: a best value this near its end asks for a wider range
 FEW = 20  # trials from which importances are worth a look
 WIDTH, HEIGHT = 72, 12  # of the picture, in characters
 
@@ -120,7 +119,7 @@ def _parameters(search: Search, trials: Sequence[FrozenTrial], params: NacParams
             at_edge = False
             if isinstance(dimension, Interval):
                 low, high, place = dimension.low, dimension.high, dimension.unit(value)
-                at_edge = dimension.free and not EDGE < place < 1 - EDGE
+                at_edge = dimension.ends_at(value)
             importance = importances.get(f"{name}.{field}", np.nan)
             rows.append((name, field, value, importance, low, high, choices, place, at_edge))
     columns = ["layer", "parameter", "value", "importance", "low", "high", "choices", "place", "at_edge"]
