@@ -165,11 +165,13 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
                 f"cross-validated: AUROC {percent(crossed.images)} % over images{own},"
                 f" {percent(crossed.clusters)} % over the classes that {search.request.val} is predicted as"
             )
-        if fused is not None and crossed is not None and (without := result.without_fusion) is not None:
-            click.echo(
-                f"{fused.method} is a member of the sum; without it: {percent(without.images)} % over images,"
-                f" {percent(without.clusters)} % over classes"
-            )
+        if fused is not None:
+            alone = ""
+            if crossed is not None and (without := result.without_fusion) is not None:
+                alone = (
+                    f"; without it {percent(without.images)} % over images, {percent(without.clusters)} % over classes"
+                )
+            click.echo(fused.describe() + alone)
         if result.front is not None:
             click.echo(
                 f"{result.front} trials are on the front of AUROC and FPR@95; this one is nearest the best of both,"
@@ -211,6 +213,8 @@ def print_explanation(search: Search, as_json: bool) -> None:
         for row in found.layers.itertuples()
     ]
     print_table(("layer", "weight", "alone, AUROC %", "without it, AUROC %"), layers)
+    if found.fused is not None:
+        click.echo(found.fused.describe())
     click.echo("")
     click.echo(found.picture())
 

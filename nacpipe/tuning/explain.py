@@ -12,6 +12,7 @@ import pandas as pd
 from optuna.trial import FrozenTrial
 
 from nacpipe.errors import StudyError
+from nacpipe.method.feature_scores import FusedScore
 from nacpipe.method.params import NacParams
 from nacpipe.tuning.space import Choice, Interval, LayerSpace
 from nacpipe.tuning.study import Search
@@ -30,10 +31,14 @@ class Explanation:
     at_edge; of what is searched.
     """
     layers: pd.DataFrame
-    """layer, weight, alone (best validation AUROC with all the weight), without (AUROC when it is left out)."""
+    """layer, weight, alone (best validation AUROC with all the weight), without (AUROC when it is left out); the last
+    row is the fused score's, if there is one.
+    """
     history: pd.DataFrame
     """number, phase, value, best (so far)."""
     objective: ObjectiveName
+    fused: FusedScore | None = None
+    """The feature score in the sum."""
 
     @property
     def maximize(self) -> bool:
@@ -100,6 +105,7 @@ def explain(search: Search) -> Explanation:
         layers=_layers(search, trials, params),
         history=history,
         objective=objective,
+        fused=params.fused,
     )
 
 
@@ -175,4 +181,10 @@ def _layers(search: Search, trials: Sequence[FrozenTrial], params: NacParams) ->
             weighed = search.objective.weigh(without_it, fused) if search.objective.fits else without_it
             without = search.objective.measure(weighed).val_auroc
         rows.append({"layer": name, "weight": layer.weight, "alone": alone.get(name, np.nan), "without": without})
+    if (member := params.fused) is not None:
+        evaluator = search.objective.evaluator
+        scores = evaluator.standardise_fused(member.method)[1]
+        coverage = search.objective.measure(search.objective.weigh(NacParams(layers=params.layers)))
+        reached = {"alone": evaluator.check(scores).val_auroc, "without": coverage.val_auroc}
+        rows.append({"layer": member.method, "weight": member.weight, **reached})
     return pd.DataFrame(rows, columns=["layer", "weight", "alone", "without"])

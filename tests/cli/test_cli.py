@@ -267,7 +267,7 @@ def test_the_default_search_takes_every_term_and_is_cross_validated(cache: str, 
         r" is predicted as",
         lines[22],
     )
-    assert lines[23].startswith("NCI is a member of the sum; without it: ")
+    assert lines[23].startswith("NCI is no coverage but a score of the last layer's input, ")
     assert lines[25].startswith("1081 trials in ")  # 18 terms, 60 trials each, and all together
     stored = json.loads((tmp_path / "c.params.json").read_text())
     crossed = stored["result"]["cross_validated"]
