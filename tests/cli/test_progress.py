@@ -240,12 +240,13 @@ def test_an_interrupt_on_a_terminal_leaves_a_clean_line(small_cache: Cache, tmp_
 def test_score(nacpipe: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     from nacpipe.detector import predict as score
+    from nacpipe.detector import shards
 
     def rows(_ready: object, paths: list[Path], *_: Any) -> Iterator[score.ScoredImage]:
         for path in paths:
             yield score.ScoredImage(image=str(path), score=0.5, percentile=40.0, is_ood=False, predicted=1, error=None)
 
-    monkeypatch.setattr(score, "find_images", lambda paths: list(paths))
+    monkeypatch.setattr(shards, "find_paths", lambda paths: list(paths))
     monkeypatch.setattr(score, "prepare", lambda *_: score.Ready(None, None, None, True))  # type: ignore[arg-type]
     monkeypatch.setattr(score, "score_images", rows)
     done = nacpipe("score", "d.safetensors", "a.png", "b.png")
