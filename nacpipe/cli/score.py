@@ -14,6 +14,7 @@ from nacpipe.cli.extract import workers_option
 from nacpipe.cli.output import Address, Progress, note, print_csv, print_json, print_table
 
 if TYPE_CHECKING:
+    from nacpipe.detector.file import Exported
     from nacpipe.detector.parts import Parts, ScoredImage
     from nacpipe.detector.predict import Ready, ScoreOptions
     from nacpipe.detector.scoring import ScoredShard, ScorePlan
@@ -128,7 +129,7 @@ def _print_rows(
     for text in ready.notes:
         note(text)
     broken: list[str] = []
-    count = 0
+    count = flagged = 0
 
     with Progress("score", {"": len(shards) or len(paths)}, unit="shard" if shards else "it") as progress:
 
@@ -142,9 +143,10 @@ def _print_rows(
                 progress.step(1)
 
         def rows() -> Iterator[dict[str, Any]]:
-            nonlocal count
+            nonlocal count, flagged
             for row in scored():
                 count += 1
+                flagged += row.is_ood is True
                 if not shards:
                     progress.step(1)
                 if row.error is not None:
@@ -162,8 +164,19 @@ def _print_rows(
             print_json([*rows()])
         else:
             print_table(_COLUMNS[:-1], [_cells(row) for row in rows()])
+    if count > len(broken):
+        note(_describe_flagged(flagged, count - len(broken), ready.exported))
     if broken:
         raise ImageError(f"{len(broken)} of {count} images could not be scored; the first: {broken[0]}")
+
+
+def _describe_flagged(flagged: int, scored: int, exported: Exported) -> str:
+    """Return how many images are flagged, and what that means."""
+    return (
+        f"{flagged} of {scored} images flagged ({100 * flagged / scored:.1f} %): they score below the threshold"
+        f" {exported.threshold:.6g}, as at most {100 * (1 - exported.keep):.4g} % do of the in-distribution images that"
+        " it was chosen on"
+    )
 
 
 def _write_parts(ready: Ready, plan: ScorePlan, parts: Parts, ranks: Ranks, options: ScoreOptions) -> list[ScoredShard]:
