@@ -83,12 +83,19 @@ def layers(model: str, benchmark: str | None, as_json: bool) -> None:
     nacpipe layers networks.py:build --benchmark cifar10
     """
     from nacpipe.benchmarks.toml import open_benchmark
+    from nacpipe.errors import InputError
     from nacpipe.networks.build import blank_network
     from nacpipe.networks.layers import choose_layers, list_layers
     from nacpipe.networks.models import find_model
 
     row = find_model(model)
-    network = blank_network(row, open_benchmark(benchmark or row.benchmark), None)
+    try:
+        network = blank_network(row, open_benchmark(benchmark or row.benchmark), None)
+    except InputError as error:
+        if benchmark is not None or row.known:
+            raise
+        whose = f"these are the images and classes of {row.benchmark}; say whose it takes"
+        raise InputError(f"{error}; {whose} with --benchmark NAME or FILE.toml") from None
     tappable = list_layers(network)
     default = set(row.default or choose_layers(network).values())
     if as_json:

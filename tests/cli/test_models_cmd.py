@@ -70,6 +70,10 @@ def test_layers_on_another_benchmark(tmp_path: Path) -> None:
     result = nacpipe("layers", f"{tmp_path}/net.py:build")
     assert result.exit_code == 1
     assert result.stderr.startswith("nacpipe: model 'net.py:build' fails on images of 224 pixels: RuntimeError: ")
+    hint = "; these are the images and classes of imagenet; say whose it takes with --benchmark NAME or FILE.toml\n"
+    assert result.stderr.endswith(hint)
+    named = nacpipe("layers", f"{tmp_path}/net.py:build", "--benchmark", "imagenet")
+    assert named.stderr == result.stderr.replace(hint, "\n")
 
 
 @pytest.mark.parametrize("value", ["mix", "=none", "mix="])
