@@ -12,10 +12,12 @@ rows are on the disk (fsync), so that a power cut has the effect of a kill.
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from numcodecs import BitRound
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
-from nacpipe.cache.address import holds_cache, is_empty, open_store
+from nacpipe.cache.address import Objects, holds_cache, is_empty, open_store
 from nacpipe.cache.consolidated import consolidate
 from nacpipe.cache.digest import split_digest
 from nacpipe.cache.durability import sync_files, writing
@@ -154,6 +156,16 @@ class CacheWriter:
             group.attrs["written"] = True
             self._sync("classifier/zarr.json")
             consolidate(self.root, self.header, self.path)
+
+    def add_information(self, values: Mapping[str, Any]) -> None:
+        """Add values to the root's information, which is never compared; not while a split is sealed."""
+        with writing(self.path):
+            objects = Objects(self.path)
+            content = json.loads(objects.read("zarr.json") or b"{}")
+            header = replace(self.header, information={**self.header.information, **values})
+            content["attributes"] = header.to_attributes()
+            objects.replace("zarr.json", json.dumps(content, separators=(",", ":")).encode())
+            self.header = header
 
     def prepare(
         self,

@@ -14,9 +14,10 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from multiprocessing import resource_tracker
@@ -36,18 +37,24 @@ AHEAD = 2  # batches, of each worker
 
 Batch = tuple[int, range]
 """A split's place, and positions in its `index`."""
+Decoded = tuple[Tensor | NacError, float]
+"""The pixels of a batch, or the error that says why there are none; and the seconds that it took."""
 
 
 class PixelBatches(Dataset[Any]):
-    """(split's place, rows) → the pixels of a batch, or the error that says why there are none."""
+    """(split's place, rows) → the pixels of a batch."""
 
     def __init__(self, sets: Sequence[ImageSet], transform: Transform) -> None:
         """Store the splits' images and how they are prepared."""
         self._sets = list(sets)
         self._pixels = [Pixels(transform, images.pre_resized) for images in sets]
 
-    def __getitem__(self, batch: Batch) -> Tensor | NacError:  # a raised error would arrive as another text
-        place, rows = batch
+    def __getitem__(self, batch: Batch) -> Decoded:
+        started = time.perf_counter()
+        found = self._decode(*batch)
+        return found, time.perf_counter() - started
+
+    def _decode(self, place: int, rows: range) -> Tensor | NacError:  # a raised error would arrive as another text
         images, pixels = self._sets[place], self._pixels[place]
         try:
             decoded = [pixels(images.open(int(images.index[row]))) for row in rows]
@@ -93,7 +100,12 @@ def _by_processes(images: ImageSet) -> bool:
 
 
 def load_batches(
-    sets: Sequence[ImageSet], batches: Sequence[Batch], transform: Transform, workers: int, pin: bool = False
+    sets: Sequence[ImageSet],
+    batches: Sequence[Batch],
+    transform: Transform,
+    workers: int,
+    pin: bool = False,
+    decoded: Callable[[float], None] = lambda seconds: None,
 ) -> Generator[Tensor, None, None]:
     """Yield the pixels of batches, (n, channels, height, width) uint8, in order.
 
@@ -103,6 +115,7 @@ def load_batches(
         transform: how images are prepared; `Normalise` does the rest.
         workers: processes; 0: none, and a thread of this one.
         pin: into page-locked memory, so that batches are copied to a GPU while it computes.
+        decoded: called with the seconds that a process or the thread needed for a batch.
 
     Raises:
         ImageError: an image cannot be read, naming file, list and line; or a process is gone.
@@ -113,22 +126,21 @@ def load_batches(
     there = _decode_apart(dataset, [batch for batch in batches if apart[batch[0]]], workers, pin)
     with closing(here), closing(there):
         for place, _ in batches:
-            found = next(there if apart[place] else here)
+            found, seconds = next(there if apart[place] else here)
+            decoded(seconds)
             if isinstance(found, NacError):
                 raise found
             yield found
 
 
-def _decode_here(
-    dataset: PixelBatches, batches: Sequence[Batch], pin: bool
-) -> Generator[Tensor | NacError, None, None]:
+def _decode_here(dataset: PixelBatches, batches: Sequence[Batch], pin: bool) -> Generator[Decoded, None, None]:
     """Decode on one thread, in order: a data set may keep state between images."""
 
-    def decode(batch: Batch) -> Tensor | NacError:
-        found = dataset[batch]
-        return found.pin_memory() if pin and isinstance(found, Tensor) else found
+    def decode(batch: Batch) -> Decoded:
+        found, seconds = dataset[batch]
+        return found.pin_memory() if pin and isinstance(found, Tensor) else found, seconds
 
-    waiting: deque[Future[Tensor | NacError]] = deque()
+    waiting: deque[Future[Decoded]] = deque()
     with ThreadPoolExecutor(1) as pool:
         try:
             for batch in batches:
@@ -143,7 +155,7 @@ def _decode_here(
 
 def _decode_apart(
     dataset: PixelBatches, batches: Sequence[Batch], workers: int, pin: bool
-) -> Generator[Tensor | NacError, None, None]:
+) -> Generator[Decoded, None, None]:
     """Decode in processes, which torch ends with this one."""
     with warnings.catch_warnings(), _interrupts_later():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, as asked

@@ -5,6 +5,8 @@
     writers                                   block k ──────▶ block k + 2 ──▶
                                                  block k + 1 ──────▶ block k + 3 ──▶
 
+After a batch that exceeds the memory, all are smaller; the cache keeps the size, with which the next run begins.
+
 Memory holds a few blocks of pooled numbers and a few batches of images, for any number of images.
 
 A block of a new cache has 1, 2, 4, 8, … batches: about ten seconds of work, which a kill loses, and at most 512 rows.
@@ -18,9 +20,10 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,10 @@ from nacpipe.extraction.dataset import ImageSet, Normalise
 from nacpipe.extraction.distributed import Ranks, WrittenUnits
 from nacpipe.extraction.loader import choose_workers, load_batches
 from nacpipe.extraction.plan import Plan, SplitPlan
+from nacpipe.extraction.profile import COPY, DECODE, NETWORK, WAIT, WRITE, WRITERS, Profile
 from nacpipe.extraction.request import BLOCK_SECONDS, ExtractRequest, choose_block_rows
 from nacpipe.extraction.samples import MapSamples, StreamSamples
-from nacpipe.networks.batch_runner import BatchRunner
+from nacpipe.networks.batch_runner import BatchRunner, Clock, name_hardware, no_clock
 from nacpipe.networks.build import classifier_weights
 from nacpipe.networks.call import name_sample
 from nacpipe.networks.checkpoints import read_stated_accuracy
@@ -48,6 +52,7 @@ from nacpipe.text import spell_option
 
 ACCURACY_ROWS = 8192  # rows that are read at once
 BLOCKS_IN_FLIGHT = 2  # that are written while the network runs the next one
+FITS = "batch_that_fits"  # of the cache's information, after one that did not: {device, images}
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -61,6 +66,7 @@ def extract(
     progress: Progress = lambda split, rows: None,
     ranks: Ranks = Ranks(),  # noqa: B008 (a frozen record)
     note: Note = lambda text: None,
+    profile: Profile | None = None,
 ) -> None:
     """Extract as planned. After a kill, the same call continues; marked blocks are never computed again.
 
@@ -69,6 +75,7 @@ def extract(
         progress: called after every batch.
         ranks: this process among those that write the cache.
         note: called with notes: the accuracy on id/train when it is written; the size of batches if it is reduced.
+        profile: adds up where the time goes.
 
     Raises:
         ImageError: an image cannot be read, naming file, list and line.
@@ -77,7 +84,7 @@ def extract(
     """
     plan = choose_blocks(plan, ranks, note)
     with CacheLock(plan.request.cache) as lock:
-        _extract(plan, progress, ranks, note, lock)
+        _extract(plan, progress, ranks, note, lock, profile)
 
 
 def choose_blocks(plan: Plan, ranks: Ranks = Ranks(), note: Note = lambda text: None) -> Plan:  # noqa: B008
@@ -122,7 +129,9 @@ def _time_batch(plan: Plan) -> float:
     return seconds
 
 
-def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: CacheLock) -> None:
+def _extract(
+    plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: CacheLock, profile: Profile | None
+) -> None:
     ranks.wait()  # until all have planned: nothing changes before
     if ranks.first:
         lock.take()
@@ -137,42 +146,68 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
         lock.share()
         writer = _open_writer(plan, ranks)
     # A number and not the path, which may differ between machines, and which a run that failed has counted under.
-    written, sealing = WrittenUnits(ranks, ranks.agree(secrets.randbits(62))), threading.Lock()
+    written = WrittenUnits(ranks, ranks.agree(secrets.randbits(62)))
+    sealing = threading.RLock()  # a stream is sealed while it runs
+    clock: Clock = no_clock
+    device_name = name_hardware(plan.network.device)
+    if profile is not None:
+        clock, profile.writers = profile.time, BLOCKS_IN_FLIGHT
 
     def write(split: SplitPlan, unit: int, arrays: Arrays) -> None:
         name = split.images.name
-        writer.write_block(name, unit, arrays)
-        if written.add(name) == len(plan.units(split)):
-            with sealing:
-                writer.seal(name)
-                _note_accuracy(plan, name, note)
+        with clock(WRITE):
+            writer.write_block(name, unit, arrays)
+            if written.add(name) == len(plan.units(split)):
+                with sealing:
+                    writer.seal(name)
+                    _note_accuracy(plan, name, note)
 
     with (
-        closing(_load_images(plan, ranks)) as images,
-        plan.taps() as taps,
+        nullcontext() if profile is None else profile.run(),
+        closing(_load_images(plan, ranks, profile)) as images,
+        plan.taps(clock) as taps,
         ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as pool,
     ):
         prepare = _preparation(plan)
+
+        def run_network(arguments: Any) -> Arrays:
+            with clock(NETWORK):
+                tapped = taps(prepare(arguments))
+            if profile is not None:
+                profile.samples += len(tapped.logits)
+            with clock(COPY):
+                return to_arrays(tapped, plan.header)
+
+        def note_size(text: str) -> None:
+            note(text)
+            if ranks.first and run.size is not None:
+                with sealing:
+                    writer.add_information({FITS: {"device": device_name, "images": run.size}})
+
         run = BatchRunner(
-            lambda arguments: to_arrays(taps(prepare(arguments)), plan.header),
+            run_network,
             plan.network.device,
-            note,
+            note_size,
             python=plan.network.from_python,
+            size=_known_size(writer.header, device_name),
+            clock=clock,
         )
         writing: deque[Future[None]] = deque()
         for split in plan.splits:
             if isinstance(split.images, StreamSamples):
                 if ranks.first and not split.sealed:  # it is read from its beginning, by one
                     with sealing:
-                        _run_stream(plan, split.images, run, progress, writer)
+                        _run_stream(plan, split.images, run, progress, writer, clock)
                         _note_accuracy(plan, split.images.name, note)
                 continue
-            for unit, arrays in _run_blocks(plan, split, images, ranks, run, progress):
+            for unit, arrays in _run_blocks(plan, split, images, ranks, run, progress, clock):
                 if len(writing) == BLOCKS_IN_FLIGHT:
-                    writing.popleft().result()
+                    with clock(WRITERS):
+                        writing.popleft().result()
                 writing.append(pool.submit(write, split, unit, arrays))
-        for done in writing:
-            done.result()
+        with clock(WRITERS):
+            for done in writing:
+                done.result()
     ranks.wait()
     if ranks.first and not ranks.alone:
         writer.renew_copy()
@@ -183,6 +218,15 @@ def _open_writer(plan: Plan, ranks: Ranks) -> CacheWriter:
     if writer.header.block_rows != plan.header.block_rows:
         raise CacheError(f"{plan.request.cache} was made by another extract meanwhile; the same command goes on")
     return writer
+
+
+def _known_size(header: Header, device_name: str) -> int | None:
+    """Return the largest batch that an earlier run on such a device had memory for, or None."""
+    found = header.information.get(FITS)
+    if not isinstance(found, Mapping) or found.get("device") != device_name:
+        return None
+    images = found.get("images")
+    return images if isinstance(images, int) and images > 0 else None
 
 
 def _prepare_splits(plan: Plan, writer: CacheWriter, note: Note) -> None:
@@ -251,11 +295,13 @@ def _run_blocks(
     ranks: Ranks,
     run: BatchRunner[Arrays],
     progress: Progress,
+    clock: Clock,
 ) -> Iterator[tuple[int, Arrays]]:
     """Yield (first block, arrays) for every unit of this rank: a block, or a shard's blocks."""
     samples, units = split.images, [unit for of, unit in plan.work(ranks) if of is split]
     assert not isinstance(samples, StreamSamples)
-    loaded = _load(plan, samples, images, [batch for unit in units for batch in plan.batches(split, unit)])
+    batches = [batch for unit in units for batch in plan.batches(split, unit)]
+    loaded = _waited(_load(plan, samples, images, batches), clock)
     for unit in units:
         parts: list[Arrays] = []
         labels: list[NDArray[np.int64]] = []
@@ -282,7 +328,7 @@ def _preparation(plan: Plan) -> Callable[[Any], Any]:
     return lambda arguments: arguments
 
 
-def _load_images(plan: Plan, ranks: Ranks) -> Generator[Tensor, None, None]:
+def _load_images(plan: Plan, ranks: Ranks, profile: Profile | None) -> Generator[Tensor, None, None]:
     """Yield the pixels of this rank's batches of all splits of images, in order; nothing starts before the first."""
     splits = [split for split in plan.splits if isinstance(split.images, ImageSet)]
     sets = [split.images for split in splits if isinstance(split.images, ImageSet)]
@@ -298,7 +344,10 @@ def _load_images(plan: Plan, ranks: Ranks) -> Generator[Tensor, None, None]:
     rows = [plan.todo_of(split, ranks) for split in splits]
     transform = plan.network.image_transform
     workers = choose_workers(plan.request.workers, sets, rows, transform.crop, ranks.local_world)
-    yield from load_batches(sets, batches, transform, workers, pin=plan.network.device.type == "cuda")
+    pin, decoded = plan.network.device.type == "cuda", (lambda seconds: None)
+    if profile is not None:
+        profile.decoders, decoded = max(workers, 1), partial(profile.add, DECODE)
+    yield from load_batches(sets, batches, transform, workers, pin, decoded)
 
 
 def _load(
@@ -313,30 +362,47 @@ def _load(
 
 
 def _run_stream(
-    plan: Plan, samples: StreamSamples, run: BatchRunner[Arrays], progress: Progress, writer: CacheWriter
+    plan: Plan,
+    samples: StreamSamples,
+    run: BatchRunner[Arrays],
+    progress: Progress,
+    writer: CacheWriter,
+    clock: Clock,
 ) -> None:
     """Run an iterable's batches, and write the split when its length is known; meanwhile its numbers are in a file."""
     size, blocks = plan.header.block_rows * plan.header.shard_blocks, 0
     with tempfile.TemporaryDirectory(prefix="nacpipe-") as folder:
         waiting: Arrays = {}
-        for arguments, label in samples.load(plan.header.classes):
+        for arguments, label in _waited(samples.load(plan.header.classes), clock):
             parts = list(run(arguments))
             batch: Arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             batch["label"] = label
             waiting = {key: np.concatenate([waiting[key], batch[key]]) if waiting else batch[key] for key in batch}
             progress(samples.name, len(label))
-            while len(waiting["label"]) >= size:
-                _save(Path(folder) / str(blocks), waiting, size)
-                waiting, blocks = {key: array[size:] for key, array in waiting.items()}, blocks + 1
+            with clock(WRITERS):
+                while len(waiting["label"]) >= size:
+                    _save(Path(folder) / str(blocks), waiting, size)
+                    waiting, blocks = {key: array[size:] for key, array in waiting.items()}, blocks + 1
         _save(Path(folder) / str(blocks), waiting, size)
         rows = blocks * size + len(waiting["label"])
         index = np.arange(rows)
-        writer.prepare(samples.name, rows, samples.identity(), index=index)
-        for block in range(count_blocks(rows, size)):
-            arrays = {key: np.load(_file(Path(folder) / str(block), place)) for place, key in enumerate(waiting)}
-            here = index[block * size : (block + 1) * size]
-            writer.write_block(samples.name, block * plan.header.shard_blocks, {**arrays, "index": here})
-    writer.seal(samples.name)
+        with clock(WRITERS):
+            writer.prepare(samples.name, rows, samples.identity(), index=index)
+            for block in range(count_blocks(rows, size)):
+                arrays = {key: np.load(_file(Path(folder) / str(block), place)) for place, key in enumerate(waiting)}
+                here = index[block * size : (block + 1) * size]
+                writer.write_block(samples.name, block * plan.header.shard_blocks, {**arrays, "index": here})
+            writer.seal(samples.name)
+
+
+def _waited(loaded: Iterator[tuple[Any, NDArray[np.int64]]], clock: Clock) -> Iterator[tuple[Any, NDArray[np.int64]]]:
+    """Yield what is loaded, and count the time until it is there."""
+    while True:
+        with clock(WAIT):
+            found = next(loaded, None)
+        if found is None:
+            return
+        yield found
 
 
 def _save(block: Path, arrays: Arrays, rows: int) -> None:
@@ -350,10 +416,21 @@ def _file(block: Path, place: int) -> Path:
 
 
 def to_arrays(tapped: Tapped, header: Header) -> Arrays:
-    """Return array path → (n, width) float32 on the CPU."""
+    """Return array path → (n, width) float32 on the CPU; from another device they come in one copy."""
     tensors = {header.layer_array(name, "activation"): value for name, value in tapped.activation.items()}
     tensors |= {header.layer_array(name, "gradient"): value for name, value in tapped.gradient.items()}
     tensors["logits"] = tapped.logits
     if tapped.features is not None:
         tensors["features"] = tapped.features
-    return {path: value.float().cpu().numpy() for path, value in tensors.items()}
+    if tapped.logits.device.type == "cpu":
+        return {path: value.float().numpy() for path, value in tensors.items()}
+    return copy_together(tensors)
+
+
+def copy_together(tensors: Mapping[str, Tensor]) -> Arrays:
+    """Return tensors of any device, (n, width) each, as float32 arrays: the device is waited for once, not for each."""
+    widths = [value.shape[1] for value in tensors.values()]
+    together = torch.cat([value.float() for value in tensors.values()], dim=1)
+    host = torch.empty(together.shape, dtype=torch.float32, pin_memory=together.device.type == "cuda")
+    columns = host.copy_(together).numpy()
+    return dict(zip(tensors, np.split(columns, np.cumsum(widths)[:-1], axis=1), strict=True))

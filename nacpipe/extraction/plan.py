@@ -37,6 +37,7 @@ from nacpipe.extraction.request import (
 )
 from nacpipe.extraction.samples import MapSamples, StreamSamples
 from nacpipe.files import is_url
+from nacpipe.networks.batch_runner import Clock, no_clock
 from nacpipe.networks.build import Network, blank_network, load_network
 from nacpipe.networks.layers import measure_layers, name_layers
 from nacpipe.networks.models import find_model
@@ -138,7 +139,7 @@ class Plan:
         """Return the samples of a split that this rank still has to run through the network."""
         return sum(len(self.rows_of_unit(split, unit)) for of, unit in self.work(ranks) if of is split)
 
-    def taps(self) -> Taps:
+    def taps(self, clock: Clock = no_clock) -> Taps:
         """Return hooks on the network's layers, with the request's options."""
         request, network = self.request, self.network
         return Taps(
@@ -151,6 +152,7 @@ class Plan:
             autocast=AUTOCAST[request.autocast],
             gradients=request.gradient,
             call=network.call,
+            clock=clock,
         )
 
 

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from nacpipe.cache import LayerSpec
 from nacpipe.errors import InputError
-from nacpipe.networks.batch_runner import is_out_of_memory
+from nacpipe.networks.batch_runner import Clock, is_out_of_memory, no_clock
 from nacpipe.networks.call import (
     PLAIN_CALL,
     Call,
@@ -71,6 +71,7 @@ class Taps:
         gradients: bool = True,
         call: Call = PLAIN_CALL,
         cache_layers: Sequence[str] | None = None,
+        clock: Clock = no_clock,
     ) -> None:
         """Register hooks on `layers` of `network`.
 
@@ -89,13 +90,14 @@ class Taps:
             call: how the network is called, and which positions of padded samples count.
             cache_layers: paths of all layers of the cache whose values are wanted to the last bit, of which a detector
                 taps some (`_fast_path`); None: those of `layers`.
+            clock: called with `pool` around what pools; the extraction's profile.
 
         Raises:
             InputError: a path names no module, or a module that takes no hooks, naming layer and path.
         """
         self.network, self.layers, self.autocast = network, layers, autocast
         self.overwritten = overwritten
-        self._call = call
+        self._call, self._clock = call, clock
         self._mask: Tensor | None = None
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
         self._probabilities = outputs == "probabilities"
@@ -229,7 +231,8 @@ class Taps:
         return pooled
 
     def _pool(self, spec: LayerSpec, values: Tensor) -> Tensor:
-        return pool(spec.name, spec.pooling, _widen(values), self._mask)
+        with self._clock("pool"):
+            return pool(spec.name, spec.pooling, _widen(values), self._mask)
 
     def _output_hook(self, spec: LayerSpec) -> Callable[[nn.Module, object, object], object]:
         def hook(_module: nn.Module, _inputs: object, whole: object) -> object:

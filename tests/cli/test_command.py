@@ -51,7 +51,8 @@ def test_the_command_line_has_the_record_s_options_and_defaults() -> None:
     given = extract.make_context("extract", ["digits"]).params
     made_up = ("benchmark", "model", "cache", "train_images")  # given, or filled in by make_requests
     usual = {field.name: field.default for field in fields(ExtractRequest) if field.name not in made_up}
-    assert {name: value for name, value in given.items() if name not in (*made_up, "dry_run", "as_json")} == usual
+    of_the_run = ("dry_run", "profile", "as_json")
+    assert {name: value for name, value in given.items() if name not in (*made_up, *of_the_run)} == usual
 
 
 @pytest.mark.parametrize("options", [OPTIONS, ALL])
