@@ -31,7 +31,7 @@ from nacpipe.cache.address import Objects, holds_cache, is_empty, open_store
 from nacpipe.cache.consolidated import consolidate
 from nacpipe.cache.digest import split_digest
 from nacpipe.cache.durability import sync_files, writing
-from nacpipe.cache.identity import comparable_fields, diff
+from nacpipe.cache.identity import comparable_fields, diff, stored_precision
 from nacpipe.cache.keys import is_draft, is_own_draft, list_own, own_keys, remove_own
 from nacpipe.cache.layout import (
     ALL_BITS,
@@ -398,13 +398,14 @@ def _remedy(stored: Mapping[str, Any], differences: Sequence[str], python: bool)
     arithmetic = stored.get("arithmetic", {})
     known = {
         "arithmetic.device": spell_option("device", str(arithmetic.get("device")), python=python),
-        "arithmetic.memory_format": f"--{str(arithmetic.get('memory_format')).replace('_', '-')}",
-        "arithmetic.tf32": f"TF32 (torch.backends, in the network's file) {'on' if arithmetic.get('tf32') else 'off'}",
+        **dict.fromkeys(
+            ("dtype", "arithmetic.tf32"), spell_option("precision", stored_precision(stored), python=python)
+        ),
         "source": "the network's file, and what it imports from its folder, as they were",
     }
-    if "arithmetic.device" in differ:
-        differ.discard("arithmetic.memory_format")  # it depends on the device
-    options = [text for key, text in known.items() if key in differ]
+    if differ & {"arithmetic.device", "arithmetic.tf32", "dtype"}:
+        differ.discard("arithmetic.memory_format")  # which follows from them
+    options = list(dict.fromkeys(text for key, text in known.items() if key in differ))
     same = "the same network, layers and options" if python else "the same options"
     return ", ".join(options + [same] * bool(differ.difference(known)))
 

@@ -91,9 +91,9 @@ def extract_options(command: Any) -> Any:
                      help="Drop these finished splits and extract them again."),
         click.option("--allow-truncated", is_flag=True, help="Load truncated images as OpenOOD does."),
         workers_option,
-        click.option("--autocast", default="none", show_default=True, metavar="none|bf16",
-                     help="Run the network in this type; states change in the third digit."),
-        click.option("--channels-last/--contiguous", default=None, help="Default: channels last on CUDA."),
+        click.option("--precision", default="fp32", show_default=True, metavar="fp32|tf32|bf16|fp16",
+                     help="What the network computes in: tf32, from Ampere on, and the half types are faster on a GPU;"
+                     " states change in the second or third digit."),
         click.option("--mantissa-bits", type=int, default=23, show_default=True,
                      help="Mantissa bits to store; 10 take half the space."),
         click.option("--block-rows", type=int, metavar="N",

@@ -31,6 +31,7 @@ from nacpipe.networks.build import adopt_module
 from nacpipe.networks.call import ATTENTION_MASK, Call, Mask, describe_input, move
 from nacpipe.networks.functions import describe_call
 from nacpipe.networks.layers import AUTO, measure_layers, name_layers
+from nacpipe.networks.precision import FP32, check_support, products
 from nacpipe.networks.taps import isolated
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
 
@@ -50,7 +51,7 @@ def extract(
     device: str | torch.device | None = None,
     batch_size: int | None = None,
     workers: int = 0,
-    precision: str = "none",
+    precision: str = FP32,
     mantissa_bits: int = ALL_BITS,
     gradient: bool = True,
     block_rows: int | None = None,
@@ -87,7 +88,7 @@ def extract(
         device: where the network runs; None: where it is. It is moved back afterwards.
         batch_size: samples at once; None: the first DataLoader's, or 128.
         workers: processes that read the samples of a map-style data set; 0: this one.
-        precision: none (that of the weights), or bf16.
+        precision: fp32 (the type of the weights, float32 products exact), tf32, bf16 or fp16.
         mantissa_bits: bits of mantissa of activations, gradients and features to store, 1 to 23 (all).
         gradient: False: forward passes alone; then terms need activations.
         block_rows: rows of a block of a new cache, a multiple of `batch_size`; None: about ten seconds of work.
@@ -124,7 +125,7 @@ def extract(
         cache=path,
         batch_size=_batch_size(splits) if batch_size is None else batch_size,
         redo=tuple(redo),
-        autocast=precision,
+        precision=precision,
         mantissa_bits=mantissa_bits,
         block_rows=block_rows,
         shard_blocks=shard_blocks,
@@ -135,12 +136,14 @@ def extract(
     ranks = find_ranks(distributed)
     home = find_device_and_dtype(network)[0]
     target = home if device is None else find_device(str(device), ranks.local, ranks.local_world, python=True)
+    check_support(precision, target, python=True)
     show, measured = _Show(progress, ranks), Profile(target) if profile else None
     ranks.meet(_say)
     try:
         network.to(target)
         with isolated(network, target):
-            plan = _plan(request, network, samples, call, layers, pooling or {}, name)
+            with products(FP32):
+                plan = _plan(request, network, samples, call, layers, pooling or {}, name)
             for text in (*made_notes, *plan.notes):
                 show.note(text)
             plan = choose_blocks(plan, ranks, show.note)

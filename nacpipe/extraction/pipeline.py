@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from functools import partial
@@ -35,7 +35,7 @@ from torch import Tensor
 from nacpipe.cache import CacheWriter, Header, open_cache
 from nacpipe.cache.layout import count_blocks
 from nacpipe.cache.lock import CacheLock
-from nacpipe.errors import CacheError, ValuesError
+from nacpipe.errors import CacheError, InputError, ValuesError
 from nacpipe.extraction.dataset import ImageSet, Normalise
 from nacpipe.extraction.distributed import Ranks, WrittenUnits
 from nacpipe.extraction.loader import choose_workers, load_batches
@@ -47,12 +47,15 @@ from nacpipe.networks.batch_runner import BatchRunner, Clock, name_hardware, no_
 from nacpipe.networks.build import classifier_weights
 from nacpipe.networks.call import name_sample
 from nacpipe.networks.checkpoints import read_stated_accuracy
+from nacpipe.networks.copies import choose_copies, copy_ahead
+from nacpipe.networks.precision import BF16, FP16
 from nacpipe.networks.taps import Tapped
 from nacpipe.text import spell_option
 
 ACCURACY_ROWS = 8192  # rows that are read at once
 BLOCKS_IN_FLIGHT = 2  # that are written while the network runs the next one
 FITS = "batch_that_fits"  # of the cache's information, after one that did not: {device, images}
+NONDETERMINISTIC = "nondeterministic"  # likewise, after operations without a deterministic algorithm: their names
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -118,7 +121,7 @@ def _time_batch(plan: Plan) -> float:
         images = noise.expand(size, *noise.shape).contiguous()
     else:
         images = network.blank(size)
-    with plan.taps() as taps:
+    with plan.computing(), plan.taps() as taps:
         run = BatchRunner(
             lambda images: to_arrays(taps(images), plan.header), network.device, python=network.from_python
         )
@@ -162,27 +165,43 @@ def _extract(
                     writer.seal(name)
                     _note_accuracy(plan, name, note)
 
+    nondeterministic: set[str] = set()
+    told: dict[str, Any] = {}  # of the cache's information
+
+    def tell(key: str, value: Any) -> None:
+        if ranks.first:
+            told[key] = value
+            with sealing:
+                writer.add_information({key: value})
+
     with (
         nullcontext() if profile is None else profile.run(),
+        plan.computing(nondeterministic.add),
         closing(_load_images(plan, ranks, profile)) as images,
         plan.taps(clock) as taps,
         ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as pool,
     ):
-        prepare = _preparation(plan)
+        prepare, noted = _preparation(plan), set[str]()
 
         def run_network(arguments: Any) -> Arrays:
             with clock(NETWORK):
                 tapped = taps(prepare(arguments))
+            if new := nondeterministic - noted:
+                noted.update(new)
+                note(_random_order(new, plan.network.device))
+                tell(NONDETERMINISTIC, sorted(noted | _known_names(writer.header)))
             if profile is not None:
                 profile.samples += len(tapped.logits)
             with clock(COPY):
-                return to_arrays(tapped, plan.header)
+                arrays = to_arrays(tapped, plan.header)
+            if plan.request.precision == FP16:
+                _check_range(arrays, plan)
+            return arrays
 
         def note_size(text: str) -> None:
             note(text)
-            if ranks.first and run.size is not None:
-                with sealing:
-                    writer.add_information({FITS: {"device": device_name, "images": run.size}})
+            if run.size is not None:
+                tell(FITS, {"device": device_name, "images": run.size})
 
         run = BatchRunner(
             run_network,
@@ -210,6 +229,8 @@ def _extract(
                 done.result()
     ranks.wait()
     if ranks.first and not ranks.alone:
+        if told:  # another rank that sealed a split meanwhile may have written the root without it
+            writer.add_information(told)
         writer.renew_copy()
 
 
@@ -227,6 +248,29 @@ def _known_size(header: Header, device_name: str) -> int | None:
         return None
     images = found.get("images")
     return images if isinstance(images, int) and images > 0 else None
+
+
+def _known_names(header: Header) -> set[str]:
+    """Return the operations without a deterministic algorithm that earlier runs met."""
+    names = header.information.get(NONDETERMINISTIC)
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+
+def _random_order(names: Set[str], device: torch.device) -> str:
+    listed = ", ".join(sorted(names))
+    return f"no deterministic algorithm on {device} for {listed}: extracted anew, states may differ in the last digits"
+
+
+def _check_range(arrays: Arrays, plan: Plan) -> None:
+    """Refuse numbers that float16 did not hold.
+
+    Raises:
+        InputError: naming the array and what to take.
+    """
+    for path, values in arrays.items():
+        if not np.isfinite(values).all():
+            bf16 = spell_option("precision", BF16, python=plan.network.from_python)
+            raise InputError(f"{path} exceeds float16's range, 65504, in fp16; take {bf16}")
 
 
 def _prepare_splits(plan: Plan, writer: CacheWriter, note: Note) -> None:
@@ -301,7 +345,8 @@ def _run_blocks(
     samples, units = split.images, [unit for of, unit in plan.work(ranks) if of is split]
     assert not isinstance(samples, StreamSamples)
     batches = [batch for unit in units for batch in plan.batches(split, unit)]
-    loaded = _waited(_load(plan, samples, images, batches), clock)
+    copies = choose_copies(plan.network.device)
+    loaded = copy_ahead(_waited(_load(plan, samples, images, batches), clock), copies, clock)
     for unit in units:
         parts: list[Arrays] = []
         labels: list[NDArray[np.int64]] = []
@@ -373,7 +418,8 @@ def _run_stream(
     size, blocks = plan.header.block_rows * plan.header.shard_blocks, 0
     with tempfile.TemporaryDirectory(prefix="nacpipe-") as folder:
         waiting: Arrays = {}
-        for arguments, label in _waited(samples.load(plan.header.classes), clock):
+        loaded = _waited(samples.load(plan.header.classes), clock)
+        for arguments, label in copy_ahead(loaded, choose_copies(plan.network.device), clock):
             parts = list(run(arguments))
             batch: Arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             batch["label"] = label

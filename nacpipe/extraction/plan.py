@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from nacpipe.benchmarks.lists import list_path
 from nacpipe.benchmarks.standard import Split
 from nacpipe.benchmarks.toml import choose_root, open_benchmark
-from nacpipe.cache import Header, LayerSpec, open_cache
+from nacpipe.cache import Header, open_cache
 from nacpipe.cache.address import holds_cache, open_store
 from nacpipe.cache.identity import diff
 from nacpipe.cache.layout import check_layer_names, count_blocks
@@ -27,7 +28,6 @@ from nacpipe.errors import IdentityError, ImageError, InputError
 from nacpipe.extraction.dataset import ImageSet, open_images
 from nacpipe.extraction.distributed import Ranks
 from nacpipe.extraction.request import (
-    AUTOCAST,
     AnyRequest,
     ExtractRequest,
     choose_block_rows,
@@ -41,6 +41,7 @@ from nacpipe.networks.batch_runner import Clock, no_clock
 from nacpipe.networks.build import Network, blank_network, load_network
 from nacpipe.networks.layers import measure_layers, name_layers
 from nacpipe.networks.models import find_model
+from nacpipe.networks.precision import CHANNELS_LAST, FP32, check_support, computing, products
 from nacpipe.networks.taps import Taps, find_penultimate
 from nacpipe.text import spell_option
 
@@ -139,6 +140,15 @@ class Plan:
         """Return the samples of a split that this rank still has to run through the network."""
         return sum(len(self.rows_of_unit(split, unit)) for of, unit in self.work(ranks) if of is split)
 
+    def computing(self, found: Callable[[str], None] = lambda name: None) -> AbstractContextManager[None]:
+        """Return the context in which the network runs: precision, memory format, deterministic algorithms.
+
+        Args:
+            found: called with the name of an operation that has no deterministic algorithm.
+        """
+        memory_format = self.header.identity["arithmetic"]["memory_format"]
+        return computing(self.network.module, self.request.precision, memory_format, found)
+
     def taps(self, clock: Clock = no_clock) -> Taps:
         """Return hooks on the network's layers, with the request's options."""
         request, network = self.request, self.network
@@ -149,7 +159,7 @@ class Plan:
             penultimate=self.penultimate,
             overwritten=self.overwritten,
             outputs=network.model.outputs,
-            autocast=AUTOCAST[request.autocast],
+            precision=request.precision,
             gradients=request.gradient,
             call=network.call,
             clock=clock,
@@ -190,7 +200,9 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
                 f"--device {shlex.quote(request.device)} is one GPU; each of the {ranks.local_world} processes here has"
                 " its own"
             )
-        network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
+        check_support(request.precision, device)
+        with products(FP32):  # a network's file may choose otherwise; --precision decides
+            network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
     notes += [f"images are prepared by {network.prepared_by}: {network.image_transform.describe()}", *network.notes]
     measured = measure_layers(network, request.layers, request.poolings, gradients=request.gradient)
     header = make_header(request, network, measured)
@@ -238,6 +250,7 @@ def plan_splits(
         if dry:  # weights and device are not known, and not compared
             stored_fields = {k: v for k, v in cache.header.identity.items() if k in ("weights", "arithmetic")}
             header = replace(header, identity={**header.identity, **stored_fields})
+        header = _keep_format(cache.header, header)
         check_identity(cache.path, cache.header, header)
         if not dry:
             _check_features(cache.path, cache.header, header, network)
@@ -278,7 +291,7 @@ def plan_splits(
         for plan in plans:
             if plan.todo and isinstance(plan.images, ImageSet):
                 plan.images.check(plan.images.index)
-        penultimate, overwritten = _prepare(request, network, header.layers)
+        penultimate, overwritten = _prepare(request, network, header)
     return Plan(
         request=request,
         header=header,
@@ -322,19 +335,38 @@ def _with_images(request: ExtractRequest, sets: Sequence[ImageSet], notes: list[
     return kept
 
 
-def _prepare(request: AnyRequest, network: Network, layers: Sequence[LayerSpec]) -> tuple[Set[str], Set[str]]:
-    """Set the memory format; return the layers that are the classifier's input, and those that are overwritten."""
-    if request.channels_last_on(network.device):
-        network.module.to(memory_format=torch.channels_last)
+def _keep_format(stored: Header, wanted: Header) -> Header:
+    """Return the wanted header with the memory format that the cache was begun with, if all else is computed alike."""
+    before, now = stored.identity.get("arithmetic"), wanted.identity["arithmetic"]
+    if not isinstance(before, Mapping) or stored.identity.get("dtype") != wanted.identity["dtype"]:
+        return wanted
+    kept = {**now, "memory_format": before.get("memory_format")}
+    return replace(wanted, identity={**wanted.identity, "arithmetic": kept}) if kept == before else wanted
+
+
+def _prepare(request: AnyRequest, network: Network, header: Header) -> tuple[Set[str], Set[str]]:
+    """Return the layers that are the classifier's input, and those that are overwritten."""
     if not request.gradient:
         return frozenset(), frozenset()
-    inputs, classifier = network.examples, network.model.classifier
+    inputs, classifier, layers = network.examples, network.model.classifier, header.layers
     if inputs is None:
         shape = network.blank(2).shape
         inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(network.device)
-    with Taps(network.module, layers, classifier, outputs=network.model.outputs, call=network.call) as taps:
-        taps(inputs)
-    penultimate = find_penultimate(network.module, layers, classifier, inputs, network.call)
+    memory_format = header.identity["arithmetic"]["memory_format"]
+    with computing(network.module, FP32, memory_format):  # what a layer is does not depend on rounding
+        try:
+            with Taps(network.module, layers, classifier, outputs=network.model.outputs, call=network.call) as taps:
+                taps(inputs)
+        except RuntimeError as error:
+            if memory_format != CHANNELS_LAST or "view size is not compatible" not in str(error):
+                raise
+            fp32 = spell_option("precision", FP32, python=request.from_python)
+            raise InputError(
+                f"{network.model.name}: its forward calls .view on what a convolution gives, which is in another order"
+                f" in memory here (channels last, {network.device}, {request.precision}); call .reshape or .flatten, or"
+                f" take {fp32}"
+            ) from error
+        penultimate = find_penultimate(network.module, layers, classifier, inputs, network.call)
     return penultimate, taps.overwritten or frozenset()
 
 
