@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +28,7 @@ from nacpipe.extraction.request import find_device, pin_arithmetic
 from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
+from nacpipe.networks.precision import CHANNELS_LAST, lay_out
 from nacpipe.networks.wrappers import find_device_and_dtype
 
 
@@ -97,6 +98,9 @@ def attach_network(
     benchmark = known or Benchmark(name="its own", classes=exported.classes, transform=exported.transform, splits=())
     benchmark = replace(benchmark, transform=exported.transform)
     network = load_network(row, benchmark, checkpoint, device, "benchmark")
+    arithmetic = exported.identity.get("arithmetic")
+    if isinstance(arithmetic, Mapping) and (arithmetic.get("memory_format"), device.type) == (CHANNELS_LAST, "cuda"):
+        lay_out(network.module)  # as the states were made
     try:
         detector = attach(exported, network.module)
     except DetectorError as error:

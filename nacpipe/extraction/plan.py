@@ -41,7 +41,7 @@ from nacpipe.networks.batch_runner import Clock, no_clock
 from nacpipe.networks.build import Network, blank_network, load_network
 from nacpipe.networks.layers import measure_layers, name_layers
 from nacpipe.networks.models import find_model
-from nacpipe.networks.precision import CHANNELS_LAST, FP32, check_support, computing, products
+from nacpipe.networks.precision import CHANNELS_LAST, FP32, TF32, check_support, computing, products
 from nacpipe.networks.taps import Taps, find_penultimate
 from nacpipe.text import spell_option
 
@@ -249,6 +249,8 @@ def plan_splits(
         cache = open_cache(request.cache)
         if dry:  # weights and device are not known, and not compared
             stored_fields = {k: v for k, v in cache.header.identity.items() if k in ("weights", "arithmetic")}
+            if isinstance(arithmetic := stored_fields.get("arithmetic"), Mapping):
+                stored_fields["arithmetic"] = {**arithmetic, "tf32": request.precision == TF32}
             header = replace(header, identity={**header.identity, **stored_fields})
         header = _keep_format(cache.header, header)
         check_identity(cache.path, cache.header, header)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.utils.deterministic
-from torch import nn
+from torch import Tensor, nn
 
 from nacpipe.errors import InputError
 from nacpipe.networks.checkpoints import first_line
@@ -114,17 +114,25 @@ def products(precision: str) -> Iterator[None]:
             kind.fp32_precision = value
 
 
+def lay_out(network: nn.Module) -> None:
+    """Lay out the weights of convolutions channels last."""
+    for kernel in _kernels(network):
+        kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
+
+
+def _kernels(network: nn.Module) -> list[Tensor]:
+    return [module.weight for module in network.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
+
+
 @contextmanager
 def laid_out(network: nn.Module, memory_format: str) -> Iterator[None]:
     """Lay out the weights of convolutions, which their outputs follow; afterwards they are the former tensors."""
     if memory_format == CONTIGUOUS:
         yield
         return
-    kernels = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
-    before = [(kernel, kernel.data) for kernel in kernels]
+    before = [(kernel, kernel.data) for kernel in _kernels(network)]
     try:
-        for kernel, data in before:
-            kernel.data = data.contiguous(memory_format=torch.channels_last)
+        lay_out(network)
         yield
     finally:
         for kernel, data in before:
