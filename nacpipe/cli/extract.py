@@ -258,7 +258,8 @@ def _extract_one(request: ExtractRequest, ranks: Ranks, profiles: dict[str, Prof
 
 def _progress(plan: Plan, ranks: Ranks) -> Progress:
     """Return the progress of the first process's share; of a process alone, with what was done before."""
-    todo = {split.images.name: plan.todo_of(split, ranks) for split in plan.splits if ranks.first and not split.sealed}
+    rows = plan.todo(ranks) if ranks.first else {}
+    todo = {split.images.name: rows[split.images.name] for split in plan.splits if ranks.first and not split.sealed}
     before = {s.images.name: s.rows - todo[s.images.name] for s in plan.splits if ranks.alone and s.images.name in todo}
     return Progress("extract", {name: rows + before.get(name, 0) for name, rows in todo.items()}, before)
 

@@ -165,6 +165,7 @@ def _extract(
                     writer.seal(name)
                     _note_accuracy(plan, name, note)
 
+    units = plan.units_of(ranks)
     nondeterministic: set[str] = set()
     told: dict[str, Any] = {}  # of the cache's information
 
@@ -177,7 +178,7 @@ def _extract(
     with (
         nullcontext() if profile is None else profile.run(),
         plan.computing(nondeterministic.add),
-        closing(_load_images(plan, ranks, profile)) as images,
+        closing(_load_images(plan, units, ranks.local_world, profile)) as images,
         plan.taps(clock) as taps,
         ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as pool,
     ):
@@ -219,7 +220,7 @@ def _extract(
                         _run_stream(plan, split.images, run, progress, writer, clock)
                         _note_accuracy(plan, split.images.name, note)
                 continue
-            for unit, arrays in _run_blocks(plan, split, images, ranks, run, progress, clock):
+            for unit, arrays in _run_blocks(plan, split, units[split.images.name], images, run, progress, clock):
                 if len(writing) == BLOCKS_IN_FLIGHT:
                     with clock(WRITERS):
                         writing.popleft().result()
@@ -335,14 +336,14 @@ def _accuracy(path: str | Path, classes: int, samples: str = "images", stated: f
 def _run_blocks(
     plan: Plan,
     split: SplitPlan,
+    units: Sequence[int],
     images: Iterator[Tensor],
-    ranks: Ranks,
     run: BatchRunner[Arrays],
     progress: Progress,
     clock: Clock,
 ) -> Iterator[tuple[int, Arrays]]:
-    """Yield (first block, arrays) for every unit of this rank: a block, or a shard's blocks."""
-    samples, units = split.images, [unit for of, unit in plan.work(ranks) if of is split]
+    """Yield (first block, arrays) for these units of a split: a block, or a shard's blocks."""
+    samples = split.images
     assert not isinstance(samples, StreamSamples)
     batches = [batch for unit in units for batch in plan.batches(split, unit)]
     copies = choose_copies(plan.network.device)
@@ -373,22 +374,23 @@ def _preparation(plan: Plan) -> Callable[[Any], Any]:
     return lambda arguments: arguments
 
 
-def _load_images(plan: Plan, ranks: Ranks, profile: Profile | None) -> Generator[Tensor, None, None]:
-    """Yield the pixels of this rank's batches of all splits of images, in order; nothing starts before the first."""
+def _load_images(
+    plan: Plan, units: Mapping[str, Sequence[int]], local_world: int, profile: Profile | None
+) -> Generator[Tensor, None, None]:
+    """Yield the pixels of the units' batches of all splits of images, in order; nothing starts before the first."""
     splits = [split for split in plan.splits if isinstance(split.images, ImageSet)]
     sets = [split.images for split in splits if isinstance(split.images, ImageSet)]
     batches = [
         (place, batch)
         for place, split in enumerate(splits)
-        for of, unit in plan.work(ranks)
-        if of is split
+        for unit in units[split.images.name]
         for batch in plan.batches(split, unit)
     ]
     if not (batches and isinstance(plan.request, ExtractRequest)):
         return
-    rows = [plan.todo_of(split, ranks) for split in splits]
+    rows = [sum(len(plan.rows_of_unit(split, unit)) for unit in units[split.images.name]) for split in splits]
     transform = plan.network.image_transform
-    workers = choose_workers(plan.request.workers, sets, rows, transform.crop, ranks.local_world)
+    workers = choose_workers(plan.request.workers, sets, rows, transform.crop, local_world)
     pin, decoded = plan.network.device.type == "cuda", (lambda seconds: None)
     if profile is not None:
         profile.decoders, decoded = max(workers, 1), partial(profile.add, DECODE)

@@ -132,13 +132,24 @@ class Plan:
         units = [(split, unit) for split in self.splits for unit in self.units(split)]
         return ranks.share(units, [len(self.rows_of_unit(split, unit)) for split, unit in units])
 
+    def units_of(self, ranks: Ranks) -> Mapping[str, Sequence[int]]:
+        """Return this rank's `work` by splits: every split's name → the first blocks of its units, in order."""
+        units: dict[str, list[int]] = {split.images.name: [] for split in self.splits}
+        for split, unit in self.work(ranks):
+            units[split.images.name].append(unit)
+        return units
+
+    def todo(self, ranks: Ranks) -> Mapping[str, int]:
+        """Return split's name → the samples that this rank still has to run through the network."""
+        units = self.units_of(ranks)
+        return {
+            split.images.name: sum(len(self.rows_of_unit(split, unit)) for unit in units[split.images.name])
+            for split in self.splits
+        }
+
     def todo_rows(self, ranks: Ranks) -> int:
         """Return the samples that this rank still has to run through the network."""
-        return sum(len(self.rows_of_unit(split, unit)) for split, unit in self.work(ranks))
-
-    def todo_of(self, split: SplitPlan, ranks: Ranks) -> int:
-        """Return the samples of a split that this rank still has to run through the network."""
-        return sum(len(self.rows_of_unit(split, unit)) for of, unit in self.work(ranks) if of is split)
+        return sum(self.todo(ranks).values())
 
     def computing(self, found: Callable[[str], None] = lambda name: None) -> AbstractContextManager[None]:
         """Return the context in which the network runs: precision, memory format, deterministic algorithms.
