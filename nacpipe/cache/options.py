@@ -42,6 +42,8 @@ class ExtractOptions:
     batch_size: int = 128
     device: str = "auto"
     allow_truncated: bool = False
+    decoder: str = "pillow"
+    """pillow, torchvision or nvjpeg: what decodes JPEGs."""
     precision: str = "fp32"
     """fp32, tf32, bf16 or fp16: what the network computes in."""
     mantissa_bits: int = ALL_BITS
@@ -80,7 +82,7 @@ class ExtractOptions:
 
 
 _TYPES: Mapping[str, tuple[type, ...]] = {  # of the JSON values
-    **dict.fromkeys(("benchmark", "model", "device", "precision"), (str,)),
+    **dict.fromkeys(("benchmark", "model", "device", "decoder", "precision"), (str,)),
     **dict.fromkeys(("checkpoint", "weights_transform", "data_root"), (str, NoneType)),
     **dict.fromkeys(("layers", "poolings"), (list,)),
     **dict.fromkeys(("train_images", "train_seed", "batch_size", "mantissa_bits"), (int,)),

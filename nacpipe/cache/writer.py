@@ -401,6 +401,7 @@ def _remedy(stored: Mapping[str, Any], differences: Sequence[str], python: bool)
         **dict.fromkeys(
             ("dtype", "arithmetic.tf32"), spell_option("precision", stored_precision(stored), python=python)
         ),
+        "decoder": spell_option("decoder", str(stored.get("decoder", "pillow")), python=python),
         "source": "the network's file, and what it imports from its folder, as they were",
     }
     if differ & {"arithmetic.device", "arithmetic.tf32", "dtype"}:

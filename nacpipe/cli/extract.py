@@ -90,6 +90,8 @@ def extract_options(command: Any) -> Any:
         click.option("--redo", callback=split_names, metavar="A,B",
                      help="Drop these finished splits and extract them again."),
         click.option("--allow-truncated", is_flag=True, help="Load truncated images as OpenOOD does."),
+        click.option("--decoder", default="pillow", show_default=True, metavar="pillow|torchvision|nvjpeg",
+                     help="What decodes JPEG files; Pillow whatever it does not take, and all other formats."),
         workers_option,
         click.option("--precision", default="fp32", show_default=True, metavar="fp32|tf32|bf16|fp16",
                      help="What the network computes in: tf32, from Ampere on, and the half types are faster on a GPU;"

@@ -169,9 +169,11 @@ class Detector(nn.Module):
             DetectorError: the detector takes no images that nacpipe prepares.
         """
         from nacpipe.extraction.dataset import build_transform  # torchvision
+        from nacpipe.extraction.decoder import stored_decoder
         from nacpipe.extraction.image_file import decode_image
 
-        return build_transform(self.exported.transform)(decode_image(content, "the image"))
+        decoder = stored_decoder(self.exported.identity, find_device_and_dtype(self.network)[0])
+        return build_transform(self.exported.transform)(decode_image(content, "the image", decoder=decoder))
 
     def forward(self, batch: Any) -> Detected:
         """Score a batch of n samples.

@@ -7,7 +7,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from nacpipe.detector.parts import ScoredImage, format_time
 from nacpipe.detector.shards import EncodedImage, Shard, Unscored
 from nacpipe.errors import DetectorError, ImageError, InputError
 from nacpipe.extraction.dataset import build_transform
+from nacpipe.extraction.decoder import Decoder, stored_decoder
 from nacpipe.extraction.distributed import Ranks
 from nacpipe.extraction.image_file import decode_image
 from nacpipe.extraction.request import find_device, pin_arithmetic
@@ -43,6 +44,8 @@ class Ready:
     """Whether the network's outputs are classes' logits or probabilities."""
     notes: tuple[str, ...] = ()
     """What to say aloud of the network's weights."""
+    decoder: Decoder = field(default_factory=Decoder)
+    """What decodes JPEGs, as it did those of the cache."""
 
     @property
     def exported(self) -> Exported:
@@ -58,7 +61,9 @@ class Ready:
         """
         exported = detector.exported
         predicts = exported.identity.get("outputs", "logits") != "features"
-        return cls(detector, exported.transform, find_device_and_dtype(detector.network)[0], predicts)
+        device = find_device_and_dtype(detector.network)[0]
+        decoder = stored_decoder(exported.identity, device)
+        return cls(detector, exported.transform, device, predicts, decoder=decoder)
 
 
 def prepare(
@@ -151,7 +156,9 @@ def score_stream(
 ) -> Iterator[ScoredImage]:
     """Yield one row per image of a stream, in order, as `score_images`; memory holds two batches."""
     run: BatchRunner[Detected] = BatchRunner(ready.detector, ready.device, note)
-    for batch in decode_ahead(images, partial(_decode, build_transform(ready.transform)), batch_size, workers):
+    for batch in decode_ahead(
+        images, partial(_decode, build_transform(ready.transform), ready.decoder), batch_size, workers
+    ):
         yield from _score_batch(ready, run, batch)
 
 
@@ -180,11 +187,13 @@ def decode_ahead(
             pool.shutdown(cancel_futures=True)
 
 
-def _decode(transform: Callable[[Image.Image], Tensor], image: EncodedImage | Unscored) -> Tensor | ImageError:
+def _decode(
+    transform: Callable[[Image.Image], Tensor], decoder: Decoder, image: EncodedImage | Unscored
+) -> Tensor | ImageError:
     if isinstance(image, Unscored):
         return image
     try:
-        return transform(decode_image(image.read(), image.where))
+        return transform(decode_image(image.read(), image.where, decoder=decoder))
     except ImageError as error:
         return error
     except (OSError, ValueError, MemoryError, Image.DecompressionBombWarning) as error:  # of the transform

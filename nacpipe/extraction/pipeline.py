@@ -37,6 +37,7 @@ from nacpipe.cache.layout import count_blocks
 from nacpipe.cache.lock import CacheLock
 from nacpipe.errors import CacheError, InputError, ValuesError
 from nacpipe.extraction.dataset import ImageSet, Normalise
+from nacpipe.extraction.decoder import NVJPEG
 from nacpipe.extraction.distributed import Ranks, WrittenUnits
 from nacpipe.extraction.loader import choose_workers, load_batches
 from nacpipe.extraction.plan import Plan, SplitPlan
@@ -390,7 +391,8 @@ def _load_images(
         return
     rows = [sum(len(plan.rows_of_unit(split, unit)) for unit in units[split.images.name]) for split in splits]
     transform = plan.network.image_transform
-    workers = choose_workers(plan.request.workers, sets, rows, transform.crop, local_world)
+    asked = 0 if plan.request.decoder == NVJPEG else plan.request.workers  # one process has the GPU
+    workers = choose_workers(asked, sets, rows, transform.crop, local_world)
     pin, decoded = plan.network.device.type == "cuda", (lambda seconds: None)
     if profile is not None:
         profile.decoders, decoded = max(workers, 1), partial(profile.add, DECODE)

@@ -26,6 +26,7 @@ from nacpipe.cache.split import SplitView
 from nacpipe.cache.writer import check_identity
 from nacpipe.errors import IdentityError, ImageError, InputError
 from nacpipe.extraction.dataset import ImageSet, open_images
+from nacpipe.extraction.decoder import Decoder, check_decoder, check_gpu
 from nacpipe.extraction.distributed import Ranks
 from nacpipe.extraction.request import (
     AnyRequest,
@@ -33,6 +34,7 @@ from nacpipe.extraction.request import (
     choose_block_rows,
     find_device,
     make_header,
+    name_device,
     pin_arithmetic,
 )
 from nacpipe.extraction.samples import MapSamples, StreamSamples
@@ -199,9 +201,11 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     exists = holds_cache(request.cache)
     if not exists:  # one of version 1 can have other names
         check_layer_names(list(name_layers(request.layers)))
-    sets, notes = _open_sets(request)
+    check_decoder(request.decoder, benchmark.packaged)
+    decoder = Decoder(name=request.decoder, device=name_device(request.device, ranks.local, ranks.local_world))
+    sets, notes = _open_sets(request, decoder)
     if not (dry or request.splits):
-        sets = _with_images(request, sets, notes)
+        sets = _with_images(request, decoder, sets, notes)
     if dry:
         network = blank_network(model, benchmark, request.checkpoint, request.weights_transform)
     else:
@@ -211,6 +215,7 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
                 f"--device {shlex.quote(request.device)} is one GPU; each of the {ranks.local_world} processes here has"
                 " its own"
             )
+        check_gpu(request.decoder, device)
         check_support(request.precision, device)
         with products(FP32):  # a network's file may choose otherwise; --precision decides
             network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
@@ -328,7 +333,9 @@ def _check_block(request: AnyRequest, header: Header) -> None:
         raise InputError(f"{option} is {header.block_rows}: {problem}; make it smaller")
 
 
-def _with_images(request: ExtractRequest, sets: Sequence[ImageSet], notes: list[str]) -> list[ImageSet]:
+def _with_images(
+    request: ExtractRequest, decoder: Decoder, sets: Sequence[ImageSet], notes: list[str]
+) -> list[ImageSet]:
     """Leave out optional sets without any image, with a note: lists come in one archive, images in many.
 
     A set that can be made from id/val is made from it.
@@ -340,7 +347,7 @@ def _with_images(request: ExtractRequest, sets: Sequence[ImageSet], notes: list[
             kept.append(images)
         elif split.optional:
             notes.append(f"{images.name}: left out, none of its {images.index.size} images is there")
-        elif split.synthetic_if_missing and (made := _open(request, benchmark.make_synthetic(split.name))):
+        elif split.synthetic_if_missing and (made := _open(request, decoder, benchmark.make_synthetic(split.name))):
             notes += [f"{images.name}: none of the {images.index.size} images of {images.source} is there", *made.notes]
             kept.append(made)
         else:
@@ -383,7 +390,7 @@ def _prepare(request: AnyRequest, network: Network, header: Header) -> tuple[Set
     return penultimate, taps.overwritten or frozenset()
 
 
-def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
+def _open_sets(request: ExtractRequest, decoder: Decoder) -> tuple[list[ImageSet], list[str]]:
     """Open the lists of the wanted splits; missing ones that were not requested by name are left out, with a note."""
     benchmark = open_benchmark(request.benchmark)
     root = choose_root(benchmark, request.data_root)
@@ -391,9 +398,9 @@ def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
     notes: list[str] = []
     wanted = [s for s in benchmark.splits if not request.splits or s.name in request.splits or s.name in request.redo]
     for split in wanted:
-        images = _open(request, split)
+        images = _open(request, decoder, split)
         if images is None and split.synthetic_if_missing and not request.splits:
-            images = _open(request, benchmark.make_synthetic(split.name))
+            images = _open(request, decoder, benchmark.make_synthetic(split.name))
             notes += [f"{split.name}: its list is not there ({split.source})"] if images is not None else []
         if images is not None:
             images.check_labels(benchmark.classes)
@@ -415,7 +422,7 @@ def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
     return sets, notes
 
 
-def _open(request: ExtractRequest, split: Split) -> ImageSet | None:
+def _open(request: ExtractRequest, decoder: Decoder, split: Split) -> ImageSet | None:
     """Return a split's images as the request chooses them, or None if its list does not exist."""
     benchmark = open_benchmark(request.benchmark)
     return open_images(
@@ -425,6 +432,7 @@ def _open(request: ExtractRequest, split: Split) -> ImageSet | None:
         train_images=request.train_images,
         train_seed=request.train_seed,
         allow_truncated=request.allow_truncated,
+        decoder=decoder,
     )
 
 

@@ -19,6 +19,7 @@ from nacpipe.cache.layout import ALL_BITS, BLOCK_ROWS
 from nacpipe.cache.options import ExtractOptions
 from nacpipe.cache.store import REMOTE_SHARD
 from nacpipe.errors import InputError
+from nacpipe.extraction.decoder import PILLOW
 from nacpipe.files import is_url
 from nacpipe.networks.build import Network
 from nacpipe.networks.layers import MeasuredLayers
@@ -131,7 +132,10 @@ def make_header(request: ExtractRequest, network: Network, measured: MeasuredLay
         network,
         measured,
         benchmark=benchmark.name,
-        prepared={"transform": network.image_transform.to_json()},
+        prepared={
+            "transform": network.image_transform.to_json(),
+            **({} if request.decoder == PILLOW else {"decoder": request.decoder}),
+        },
         information={
             "checkpoint": network.model.default_weights if request.checkpoint is None else request.checkpoint.name,
             "data_root": str(choose_root(benchmark, request.data_root)),

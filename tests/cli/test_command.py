@@ -23,6 +23,7 @@ OTHERS: dict[str, Any] = {  # every option away from its default
     "batch_size": 64,
     "device": "cpu",
     "allow_truncated": True,
+    "decoder": "torchvision",
     "precision": "bf16",
     "mantissa_bits": 10,
     "block_rows": 128,
@@ -40,7 +41,7 @@ def test_every_option_is_in_the_command() -> None:
     assert format_command(ALL, "c.zarr").removeprefix(format_command(OPTIONS, "").split(" --cache")[0]) == (
         " --weights-transform benchmark --layers avgpool,x.1 --pooling x.1=none --pooling avgpool=sum-nchw"
         " --data-root 'my data' --train-images 50 --train-seed 2 --batch-size 64 --device cpu --allow-truncated"
-        " --precision bf16 --mantissa-bits 10 --block-rows 128 --shard-blocks 4 --cache c.zarr"
+        " --decoder torchvision --precision bf16 --mantissa-bits 10 --block-rows 128 --shard-blocks 4 --cache c.zarr"
     )
 
 
@@ -82,6 +83,7 @@ def test_a_request_s_record_is_without_its_address_and_this_run_s_splits() -> No
         "batch_size": 128,
         "device": "auto",
         "allow_truncated": False,
+        "decoder": "pillow",
         "gradient": True,
         "precision": "fp32",
         "mantissa_bits": 23,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import nacpipe
 from nacpipe.cache import Cache, LayerSpec, open_cache
+from nacpipe.extraction.decoder import Decoder
+from nacpipe.extraction.image_file import decode_image
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
@@ -144,3 +148,13 @@ def test_a_batch_is_copied_on_a_stream_of_its_own(device: torch.device) -> None:
     (found,) = copies.finish((copied, done))
     assert found.device == device
     assert torch.equal((found + 1).cpu(), pixels + 1)
+
+
+def test_nvjpeg_is_near_pillow(device: torch.device) -> None:
+    colours = np.random.RandomState(0).randint(0, 256, (6, 8, 3), np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(colours).resize((64, 48), Image.Resampling.BICUBIC).save(content, "JPEG", subsampling=0)
+    decoder = Decoder(name="nvjpeg", device=str(device))
+    found, expected = decoder.decode(content.getvalue()), decode_image(content.getvalue(), "x")
+    assert found is not None
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 4
