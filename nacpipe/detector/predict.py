@@ -29,7 +29,7 @@ from nacpipe.extraction.request import find_device, pin_arithmetic
 from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
-from nacpipe.networks.precision import CHANNELS_LAST, lay_out
+from nacpipe.networks.precision import CHANNELS_LAST, FP32, arithmetic, lay_out
 from nacpipe.networks.wrappers import find_device_and_dtype
 
 
@@ -88,7 +88,9 @@ def prepare(
     """
     exported = read_detector(file)
     pin_arithmetic()
-    return attach_network(exported, str(file), model, checkpoint, find_device(device, ranks.local, ranks.local_world))
+    place = find_device(device, ranks.local, ranks.local_world)
+    with arithmetic(FP32):  # as extraction looks at a network
+        return attach_network(exported, str(file), model, checkpoint, place)
 
 
 def attach_network(
@@ -103,8 +105,8 @@ def attach_network(
     benchmark = known or Benchmark(name="its own", classes=exported.classes, transform=exported.transform, splits=())
     benchmark = replace(benchmark, transform=exported.transform)
     network = load_network(row, benchmark, checkpoint, device, "benchmark")
-    arithmetic = exported.identity.get("arithmetic")
-    if isinstance(arithmetic, Mapping) and (arithmetic.get("memory_format"), device.type) == (CHANNELS_LAST, "cuda"):
+    before = exported.identity.get("arithmetic")
+    if isinstance(before, Mapping) and (before.get("memory_format"), device.type) == (CHANNELS_LAST, "cuda"):
         lay_out(network.module)  # as the states were made
     try:
         detector = attach(exported, network.module)

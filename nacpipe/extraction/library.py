@@ -31,7 +31,7 @@ from nacpipe.networks.build import adopt_module
 from nacpipe.networks.call import ATTENTION_MASK, Call, Mask, describe_input, move
 from nacpipe.networks.functions import describe_call
 from nacpipe.networks.layers import AUTO, measure_layers, name_layers
-from nacpipe.networks.precision import FP32, check_support, products
+from nacpipe.networks.precision import FP32, arithmetic, check_support
 from nacpipe.networks.taps import isolated
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
 
@@ -142,7 +142,7 @@ def extract(
     try:
         network.to(target)
         with isolated(network, target):
-            with products(FP32):
+            with arithmetic(FP32):
                 plan = _plan(request, network, samples, call, layers, pooling or {}, name)
             for text in (*made_notes, *plan.notes):
                 show.note(text)

@@ -43,7 +43,7 @@ from nacpipe.networks.batch_runner import Clock, no_clock
 from nacpipe.networks.build import Network, blank_network, load_network
 from nacpipe.networks.layers import measure_layers, name_layers
 from nacpipe.networks.models import find_model
-from nacpipe.networks.precision import CHANNELS_LAST, FP32, TF32, check_support, computing, products
+from nacpipe.networks.precision import CHANNELS_LAST, FP32, TF32, arithmetic, check_support, computing
 from nacpipe.networks.taps import Taps, find_penultimate
 from nacpipe.text import spell_option
 
@@ -217,10 +217,11 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
             )
         check_gpu(request.decoder, device)
         check_support(request.precision, device)
-        with products(FP32):  # a network's file may choose otherwise; --precision decides
+        with arithmetic(FP32):  # a network's file may choose otherwise; --precision decides
             network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
     notes += [f"images are prepared by {network.prepared_by}: {network.image_transform.describe()}", *network.notes]
-    measured = measure_layers(network, request.layers, request.poolings, gradients=request.gradient)
+    with arithmetic(FP32):
+        measured = measure_layers(network, request.layers, request.poolings, gradients=request.gradient)
     header = make_header(request, network, measured)
     return plan_splits(request, header, network, sets, (*notes, *measured.notes), dry=dry)
 
@@ -265,8 +266,8 @@ def plan_splits(
         cache = open_cache(request.cache)
         if dry:  # weights and device are not known, and not compared
             stored_fields = {k: v for k, v in cache.header.identity.items() if k in ("weights", "arithmetic")}
-            if isinstance(arithmetic := stored_fields.get("arithmetic"), Mapping):
-                stored_fields["arithmetic"] = {**arithmetic, "tf32": request.precision == TF32}
+            if isinstance(before := stored_fields.get("arithmetic"), Mapping):
+                stored_fields["arithmetic"] = {**before, "tf32": request.precision == TF32}
             header = replace(header, identity={**header.identity, **stored_fields})
         header = _keep_format(cache.header, header)
         check_identity(cache.path, cache.header, header)

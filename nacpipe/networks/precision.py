@@ -184,16 +184,23 @@ def _set_environment(name: str, value: str | None) -> None:
 
 
 @contextmanager
+def arithmetic(precision: str, found: Callable[[str], None] = lambda name: None) -> Iterator[None]:
+    """Round products as a precision says, by deterministic algorithms; all is restored afterwards.
+
+    It is in force from a network's first run on, because cuBLAS reads its setting once.
+
+    Args:
+        precision: of `AUTOCAST`; the half type itself is for `Taps`.
+        found: called with the name of an operation that has no deterministic algorithm.
+    """
+    with products(precision), deterministic(found):
+        yield
+
+
+@contextmanager
 def computing(
     network: nn.Module, precision: str, memory_format: str, found: Callable[[str], None] = lambda name: None
 ) -> Iterator[None]:
-    """Compute in a precision and a memory format, with deterministic algorithms; all is restored afterwards.
-
-    Args:
-        network: whose convolutions are laid out.
-        precision: of `AUTOCAST`; the half type itself is for `Taps`.
-        memory_format: from `choose_format`.
-        found: called with the name of an operation that has no deterministic algorithm.
-    """
-    with laid_out(network, memory_format), products(precision), deterministic(found):
+    """`arithmetic`, and a network's convolutions in a memory format of `choose_format`; all is restored afterwards."""
+    with laid_out(network, memory_format), arithmetic(precision, found):
         yield
