@@ -43,7 +43,7 @@ from nacpipe.networks.batch_runner import Clock, no_clock
 from nacpipe.networks.build import Network, blank_network, load_network
 from nacpipe.networks.layers import measure_layers, name_layers
 from nacpipe.networks.models import find_model
-from nacpipe.networks.precision import CHANNELS_LAST, FP32, TF32, arithmetic, check_support, computing
+from nacpipe.networks.precision import CHANNELS_LAST, FORMATS, FP32, TF32, arithmetic, check_support, computing
 from nacpipe.networks.taps import Taps, find_penultimate
 from nacpipe.text import spell_option
 
@@ -362,7 +362,9 @@ def _keep_format(stored: Header, wanted: Header) -> Header:
     if not isinstance(before, Mapping) or stored.identity.get("dtype") != wanted.identity["dtype"]:
         return wanted
     kept = {**now, "memory_format": before.get("memory_format")}
-    return replace(wanted, identity={**wanted.identity, "arithmetic": kept}) if kept == before else wanted
+    if kept != before or kept["memory_format"] not in FORMATS:
+        return wanted
+    return replace(wanted, identity={**wanted.identity, "arithmetic": kept})
 
 
 def _prepare(request: AnyRequest, network: Network, header: Header) -> tuple[Set[str], Set[str]]:

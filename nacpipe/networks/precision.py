@@ -30,7 +30,7 @@ AUTOCAST: Mapping[str, torch.dtype | None] = {FP32: None, TF32: None, BF16: torc
 """Precision → the type of torch.autocast."""
 GRADIENT_SCALE = 1024.0
 """Of float16's gradients, whose smallest number is 6e-8: a power of two, so that dividing it out rounds nothing."""
-CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
+FORMATS = CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
 _AMPERE = (8, 0)
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _NO_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")

@@ -214,6 +214,11 @@ def as_made_elsewhere(cache: Cache, path: Path, change: Callable[[dict[str, Any]
             r" contiguous\. Give another --cache, or --device cuda$",
         ),
         (
+            {"arithmetic": {"device": "cpu", "tf32": False, "memory_format": "by hand"}},
+            {"mantissa_bits": 23},
+            r"arithmetic\.memory_format: stored by hand, now contiguous\. Give another --cache, or the same options$",
+        ),
+        (
             {"dtype": "bf16"},
             {"mantissa_bits": 9},
             r"dtype: stored bf16, now float32; keep_bits: stored 23, now 9\. Give another --cache, or --precision bf16,"

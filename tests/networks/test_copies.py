@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from nacpipe.cache import Cache, open_cache
+from nacpipe.extraction.pipeline import extract
+from nacpipe.extraction.plan import plan_extraction
+from nacpipe.extraction.request import ExtractRequest
 from nacpipe.networks import copies as copies_module
+from nacpipe.networks.call import map_tensors
 from nacpipe.networks.copies import CudaCopies, choose_copies, copy_ahead
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Noting:
@@ -123,3 +132,29 @@ def test_a_batch_that_does_not_fit_is_left_where_it_is(monkeypatch: pytest.Monke
     copies, batch = CudaCopies(torch.device("cpu")), torch.ones(2, 3)
     monkeypatch.setattr(Tensor, "to", no_room)
     assert copies.finish(copies.start(batch)) is batch
+
+
+class Cloning(Noting):
+    """Copies in the CPU's memory."""
+
+    def start(self, batch: Any) -> Any:
+        self.steps.append(f"start {len(batch)}")
+        return map_tensors(Tensor.clone, batch)
+
+    def finish(self, started: Any) -> Any:
+        self.steps.append(f"finish {len(started)}")
+        return started
+
+
+def test_an_extraction_of_batches_that_were_copied_ahead(
+    request_: ExtractRequest, finished: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = Cloning()
+    monkeypatch.setattr("nacpipe.extraction.pipeline.choose_copies", lambda device: copies)
+    extract(plan_extraction(replace(request_, splits=("ood/val",))))
+    cache = open_cache(request_.cache)
+    for path in finished.header.arrays():
+        np.testing.assert_array_equal(cache["ood/val"].read(path), finished["ood/val"].read(path))
+    started = [step.split()[1] for step in copies.steps if step.startswith("start")]
+    assert sum(map(int, started)) == 21
+    assert copies.steps[:3] == [f"start {started[0]}", f"start {started[1]}", f"finish {started[0]}"]
