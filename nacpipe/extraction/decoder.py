@@ -22,6 +22,7 @@ from torchvision.transforms import functional as vision
 
 from nacpipe.errors import InputError
 from nacpipe.networks.batch_runner import is_out_of_memory
+from nacpipe.text import spell_option
 
 PILLOW, TORCHVISION, NVJPEG = "pillow", "torchvision", "nvjpeg"
 DECODERS = (PILLOW, TORCHVISION, NVJPEG)
@@ -86,11 +87,11 @@ def check_decoder(name: str, packaged: bool) -> None:
     if name not in DECODERS:
         raise InputError(f"--decoder is {name!r}; known: {', '.join(DECODERS)}")
     if name != PILLOW and not hasattr(torchvision.io, "decode_jpeg"):
-        raise InputError(
-            f"--decoder {name}: torchvision {torchvision.__version__} decodes no JPEGs any more; leave it out"
-        )
+        asked = spell_option("decoder", name, python=False)
+        raise InputError(f"{asked}: torchvision {torchvision.__version__} decodes no JPEGs any more; leave it out")
     if packaged and name != PILLOW:
-        raise InputError(f"--decoder {name}: the benchmark's images are packaged, no file is decoded; leave it out")
+        asked = spell_option("decoder", name, python=False)
+        raise InputError(f"{asked}: the benchmark's images are packaged, no file is decoded; leave it out")
 
 
 def check_gpu(name: str, device: torch.device) -> None:
@@ -100,7 +101,8 @@ def check_gpu(name: str, device: torch.device) -> None:
         InputError: naming the device.
     """
     if name == NVJPEG and device.type != "cuda":
-        raise InputError(f"--decoder {NVJPEG} needs CUDA, and the network runs on {device}; take --decoder {PILLOW}")
+        asked, instead = (spell_option("decoder", value, python=False) for value in (name, PILLOW))
+        raise InputError(f"{asked} needs CUDA, and the network runs on {device}; take {instead}")
 
 
 def stored_decoder(identity: Mapping[str, Any], device: torch.device) -> Decoder:
