@@ -1,6 +1,6 @@
 """`nacpipe score` on shards: two processes, one of them killed and started again, against one process; and kills.
 
-    python bench/shards.py [--images 100000] [--shards 100] [--kills 20] [--seed 0]
+    python bench/shards.py [--images 100000] [--shards 100] [--kills 20] [--seed 0] [--workers auto]
 
 Generated images of 32 × 32 in tar shards, ResNet-20 with random weights, a detector of the activations of avgpool and
 layer3. Printed: whether every image has exactly one row; whether the parts of two ranks, of which one got SIGKILL in
@@ -47,11 +47,21 @@ class Bench:
     folder: Path
     images: int
     shards: int
+    workers: str = "auto"
 
     def command(self, out: Path, shards: int | None = None) -> list[str]:
         last = (shards or self.shards) - 1
         words = ["score", str(self.folder / "d.safetensors"), f"{self.folder}/in/{{0000..{last:04}}}.tar"]
-        words += ["--model", "resnet20", "--checkpoint", str(self.folder / "resnet20.pth"), "--device", "cpu"]
+        words += [
+            "--workers",
+            self.workers,
+            "--model",
+            "resnet20",
+            "--checkpoint",
+            str(self.folder / "resnet20.pth"),
+            "--device",
+            "cpu",
+        ]
         return [sys.executable, "-m", "nacpipe", *words, "--output", str(out)]
 
     def start(self, out: Path, rank: int = 0, world: int = 1, shards: int | None = None) -> subprocess.Popen[bytes]:
@@ -164,9 +174,11 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=100)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", default="auto", help="processes that decode images, of each rank")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = make_bench(Path(folder), args.images, args.shards, args.seed)
+        bench.workers = args.workers
         started = time.monotonic()
         peak = bench.finish(bench.start(Path(folder, "one")))
         seconds = time.monotonic() - started

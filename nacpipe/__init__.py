@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nacpipe.errors import NacError
     from nacpipe.evaluation.bootstrap import add_confidence, compare_methods
     from nacpipe.evaluation.drift import watch
+    from nacpipe.evaluation.latex import to_latex
     from nacpipe.evaluation.method_scores import score_cache
     from nacpipe.evaluation.score_files import save_scores
     from nacpipe.evaluation.tables import evaluate, evaluate_runs, tabulate
@@ -47,6 +48,7 @@ _HOMES = {
     "evaluate_runs": "nacpipe.evaluation.tables",
     "score_cache": "nacpipe.evaluation.method_scores",
     "tabulate": "nacpipe.evaluation.tables",
+    "to_latex": "nacpipe.evaluation.latex",
     "add_confidence": "nacpipe.evaluation.bootstrap",
     "compare_methods": "nacpipe.evaluation.bootstrap",
     "save_scores": "nacpipe.evaluation.score_files",
@@ -96,6 +98,7 @@ __all__ = [
     "score_cache",
     "score_splits",
     "tabulate",
+    "to_latex",
     "tune",
     "watch",
     "write_params",

@@ -3,7 +3,7 @@
 `python_words()` stands in for `[sys.executable]` before `-m MODULE` or `-c CODE`: a process of its own with the
 streams, folder, environment, umask and signals that it is started with, and whose end is the command's. What a test
 says about Python's own start and end or about what a command imports needs the real thing. SIGKILL ends the client; the
-command gets it a moment later, and `communicate` waits for the end of both.
+command gets it a moment later, and `communicate` waits for the end of both. `kill` ends the command first.
 
 As a script this file is the client, and with `serve` the process that forks.
 """
@@ -15,8 +15,10 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Mapping
     from pathlib import Path
+    from typing import Any
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 folder: Path | None = None  # which all workers of a run share; conftest.py says it
@@ -41,6 +43,17 @@ def python_words(environment: Mapping[str, str] | None = None) -> list[str]:
         assert time.monotonic() < deadline, "the process that forks commands did not start"
         time.sleep(0.02)
     return [sys.executable, "-I", "-S", __file__, str(address)]
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    """Have a command that `python_words()` began end by SIGKILL at once, and wait for its end."""
+    import signal
+
+    if __file__ in process.args:  # type: ignore[operator]  # its client knows the process
+        process.send_signal(signal.SIGUSR1)
+    else:
+        process.kill()
+    process.wait(60)
 
 
 def start_server() -> Path | None:
@@ -86,15 +99,15 @@ def client(address: str, words: list[str]) -> None:
 
     def forward(number: int, _frame: object) -> None:
         if child:
-            os.kill(child, number)
+            os.kill(child, signal.SIGKILL if number == signal.SIGUSR1 else number)
         else:
             early.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, forward)
     child = int.from_bytes(_receive(connection, 4), "big")
     for number in early:
-        os.kill(child, number)
+        forward(number, None)
     status = int.from_bytes(_receive(connection, 4), "big")
     if os.WIFSIGNALED(status):
         if os.WTERMSIG(status) != signal.SIGKILL:  # which has no handler

@@ -529,9 +529,9 @@ def test_any_benchmark_of_folders_is_walked_or_refused(data: st.DataObject) -> N
             cache = ["--cache", str(place / "c.zarr"), "--train-images", "3"]
             invoke("extract", toml, "--model", f"{place / 'net.py'}:build", *cache, "--dry-run")
         with contextlib.suppress(ImageError):
-            from nacpipe.detector.predict import find_images
+            from nacpipe.detector.shards import find_paths
 
-            assert all(path.is_relative_to(place) for path in find_images([place]))
+            assert all(path.is_relative_to(place) for path in find_paths([place]))
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import posixpath
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
 
@@ -45,8 +48,12 @@ def test_search_finds(site: Path, word: str, page: str) -> None:
 @pytest.mark.slow
 def test_every_command_and_every_public_name_has_its_place(site: Path) -> None:
     commands, api = ((site / page).read_text("utf-8") for page in ("commands.html", "api.html"))
-    for name in cli.main.commands:
-        assert f'id="{name}"' in commands, name
+    text = html.unescape(re.sub(r"<[^>]+>", "", commands))
+    for name, command in cli.main.commands.items():
+        assert f'id="nacpipe-{name}"' in commands, name
+        examples = re.findall(rf"^ *(nacpipe {name} .*)$", command.help or "", re.MULTILINE)
+        assert [line for line in examples if line not in text.splitlines()] == [], name
+    assert "UNSET" not in text
     for name in set(nacpipe.__all__) - {"__version__"}:
         assert f'id="{nacpipe._HOMES[name]}.{name}"' in api, name
 
@@ -60,6 +67,45 @@ def test_links_are_rewritten_for_the_site() -> None:
     assert pages.rewrite_links("[a](../../bench/README.md)", "docs/decisions/benchmarks.md") == "[a](../speeds.md)"
     assert pages.rewrite_links("[`a`](../bench/trial.py) [b](../no)", "docs/trust.md") == "`a` [b](../no)"
     assert pages.rewrite_links("[a](docs/search.md)", "CHANGELOG.md") == "[a](search.md)"
+
+
+def test_examples_are_fenced() -> None:
+    pytest.importorskip("mkdocs", reason="the site needs mkdocs; install it with: pip install 'nacpipe[docs]'")
+    pages = load_script("tools", "site_pages")
+    text = "Do it.\n\n    More.\n\n    \b\n    nacpipe a --b\n    nacpipe c\n\n    The end.\n    "
+    expected = "Do it.\n\nMore.\n\n```sh\nnacpipe a --b\nnacpipe c\n```\n\nThe end."
+    assert pages.fence_examples(text) == expected
+    assert pages.fence_examples(expected) == expected
+
+
+@pytest.mark.slow
+def test_no_link_of_the_site_is_dead(site: Path) -> None:
+    """Anchors too, and those of generated pages, which mkdocs does not check."""
+    pages = {page.relative_to(site).as_posix(): Page(page.read_text("utf-8")) for page in site.rglob("*.html")}
+    del pages["404.html"]  # its links begin with /
+    links = [(name, link) for name, page in pages.items() for link in page.links if not re.match("[a-z]+:", link)]
+    assert len(links) > 1000
+    dead = []
+    for name, link in links:
+        path, _, anchor = link.partition("#")
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), path)) if path else name
+        target = "index.html" if target == "." else target
+        there = anchor in pages[target].anchors or not anchor if target in pages else (site / target).is_file()
+        dead += [] if there else [(name, link)]
+    assert dead == []
+
+
+class Page(HTMLParser):
+    """A page's anchors, and what it refers to."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.anchors, self.links = set[str](), list[str]()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.anchors.update(str(value) for name, value in attrs if name == "id")
+        self.links += [str(value) for name, value in attrs if name in ("href", "src") and value]
 
 
 def test_the_citation_names_the_version() -> None:

@@ -104,7 +104,8 @@ def evaluate(cache: nacpipe.Cache, params: nacpipe.NacParams) -> pd.DataFrame:
     differences: pd.DataFrame = nacpipe.compare_methods(runs, "NAC", "Energy")
     nacpipe.save_scores(Path("x.npz"), [cache], runs)
     over_runs: pd.DataFrame = nacpipe.evaluate_runs([cache, cache], [params, None])
-    print(auroc, frame, differences, over_runs, nacpipe.__version__)
+    text: str = nacpipe.to_latex(over_runs)
+    print(auroc, frame, differences, text, nacpipe.__version__)
     return nacpipe.evaluate("x.zarr", None)
 
 

@@ -1,12 +1,14 @@
 """Hooks of the documentation site (mkdocs.yml): pages that lie outside docs/ and pages that are generated.
 
 cache/README.md, bench/README.md, CHANGELOG.md and CONTRIBUTING.md become pages; links to them and from them are
-rewritten. api.md names every public name of the package; mkdocstrings fills it in. commands.md is what `--help` prints:
-mkdocs-click loses the lines of the examples.
+rewritten. api.md names every public name of the package; mkdocstrings fills it in. mkdocs-click fills commands.md in
+from the commands' help, whose examples are fenced first: click keeps their lines, Markdown would join them. Options are
+in its style `plain`: its tables lose the values' names, and print what click 8.3 and later have for "no default".
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import posixpath
 import re
@@ -29,6 +31,19 @@ PAGES = {  # file of the repository → page of the site
     "CONTRIBUTING.md": "contributing.md",
     "README.md": "index.md",
 }
+COMMANDS = """# Commands
+
+Results go to stdout, progress and notes to stderr. Exit codes: 0 done, 1 an error in one line, 2 wrong usage, 130
+interrupted. After an interruption the same command resumes.
+
+::: mkdocs-click
+    :module: nacpipe.cli
+    :command: main
+    :prog_name: nacpipe
+    :style: plain
+    :depth: 1
+"""
+_AS_IT_IS = re.compile(r"^\x08\n((?:.*\S.*\n?)+)", re.MULTILINE)
 _LINK = re.compile(r"\[([^\[\]]*)\]\(([^)#\s:]+)(#[^)]*)?\)")
 
 
@@ -39,7 +54,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             text = (ROOT / source).read_text("utf-8")
             files.append(File.generated(config, target, content=rewrite_links(text, source)))
     files.append(File.generated(config, "api.md", content=api_page()))
-    files.append(File.generated(config, "commands.md", content=commands_page()))
+    for command in _walk(main):
+        command.help = fence_examples(command.help or "")  # in this process alone
+    files.append(File.generated(config, "commands.md", content=COMMANDS))
     return files
 
 
@@ -78,23 +95,13 @@ def api_page() -> str:
     return "\n".join([*lines, *(f"::: {homes[name]}.{name}\n" for name in names)])
 
 
-def commands_page() -> str:
-    """Return the help of every command, as a terminal shows it."""
-    lines = [
-        "# Commands",
-        "Results go to stdout, progress and notes to stderr. Exit codes: 0 done, 1 an error in one line, 2 wrong usage,"
-        " 130 interrupted. After an interruption the same command resumes.",
-    ]
-    for words, command in _walk(main, ()):
-        context = click.Context(command, info_name=" ".join(("nacpipe", *words)))
-        context.terminal_width = 78
-        lines += [f"## {' '.join(('nacpipe', *words))} {{#{'-'.join(words) or 'nacpipe'}}}"]
-        lines += [f"```text\n{command.get_help(context)}\n```"]
-    return "\n\n".join(lines) + "\n"
+def fence_examples(text: str) -> str:
+    """Return a help text as Markdown: a paragraph behind click's mark for lines that stay as they are is code."""
+    return _AS_IT_IS.sub(lambda match: f"```sh\n{match[1].rstrip()}\n```\n", inspect.cleandoc(text))
 
 
-def _walk(command: click.Command, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    yield words, command
+def _walk(command: click.Command) -> Iterator[click.Command]:
+    yield command
     if isinstance(command, click.Group):
-        for name, inner in sorted(command.commands.items()):
-            yield from _walk(inner, (*words, name))
+        for inner in command.commands.values():
+            yield from _walk(inner)

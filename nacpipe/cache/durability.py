@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def sync_files(files: Iterable[Path], root: Path) -> None:
 
 def replace_file(file: Path, content: bytes) -> None:
     """Write a file atomically, with fsync; another process may do so at once, and one of the contents stays."""
-    draft = file.with_name(f"{file.name}.{secrets.token_hex(8)}.partial")
+    draft = file.with_name(f"{file.name}.{os.urandom(8).hex()}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
     with draft.open("wb") as out:
         out.write(content)

@@ -71,6 +71,16 @@ def write_object(url: str, content: bytes) -> None:
         raise _named(error, url, "written") from error
 
 
+def check_writable_object(url: str) -> None:
+    """Refuse a URL that nothing can be written below; the server is not asked.
+
+    Raises:
+        InputError: it is no object store's.
+    """
+    if url.partition("://")[0] not in OBJECTS:
+        raise InputError(f"{url} cannot be written; write to a folder or to s3://BUCKET/FOLDER")
+
+
 def read_object(url: str) -> bytes | None:
     """Return an object; None if it does not exist.
 
@@ -140,8 +150,8 @@ def _connect(url: str, *, write: bool = False) -> tuple[Any, str]:
     scheme, _, location = url.partition("://")
     if scheme not in OBJECTS + PAGES:
         raise InputError(f"{url}: images are not read from {scheme}://; known: {', '.join(OBJECTS + PAGES)}, and files")
-    if write and scheme in PAGES:
-        raise InputError(f"{url} can only be read; write to a folder or to s3://BUCKET/FOLDER")
+    if write:
+        check_writable_object(url)
     try:
         from obstore.store import HTTPStore, from_url
     except ImportError:

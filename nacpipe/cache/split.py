@@ -86,6 +86,10 @@ class SplitView(Mapping[str, LayerView]):
             raise self._damaged("zarr.json", f"images is {str(images)[:40]!r}, not an object")
         return dict(images)
 
+    def row_slices(self, step: int) -> Iterator[slice]:
+        """Cut the rows into slices of `step`, the last of what is left: what is read at once."""
+        return (slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step))
+
     @cached_property
     def logits(self) -> ArrayView:
         """(rows, classes) float32."""

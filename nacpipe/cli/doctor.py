@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from nacpipe.cli.output import print_json, print_line
+from nacpipe.cli.output import format_bytes, print_json, print_line
 
 # Extra → the modules by which it is known to be installed; pyproject.toml says which package each comes from.
 EXTRAS = {
@@ -37,10 +37,24 @@ PACKAGES = (
     "zarr",
     "numcodecs",
     "optuna",
+    "sqlalchemy",
     "pandas",
     "safetensors",
+    "click",
+    "pillow",
     "torch",
     "torchvision",
+)
+# What changes threads, devices or the arithmetic; nothing that holds a path or a name.
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+    "NUMBA_DISABLE_JIT",
+    "ONEDNN_MAX_CPU_ISA",
+    "CUDA_VISIBLE_DEVICES",
+    "PYTORCH_ENABLE_MPS_FALLBACK",
+    "WORLD_SIZE",
 )
 
 
@@ -79,8 +93,10 @@ def _versions() -> dict[str, str]:
     import importlib.metadata
     import platform
 
+    import nacpipe
+
     facts = {
-        "nacpipe": importlib.metadata.version("nacpipe"),
+        "nacpipe": nacpipe.__version__,
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
     }
@@ -96,7 +112,13 @@ def _devices() -> dict[str, str]:
     """The devices that a network can run on, and the threads of each stage."""
     from nacpipe.method.threads import get_threads
 
-    facts = {"cores": str(os.cpu_count()), "threads": f"search {get_threads()}"}
+    facts = {
+        "cores": f"{os.cpu_count()}, {_usable_cores()} of them for this process",
+        "processor": _processor(),
+        "memory": _memory(),
+        "threads": f"search {get_threads()}",
+        "environment": " ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ) or "none set",
+    }
     if _missing("extract"):
         return {**facts, "devices": "none: torch is not installed"}
     import torch
@@ -108,8 +130,36 @@ def _devices() -> dict[str, str]:
         **facts,
         "threads": f"{facts['threads']}, torch {torch.get_num_threads()}",
         "devices": ", ".join(devices),
-        "cuda": torch.version.cuda or "torch was built without it",
+        "cuda": _cuda(torch.version.cuda, torch.cuda.is_available()),
     }
+
+
+def _cuda(built_for: str | None, there: bool) -> str:
+    if built_for is None:
+        return "torch was built without it"
+    return f"{built_for}, which torch was built for" + ("" if there else "; no device of it is here")
+
+
+def _usable_cores() -> int:
+    """Those that this process may run on, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    """The processor's name, and the vector instructions that the compiled loops use of it."""
+    import llvmlite.binding as llvm
+
+    features = llvm.get_host_cpu_features()
+    vectors = [name for name in ("avx2", "avx512f", "neon") if features.get(name)]
+    return f"{llvm.get_host_cpu_name()} ({', '.join(vectors) or 'no vector instructions that are used'})"
+
+
+def _memory() -> str:
+    """The machine's memory, where the system tells; a container's limit may be lower."""
+    try:
+        return format_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):
+        return "not known"
 
 
 def _missing(extra: str) -> list[str]:
@@ -136,15 +186,24 @@ def _self_test() -> list[dict[str, Any]]:
 
 
 def _check_loops() -> None:
+    """Count 60 samples of 5 neurons in bins and look 40 others up, in compiled loops and in plain numpy."""
     import numpy as np
 
-    from nacpipe.method.metrics import auroc
+    from nacpipe.method.counting import fill_ranked
+    from nacpipe.method.sorted_index import index_columns
 
-    rng = np.random.RandomState(0)
-    inside, outside = rng.randint(0, 9, 200).astype(float), rng.randint(2, 11, 150).astype(float)
-    pairs = (inside[:, None] > outside) + 0.5 * (inside[:, None] == outside)
-    if abs(auroc(inside, outside) - pairs.mean()) > 1e-12:
-        raise AssertionError("the AUROC differs from the definition")
+    rng, saturation = np.random.RandomState(0), 3
+    train, queries = (rng.randn(rows, 5).astype(np.float32) for rows in (60, 40))
+    inner = np.linspace(-2, 2, 9, dtype=np.float32)
+    (found,) = fill_ranked(
+        [(index_columns(train, queries), np.array([-np.inf, *inner, np.inf], np.float32), saturation)]
+    )
+    expected = np.zeros(40, np.int64)
+    for counted, looked_up in zip(train.T, queries.T, strict=True):
+        counts = np.bincount(np.digitize(counted, inner), minlength=10)
+        expected += np.minimum(counts, saturation)[np.digitize(looked_up, inner)]
+    if not np.array_equal(found, expected):
+        raise AssertionError(f"{np.count_nonzero(found != expected)} of 40 sums differ")
 
 
 def _check_pipeline() -> None:

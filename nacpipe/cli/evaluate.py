@@ -58,6 +58,7 @@ _SHOWN = {"fpr95": "FPR@95", "auroc": "AUROC", "aupr_in": "AUPR-IN", "aupr_out":
     is_flag=True,
     help="Add the results that papers report for this benchmark, marked as published.",
 )
+@click.option("--latex", "output", flag_value="latex", help="Print tables for a paper: best bold, second underlined.")
 @output_options
 def evaluate(
     caches: tuple[str | Path, ...],
@@ -73,25 +74,31 @@ def evaluate(
 ) -> None:
     """Print FPR@95, AUROC, AUPR-IN and AUPR-OUT for every OOD set in CACHE, NAC beside MSP, MaxLogit and Energy.
 
-    Several caches are training runs of one network: mean ± standard deviation. On a terminal in percent; as JSON, CSV
-    and Markdown in fractions.
+    Several caches are training runs of one network: mean ± standard deviation. On a terminal and in LaTeX in percent;
+    as JSON, CSV and Markdown in fractions. --against with --baselines prints the table and then the comparison.
 
     \b
     nacpipe evaluate cache/digits-digits_cnn.zarr
     nacpipe evaluate cache/digits-digits_cnn.zarr --baselines all --confidence 0.95
     nacpipe evaluate cache/digits-digits_cnn.zarr --against Energy
     nacpipe evaluate cache/cifar10-resnet20.zarr --params published --json
-    nacpipe evaluate cache/s0.zarr cache/s1.zarr cache/s2.zarr --markdown
+    nacpipe evaluate cache/s0.zarr cache/s1.zarr cache/s2.zarr --latex > table.tex
     """
     from nacpipe.cache import open_cache
     from nacpipe.evaluation.bootstrap import LEVEL, RESAMPLES, add_confidence, compare_methods
+    from nacpipe.evaluation.latex import to_latex
     from nacpipe.evaluation.score_files import check_scores_file, save_scores
     from nacpipe.evaluation.tables import add_published, tabulate
     from nacpipe.evaluation.training_runs import check_runs
 
-    for option, value in (("--published-results", published_results), ("--baselines", baselines)):
-        if against is not None and value:
-            raise click.UsageError(f"Give --against or {option}, not both.")
+    table_too = bool(against is None or baselines or published_results)
+    if against is not None and output == "latex":
+        raise click.UsageError("--latex prints the table; leave out --against, or print the comparison as --csv.")
+    if against is not None and table_too and output:
+        raise click.UsageError(
+            f"Table and comparison are two tables, --{output} is one: leave out --against for the table, --baselines"
+            " and --published-results for the comparison."
+        )
     if resamples is not None and confidence is None and against is None:
         raise click.UsageError("--resamples is for --confidence and --against.")
     if scores is not None:
@@ -106,20 +113,27 @@ def evaluate(
         if run.note:
             note(run.note if len(runs) == 1 else f"{run.path}: {run.note}")
     draws: dict[str, Any] = {"resamples": RESAMPLES if resamples is None else resamples, "seed": seed}
+    comparison = None
     if other is not None:
-        frame = compare_methods(runs, "NAC", other, level=LEVEL if confidence is None else confidence, **draws)
-    else:
+        comparison = compare_methods(runs, "NAC", other, level=LEVEL if confidence is None else confidence, **draws)
+    if comparison is None or table_too:
         frame = tabulate(runs)
         if confidence is not None:
             frame = add_confidence(frame, runs, level=confidence, **draws)
         if published_results:
             frame = add_published(frame, str(opened[0].header.identity.get("benchmark")))
-    if output:
-        print_frame(frame, output)
-    elif other is not None:
-        print_comparison(frame)
-    else:
+        if output == "latex":
+            click.echo(to_latex(frame), nl=False)
+        elif output:
+            print_frame(frame, output)
+        if output:
+            return
         print_evaluation(frame)
+    if comparison is not None and output:
+        print_frame(comparison, output)
+    elif comparison is not None:
+        click.echo("\n" * table_too, nl=False)
+        print_comparison(comparison)
 
 
 def _score(

@@ -80,16 +80,26 @@ def export(
         {"layer": one.name, "neurons": one.neurons, "bins": one.params.bins, "weight": one.params.weight}
         for one in exported.terms
     ]
+    fused = None if exported.fused is None else exported.fused.params
     if as_json:
         compared = {} if check is None else {"format": kind, "compared": asdict(check)}
+        member = {} if fused is None else {"fused": {"method": fused.method, "weight": fused.weight}}
         print_json(
-            {"detector": str(target), "threshold": exported.threshold, "keep": keep, "layers": described, **compared}
+            {
+                "detector": str(target),
+                "threshold": exported.threshold,
+                "keep": keep,
+                "layers": described,
+                **member,
+                **compared,
+            }
         )
     else:
-        print_table(
-            ("layer", "neurons", "bins", "weight"),
-            [(d["layer"], str(d["neurons"]), str(d["bins"]), f"{d['weight']:.4g}") for d in described],
-        )
+        rows = [(d["layer"], str(d["neurons"]), str(d["bins"]), f"{d['weight']:.4g}") for d in described]
+        rows += [] if fused is None else [(fused.method, "", "", f"{fused.weight:.4g}")]
+        print_table(("layer", "neurons", "bins", "weight"), rows)
+        if fused is not None:
+            click.echo(f"\n{fused.describe()}")
         click.echo(f"\nthreshold {exported.threshold:.6g}: at least {100 * keep:g} % of id/val score as high or higher")
     note(f"wrote {target}, {format_bytes(target.stat().st_size)}")
     if check is None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from nacpipe.cli.extract import workers_option
-from nacpipe.cli.output import note, output_options, percent, print_frame, print_json, print_table
+from nacpipe.cli.output import note, output_options, percent, print_frame, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from nacpipe.benchmarks.standard import Benchmark
-    from nacpipe.evaluation.reproduction import Missing, Recipe
+    from nacpipe.evaluation.reproduction import Missing, Reproduction
     from nacpipe.method.params import NacParams
 
 _SHOWN = {"auroc": "AUROC", "fpr95": "FPR@95"}
@@ -62,16 +62,16 @@ def reproduce(
     """
     from nacpipe.benchmarks.toml import choose_root, open_benchmark
     from nacpipe.errors import InputError
-    from nacpipe.evaluation.reproduction import compare_with_published, find_missing, find_recipe
+    from nacpipe.evaluation.reproduction import compare_with_published, find_missing, find_reproduction
 
-    recipe = find_recipe(benchmark)
+    reproduction = find_reproduction(benchmark)
     opened = open_benchmark(benchmark)
     root = choose_root(opened, data_root)
     if download and not dry_run:
-        _download(recipe, opened, root, results, mirror)
-    missing = find_missing(recipe, opened, root, results, mirror)
+        _download(reproduction, opened, root, results, mirror)
+    missing = find_missing(reproduction, opened, root, results, mirror)
     if dry_run:
-        _print_missing(missing, recipe, as_json=output == "json")
+        _print_missing(missing, reproduction, output)
         return
     if missing:
         commands = " && ".join(dict.fromkeys(one.command for one in missing))
@@ -85,11 +85,11 @@ def reproduce(
 
     requests = make_requests(
         benchmark=benchmark,
-        model=recipe.model,
-        checkpoint=recipe.checkpoint(results),
+        model=reproduction.model,
+        checkpoint=reproduction.checkpoint(results),
         cache=cache,
         data_root=root,
-        splits=recipe.splits(opened),
+        splits=reproduction.splits(opened),
         device=device,
         batch_size=batch_size,
         workers=workers,
@@ -98,50 +98,54 @@ def reproduce(
         return  # another process of the same torchrun prints the result
     caches = [open_cache(request.cache) for request in requests]
     check_runs(caches)
-    scored = [score_cache(one, _params(recipe, str(one.path))) for one in caches]
-    names = [request.checkpoint.parent.name if recipe.runs and request.checkpoint else "run" for request in requests]
+    scored = [score_cache(one, _params(reproduction, str(one.path))) for one in caches]
+    names = [
+        request.checkpoint.parent.name if reproduction.runs and request.checkpoint else "run" for request in requests
+    ]
     frame = compare_with_published(scored, names, benchmark)
     if output:
         print_frame(frame, output)
         return
-    _print_comparison(frame, names, recipe)
+    _print_comparison(frame, names, reproduction)
 
 
-def _params(recipe: Recipe, cache: str) -> NacParams:
+def _params(reproduction: Reproduction, cache: str) -> NacParams:
     """The paper's parameters, or what a search in its space finds."""
-    if recipe.params is not None:
-        return recipe.params
+    if reproduction.params is not None:
+        return reproduction.params
     from nacpipe.cli.search import run_search
     from nacpipe.tuning.request import SearchRequest
 
     return run_search(SearchRequest(cache=Path(cache), space="paper")).params
 
 
-def _download(recipe: Recipe, benchmark: Benchmark, root: Path, results: Path, mirror: str | None) -> None:
+def _download(reproduction: Reproduction, benchmark: Benchmark, root: Path, results: Path, mirror: str | None) -> None:
     """Fetch the lists, unless there are some, the images and the weights."""
     from nacpipe.benchmarks.download import choose_archives, download_archives
 
-    wanted = list(recipe.archives())
-    if (root / "benchmark_imglist" / recipe.benchmark).is_dir():
+    wanted = list(reproduction.archives())
+    if (root / "benchmark_imglist" / reproduction.benchmark).is_dir():
         wanted = [name for name in wanted if not name.startswith("benchmark_imglist")]
     archives = choose_archives(benchmark, wanted, checkpoints=True, root=root)
     for problem in download_archives(benchmark, archives, root, results, mirror=mirror, note=note):
         note(problem)
 
 
-def _print_missing(missing: list[Missing], recipe: Recipe, *, as_json: bool) -> None:
-    if as_json:
-        print_json([{"what": one.what, "state": one.state, "command": one.command} for one in missing])
+def _print_missing(missing: list[Missing], reproduction: Reproduction, output: str | None) -> None:
+    if output:
+        import pandas as pd
+
+        print_frame(pd.DataFrame(missing, columns=["what", "state", "command"]), output)
         return
     if missing:
         print_table(("missing", "state"), [(one.what, one.state) for one in missing], left=2)
     for command in dict.fromkeys(one.command for one in missing):
         note(f"get it with: {command}")
     if not missing:
-        note(f"nothing is missing: {recipe.model}, weights {recipe.weights}")
+        note(f"nothing is missing: {reproduction.model}, weights {reproduction.weights}")
 
 
-def _print_comparison(frame: pd.DataFrame, names: list[str], recipe: Recipe) -> None:
+def _print_comparison(frame: pd.DataFrame, names: list[str], reproduction: Reproduction) -> None:
     lines = [
         (
             f"{row['group']} {row['dataset']}",
@@ -154,8 +158,8 @@ def _print_comparison(frame: pd.DataFrame, names: list[str], recipe: Recipe) -> 
         for row in frame.to_dict("records")
     ]
     print_table(("set", "metric", "published", *names, "ours", "difference"), lines, left=2)
-    source = "the paper's" if recipe.params is not None else "searched in the paper's space"
-    click.echo(f"\n{frame['network'].iloc[0]} on {recipe.benchmark}; parameters: {source}; all in percent")
+    source = "the paper's" if reproduction.params is not None else "searched in the paper's space"
+    click.echo(f"\n{frame['network'].iloc[0]} on {reproduction.benchmark}; parameters: {source}; all in percent")
 
 
 def _spread(value: float, deviation: float) -> str:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nacpipe.cli.extract import workers_option
 from nacpipe.cli.output import Address, Progress, note, print_csv, print_json, print_table
 
 if TYPE_CHECKING:
+    from nacpipe.detector.file import Exported
     from nacpipe.detector.parts import Parts, ScoredImage
-    from nacpipe.detector.predict import Ready
+    from nacpipe.detector.predict import Ready, ScoreOptions
     from nacpipe.detector.scoring import ScoredShard, ScorePlan
     from nacpipe.detector.shards import Shard
     from nacpipe.extraction.distributed import Ranks
@@ -32,7 +34,7 @@ _FORMATS = ("csv", "json", "parquet")
 )
 @click.option("--device", default="auto", show_default=True, help="cuda, mps, cpu, …")
 @click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Images at once.")
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode images.")
+@workers_option
 @click.option("--output", metavar="FOLDER", type=Address(), help="Write a part per shard there, or at s3://…")
 @click.option("--format", "kind", type=click.Choice(_FORMATS), help="Of the parts; default: csv.")
 @click.option("--column", metavar="NAME", help="Of Parquet files; default: the first of encoded images.")
@@ -46,7 +48,7 @@ def score(
     checkpoint: Path | None,
     device: str,
     batch_size: int,
-    workers: int,
+    workers: int | None,
     output: str | Path | None,
     kind: str | None,
     column: str | None,
@@ -68,9 +70,11 @@ def score(
     nacpipe score digits.safetensors 'shards/{000..099}.tar' --output scores --format parquet
     torchrun --nproc-per-node 8 -m nacpipe score digits.safetensors s3://in/shards/ --output s3://out/scores
     """
+    from nacpipe.detector.predict import ScoreOptions, prepare
     from nacpipe.detector.shards import find_shards
     from nacpipe.extraction.distributed import join_ranks, leave_ranks, read_ranks
 
+    options = ScoreOptions(batch_size=batch_size, workers=workers, column=column, local_world=read_ranks().local_world)
     if output is None:
         if kind is not None or dry_run:
             raise click.UsageError(f"{'--format' if kind else '--dry-run'} belongs to --output FOLDER.")
@@ -78,13 +82,11 @@ def score(
             raise click.UsageError("several processes write parts; name their folder with --output.")
         shards = find_shards(images)
         streams = [shard for shard in shards if shard.kind in ("tar", "parquet")]
-        _print_rows(detector, images, shards if streams else (), model, checkpoint, device, batch_size, workers,
-                    column, output_as)  # fmt: skip
+        _print_rows(detector, images, shards if streams else (), model, checkpoint, device, options, output_as)
         return
     if output_as == "csv":
         raise click.UsageError("--csv prints rows; with --output it is --format csv.")
     from nacpipe.detector.parts import Parts
-    from nacpipe.detector.predict import prepare
     from nacpipe.detector.scoring import describe, plan_scoring
 
     parts = Parts(output, kind or "csv")
@@ -99,7 +101,7 @@ def score(
         for text in ready.notes if ranks.first else ():
             note(text)
         parts.claim(describe(ready.exported))
-        scored = _write_parts(ready, plan, parts, ranks, batch_size=batch_size, workers=workers, column=column)
+        scored = _write_parts(ready, plan, parts, ranks, options)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             ranks.wait()
     finally:
@@ -114,37 +116,37 @@ def _print_rows(
     model: str | None,
     checkpoint: Path | None,
     device: str,
-    batch_size: int,
-    workers: int,
-    column: str | None,
+    options: ScoreOptions,
     output_as: str | None,
 ) -> None:
     """Print a row per image; of shards as they come, since nobody knows how many they hold."""
-    from nacpipe.detector.predict import find_images, prepare, score_images, score_stream
+    from nacpipe.detector.predict import prepare, score_images, score_shards
+    from nacpipe.detector.shards import find_paths
     from nacpipe.errors import ImageError
 
-    paths = [] if shards else find_images([path for shard in _lists(images) for path in shard])
+    paths = [] if shards else find_paths(images)
     ready = prepare(detector, model, checkpoint, device)
     for text in ready.notes:
         note(text)
     broken: list[str] = []
-    count = 0
+    count = flagged = 0
 
     with Progress("score", {"": len(shards) or len(paths)}, unit="shard" if shards else "it") as progress:
 
         def scored() -> Iterator[ScoredImage]:
             if not shards:
-                yield from score_images(ready, paths, batch_size, workers, progress.note)
-            for shard in shards:
+                yield from score_images(ready, paths, options, progress.note)
+                return
+            for shard, rows in score_shards(ready, shards, options, progress.note):
                 prefix = f"{shard.address}/" if shard.kind in ("tar", "parquet") else ""
-                for row in score_stream(ready, shard.images(column), batch_size, workers, progress.note):
-                    yield replace(row, image=prefix + row.image)
+                yield from (replace(row, image=prefix + row.image) for row in rows)
                 progress.step(1)
 
         def rows() -> Iterator[dict[str, Any]]:
-            nonlocal count
+            nonlocal count, flagged
             for row in scored():
                 count += 1
+                flagged += row.is_ood is True
                 if not shards:
                     progress.step(1)
                 if row.error is not None:
@@ -162,23 +164,24 @@ def _print_rows(
             print_json([*rows()])
         else:
             print_table(_COLUMNS[:-1], [_cells(row) for row in rows()])
+    if count > len(broken):
+        note(_describe_flagged(flagged, count - len(broken), ready.exported))
     if broken:
         raise ImageError(f"{len(broken)} of {count} images could not be scored; the first: {broken[0]}")
 
 
-def _lists(images: Sequence[str | Path]) -> Iterator[list[Path]]:
-    """The files and folders that are named, with lists in place of their names."""
-    from nacpipe.detector.shards import find_shards
+def _describe_flagged(flagged: int, scored: int, exported: Exported) -> str:
+    """Return how many images are flagged, and what that means."""
+    return (
+        f"{flagged} of {scored} images flagged ({100 * flagged / scored:.1f} %): they score below the threshold"
+        f" {exported.threshold:.6g}, as at most {100 * (1 - exported.keep):.4g} % do of the in-distribution images that"
+        " it was chosen on"
+    )
 
-    for shard in (shard for image in images for shard in find_shards([image])):  # one by one, in their order
-        yield [Path(shard.address)] if shard.kind == "folder" else shard.paths()
 
-
-def _write_parts(
-    ready: Ready, plan: ScorePlan, parts: Parts, ranks: Ranks, *, batch_size: int, workers: int, column: str | None
-) -> list[ScoredShard]:
+def _write_parts(ready: Ready, plan: ScorePlan, parts: Parts, ranks: Ranks, options: ScoreOptions) -> list[ScoredShard]:
     """Score this process's shards, one after another."""
-    from nacpipe.detector.scoring import score_shard
+    from nacpipe.detector.scoring import score_parts
 
     scored, images = [], 0
     with Progress("score", {"": len(plan.todo)} if ranks.first else {}, unit="shard") as progress:
@@ -186,22 +189,11 @@ def _write_parts(
         def step(count: int) -> None:
             nonlocal images
             images += count
-            if images % batch_size == 0:
+            if images % options.batch_size == 0:
                 progress.step(0, more=f"{images} images")
 
-        for shard in plan.todo:
-            scored.append(
-                score_shard(
-                    ready,
-                    shard,
-                    parts,
-                    batch_size=batch_size,
-                    workers=workers,
-                    column=column,
-                    note=progress.note,
-                    step=step,
-                )
-            )
+        for one in score_parts(ready, plan.todo, parts, options, progress.note, step):
+            scored.append(one)
             progress.step(1, more=f"{images} images")
     return scored
 

@@ -81,7 +81,10 @@ def search(status: bool, explain: bool, dry_run: bool, as_json: bool, **asked: A
     elif explain:
         print_explanation(found, as_json)
     else:
-        print_result(found.result("stopped"), found, as_json)
+        result = found.result("stopped")
+        print_result(result, found, as_json)
+        if result.advice:
+            note(f"try: {result.advice}")
         done = len(found.completed())
         more = "it is complete; more with --trials N" if done >= found.trials else f"go on with: {found.command()}"
         note(f"{done} of {found.trials} trials; {more}")
@@ -99,11 +102,8 @@ def run_search(request: SearchRequest, as_json: bool = False) -> SearchResult:
     target = save_result(search, result, note)
     print_result(result, search, as_json)
     note(f"wrote {target}")
-    if result.guide_is_better:
-        note(
-            f"{result.guide} is at least as good in cross-validation: try more layers, more --train-images, or use"
-            f" {result.guide}"
-        )
+    if result.advice:
+        note(f"try: {result.advice}")
     if result.ended == "interrupted":
         raise KeyboardInterrupt
     if result.ended == "timeout":
@@ -165,11 +165,13 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
                 f"cross-validated: AUROC {percent(crossed.images)} % over images{own},"
                 f" {percent(crossed.clusters)} % over the classes that {search.request.val} is predicted as"
             )
-        if fused is not None and crossed is not None and (without := result.without_fusion) is not None:
-            click.echo(
-                f"{fused.method} is a member of the sum; without it: {percent(without.images)} % over images,"
-                f" {percent(without.clusters)} % over classes"
-            )
+        if fused is not None:
+            alone = ""
+            if crossed is not None and (without := result.without_fusion) is not None:
+                alone = (
+                    f"; without it {percent(without.images)} % over images, {percent(without.clusters)} % over classes"
+                )
+            click.echo(fused.describe() + alone)
         if result.front is not None:
             click.echo(
                 f"{result.front} trials are on the front of AUROC and FPR@95; this one is nearest the best of both,"
@@ -183,17 +185,7 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
                 f"overfitting check, id/val against id/subtrain: AUROC {percent(checks.subtrain_auroc)} %"
                 f" (50: training images score like others; above 50: training images score lower{own})"
             )
-        if result.overestimates:
-            note(
-                "warning: the fitted AUROC is more than 1.5 points above the cross-validated one; more validation"
-                " images help"
-            )
         click.echo(f"{result.trials} trials in {result.seconds:.1f} s, seed {result.seed}, {search.request.shown}")
-    if result.overfits:
-        note(
-            f"warning: NAC tells training images from others more than 3 points better than {result.guide} does; the"
-            " coverage may be overfitted: more --train-images, fewer bins or a higher saturation help"
-        )
 
 
 def print_explanation(search: Search, as_json: bool) -> None:
@@ -221,6 +213,8 @@ def print_explanation(search: Search, as_json: bool) -> None:
         for row in found.layers.itertuples()
     ]
     print_table(("layer", "weight", "alone, AUROC %", "without it, AUROC %"), layers)
+    if found.fused is not None:
+        click.echo(found.fused.describe())
     click.echo("")
     click.echo(found.picture())
 

@@ -61,6 +61,8 @@ def watch(
         )
     if plot is not None:
         _plot(plot, frame)
+    if unscored := int((frame["images"] == 0).sum()):
+        note(f"{unscored} of {len(frame)} groups have no image with a score, and were not compared")
     if len(drifted):
         first = drifted.iloc[0]
         note(

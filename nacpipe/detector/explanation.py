@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from nacpipe.method.feature_scores import FEATURE_SCORES
 from nacpipe.method.fitted_term import FittedTerm
 
 
@@ -20,13 +21,18 @@ class Explanation:
     percentile: float
     """Percent of id/val's scores that are lower; NaN where they are not known."""
     terms: pd.DataFrame
-    """term, weight (a share), score, part (weight × score; they add up to the score): in ascending order of score."""
+    """term, weight (a share), score, part (weight × score; they add up to the score): in ascending order of score. The
+    row of a feature score (NCI, fDBD, ViM) is of the last layer's input as a whole, in deviations from id/val's mean;
+    below 0 it says OOD, and it has no neurons.
+    """
     neurons: pd.DataFrame
     """term, neuron, value (activation, gradient or product; of components none), coverage in 0 … 1, missing: what the
     score would gain if the coverage were 1. In descending order of missing."""
 
     def _repr_html_(self) -> str:
         head = f"<p>score {self.score:.4f}, percentile {self.percentile:.1f}</p>"
+        fused = [name for name in self.terms["term"] if name in FEATURE_SCORES]
+        head += "".join(f"<p>{name}: in deviations from its mean over id/val</p>" for name in fused)
         return head + str(self.terms.to_html(index=False)) + str(self.neurons.to_html(index=False))
 
 

@@ -392,18 +392,7 @@ class Detector(nn.Module):
             example = _draw_images(self._exported.transform, EXAMPLES)
         arguments = self._arguments(example)
         device = device_of(arguments)
-        with (
-            isolated(self.network, device),
-            Taps(
-                self.network,
-                self._specs,
-                self.classifier,
-                outputs=self._outputs,
-                precision=self._precision,
-                gradients=False,
-                call=self._call,
-            ) as taps,
-        ):
+        with self._tap(device, gradients=False) as taps:
             layers = {spec.name for spec in self._specs}
             graph = DetectorGraph(
                 self.network,
@@ -426,7 +415,7 @@ class Detector(nn.Module):
         """What a file for another runtime says of this detector."""
         if self._exported is None:
             return {"threshold": self.threshold}
-        described = replace(self._exported, threshold=self.threshold).to_json()
+        described = self.exported.to_json()
         return {name: described[name] for name in ("threshold", "keep", "classes", "identity", "information")}
 
     def calibrate(self, loader: Iterable[Any], keep: float = 0.95, *, confidence: float = 0.95) -> Calibration:
@@ -497,10 +486,21 @@ class Detector(nn.Module):
 
     def _run(self, images: Any) -> Tapped:
         """One pass, as extraction makes it, whatever mode the caller is in."""
+        cached = None if self._exported is None else self._exported.cache_layers
+        with self._tap(device_of(images), gradients=self._gradients, cache_layers=cached) as taps:
+            tapped = taps(map_tensors(Tensor.detach, images))
+            self._overwritten = taps.overwritten
+        return tapped
+
+    @contextmanager
+    def _tap(
+        self, device: torch.device, *, gradients: bool, cache_layers: Sequence[str] | None = None
+    ) -> Iterator[Taps]:
+        """The network with taps on the layers of the terms; arguments as those of `Taps`."""
         with (
-            isolated(self.network, device_of(images)),
+            isolated(self.network, device),
             products(self._precision),
-            deterministic() if device_of(images).type == "cuda" else nullcontext(),  # as the states were made
+            deterministic() if device.type == "cuda" else nullcontext(),  # as the states were made
             Taps(
                 self.network,
                 self._specs,
@@ -509,14 +509,12 @@ class Detector(nn.Module):
                 overwritten=self._overwritten,
                 outputs=self._outputs,
                 precision=self._precision,
-                gradients=self._gradients,
+                gradients=gradients,
                 call=self._call,
-                cache_layers=None if self._exported is None else self._exported.cache_layers,
+                cache_layers=cache_layers,
             ) as taps,
         ):
-            tapped = taps(map_tensors(Tensor.detach, images))
-            self._overwritten = taps.overwritten
-        return tapped
+            yield taps
 
 
 class Lookup:

@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import math
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from pathlib import Path, PurePath
 from tempfile import SpooledTemporaryFile
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from nacpipe.cache.objects import list_objects, open_object, read_object, write_object
+from nacpipe.cache.objects import check_writable_object, list_objects, open_object, read_object, write_object
 from nacpipe.errors import InputError, MissingExtra
 from nacpipe.files import is_url, lock_handle, write_whole, writing_whole
 from nacpipe.text import escape_bytes
@@ -87,13 +88,15 @@ class Parts:
             kind: csv, json or parquet.
 
         Raises:
-            InputError: the kind is not known.
+            InputError: the kind is not known, or the URL cannot be written.
             MissingExtra: Parquet needs pyarrow.
         """
         if kind not in KINDS:
             raise InputError(f"format is {kind!r}; known: {', '.join(KINDS)}")
         if kind == "parquet":
             _import_pyarrow()
+        if is_url(folder):
+            check_writable_object(str(folder))
         self.folder, self.kind = str(folder).rstrip("/") if is_url(folder) else str(folder), kind
 
     def address(self, stem: str) -> str:
@@ -172,8 +175,8 @@ class Parts:
             )
         if (kind := found.get("format", self.kind)) != self.kind:  # `watch` would count images twice
             raise InputError(
-                f"{self.folder} holds parts in the format {kind}; go on with --format {kind}, or name another folder"
-                " with --output"
+                f"{self.folder} holds parts in the format {kind}; go on with --format {shlex.quote(str(kind))}, or name"
+                " another folder with --output"
             )
 
 
@@ -341,16 +344,36 @@ def read_part(address: str) -> pd.DataFrame:
             else:
                 text = dict.fromkeys(("image", "error", "time", "is_ood"), str)
                 frame = pd.read_csv(file, dtype=text, keep_default_na=False, na_values=[""])
-                if "is_ood" in frame:  # spreadsheets write TRUE
-                    written = frame["is_ood"]
-                    frame["is_ood"] = written.str.capitalize().map({"True": True, "False": False})
-                    if (unknown := written[written.notna() & frame["is_ood"].isna()]).size:
-                        raise ValueError(f"is_ood is {unknown.iloc[0]!r}; known: True, False")
+        if lacking := [name for name in ("score", "percentile", "is_ood") if name not in frame]:
+            raise ValueError(f"it has no column {lacking[0]!r}, and is not from nacpipe score")
+        frame = frame.reindex(columns=list(COLUMNS))
+        _check_values(frame)
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{address} cannot be read as scores: {str(error).splitlines()[0][:200]}") from None
-    if lacking := [name for name in ("score", "percentile", "is_ood") if name not in frame]:
-        raise InputError(f"{address} has no column {lacking[0]!r}; it is not from nacpipe score")
-    return frame.reindex(columns=list(COLUMNS))
+    return frame
+
+
+def _check_values(frame: pd.DataFrame) -> None:
+    """Make numbers and booleans of a part's columns, as a spreadsheet may have written them.
+
+    Raises:
+        ValueError: a value is none, or an image has neither `is_ood` nor an error.
+    """
+    import pandas as pd
+
+    for name in ("score", "percentile"):
+        numbers = pd.to_numeric(frame[name], errors="coerce")
+        if (unknown := frame[name][frame[name].notna() & numbers.isna()]).size:
+            raise ValueError(f"{name} is {str(unknown.iloc[0])!r}, which is no number")
+        frame[name] = numbers
+    written = frame["is_ood"]
+    if written.dtype != bool:
+        known = {"True": True, "False": False}
+        frame["is_ood"] = written.map(lambda value: None if pd.isna(value) else known.get(str(value).capitalize()))
+        if (unknown := written[written.notna() & frame["is_ood"].isna()]).size:
+            raise ValueError(f"is_ood is {str(unknown.iloc[0])!r}; known: True, False")
+        if (bare := frame["image"][frame["is_ood"].isna() & frame["error"].isna()]).size:
+            raise ValueError(f"image {bare.iloc[0]!r} has neither is_ood nor an error")
 
 
 def read_description(address: str) -> dict[str, Any] | None:

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from nacpipe.benchmarks.standard import BENCHMARKS, Benchmark, Transform
 from nacpipe.detector.file import Exported, read_detector
 from nacpipe.detector.module import Detected, Detector, attach
 from nacpipe.detector.parts import ScoredImage, format_time
-from nacpipe.detector.shards import EncodedImage, Shard, Unscored
-from nacpipe.errors import DetectorError, ImageError, InputError
-from nacpipe.extraction.dataset import build_transform
-from nacpipe.extraction.decoder import Decoder, stored_decoder
+from nacpipe.detector.shards import Shard, Unscored
+from nacpipe.errors import CacheError, DetectorError, ImageError, InputError
+from nacpipe.extraction.dataset import Normalise
+from nacpipe.extraction.decoder import NVJPEG, Decoder, stored_decoder
 from nacpipe.extraction.distributed import Ranks
-from nacpipe.extraction.image_file import decode_image
+from nacpipe.extraction.encoded_images import DecodedImages, EncodedBatches, EncodedImage
+from nacpipe.extraction.loader import choose_stream_workers, load_stream
 from nacpipe.extraction.request import find_device, pin_arithmetic
 from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
 from nacpipe.networks.precision import CHANNELS_LAST, FP32, arithmetic, lay_out
 from nacpipe.networks.wrappers import find_device_and_dtype
+
+
+class ShardError(ImageError):
+    """A shard cannot be read, or not to its end; the next one can follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,124 +123,142 @@ def attach_network(
     return replace(Ready.of(detector), notes=tuple(notes))
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Return files as they are given, and folders' images (by suffix, at any depth) in alphabetical order.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreOptions:
+    """How images are read and scored; none of it changes a score but for what a network makes of another batch."""
 
-    Raises:
-        ImageError: a folder holds no image, cannot be read, or has a link that leads nowhere or back.
-    """
-    shards = [
-        Shard(address=str(p), kind="folder") if p.is_dir() else Shard(address="", kind="files", files=(p,))
-        for p in paths
-    ]
-    return [path for shard in shards for path in shard.paths()]
+    batch_size: int = 128
+    """Images at once; no batch holds images of two shards."""
+    workers: int | None = 0
+    """Processes that decode images, one set for all shards; 0: a thread; None: as loader.py chooses."""
+    column: str | None = None
+    """Of Parquet files; None: the first of encoded images."""
+    local_world: int = 1
+    """The processes on this machine that score, each with as many workers."""
 
 
 def score_images(
     ready: Ready,
     paths: Sequence[Path],
-    batch_size: int,
-    workers: int,
+    options: ScoreOptions = ScoreOptions(),
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[ScoredImage]:
-    """Yield one row per file, in order; the next batch is decoded while one runs.
-
-    `note` is called with what to say aloud: that batches are smaller, where the memory is.
-    """
-    shard = Shard(address="", kind="files", files=tuple(paths))
-    return score_stream(ready, shard.images(), batch_size, workers, note)
+    """Yield one row per file, in order; arguments as `score_shards`."""
+    for _, rows in score_shards(ready, [Shard(address="", kind="files", files=tuple(paths))], options, note):
+        yield from rows
 
 
-def score_stream(
+@dataclass(slots=True, kw_only=True)
+class _Batch:
+    """What is known of a batch before its images are decoded; without their content, which takes memory."""
+
+    names: list[str] = field(default_factory=list)
+    times: list[str | None] = field(default_factory=list)
+    errors: list[ImageError | None] = field(default_factory=list)
+    """Of members that are no images."""
+    last: bool = False
+    """Whether it is the shard's last."""
+    broken: ShardError | None = None
+    """Why the shard ends here."""
+
+
+def score_shards(
     ready: Ready,
-    images: Iterable[EncodedImage | Unscored],
-    batch_size: int,
-    workers: int,
+    shards: Sequence[Shard],
+    options: ScoreOptions = ScoreOptions(),
     note: Callable[[str], None] = lambda text: None,
-) -> Iterator[ScoredImage]:
-    """Yield one row per image of a stream, in order, as `score_images`; memory holds two batches."""
-    run: BatchRunner[Detected] = BatchRunner(ready.detector, ready.device, note)
-    for batch in decode_ahead(
-        images, partial(_decode, build_transform(ready.transform), ready.decoder), batch_size, workers
-    ):
-        yield from _score_batch(ready, run, batch)
+) -> Generator[tuple[Shard, Iterator[ScoredImage]], None, None]:
+    """Yield every shard with its rows, one per image, in order; the rows of one are taken before the next.
+
+        this process        a tar file's members, a Parquet file's rows: read here; of files the paths
+        decoding processes  pixels, of the shards that follow too
+        this process        pixels → network → rows
+
+    Args:
+        ready: the detector.
+        shards: of images.
+        options: how they are read.
+        note: called with what to say aloud: that batches are smaller, where the memory is.
+
+    Raises:
+        ShardError: by the rows, at their end.
+        ImageError: a process that decodes images is gone.
+    """
+    normalise = Normalise(ready.transform, ready.device)
+    run: BatchRunner[Detected] = BatchRunner(lambda pixels: ready.detector(normalise(pixels)), ready.device, note)
+    waiting: deque[_Batch] = deque()
+
+    def read() -> Iterator[list[EncodedImage]]:
+        for shard in shards:
+            for batch, images in _read_batches(shard, options.column, options.batch_size):
+                waiting.append(batch)
+                yield images
+
+    def rows() -> Iterator[ScoredImage]:
+        while True:
+            found = next(decoded)
+            batch = waiting.popleft()
+            yield from _score_batch(ready, run, batch, found)
+            if batch.broken is not None:
+                raise batch.broken
+            if batch.last:
+                return
+
+    asked = 0 if ready.decoder.name == NVJPEG else options.workers  # one process has the GPU
+    processes, few = choose_stream_workers(asked, ready.transform.crop, options.local_world)
+    decoded = load_stream(
+        EncodedBatches(ready.transform, ready.decoder), read(), processes, few, pin=ready.device.type == "cuda"
+    )
+    with closing(decoded):
+        for shard in shards:
+            yield shard, rows()
 
 
-Decoded = tuple[EncodedImage | Unscored, Tensor | ImageError]
-
-
-def decode_ahead(
-    images: Iterable[EncodedImage | Unscored],
-    decode: Callable[[EncodedImage | Unscored], Tensor | ImageError],
-    batch_size: int,
-    workers: int,
-) -> Iterator[list[Decoded]]:
-    """Yield batches in order; the next one is decoded on threads while one is used."""
-    coming = iter(images)
-    with ThreadPoolExecutor(workers) as pool:
-
-        def submit() -> list[tuple[EncodedImage | Unscored, Future[Tensor | ImageError]]]:
-            return [(image, pool.submit(decode, image)) for image in itertools.islice(coming, batch_size)]
-
-        try:
-            ahead = submit()
-            while ahead:
-                batch, ahead = ahead, submit()
-                yield [(image, future.result()) for image, future in batch]
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _decode(
-    transform: Callable[[Image.Image], Tensor], decoder: Decoder, image: EncodedImage | Unscored
-) -> Tensor | ImageError:
-    if isinstance(image, Unscored):
-        return image
+def _read_batches(shard: Shard, column: str | None, size: int) -> Iterator[tuple[_Batch, list[EncodedImage]]]:
+    """Yield a shard's batches, the last of which says that it is, and may be empty."""
+    batch, images, broken = _Batch(), list[EncodedImage](), None
     try:
-        return transform(decode_image(image.read(), image.where, decoder=decoder))
-    except ImageError as error:
-        return error
-    except (OSError, ValueError, MemoryError, Image.DecompressionBombWarning) as error:  # of the transform
-        return ImageError(f"image cannot be prepared: {image.where}: {str(error)[:120]}")
+        for image in shard.images(column):
+            if len(batch.names) == size:
+                yield batch, images
+                batch, images = _Batch(), []
+            batch.names.append(image.name)
+            batch.times.append(None if isinstance(image, Unscored) else format_time(image.time))
+            batch.errors.append(image if isinstance(image, Unscored) else None)
+            if isinstance(image, EncodedImage):
+                images.append(image)
+    except (InputError, CacheError) as error:
+        broken = ShardError(error.one_line())
+        broken.__cause__ = error
+    batch.last, batch.broken = True, broken
+    yield batch, images
 
 
-def _score_batch(ready: Ready, run: BatchRunner[Detected], batch: Sequence[Decoded]) -> Iterator[ScoredImage]:
-    good = [tensor for _, tensor in batch if isinstance(tensor, Tensor)]
-    rows: Iterator[tuple[list[float], float, float, bool]] = iter(())
-    if good:
-        parts = list(run(torch.stack(good)))
-        rows = (
-            row
-            for part in parts
-            for row in zip(
-                part.logits.tolist(),
-                part.score.tolist(),
-                part.percentile.tolist(),
-                part.is_ood.tolist(),
-                strict=True,
-            )
+def _score_batch(
+    ready: Ready, run: BatchRunner[Detected], batch: _Batch, decoded: DecodedImages
+) -> Iterator[ScoredImage]:
+    parts = [] if decoded.pixels is None else list(run(decoded.pixels))
+    scored = (
+        row
+        for part in parts
+        for row in zip(
+            part.logits.tolist(), part.score.tolist(), part.percentile.tolist(), part.is_ood.tolist(), strict=True
         )
-    for image, tensor in batch:
-        time = None if isinstance(image, Unscored) else format_time(image.time)
-        if isinstance(tensor, ImageError):
+    )
+    errors = iter(decoded.errors)
+    for name, time, unscored in zip(batch.names, batch.times, batch.errors, strict=True):
+        if (error := next(errors) if unscored is None else unscored) is not None:
             yield ScoredImage(
-                image=image.name,
-                score=None,
-                percentile=None,
-                is_ood=None,
-                predicted=None,
-                error=str(tensor),
-                time=time,
+                image=name, score=None, percentile=None, is_ood=None, predicted=None, error=str(error), time=time
             )
             continue
-        logits, score, percentile, is_ood = next(rows)
-        predicted = logits.index(max(logits)) if ready.predicts else None
+        logits, score, percentile, is_ood = next(scored)
         yield ScoredImage(
-            image=image.name,
+            image=name,
             score=score,
             percentile=None if math.isnan(percentile) else percentile,
             is_ood=is_ood,
-            predicted=predicted,
+            predicted=logits.index(max(logits)) if ready.predicts else None,
             error=None,
             time=time,
         )

@@ -69,8 +69,7 @@ def write_program(
         InputError: the file cannot be written.
     """
     check_writable(path)
-    arguments = repeat_samples(arguments, EXAMPLES) if count_samples(arguments) < EXAMPLES else arguments
-    program = trace(graph, arguments)
+    program, arguments = _trace(graph, arguments)
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={f"{METADATA}.json": json.dumps(description)})
     content.seek(0)
@@ -109,8 +108,7 @@ def write_onnx(
     except ImportError as error:
         raise MissingExtra(f"ONNX needs {error.name}; install it with: pip install 'nacpipe[onnx]'") from None
     check_writable(path)
-    arguments = repeat_samples(arguments, EXAMPLES) if count_samples(arguments) < EXAMPLES else arguments
-    program = trace(graph, arguments)
+    program, arguments = _trace(graph, arguments)
     names = [name if name and not name.isdigit() else _input_name(name) for name, _ in tensors_of(arguments)]
     try:
         with _quiet():
@@ -141,25 +139,33 @@ def write_onnx(
     return check
 
 
-def trace(graph: DetectorGraph, arguments: Any) -> torch.export.ExportedProgram:
-    """Return the detector as a program of torch.export, for any number of samples; a mapping's entries by place.
+def _trace(graph: DetectorGraph, arguments: Any) -> tuple[torch.export.ExportedProgram, Any]:
+    """Return the detector as a program of torch.export, for any number of samples, and arguments to run it with.
+
+    A mapping's entries go by place. Where there are fewer samples than both runtimes shall be given, they are repeated.
 
     Raises:
         DetectorError: torch.export cannot follow the network.
     """
+    if count_samples(arguments) < EXAMPLES:
+        arguments = repeat_samples(arguments, EXAMPLES)
     positional, batch = _positional(arguments), torch.export.Dim("batch", min=1, max=MAX_BATCH)
     free = {"arguments": tuple(_free_batch(argument, batch) for argument in positional)}
     graph.names = tuple(arguments) if isinstance(arguments, Mapping) else None
     try:
         with _quiet(), torch.no_grad():  # a change of the mode inside would be a part of the program
-            return torch.export.export(graph.eval(), positional, dynamic_shapes=free, strict=False)
+            program = torch.export.export(graph.eval(), positional, dynamic_shapes=free, strict=False)
     except Exception as error:  # of the network's own code under torch.export
         advice = (
             "its forward must not look at values or at the number of samples (.item(), if x.sum() > 0, .view(8, …))"
         )
         if any(".quantized" in type(module).__module__ for module in graph.network.modules()):
-            advice = "it has torch.ao's packed modules: quantise the network by PT2E, which torch.export follows"
+            advice = (
+                "it has torch.ao's packed modules: quantise the network as a program of torch.export (PT2E does), and"
+                " give torch.export.unflatten(program)"
+            )
         raise DetectorError(f"torch.export cannot follow the network: {_reason(error)}; {advice}") from error
+    return program, arguments
 
 
 def _positional(arguments: Any) -> tuple[Any, ...]:

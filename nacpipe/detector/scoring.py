@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nacpipe.detector.file import Exported
-from nacpipe.detector.parts import Parts, read_part
-from nacpipe.detector.predict import Ready, score_stream
+from nacpipe.detector.parts import Parts, ScoredImage, read_part
+from nacpipe.detector.predict import Ready, ScoreOptions, ShardError, score_shards
 from nacpipe.detector.shards import Shard, check_stems, find_shards
-from nacpipe.errors import CacheError, ImageError, InputError
+from nacpipe.errors import InputError
 from nacpipe.extraction.distributed import Ranks
 from nacpipe.text import escape_bytes
 
@@ -91,36 +92,54 @@ def _check_same_files(shard: Shard, part: str) -> None:
         )
 
 
-def score_shard(
+def score_parts(
     ready: Ready,
-    shard: Shard,
+    shards: Sequence[Shard],
     parts: Parts,
-    *,
-    batch_size: int,
-    workers: int,
-    column: str | None = None,
+    options: ScoreOptions = ScoreOptions(),  # noqa: B008
     note: Callable[[str], None] = lambda text: None,
     step: Callable[[int], None] = lambda images: None,
-) -> ScoredShard:
-    """Score one shard and write its part, whole or not at all.
+) -> Iterator[ScoredShard]:
+    """Score shards, one after another, write the part of each, whole or not at all, and yield what became of it.
+
+    Args:
+        ready: the detector.
+        shards: those without a part.
+        parts: where they are written.
+        options: how images are read.
+        note: called with what to say aloud, every error among it.
+        step: called with the number of images, after each.
 
     Raises:
-        InputError: the part cannot be written.
+        InputError: a part cannot be written.
+        ImageError: a process that decodes images is gone.
     """
+    with closing(score_shards(ready, shards, options, note)) as scored:
+        for shard, rows in scored:
+            yield _write_part(shard, rows, parts, note, step)
+
+
+def _write_part(
+    shard: Shard,
+    rows: Iterator[ScoredImage],
+    parts: Parts,
+    note: Callable[[str], None],
+    step: Callable[[int], None],
+) -> ScoredShard:
     images = flagged = errors = 0
     first: str | None = None
     try:
         with parts.writing(shard.stem) as writer:
-            for row in score_stream(ready, shard.images(column), batch_size, workers, note):
+            for row in rows:
                 writer.add(row)
                 images, flagged = images + 1, flagged + bool(row.is_ood)
                 if row.error is not None:
                     errors, first = errors + 1, first or row.error
                     note(row.error)
                 step(1)
-    except (ImageError, CacheError) as error:  # of the shard: the others are scored
-        note(f"{error.one_line()}; no part is written")
-        return ScoredShard(shard=shard.address, part=None, images=0, flagged=0, errors=0, first_error=error.one_line())
+    except ShardError as error:  # the others are scored
+        note(f"{error}; no part is written")
+        return ScoredShard(shard=shard.address, part=None, images=0, flagged=0, errors=0, first_error=str(error))
     return ScoredShard(
         shard=shard.address,
         part=parts.address(shard.stem),
@@ -153,7 +172,7 @@ def score(
     *,
     format: str = "csv",  # noqa: A002 (the command's word)
     batch_size: int = 128,
-    workers: int = 2,
+    workers: int | None = 0,
     column: str | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> pd.DataFrame:
@@ -165,7 +184,8 @@ def score(
         output: a folder or URL for the parts; None returns the rows.
         format: of the parts: csv, json or parquet.
         batch_size: images at once.
-        workers: threads that decode images.
+        workers: processes that decode images; 0: a thread; None: as `nacpipe score` chooses. A script needs
+            `if __name__ == "__main__":` for processes.
         column: of Parquet files.
         note: called with what to say aloud.
 
@@ -181,22 +201,13 @@ def score(
     """
     import pandas as pd
 
-    ready = Ready.of(detector)
+    ready, options = Ready.of(detector), ScoreOptions(batch_size=batch_size, workers=workers, column=column)
     sources = [images] if isinstance(images, str | Path) else list(images)
     if output is None:
-        rows = [
-            row
-            for shard in find_shards(sources)
-            for row in score_stream(ready, shard.images(column), batch_size, workers, note)
-        ]
-        return pd.DataFrame(rows)
+        scored = score_shards(ready, find_shards(sources), options, note)
+        return pd.DataFrame([row for _, rows in scored for row in rows])
     parts = Parts(output, format)
     plan = plan_scoring(sources, parts)
     parts.claim(describe(ready.exported))
-    return pd.DataFrame(
-        [
-            score_shard(ready, shard, parts, batch_size=batch_size, workers=workers, column=column, note=note)
-            for shard in plan.todo
-        ],
-        columns=list(ScoredShard.__dataclass_fields__),
-    )
+    done = score_parts(ready, plan.todo, parts, options, note)
+    return pd.DataFrame(done, columns=list(ScoredShard.__dataclass_fields__))

@@ -4,49 +4,44 @@
     nightly.txt                   a list: a path a line, from the list's folder on
     crops.parquet                 a column of encoded images: bytes, or a struct with `bytes` and `path`
     shards/{000..099}.tar         WebDataset's shards: members KEY.ENDING; what shares a KEY with an image belongs to it
-    s3://bucket/shards/           every .tar and .parquet below it; https://host/{000..099}.tar too
+    shards/000.tar.gz             the same, packed: .tgz, .tar.bz2, .tar.xz too
+    s3://bucket/shards/           every .tar, packed ones too, and .parquet below it; https://host/{000..099}.tar too
 
 One of them is a shard: the unit of a part of the result. Memory holds a few batches of one, whatever its size.
 """
 
 from __future__ import annotations
 
+import codecs
+import importlib
+import io
 import itertools
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from nacpipe.benchmarks.folders import SUFFIXES, is_hidden, walk_images
+from nacpipe.benchmarks.lists import BLANKS
 from nacpipe.cache.objects import READ_AHEAD, list_objects, open_object
-from nacpipe.errors import ImageError, InputError, MissingExtra
+from nacpipe.errors import ImageError, InputError, MissingExtra, NacError
+from nacpipe.extraction.encoded_images import EncodedImage
 from nacpipe.extraction.image_file import CANNOT_READ, read_content
 from nacpipe.files import is_url
 
-STREAMS = (".tar", ".parquet")
+UNPACK = {".tar.gz": "gzip", ".tgz": "gzip", ".tar.bz2": "bz2", ".tar.xz": "lzma"}  # modules with an `open`
+STREAMS = (".tar", *UNPACK, ".parquet")
+NOT_READ = (".tar.zst", ".tar.lz4", ".tar.z", ".tzst", ".tbz2", ".txz", ".zip", ".7z", ".rar")
 LIST = ".txt"
 MAX_IMAGE_BYTES = 1 << 29
 ROWS_AT_ONCE = 64  # of a Parquet file
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<names>[^{},]*(?:,[^{},]*)+))\}")
 _BLOCK = 512  # bytes, of tar
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedImage:
-    """An image of a shard, not decoded yet."""
-
-    name: str
-    """The file's path, or the member's or row's name."""
-    where: str
-    """The same for messages."""
-    read: Callable[[], bytes]
-    """Returns its content; of a file it is read here."""
-    time: float | None = None
-    """When it was written last, in seconds since 1970; None where that is not known."""
 
 
 class Unscored(ImageError):
@@ -76,7 +71,7 @@ class Shard:
         )
         if self.kind == "files":
             return "images"
-        name = name if self.kind == "folder" else name.rsplit(".", 1)[0]
+        name = name if self.kind == "folder" else name[: -len(_ending(name))]
         return name.lstrip(".") or "images"  # parts are no hidden files
 
     def check(self) -> None:
@@ -87,7 +82,7 @@ class Shard:
         """
         named = self.files if self.kind == "files" else () if is_url(self.address) else (Path(self.address),)
         for path in named:
-            if not path.exists():
+            if not os.path.exists(path):  # noqa: PTH110 (Path's raises where a name is too long)
                 raise ImageError(f"there is no {path}")
 
     def images(self, column: str | None = None) -> Iterator[EncodedImage | Unscored]:
@@ -116,7 +111,9 @@ class Shard:
         if self.kind == "folder":
             folder = Path(self.address)
             if not (inside := [Path(folder, name) for name in walk_images(folder).names]):
-                raise ImageError(f"there is no image in {folder}; known endings: {', '.join(sorted(SUFFIXES))}")
+                shards = sorted(path for path in folder.iterdir() if _ending(path.name) in STREAMS)
+                advice = f"; shards are named one by one, such as {shards[0]}" if shards else ""
+                raise ImageError(f"there is no image in {folder}; known endings: {', '.join(sorted(SUFFIXES))}{advice}")
             return sorted(inside)
         return list(self.files)
 
@@ -125,22 +122,25 @@ def find_shards(sources: Sequence[str | Path]) -> list[Shard]:
     """Return the shards that sources name, in the order in which they are named.
 
     Raises:
-        InputError: a folder at a URL holds no shard.
+        InputError: a folder at a URL holds no shard, or an archive is of a kind that is not read.
         CacheError: its server does not answer.
     """
     shards: list[Shard] = []
     files: list[Path] = []
-    for source in itertools.chain.from_iterable(expand_ranges(str(source)) for source in sources):
-        ending = PurePosixPath(source).suffix.lower()
-        if is_url(source) and ending not in STREAMS:
-            below = [url for url in list_objects(source) if url.lower().endswith(STREAMS)]
-            if not below:
-                raise InputError(f"there is no shard below {source}; known endings: {', '.join(STREAMS)}")
-            shards += [Shard(address=url, kind=url.rsplit(".", 1)[1].lower()) for url in below]
-        elif ending in STREAMS and not Path(source).is_dir():
-            shards.append(Shard(address=source, kind=ending[1:]))
-        elif Path(source).is_dir():
+    for source in itertools.chain.from_iterable(expand_braces(str(source)) for source in sources):
+        ending = _ending(source)
+        if not is_url(source) and os.path.isdir(source):  # noqa: PTH112 (Path's raises where a name is too long)
             shards.append(Shard(address=source, kind="folder"))
+        elif ending in NOT_READ:
+            raise InputError(f"{source}: archives {ending} are not read; pack it anew, as one of {', '.join(STREAMS)}")
+        elif ending in STREAMS:
+            shards.append(_stream(source))
+        elif is_url(source):
+            below = list_objects(source)
+            if not (found := [url for url in below if _ending(url) in STREAMS]):
+                unread = next((f"; {url} is not read" for url in below if _ending(url) in NOT_READ), "")
+                raise InputError(f"there is no shard below {source}; known endings: {', '.join(STREAMS)}{unread}")
+            shards += map(_stream, found)
         elif ending == LIST:
             shards.append(Shard(address=source, kind="list"))
         else:
@@ -150,36 +150,60 @@ def find_shards(sources: Sequence[str | Path]) -> list[Shard]:
     return shards
 
 
-def expand_ranges(address: str) -> list[str]:
-    """Return the addresses of `{000..099}`, as WebDataset writes them, with as many digits.
+def find_paths(sources: Sequence[str | Path]) -> list[Path]:
+    """Return the image files that sources name, in the order in which they are named; errors as `find_shards`.
+
+    Raises:
+        ImageError: a folder holds no image, a list is empty, or one of them cannot be read.
+    """
+    return [path for source in sources for shard in find_shards([source]) for path in shard.paths()]
+
+
+def _ending(address: str) -> str:
+    """The ending that says what a file is, in lower case, such as .tar.gz."""
+    name = PurePosixPath(address).name.lower()
+    known = [ending for ending in (*STREAMS, *NOT_READ) if name.endswith(ending)]
+    return max(known, key=len) if known else PurePosixPath(name).suffix
+
+
+def _stream(address: str) -> Shard:
+    return Shard(address=address, kind="parquet" if _ending(address) == ".parquet" else "tar")
+
+
+def expand_braces(address: str) -> list[str]:
+    """Return the addresses of `{000..099}`, with as many digits, and of `{train,val}`, as WebDataset writes them.
 
     Raises:
         InputError: a range ends before it begins.
     """
-    match = _RANGE.search(address)
-    if match is None:
+    match = _BRACES.search(address)
+    if match is None or (not is_url(address) and os.path.lexists(address)):
         return [address]
-    first, last, digits = int(match[1]), int(match[2]), len(match[1])
-    if last < first:
-        raise InputError(f"{address}: the range {match[0]} ends before it begins")
+    if match["names"] is not None:
+        chosen = match["names"].split(",")
+    else:
+        first, last, digits = int(match["first"]), int(match["last"]), len(match["first"])
+        if last < first:
+            raise InputError(f"{address}: the range {match[0]} ends before it begins")
+        chosen = [f"{number:0{digits}}" for number in range(first, last + 1)]
     head, tail = address[: match.start()], address[match.end() :]
-    return [head + f"{number:0{digits}}" + rest for number in range(first, last + 1) for rest in expand_ranges(tail)]
+    return [head + one + rest for one in chosen for rest in expand_braces(tail)]
 
 
 def _file(path: Path) -> EncodedImage:
     try:
         time = path.stat().st_mtime
-    except OSError:
+    except (OSError, ValueError):
         time = None  # `read` says why
     return EncodedImage(name=str(path), where=str(path), read=partial(read_content, path, str(path)), time=time)
 
 
 def _read_list(path: Path) -> list[Path]:
     try:
-        lines = path.read_text("utf-8-sig", "surrogateescape").splitlines()
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").split("\n")
     except OSError as error:
         raise ImageError(f"list {path} cannot be read: {error.strerror or error}") from None
-    if not (found := [path.parent / line for line in map(str.strip, lines) if line]):
+    if not (found := [path.parent / line for line in (line.strip(BLANKS) for line in lines) if line]):
         raise ImageError(f"list {path} is empty; write a path a line")
     return found
 
@@ -193,18 +217,47 @@ def _open(address: str) -> BinaryIO:
         raise ImageError(f"{address} cannot be read: {error.strerror or error}") from None
 
 
+class _Blocks(io.RawIOBase):
+    """A tar file that keeps what was read last: the block at which the archive ends."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.last = b""
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            self.last = self._file.read(size)
+        except (NacError, OSError, EOFError):
+            raise
+        except Exception as error:  # zlib's and lzma's own
+            raise OSError(str(error)) from None
+        return self.last
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
 def _read_tar(address: str) -> Iterator[EncodedImage | Unscored]:
     """Yield the members; those that share their key with an image and are none are left out, as its labels."""
-    with _open(address) as file:
+    module = UNPACK.get(_ending(address))
+    with ExitStack() as stack:
+        file = stack.enter_context(_open(address))
         try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
+            if module is not None:
+                file = stack.enter_context(importlib.import_module(module).open(file, "rb"))
+            blocks: Any = _Blocks(file)
+            with tarfile.open(fileobj=blocks, mode="r:") as archive:
                 for _, members in itertools.groupby(_members(archive), key=lambda member: _key(member.name)):
                     yield from _read_group(address, archive, members)
-                end = archive.offset
-            file.seek(end)
-            if (block := file.read(_BLOCK)) != bytes(_BLOCK):
+                end, block = archive.offset, blocks.last
+            if block != bytes(_BLOCK):
                 found = "ends" if len(block) < _BLOCK else "is damaged"
                 raise ImageError(f"{address} {found} at byte {end}, before the end of its archive; copy it anew")
+            while module is not None and blocks.read(READ_AHEAD):
+                pass  # to the checksum
         except (tarfile.TarError, EOFError, OSError) as error:
             raise ImageError(f"{address} cannot be read as a tar file: {error}") from None
 
@@ -273,11 +326,15 @@ def _image_column(address: str, schema: Any, column: str | None) -> str:
     import pyarrow.types as types
 
     def holds_images(kind: Any) -> bool:
-        if types.is_struct(kind):
-            return bool(kind.get_field_index("bytes") >= 0 and holds_images(kind.field("bytes").type))
-        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+        return any(test(kind) for test in (types.is_binary, types.is_large_binary, types.is_binary_view,
+                                           types.is_fixed_size_binary))  # fmt: skip
 
-    fitting = [field.name for field in schema if holds_images(field.type)]
+    def bytes_of(kind: Any) -> Any:
+        if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = kind.field("bytes").type
+        return kind.value_type if types.is_dictionary(kind) else kind
+
+    fitting = [field.name for field in schema if holds_images(bytes_of(field.type))]
     if column is None and fitting:
         return str(fitting[0])
     if column in fitting:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from nacpipe.cache import Cache, SplitView
 from nacpipe.errors import InputError
-from nacpipe.evaluation.method_scores import MethodScores, row_slices
+from nacpipe.evaluation.method_scores import MethodScores, block_slices
 from nacpipe.evaluation.posthoc import distances, neighbourhoods, shaping
 from nacpipe.evaluation.posthoc import logits as logit_methods
 from nacpipe.evaluation.posthoc.detector import Fit, Linear, Samples, Score, Training
@@ -164,7 +164,7 @@ class _Reader:
         """Cut a split's rows so that about 32 MiB are read at a time."""
         header = self.cache.header
         width = {"logits": header.classes, "features": header.features + header.classes}
-        return row_slices(split.rows, width=sum(width[kind] for kind in reads), block_rows=header.block_rows)
+        return block_slices(split, width=sum(width[kind] for kind in reads), block_rows=header.block_rows)
 
     def training(self, name: str, reads: Set[str]) -> Training:
         """Return at most FIT_ROWS images of a split, evenly spaced; none of the split with an empty name."""

@@ -180,8 +180,7 @@ def _read_training(
         return {source: values[source] for source in sources}
     training, needed = cache["id/train"], next(iter(sources)) if len(sources) == 1 else "product"
     parts: dict[Source, list[Values]] = {source: [] for source in sources}
-    for start in range(0, training.rows, PIECE):  # a product's two arrays are never held whole
-        rows = slice(start, min(start + PIECE, training.rows))
+    for rows in training.row_slices(PIECE):  # a product's two arrays are never held whole
         try:
             activation, gradient = read_states(training, layer, needed, rows)
         except ValuesError:  # logits that are no numbers

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nacpipe.cache import Cache
+from nacpipe.cache import Cache, SplitView
 from nacpipe.errors import InputError
 from nacpipe.method.metrics import find_wrong_labels
 from nacpipe.method.outputs import OF_PROBABILITIES, as_logits, why_no_logits
@@ -154,7 +154,7 @@ def score_logits(cache: Cache, splits: Iterable[str]) -> tuple[dict[str, MethodS
     correct = dict.fromkeys(names, 0)
     for name in names:
         split = cache[name]
-        for rows in row_slices(split.rows, width=cache.header.classes, block_rows=cache.header.block_rows):
+        for rows in block_slices(split, width=cache.header.classes, block_rows=cache.header.block_rows):
             logits = as_logits(split.read("logits", rows), outputs)
             for method in possible:
                 scores[method][name][rows] = LOGIT_BASELINES[method](logits)
@@ -180,11 +180,9 @@ class MethodScores:
     """Images of that split that it learned from; 0 also where it could not."""
 
 
-def row_slices(rows: int, *, width: int, block_rows: int) -> Iterator[slice]:
-    """Cut rows into whole blocks of a cache, as many at a time as `BLOCK_BYTES` of float32 (rows, width) hold.
+def block_slices(split: SplitView, *, width: int, block_rows: int) -> Iterator[slice]:
+    """Cut a split's rows into whole blocks, as many at a time as `BLOCK_BYTES` of float32 (rows, width) hold.
 
-    A cache's chunk is then read once, and what is held does not grow with the number of rows.
+    A chunk is then read once, and what is held does not grow with the number of rows.
     """
-    step = block_rows * max(1, BLOCK_BYTES // (4 * width * block_rows))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    return split.row_slices(block_rows * max(1, BLOCK_BYTES // (4 * width * block_rows)))

@@ -28,7 +28,7 @@ METRICS = ("auroc", "fpr95")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class Reproduction:
     """How a benchmark's published rows come about."""
 
     benchmark: str
@@ -69,15 +69,19 @@ class Recipe:
         )
 
 
-RECIPES = {
-    recipe.benchmark: recipe
-    for recipe in (
-        Recipe(benchmark="cifar10", model="resnet18_32x32", weights="cifar10_resnet18_32x32_base_e100_lr0.1_default"),
-        Recipe(benchmark="cifar100", model="resnet18_32x32", weights="cifar100_resnet18_32x32_base_e100_lr0.1_default"),
-        Recipe(
+REPRODUCTIONS = {
+    reproduction.benchmark: reproduction
+    for reproduction in (
+        Reproduction(
+            benchmark="cifar10", model="resnet18_32x32", weights="cifar10_resnet18_32x32_base_e100_lr0.1_default"
+        ),
+        Reproduction(
+            benchmark="cifar100", model="resnet18_32x32", weights="cifar100_resnet18_32x32_base_e100_lr0.1_default"
+        ),
+        Reproduction(
             benchmark="imagenet200", model="resnet18", weights="imagenet200_resnet18_224x224_base_e90_lr0.1_default"
         ),
-        Recipe(benchmark="imagenet", model="resnet50", weights="IMAGENET1K_V1", runs=False),
+        Reproduction(benchmark="imagenet", model="resnet50", weights="IMAGENET1K_V1", runs=False),
     )
 }
 
@@ -93,42 +97,42 @@ class Missing:
     """How to get it."""
 
 
-def find_recipe(benchmark: str) -> Recipe:
+def find_reproduction(benchmark: str) -> Reproduction:
     """Return how a benchmark's published rows come about.
 
     Raises:
         InputError: none are known for it.
     """
-    if benchmark not in RECIPES:
-        raise InputError(f"no published rows can be reproduced for {benchmark}; known: {', '.join(RECIPES)}")
-    return RECIPES[benchmark]
+    if benchmark not in REPRODUCTIONS:
+        raise InputError(f"no published rows can be reproduced for {benchmark}; known: {', '.join(REPRODUCTIONS)}")
+    return REPRODUCTIONS[benchmark]
 
 
 def find_missing(
-    recipe: Recipe, benchmark: Benchmark, root: Path, results: Path, mirror: str | None = None
+    reproduction: Reproduction, benchmark: Benchmark, root: Path, results: Path, mirror: str | None = None
 ) -> list[Missing]:
     """Return what is not there; looks for every file and opens none.
 
     Raises:
         ImageError: a list is malformed.
     """
-    common: list[str | Path] = ["data", "download", recipe.benchmark, "--data-root", root]
+    common: list[str | Path] = ["data", "download", reproduction.benchmark, "--data-root", root]
     more: list[str | Path] = [] if mirror is None else ["--mirror", mirror]
-    wanted = recipe.splits(benchmark)
+    wanted = reproduction.splits(benchmark)
     missing: list[Missing] = []
     sets = [one for one in read_status(benchmark, root) if one.split in wanted and not one.complete]
-    trained = [archive.name for archive in find_archives(recipe.benchmark) if archive.checkpoints]
-    images = [name for name in recipe.archives() if name not in (AUTHORS_LISTS, *trained)]
+    trained = [archive.name for archive in find_archives(reproduction.benchmark) if archive.checkpoints]
+    images = [name for name in reproduction.archives() if name not in (AUTHORS_LISTS, *trained)]
     get = command_line(*common, "--only", ",".join(images), *more)
     if any(not one.images for one in sets):
         get = f"{command_line(*common, '--only', AUTHORS_LISTS, *more)} && {get}"
     missing += [Missing(what=one.split, state=one.state, command=get) for one in sets]
-    if recipe.runs:
+    if reproduction.runs:
         try:
-            find_runs(recipe.checkpoint(results))
+            find_runs(reproduction.checkpoint(results))
         except (CheckpointError, OSError):
             command = command_line(*common, "--only", trained[0], "--results", results, *more)
-            state = f"no runs in {recipe.checkpoint(results)}"
+            state = f"no runs in {reproduction.checkpoint(results)}"
             missing.append(Missing(what="checkpoints", state=state, command=command))
     return missing
 

@@ -190,8 +190,20 @@ def read_ranks() -> Ranks:
 
 
 def _local() -> tuple[int, int]:
-    """Return the rank among the processes on this machine, and their number."""
-    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Return the rank among the processes on this machine, and their number.
+
+    Raises:
+        InputError: the two do not fit.
+    """
+    local, world = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE")
+    if world is None and local.isdecimal():  # other launchers than torchrun
+        return int(local), 1
+    if not (local.isdecimal() and world and world.isdecimal() and int(local) < int(world)):
+        raise InputError(
+            f"LOCAL_RANK is {local!r} and LOCAL_WORLD_SIZE is {world!r}: give each process of a machine its own"
+            " LOCAL_RANK, from 0 to LOCAL_WORLD_SIZE - 1, as torchrun does, or unset both"
+        )
+    return int(local), int(world)
 
 
 _own_group: list[tuple[Any, Any, Store]] = []

@@ -9,6 +9,7 @@ A process takes a second or more to start, and small images take this process lo
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -17,7 +18,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from multiprocessing import resource_tracker
@@ -89,6 +90,22 @@ def choose_workers(
     return max(count_cores() // local_world - KEPT_CORES, 0)
 
 
+def choose_stream_workers(asked: int | None, side: int, local_world: int = 1) -> tuple[int, int]:
+    """Return the number of processes that decode a stream of images, and how many images a thread decodes before.
+
+    How long a stream is nobody knows. A thread has as many images as it decodes while a process starts, so that a short
+    stream waits for no process, and a long one loses no more than that time.
+
+    Args:
+        asked: by the user: that many from the first image on; None: this machine's cores less two, shared by its ranks.
+        side: of the images that the network gets, in pixels.
+        local_world: the ranks on this machine.
+    """
+    if asked is not None:
+        return asked, 0
+    return max(count_cores() // local_world - KEPT_CORES, 0), WORTH_PROCESSES // side**2
+
+
 def count_cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -133,14 +150,42 @@ def load_batches(
             yield found
 
 
-def _decode_here(dataset: PixelBatches, batches: Sequence[Batch], pin: bool) -> Generator[Decoded, None, None]:
+def load_stream(
+    dataset: Dataset[Any], batches: Iterable[Sequence[Any]], workers: int, few: int = 0, pin: bool = False
+) -> Generator[Any, None, None]:
+    """Yield what a data set gives for each batch, in order; how many there are need not be known.
+
+    Args:
+        dataset: a batch → its pixels, in a process of its own too.
+        batches: of images; taken two ahead of each worker.
+        workers: processes; 0: none, and a thread of this one.
+        few: as many images, about, a thread decodes before the processes start, which they do only if there are more.
+        pin: as for `load_batches`.
+
+    Raises:
+        ImageError: a process is gone.
+    """
+    coming = iter(batches)
+
+    def first_few() -> Iterator[Sequence[Any]]:
+        images = 0
+        while images < few and (batch := next(coming, None)) is not None:
+            images += len(batch)
+            yield batch
+
+    yield from _decode_here(dataset, first_few() if workers else coming, pin)
+    if workers and (batch := next(coming, None)) is not None:
+        yield from _decode_apart(dataset, itertools.chain([batch], coming), workers, pin)
+
+
+def _decode_here(dataset: Dataset[Any], batches: Iterable[Any], pin: bool) -> Generator[Any, None, None]:
     """Decode on one thread, in order: a data set may keep state between images."""
 
-    def decode(batch: Batch) -> Decoded:
-        found, seconds = dataset[batch]
-        return found.pin_memory() if pin and isinstance(found, Tensor) else found, seconds
+    def decode(batch: Any) -> Any:
+        found = dataset[batch]
+        return _pin(found) if pin else found
 
-    waiting: deque[Future[Decoded]] = deque()
+    waiting: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(1) as pool:
         try:
             for batch in batches:
@@ -153,16 +198,21 @@ def _decode_here(dataset: PixelBatches, batches: Sequence[Batch], pin: bool) -> 
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode_apart(
-    dataset: PixelBatches, batches: Sequence[Batch], workers: int, pin: bool
-) -> Generator[Decoded, None, None]:
+def _pin(found: Any) -> Any:
+    """Return the same with tensors in page-locked memory."""
+    if isinstance(found, tuple):
+        return tuple(_pin(part) for part in found)
+    return found.pin_memory() if hasattr(found, "pin_memory") else found
+
+
+def _decode_apart(dataset: Dataset[Any], batches: Iterable[Any], workers: int, pin: bool) -> Generator[Any, None, None]:
     """Decode in processes, which torch ends with this one."""
-    with warnings.catch_warnings(), _interrupts_later():
+    with warnings.catch_warnings(), _interrupts_later() as started:
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, as asked
         loaded = iter(
             DataLoader(
                 dataset,
-                sampler=batches,  # keys of the data set
+                sampler=_after(started, batches),  # keys of the data set
                 batch_size=None,
                 collate_fn=_as_it_is,
                 num_workers=workers,
@@ -185,6 +235,12 @@ def _decode_apart(
         ) from None
     finally:
         del loaded  # ends the processes
+
+
+def _after(started: Callable[[], None], batches: Iterable[Any]) -> Iterator[Any]:
+    """Draw batches, the first of which is drawn when all processes have started; a stream's may take long to read."""
+    started()
+    yield from batches
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -215,14 +271,21 @@ def _context() -> Any:
 
 
 @contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Hold interrupts back, and start processes with them blocked: no traceback of theirs on the terminal."""
+def _interrupts_later() -> Iterator[Callable[[], None]]:
+    """Hold interrupts back, and start processes with them blocked: no traceback of theirs on the terminal.
+
+    They are let through at the end of the `with` block, or when what it gives is called.
+    """
     if sys.platform == "win32":
-        yield
+        yield lambda: None
         return
     resource_tracker.ensure_running()  # would let them through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
+
+    def end() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    try:
+        yield end
+    finally:
+        end()

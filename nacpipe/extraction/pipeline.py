@@ -309,8 +309,8 @@ def _note_accuracy(plan: Plan, split: str, note: Note) -> None:
 def _accuracy(path: str | Path, classes: int, samples: str = "images", stated: float | None = None) -> str:
     """Return a note on the accuracy on id/train, from the cache; a low one shows wrong weights or samples.
 
-    Low is below half of what the checkpoint states; where it states none, below one half (which from six classes on is
-    three times chance or more) or 1.5 times chance.
+    Low is below half of what the checkpoint states or, from six classes on, below three times chance where it states
+    more; where it states none, below one half (from six classes on three times chance or more) or 1.5 times chance.
     """
     split, correct = open_cache(path)["id/train"], 0
     try:
@@ -321,7 +321,8 @@ def _accuracy(path: str | Path, classes: int, samples: str = "images", stated: f
         return str(error)
     share = correct / split.rows
     text = f"id/train: accuracy {100 * share:.2f} % of {split.rows} {samples}"
-    if stated is not None and share < stated / 2:
+    three_times_chance = 3 / classes if classes >= 6 else 0.0
+    if stated is not None and (share < stated / 2 or share < three_times_chance <= stated):
         text += (
             f", while the checkpoint states {100 * stated:.2f} %: check the normalisation, the order of the classes,"
             " the images"

@@ -233,7 +233,7 @@ def find_device(name: str, local: int = 0, local_world: int = 1, *, python: bool
     name = name_device(name, local, local_world)
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).cpu()  # `meta` has no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0][:120]}") from None
     if device.type == "cuda" and local_world > 1:

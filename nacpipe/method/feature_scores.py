@@ -55,6 +55,13 @@ class FusedScore:
         if self.weight < 0:
             raise ParamsError(f"fused weight is {self.weight}; it must be at least 0")
 
+    def describe(self) -> str:
+        """Return what it is among terms, in a sentence for output."""
+        return (
+            f"{self.method} is no coverage but a score of the last layer's input, standardised by its mean and"
+            " deviation over id/val"
+        )
+
     def standardise(self, scores: Floats) -> Floats:  # (samples,)
         """Return (score − mean) / deviation, (samples,), rounded to whole `STEP`s.
 

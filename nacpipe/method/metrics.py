@@ -57,6 +57,18 @@ def auroc(id_scores: Scores, ood_scores: Scores) -> float:
     return (below + below_or_equal) / (2 * id_scores.size * ood.size)
 
 
+def auroc_error(
+    auroc: float,
+    n_id: int,
+    n_ood: int,
+) -> float:
+    """Return the standard error of an AUROC over other samples of the same kind (Hanley and McNeil 1982)."""
+    # Both sides exponential: P(one ID sample above two OOD ones), P(two ID samples above one OOD).
+    above_two, two_above = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
+    variance = auroc * (1 - auroc) + (n_id - 1) * (above_two - auroc**2) + (n_ood - 1) * (two_above - auroc**2)
+    return float(np.sqrt(max(variance, 0.0) / (n_id * n_ood)))
+
+
 def fpr95(id_scores: Scores, ood_scores: Scores) -> float:
     """The share of ID samples at or below the lowest threshold with at least 95 % of the OOD samples at or below it."""
     needed = -(-19 * ood_scores.size // 20)  # the smallest k with k / n ≥ 0.95, in whole numbers

@@ -391,7 +391,7 @@ def freeze(network: nn.Module) -> nn.Module:
     except (NotImplementedError, RuntimeError, AttributeError) as error:  # of an exported program
         raise InputError(
             f"{type(network).__name__} cannot be put in evaluation mode: {first_line(error)}; give the network as a"
-            " torch.nn.Module"
+            " torch.nn.Module, a program of torch.export as torch.export.unflatten(program)"
         ) from error
     for parameter in network.parameters():  # a scripted module has no requires_grad_
         parameter.requires_grad_(False)

@@ -255,6 +255,7 @@ def _run(
             for name, group in groups.items()
         },
         "layers": _layers(report),
+        "fused": "" if report.params.fused is None else f"{report.params.fused.describe()}.",
         "reason": report.study.reason,
         "checks": _checks(report),
         "provenance": _provenance(report),
@@ -364,11 +365,15 @@ def _verdicts(runs: Sequence[ScoredCache], frame: pd.DataFrame) -> list[str]:
             points, low, high = (100 * row[name] for name in ("difference", "low", "high"))
             line += (
                 f": {abs(points):.2f} points {'above' if points >= 0 else 'below'} {best[key]}, the best other method;"
-                f" with other images {low:+.2f} to {high:+.2f} ({row['confidence']:.0%} interval),"
+                f" with other images {_signed(low)} to {_signed(high)} ({row['confidence']:.0%} interval),"
                 f" {'more' if row['more_than_chance'] else 'no more'} than chance"
             )
         lines.append(f"{line}.")
     return lines
+
+
+def _signed(points: float) -> str:
+    return f"{points:+.2f}".replace("-", "−")
 
 
 def _layers(report: CacheReport) -> Table:
@@ -382,7 +387,9 @@ def _layers(report: CacheReport) -> Table:
             f"{layer.weight:.4f}", *(_percent(aurocs.get(column, math.nan)) for column in ("alone", "without")),
         ])  # fmt: skip
     if (fused := report.params.fused) is not None:
-        rows.append([fused.method, *["–"] * 5, f"{fused.weight:.4f}", *["–"] * 2])
+        reached = explained.get(fused.method, {})
+        alone, without = (_percent(reached.get(column, math.nan)) for column in ("alone", "without"))
+        rows.append([fused.method, *["–"] * 5, f"{fused.weight:.4f}", alone, without])
     columns = ["layer", "bins", "saturation", "alpha", "state of", "edges", "weight"]
     columns += ["alone,\nAUROC %", "without it,\nAUROC %"]
     return Table(columns=columns, rows=rows)

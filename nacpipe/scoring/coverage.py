@@ -40,8 +40,7 @@ class Coverage:
     def score(self, split: SplitView, block: int = 4096) -> NDArray[np.float64]:
         """Return the score of every sample of a split, (rows,), reading `block` rows at a time."""
         scores = np.empty(split.rows)
-        for start in range(0, split.rows, block):
-            rows = slice(start, min(start + block, split.rows))
+        for rows in split.row_slices(block):
             scores[rows] = combine_layers(np.stack(self._score_terms(split, rows)), self.weights)
         return scores
 

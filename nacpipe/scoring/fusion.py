@@ -40,9 +40,7 @@ def compute_feature_scores(fitted: FeatureScore, splits: Sequence[SplitView]) ->
     """Return the scores of several splits, one behind the other, (samples,)."""
     parts = [np.empty(0)]
     for split in splits:
-        at_once = piece_rows(split.array("features").shape[1])
-        for start in range(0, split.rows, at_once):
-            rows = slice(start, min(start + at_once, split.rows))
+        for rows in split.row_slices(piece_rows(split.array("features").shape[1])):
             features, logits = split.read("features", rows), split.read("logits", rows)
             count = 1 + features.size // FEATURES  # a score needs several times their float64
             some = zip(np.array_split(features, count), np.array_split(logits, count), strict=True)

@@ -58,10 +58,10 @@ def read_layer(splits: Sequence[SplitView], layer: str, source: Source = "produc
     name = layer_of(layer)
     width = splits[0].logits.shape[1] if name == LOGITS else splits[0][name].spec.neurons
     values = np.empty((sum(split.rows for split in splits), width), np.float32)
-    filled, rows = 0, piece_rows(width)
+    filled = 0
     for split in splits:
-        for start in range(0, split.rows, rows):
-            piece = read_source(split, layer, source, slice(start, min(start + rows, split.rows)))
+        for rows in split.row_slices(piece_rows(width)):
+            piece = read_source(split, layer, source, rows)
             values[filled : filled + len(piece)] = piece
             filled += len(piece)
     return values

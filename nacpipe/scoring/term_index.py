@@ -19,7 +19,7 @@ from nacpipe.scoring.views import assign_groups, read_groups
 TermIndex = LayerIndex | GroupedIndex
 
 
-class TermIndexer:
+class IndexBuilder:
     """Reads and sorts terms' values: id/train is counted, other splits are scored."""
 
     def __init__(self, cache: Cache, splits: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from nacpipe.method.coverage import bin_edges, combine_layers, layer_score, prod
 from nacpipe.method.feature_scores import FeatureScoreName
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.method.term import Source, parse_term
-from nacpipe.scoring.term_index import TermIndex, TermIndexer
+from nacpipe.scoring.term_index import IndexBuilder, TermIndex
 
 REMEMBER_BYTES = 256 * 2**20  # of layer scores that a Scorer keeps
 
@@ -36,7 +36,7 @@ class TermIndexes:
             limit: bytes of indexes that are kept, those used last, and at least one; None keeps all. With a limit the
                 values of the last layer and source are kept too: ask for the views of a source one after the other.
         """
-        self._indexer, self._limit = TermIndexer(cache, splits), limit
+        self._indexer, self._limit = IndexBuilder(cache, splits), limit
         self._kept: OrderedDict[tuple[str, Source], TermIndex] = OrderedDict()
 
     def __call__(self, name: str, source: Source) -> TermIndex:

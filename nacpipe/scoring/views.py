@@ -59,14 +59,10 @@ def read_groups(cache: Cache) -> ClassGroups:
             " leave these terms out"
         )
     train, classifier = cache["id/train"], cache.classifier()
-    logits = (train.read("logits", rows) for rows in _pieces(train))
+    logits = (train.read("logits", rows) for rows in train.row_slices(PIECE))
     return choose_groups(logits, None if classifier is None else classifier[0])
 
 
 def assign_groups(groups: ClassGroups, split: SplitView) -> NDArray[np.int32]:
     """Return the group of each sample's predicted class, (rows,)."""
-    return np.concatenate([groups.assign(split.read("logits", rows)) for rows in _pieces(split)])
-
-
-def _pieces(split: SplitView) -> list[slice]:
-    return [slice(start, min(start + PIECE, split.rows)) for start in range(0, split.rows, PIECE)]
+    return np.concatenate([groups.assign(split.read("logits", rows)) for rows in split.row_slices(PIECE)])

@@ -12,12 +12,12 @@ import pandas as pd
 from optuna.trial import FrozenTrial
 
 from nacpipe.errors import StudyError
+from nacpipe.method.feature_scores import FusedScore
 from nacpipe.method.params import NacParams
 from nacpipe.tuning.space import Choice, Interval, LayerSpace
 from nacpipe.tuning.study import Search
 from nacpipe.tuning.validation import SHOWN, ObjectiveName
 
-EDGE = 0.02  # of a range: a best value this near its end asks for a wider range
 FEW = 20  # trials from which importances are worth a look
 WIDTH, HEIGHT = 72, 12  # of the picture, in characters
 
@@ -31,10 +31,14 @@ class Explanation:
     at_edge; of what is searched.
     """
     layers: pd.DataFrame
-    """layer, weight, alone (best validation AUROC with all the weight), without (AUROC when it is left out)."""
+    """layer, weight, alone (best validation AUROC with all the weight), without (AUROC when it is left out); the last
+    row is the fused score's, if there is one.
+    """
     history: pd.DataFrame
     """number, phase, value, best (so far)."""
     objective: ObjectiveName
+    fused: FusedScore | None = None
+    """The feature score in the sum."""
 
     @property
     def maximize(self) -> bool:
@@ -101,6 +105,7 @@ def explain(search: Search) -> Explanation:
         layers=_layers(search, trials, params),
         history=history,
         objective=objective,
+        fused=params.fused,
     )
 
 
@@ -120,7 +125,7 @@ def _parameters(search: Search, trials: Sequence[FrozenTrial], params: NacParams
             at_edge = False
             if isinstance(dimension, Interval):
                 low, high, place = dimension.low, dimension.high, dimension.unit(value)
-                at_edge = dimension.free and not EDGE < place < 1 - EDGE
+                at_edge = dimension.ends_at(value)
             importance = importances.get(f"{name}.{field}", np.nan)
             rows.append((name, field, value, importance, low, high, choices, place, at_edge))
     columns = ["layer", "parameter", "value", "importance", "low", "high", "choices", "place", "at_edge"]
@@ -176,4 +181,10 @@ def _layers(search: Search, trials: Sequence[FrozenTrial], params: NacParams) ->
             weighed = search.objective.weigh(without_it, fused) if search.objective.fits else without_it
             without = search.objective.measure(weighed).val_auroc
         rows.append({"layer": name, "weight": layer.weight, "alone": alone.get(name, np.nan), "without": without})
+    if (member := params.fused) is not None:
+        evaluator = search.objective.evaluator
+        scores = evaluator.standardise_fused(member.method)[1]
+        coverage = search.objective.measure(search.objective.weigh(NacParams(layers=params.layers)))
+        reached = {"alone": evaluator.check(scores).val_auroc, "without": coverage.val_auroc}
+        rows.append({"layer": member.method, "weight": member.weight, **reached})
     return pd.DataFrame(rows, columns=["layer", "weight", "alone", "without"])

@@ -61,7 +61,7 @@ def tune(
 
     Returns:
         `params`; `study`, an `optuna.Study`; `checks` on the validation pair, AUROC and FPR@95 as fractions;
-        `cross_validated`; and the best plain score, `guide` and `guide_val`.
+        `cross_validated`; the best plain score, `guide` and `guide_val`; and `advice`, the one thing to try next.
 
     Raises:
         CacheError: the cache is not there or not finished.
@@ -99,6 +99,8 @@ def tune(
             result = run(search, show)
     note: Callable[[str], object] = sys.stderr.write if progress else lambda text: None
     save_result(search, result, lambda text: note(f"{text}\n"))
+    if result.advice:
+        note(f"try: {result.advice}\n")
     return result
 
 

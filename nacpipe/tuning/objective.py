@@ -97,10 +97,13 @@ class Objective:
         self.splits = bound_splits(self.val)
         with_subtrain = SUBTRAIN in self.cache and self.cache.peek(SUBTRAIN).sealed  # nothing is chosen by it
         scored = [*[SUBTRAIN] * with_subtrain, *self.splits[1:]]
-        many = self._one_by_one = space == "auto"  # dozens of terms, most of which are tried one by one
-        index = self._indexes = TermIndexes(self.cache, scored, self._index_bytes(scored) if many else None)
+        one_by_one = self._one_by_one = space == "auto"  # dozens of terms, most of which are tried one by one
+        index = self._indexes = TermIndexes(self.cache, scored, self._index_bytes(scored) if one_by_one else None)
         self.scorer = Scorer(
-            index, split_rows(self.cache, scored), one_by_one=many, feature_scores=functools.cache(self._feature_scores)
+            index,
+            split_rows(self.cache, scored),
+            one_by_one=one_by_one,
+            feature_scores=functools.cache(self._feature_scores),
         )
         self._scoring = threading.Lock()  # `n_jobs` of Optuna: a trial is scored on all cores, one at a time
         id_rows, ood_rows = (self.cache[name].rows for name in ("id/val", self.val))
@@ -115,7 +118,8 @@ class Objective:
             target = guided_target(self._is_id, None if self.guide is None else self.guide.scores)
         self.evaluator = Evaluator(self.scorer, self.val, target)
         self.train_rows = self.cache["id/train"].rows
-        self.space = self._measure_space(spec, TermIndexes(self.cache, (), 0) if many else index, skip=many)
+        measured = TermIndexes(self.cache, (), 0) if one_by_one else index
+        self.space = self._measure_space(spec, measured, skip=one_by_one)
         self.layers = tuple(self.space)
         self.fits = fits_weights(self.space)
         if not self.fits and all(layer.weights()[0] == 0 for layer in self.space.values()):

@@ -157,6 +157,8 @@ class SearchResult:
     """The same without the fused score; None where there is none, or where it was not measured."""
     front: int | None = None
     """Trials on the Pareto front, where two objectives were searched for."""
+    advice: str = ""
+    """The one thing to try next (advice.py); empty where nothing stands out."""
     study: optuna.Study | None = field(default=None, repr=False, compare=False)
     """The study, with every trial."""
 
@@ -170,12 +172,6 @@ class SearchResult:
         """True where the fitted AUROC is more than 1.5 points above the cross-validated one."""
         crossed = self.cross_validated
         return crossed is not None and self.checks.val_auroc - min(crossed.images, crossed.clusters) > GAP
-
-    @property
-    def guide_is_better(self) -> bool:
-        """True where the best plain score is better than NAC in cross-validation."""
-        crossed = self.cross_validated
-        return crossed is not None and crossed.guide is not None and crossed.images <= crossed.guide
 
     @property
     def overfits(self) -> bool:

@@ -22,6 +22,7 @@ from nacpipe.scoring.alpha_range import measure_alpha
 from nacpipe.scoring.trial_scorer import IndexOf
 
 BINS = (4, 2000)
+EDGE = 0.02  # of a range: a best value this near its end asks for a wider range
 FIELDS = ("bins", "alpha", "saturation", "source", "edges")  # the order of a unit vector
 
 
@@ -55,6 +56,10 @@ class Interval:
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return float((value - self.low) / (self.high - self.low))
+
+    def ends_at(self, value: Any) -> bool:
+        """Return whether a value stands at one of the ends of a range of several."""
+        return self.free and not EDGE < self.unit(value) < 1 - EDGE
 
     def including(self, value: Any) -> Interval:
         """Return the interval, widened where the value lies outside."""

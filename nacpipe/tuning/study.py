@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -16,6 +17,7 @@ from optuna.trial import FrozenTrial
 
 import nacpipe
 from nacpipe.cache.identity import diff, fingerprint
+from nacpipe.cache.options import FROM_PYTHON
 from nacpipe.errors import InputError, NoValuesError, StudyError
 from nacpipe.method.feature_scores import FEATURE_SCORES, FeatureScoreName
 from nacpipe.method.params import NacParams
@@ -23,10 +25,12 @@ from nacpipe.method.term import layer_of
 from nacpipe.method.threads import set_threads
 from nacpipe.scoring.fusion import why_not_fused
 from nacpipe.text import command_line, escape_bytes
+from nacpipe.tuning.advice import Findings, advise
 from nacpipe.tuning.objective import SUBTRAIN, Objective
 from nacpipe.tuning.request import DEFAULT_TRIALS, SearchRequest, SearchResult
 from nacpipe.tuning.samplers import LARGE_GRID, GridSampler, TermwiseSampler, make_sampler
-from nacpipe.tuning.space import to_json
+from nacpipe.tuning.space import Interval, to_json
+from nacpipe.tuning.space_file import NAMED
 from nacpipe.tuning.storage import backend, is_there, open_storage, opening
 from nacpipe.tuning.trials import best_trial, completed_trials, lone_term, pareto_front
 from nacpipe.tuning.validation import DIRECTIONS, CrossValidation
@@ -145,7 +149,7 @@ class Search:
             )
         guide, measured = self.objective.guide, self.objective.measure_guide()
         params = self.choose(trials)
-        return SearchResult(
+        result = SearchResult(
             params=params,
             checks=self.objective.measure(params),
             guide=guide.name if guide else None,
@@ -161,6 +165,33 @@ class Search:
             front=len(pareto_front(trials)) if request.aim == "pareto" else None,
             study=self.study,
         )
+        return replace(result, advice=advise(self._findings(result, trials))) if len(trials) >= self.trials else result
+
+    def _findings(self, result: SearchResult, trials: Sequence[FrozenTrial]) -> Findings:
+        """What advice on this result depends on."""
+        request, val = self.request, self.objective.val
+        drawn = request.how not in ("terms", "grid")  # these two try what they planned, whatever they find
+        return Findings(
+            result=result,
+            cache=str(request.cache),
+            val=val,
+            made_val="synthetic" in self.cache[val].images,
+            python=self.cache.header.information.get("written_by") == FROM_PYTHON,
+            images={name: self.cache[name].rows for name in ("id/train", "id/val", val)},
+            at_edge=self._at_edge(result.params) if request.space not in (*NAMED, "published") else "",
+            best_place=trials.index(best_trial(trials, request.aim)) / len(trials) if drawn else None,
+            longer=self.command(trials=2 * len(trials)),
+        )
+
+    def _at_edge(self, params: NacParams) -> str:
+        """The first parameter that stands at an end of its range, and where; empty where none does."""
+        for name, layer in params.used().layers.items():
+            for field in self.objective.space[name].free:
+                dimension, value = self.objective.space[name].dimension(field, layer.source), getattr(layer, field)
+                if isinstance(dimension, Interval) and dimension.ends_at(value):
+                    ends = f"{dimension.low:.4g} … {dimension.high:.4g}"
+                    return f"{name}.{field} is {value:.4g}, at the end of {ends} in {self.request.space}"
+        return ""
 
     def cross_validate(self) -> None:
         """Measure how the result does on samples that it was not chosen by, and keep it with the study."""
@@ -245,12 +276,12 @@ class Search:
             "space": to_json(self.objective.space),
         }
 
-    def command(self, patience: int | None = None) -> str:
-        """Return the command that goes on, with more patience where that is given."""
+    def command(self, patience: int | None = None, trials: int | None = None) -> str:
+        """Return the command that goes on, with more patience or trials where these are given."""
         asked, given = self.request, []
         storage = asked.shown if asked.storage else None
         for option, value, usual in (
-            ("trials", asked.trials, None), ("space", asked.space, "auto"), ("sampler", asked.sampler, None),
+            ("trials", trials or asked.trials, None), ("space", asked.space, "auto"), ("sampler", asked.sampler, None),
             ("objective", asked.objective, None), ("val", asked.val, "ood/val"),
             ("fuse", asked.fuse, "auto"), ("seed", asked.seed, 1),
             ("patience", patience or asked.patience, None),

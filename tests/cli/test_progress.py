@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -240,16 +241,19 @@ def test_an_interrupt_on_a_terminal_leaves_a_clean_line(small_cache: Cache, tmp_
 def test_score(nacpipe: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     from nacpipe.detector import predict as score
+    from nacpipe.detector import shards
 
     def rows(_ready: object, paths: list[Path], *_: Any) -> Iterator[score.ScoredImage]:
         for path in paths:
             yield score.ScoredImage(image=str(path), score=0.5, percentile=40.0, is_ood=False, predicted=1, error=None)
 
-    monkeypatch.setattr(score, "find_images", lambda paths: list(paths))
-    monkeypatch.setattr(score, "prepare", lambda *_: score.Ready(None, None, None, True))  # type: ignore[arg-type]
+    monkeypatch.setattr(shards, "find_paths", lambda paths: list(paths))
+    detector: Any = SimpleNamespace(exported=SimpleNamespace(threshold=0.4, keep=0.95))
+    monkeypatch.setattr(score, "prepare", lambda *_: score.Ready(detector, None, None, True))  # type: ignore[arg-type]
     monkeypatch.setattr(score, "score_images", rows)
     done = nacpipe("score", "d.safetensors", "a.png", "b.png")
     assert counts(done, "score ") == ["score 1/2", "score 2/2"]
+    assert "0 of 2 images flagged (0.0 %): they score below the threshold 0.4, as at most 5 % do" in done.stderr
 
 
 def test_extract(nacpipe: Callable[..., Result], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from nacpipe.cache import Cache, address, open_cache
 from nacpipe.cli import main
 from nacpipe.scoring.params_file import read_params
+from tests import prefork
 from tests.alike import assert_alike
 from tests.s3 import BUCKET, Proxy, variables
 from tests.web import Plain, Ranges, serve
@@ -164,7 +165,7 @@ class Deadly(Proxy):
 
     def draw(self, method: str, path: str) -> str:
         if method == "PUT" and path.endswith(self.key) and self.victim is not None and self.victim.poll() is None:
-            self.victim.kill()
+            prefork.kill(self.victim)
             return "lost" if self.stored else "refused"
         return super().draw(method, path)
 
@@ -185,11 +186,11 @@ def test_a_killed_extract_goes_on_and_ends_in_the_cache_that_nobody_disturbed(
     url, here = f"s3://{BUCKET}/killed.zarr", str(tmp_path / "whole.zarr")
     words = ("extract", "digits", "--device", "cpu", "--splits", "id/train,id/val", "--batch-size", "64")
     words += ("--block-rows", "512", "--shard-blocks", "1", "--cache")
-    command = [sys.executable, "-m", "nacpipe", *words]
     with Deadly(s3_endpoint) as proxy:
         for name, value in variables(proxy.url).items():  # this endpoint, not the one of the module's other tests
             monkeypatch.setenv(name, value)
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [*prefork.python_words(env), "-m", "nacpipe", *words]
         whole = subprocess.run([*command, here], env=env, text=True, capture_output=True, check=False)
         assert whole.returncode == 0, whole.stderr
         command.append(url)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -18,7 +19,7 @@ from nacpipe.benchmarks.standard import find_benchmark
 from nacpipe.cache import open_cache
 from nacpipe.cli import main
 from nacpipe.evaluation.published_results import published_results
-from nacpipe.evaluation.reproduction import RECIPES, find_recipe
+from nacpipe.evaluation.reproduction import REPRODUCTIONS, find_reproduction
 from nacpipe.evaluation.tables import evaluate
 from nacpipe.method.published import PUBLISHED
 from nacpipe.networks.models import find_model
@@ -62,7 +63,7 @@ def make_archives(server: Server) -> None:  # noqa: F811
         torch.manual_seed(seed)
         content = io.BytesIO()
         torch.save(find_model("resnet18_32x32").build(10).state_dict(), content)
-        weights[f"{RECIPES['cifar10'].weights}/s{seed}/best.ckpt"] = content.getvalue()
+        weights[f"{REPRODUCTIONS['cifar10'].weights}/s{seed}/best.ckpt"] = content.getvalue()
     server.files["cifar10_res18_v1.5.zip"] = pack(weights)
 
 
@@ -72,7 +73,7 @@ def test_a_dry_run_says_what_is_missing_and_how_to_get_it(tmp_path: Path) -> Non
     done = run(*words, "--dry-run", "--mirror", "http://mirror")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    wanted = [*find_recipe("cifar10").splits(CIFAR10)]
+    wanted = [*find_reproduction("cifar10").splits(CIFAR10)]
     assert [line.split()[0] for line in lines] == ["missing", *wanted, "checkpoints"]
     assert "csid/cifar10c" not in done.stdout
     get = f"nacpipe data download cifar10 --data-root {root}"
@@ -86,6 +87,8 @@ def test_a_dry_run_says_what_is_missing_and_how_to_get_it(tmp_path: Path) -> Non
     assert "id/train, id/val, id/test, ood/near/cifar100" in refused.stderr
     assert "not there; get them with --download, or with: nacpipe data download cifar10" in refused.stderr
     rows = json.loads(run(*words, "--dry-run", "--json").stdout)
+    table = pd.read_csv(io.StringIO(run(*words, "--dry-run", "--csv").stdout))
+    assert table.to_dict("records") == rows
     assert [row["what"] for row in rows] == [*wanted, "checkpoints"]
 
 
@@ -130,14 +133,14 @@ def test_from_a_mirror_to_the_published_rows_beside_ours(server: Server, tmp_pat
     assert "nothing is missing" in run(*words, "--dry-run").stderr
 
 
-def test_every_benchmark_of_the_paper_has_a_recipe() -> None:
-    for name, recipe in RECIPES.items():
-        find_model(recipe.model)
-        assert {"id/train", "id/val", "id/test"} <= set(recipe.splits(find_benchmark(name)))
+def test_every_benchmark_of_the_paper_has_a_reproduction() -> None:
+    for name, reproduction in REPRODUCTIONS.items():
+        find_model(reproduction.model)
+        assert {"id/train", "id/val", "id/test"} <= set(reproduction.splits(find_benchmark(name)))
         assert any(result.method == "NAC-UE" for result in published_results(name))
-        assert recipe.archives()[0] == "benchmark_imglist_authors"
+        assert reproduction.archives()[0] == "benchmark_imglist_authors"
         assert not math.isnan(next(r.auroc for r in published_results(name) if r.method == "NAC-UE"))
-    assert [name for name, recipe in RECIPES.items() if recipe.params is None] == ["imagenet200"]
+    assert [name for name, reproduction in REPRODUCTIONS.items() if reproduction.params is None] == ["imagenet200"]
 
 
 def test_a_benchmark_without_published_rows() -> None:

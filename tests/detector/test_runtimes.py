@@ -300,8 +300,25 @@ def test_packed_quantised_modules_are_refused_in_words(tmp_path: Path) -> None:
     rows, network = torch.randn(90, 6), nn.Sequential()
     network.first, network.relu, network.fc = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)  # type: ignore[assignment]
     packed = torch.ao.quantization.quantize_dynamic(network, {nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(DetectorError, match=r"it has torch\.ao's packed modules: quantise the network by PT2E"):
+    with pytest.raises(
+        DetectorError, match=r"it has torch\.ao's packed modules: quantise .* give torch\.export\.unflatten"
+    ):
         fit_rows(packed, rows).to_torch_export(tmp_path / "d.pt2", rows)
+
+
+@pytest.mark.slow
+def test_a_program_of_torch_export_is_a_network_where_it_has_its_layers_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    rows, network = torch.randn(90, 6), nn.Sequential()
+    network.first, network.relu, network.fc = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)  # type: ignore[assignment]
+    free = {"input": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(network.eval(), (rows,), dynamic_shapes=free)
+    with pytest.raises(InputError, match=r"a program of torch\.export as torch\.export\.unflatten\(program\)$"):
+        fit_rows(program.module(), rows)
+    detector = fit_rows(torch.export.unflatten(program), rows)
+    detector.to_onnx(tmp_path / "d.onnx", rows)
+    assert_alike(run(tmp_path / "d.onnx", input=rows[:9]), detector(rows[:9]))
+    np.testing.assert_allclose(detector(rows).score, fit_rows(network, rows)(rows).score, atol=1e-6)
 
 
 @pytest.mark.slow

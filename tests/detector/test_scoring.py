@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,8 @@ import nacpipe
 from nacpipe.benchmarks.digits import load_set
 from nacpipe.cli import main
 from nacpipe.detector.parts import COLUMNS, Parts, ScoredImage, find_parts, format_time, read_part
-from nacpipe.errors import InputError
+from nacpipe.errors import ImageError, InputError
+from nacpipe.extraction import loader
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.scoring.params_file import write_params
 from tests.prefork import python_words
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*args: str | Path, **environment: str) -> Result:
+def run(*args: str | Path | int, **environment: str | None) -> Result:
     return CliRunner(env=environment).invoke(main, [str(arg) for arg in args], prog_name="nacpipe")
 
 
@@ -111,6 +112,69 @@ def test_the_same_command_goes_on(alone: dict[str, bytes], detector: Path, shard
     ]
     assert contents(out) == alone
     assert (out / "001.csv").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_decoding_processes_give_the_same_parts(
+    alone: dict[str, bytes], detector: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One set for all shards: a damaged one, one of broken images and files follow each other."""
+    shutil.copytree(shards, tmp_path / "in")
+    (tmp_path / "in/002.tar").write_bytes((shards / "002.tar").read_bytes()[:9000])
+    write_tar(tmp_path / "in/odd.tar", [("a.png", b"no"), ("b.pdf", b"%PDF"), ("c.png", png(load_set("val")[0][0]))])
+    write_tar(tmp_path / "in/none.tar", [])
+    (tmp_path / "photos").mkdir()
+    for row, image in enumerate(load_set("val")[0][:30]):
+        (tmp_path / f"photos/{row:02}.png").write_bytes(png(image))
+    (tmp_path / "photos/99.png").write_bytes(b"")
+    sources = [
+        f"{tmp_path}/in/{{000..005}}.tar",
+        tmp_path / "in/odd.tar",
+        tmp_path / "in/none.tar",
+        tmp_path / "photos",
+    ]
+    started = []
+    for name, workers in (("thread", 0), ("processes", 2), ("both", "auto")):
+        monkeypatch.setattr(loader, "WORTH_PROCESSES", 60 * 28 * 28)
+        monkeypatch.setattr(loader, "count_cores", lambda: loader.KEPT_CORES + 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(loader, "_decode_apart", noted := Noted(loader._decode_apart))
+            out = tmp_path / name
+            done = run("score", detector, *sources, "--batch-size", "8", "--output", out, "--workers", str(workers))
+        assert (done.exit_code, "3 of 159 images and 1 of 9 shards could not be scored" in done.stderr) == (1, True)
+        started.append(noted.workers)
+    assert started == [[], [2], [1]]
+    assert contents(tmp_path / "thread") == contents(tmp_path / "processes") == contents(tmp_path / "both")
+    for name in ("000.csv", "001.csv", "003.csv"):
+        assert (tmp_path / "both" / name).read_bytes() == alone[name]
+
+
+class Noted:
+    """Notes how many processes decode."""
+
+    def __init__(self, decode: Callable[..., Iterator[Any]]) -> None:
+        self.decode, self.workers = decode, list[int]()
+
+    def __call__(self, dataset: Any, batches: Any, workers: int, pin: bool) -> Iterator[Any]:
+        self.workers.append(workers)
+        return self.decode(dataset, batches, workers, pin)
+
+
+def test_a_decoding_process_that_is_gone_ends_the_run(
+    detector: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no shard's fault: the other shards would have none either."""
+
+    def gone(dataset: Any, batches: Any, *_: Any) -> Iterator[Any]:
+        for number, batch in enumerate(batches):
+            if number == 5:
+                raise ImageError("a process that decodes images is gone")
+            yield dataset[batch]
+
+    monkeypatch.setattr(loader, "_decode_apart", gone)
+    done = run("score", detector, *words(shards), "--output", tmp_path / "scores", "--workers", 2)
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (1, "nacpipe: a process that decodes images is gone")
+    assert Parts(tmp_path / "scores").written() == {"000"}
 
 
 def test_two_processes_share_the_shards(alone: dict[str, bytes], detector: Path, shards: Path, tmp_path: Path) -> None:
@@ -291,6 +355,54 @@ def test_ranks_that_cannot_be(detector: Path, shards: Path, tmp_path: Path, worl
     assert not (tmp_path / "scores").exists()
 
 
+@pytest.mark.parametrize(("world", "local"), [("0", "0"), ("", "0"), ("2", "x"), ("2", "2"), ("2", ""), (None, "-1")])
+def test_places_on_a_machine_that_cannot_be(
+    detector: Path, shards: Path, tmp_path: Path, world: str | None, local: str
+) -> None:
+    environment = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": world}
+    done = run("score", detector, shards / "000.tar", "--output", tmp_path / "scores", **environment)
+    assert done.exit_code == 1
+    assert f"LOCAL_RANK is {local!r} and LOCAL_WORLD_SIZE is {world!r}: give each process of a machine" in done.stderr
+
+
+@pytest.mark.parametrize("device", ["meta", "nosuch", "cuda:99"])
+def test_a_device_that_computes_nothing(detector: Path, shards: Path, device: str) -> None:
+    done = run("score", detector, shards / "000.tar", "--device", device)
+    assert (done.exit_code, f"device {device!r} cannot be used here: " in done.stderr) == (1, True), done.stderr
+
+
+def test_lines_of_a_list_that_name_no_image_are_rows(detector: Path, tmp_path: Path) -> None:
+    """Printed and written: neither ends at one, nor takes a folder for its images."""
+    (tmp_path / "photos").mkdir()
+    names = ["a\rb.png", "a\x0cb.png", "a\x85b.png", "a\u2028b.png"]
+    for name in [*names, "photos/1.png"]:
+        (tmp_path / name).write_bytes(png(load_set("val")[0][0]))
+    lines = [*names, "nul\0.png", "x" * 5000 + ".png", "photos"]
+    (tmp_path / "l.txt").write_bytes("\r\n".join(lines).encode())
+    printed = run("score", detector, tmp_path / "l.txt", "--json")
+    run("score", detector, tmp_path / "l.txt", "--output", tmp_path / "scores", "--format", "json")
+    for rows in (json.loads(printed.stdout), json.loads((tmp_path / "scores/l.json").read_bytes())):
+        assert [row["image"] for row in rows] == [str(tmp_path / line) for line in lines]
+        assert [row["error"] is None for row in rows] == [True] * 4 + [False] * 3
+    assert "3 of 7 images could not be scored; the first: image cannot be read: " in printed.stderr
+
+
+@pytest.mark.parametrize("output", ["https://host/scores", "ftp://host/scores"])
+def test_parts_go_where_something_can_be_written(detector: Path, shards: Path, output: str) -> None:
+    done = run("score", detector, shards / "000.tar", "--output", output)
+    assert done.exit_code == 1
+    assert f"{output} cannot be written; write to a folder or to s3://BUCKET/FOLDER" in done.stderr
+
+
+def test_a_name_that_is_too_long(detector: Path, tmp_path: Path) -> None:
+    done = run("score", detector, tmp_path / ("x" * 5000))
+    assert (done.exit_code, "1 of 1 images could not be scored; the first: image cannot be read: " in done.stderr) == (
+        1, True
+    ), done.stderr  # fmt: skip
+    done = run("score", detector, tmp_path / ("x" * 5000), "--output", tmp_path / "scores")
+    assert (done.exit_code, "there is no " in done.stderr) == (1, True), done.stderr
+
+
 def test_from_python(detector: Path, shards: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -315,7 +427,7 @@ def test_times() -> None:
 
 def test_reading_what_are_no_scores(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")
-    with pytest.raises(InputError, match=r"a\.csv has no column 'score'; it is not from nacpipe score"):
+    with pytest.raises(InputError, match=r"a\.csv cannot be read as scores: it has no column 'score', and is not from"):
         read_part(str(tmp_path / "a.csv"))
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(InputError, match=r"a\.json cannot be read as scores: "):
@@ -329,6 +441,17 @@ def test_reading_what_are_no_scores(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text(f"{head}a,1,2,nein,,,\n")
     with pytest.raises(InputError, match="is_ood is 'nein'; known: True, False"):
         read_part(str(tmp_path / "c.csv"))
+    (tmp_path / "c.csv").write_text(f"{head}a,1,2,,,,\n")
+    with pytest.raises(InputError, match="image 'a' has neither is_ood nor an error"):
+        read_part(str(tmp_path / "c.csv"))
+    for name, value in (("score", "x"), ("percentile", "1,5"), ("is_ood", 7)):
+        row = {"image": "a", "score": 1.0, "percentile": 2.0, "is_ood": True, name: value}
+        (tmp_path / "d.json").write_text(json.dumps([row]))
+        pd.DataFrame([row]).to_csv(tmp_path / "d.csv", index=False)
+        pd.DataFrame([row]).to_parquet(tmp_path / "d.parquet")
+        for kind in ("json", "csv", "parquet"):
+            with pytest.raises(InputError, match=rf"d\.{kind} cannot be read as scores: {name} is '?{value}"):
+                read_part(str(tmp_path / f"d.{kind}"))
 
 
 @pytest.mark.slow
@@ -394,6 +517,8 @@ def test_shards_on_a_web_server(
         assert len(read_part(str(out / "p.csv"))) == 60
         missing = run("score", detector, f"{url}/nosuch.tar", "--output", out)
         assert (missing.exit_code, f"there is no {url}/nosuch.tar" in missing.stderr) == (1, True), missing.stderr
+        behind = run("score", detector, f"{url}/{{nosuch,001}}.tar", "--batch-size", 8, "--output", tmp_path / "behind")
+        assert (tmp_path / "behind/001.csv").read_bytes() == alone["001.csv"], behind.stderr
         listing = run("score", detector, f"{url}/", "--output", out)
         assert "a web server has no listing; name its files, such as" in listing.stderr
     (shards / "p.parquet").unlink()

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nacpipe.detector.shards import EncodedImage, Shard, Unscored, check_stems, expand_ranges, find_shards
+from nacpipe.detector.shards import Shard, Unscored, check_stems, expand_braces, find_shards
 from nacpipe.errors import ImageError, InputError
+from nacpipe.extraction.encoded_images import EncodedImage
 from tests.shard_files import png, write_parquet, write_tar
 
 DOT = png(np.zeros((2, 2), np.uint8))
@@ -31,15 +32,23 @@ def read(path: Path) -> Shard:
         ("a.tar", ["a.tar"]),
         ("s3://b/{008..011}.tar", [f"s3://b/{n}.tar" for n in ("008", "009", "010", "011")]),
         ("{0..1}/{3..4}.tar", ["0/3.tar", "0/4.tar", "1/3.tar", "1/4.tar"]),
+        ("{train,val}-{08..10}.tar", [f"{name}-{n}.tar" for name in ("train", "val") for n in ("08", "09", "10")]),
+        ("a{,b}.tar.gz", ["a.tar.gz", "ab.tar.gz"]),
+        ("{a}{}.tar", ["{a}{}.tar"]),
     ],
 )
-def test_ranges(address: str, found: list[str]) -> None:
-    assert expand_ranges(address) == found
+def test_braces(address: str, found: list[str]) -> None:
+    assert expand_braces(address) == found
+
+
+def test_a_file_whose_name_has_braces(tmp_path: Path) -> None:
+    write_tar(tmp_path / "{0..1}.tar", [("1.png", DOT)])
+    assert [shard.address for shard in find_shards([tmp_path / "{0..1}.tar"])] == [f"{tmp_path}/{{0..1}}.tar"]
 
 
 def test_a_range_that_ends_before_it_begins() -> None:
     with pytest.raises(InputError, match=r"the range \{3\.\.1\} ends before it begins"):
-        expand_ranges("{3..1}.tar")
+        expand_braces("{3..1}.tar")
 
 
 def test_members_that_belong_to_an_image_are_left_out_and_others_named(tmp_path: Path) -> None:
@@ -80,6 +89,68 @@ def test_a_tar_file_that_ends_early_is_not_taken_for_whole(tmp_path: Path, cut: 
         names(read(tmp_path / "a.tar"))
 
 
+def test_webdataset_takes_a_torn_archive_for_its_end(tmp_path: Path) -> None:
+    """Why it does not read the shards: docs/decisions/reading-shards.md."""
+    tariterators = pytest.importorskip("webdataset.tariterators")
+    whole = write_tar(tmp_path / "a.tar", [(f"{n}.png", DOT) for n in range(9)]).read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: 4 * 1024])  # a header and a block of data each
+    found = list(tariterators.tar_file_iterator(io.BytesIO(whole[: 4 * 1024])))
+    assert [member["fname"] for member in found] == ["0.png", "1.png", "2.png", "3.png"]
+    with pytest.raises(ImageError, match=r"a\.tar ends at byte 4096, before the end of its archive; copy it anew"):
+        names(read(tmp_path / "a.tar"))
+
+
+def test_shards_that_webdataset_wrote(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    for name in ("000.tar", "001.tar.gz"):
+        with webdataset.TarWriter(str(tmp_path / name)) as writer:
+            for row in range(3):
+                writer.write({"__key__": f"a/{row:03}", "png": DOT, "cls": row, "json": {"row": row}})
+    for shard in find_shards([tmp_path / "{000.tar,001.tar.gz}"]):
+        assert names(shard) == ["a/000.png", "a/001.png", "a/002.png"]
+
+
+PACKED = {"gz": "a.tar.gz", "GZ": "A.TGZ", "bz2": "a.tar.bz2", "xz": "a.tar.xz"}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_tar_files(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / PACKED[kind]
+    noise = [png(np.random.default_rng(row).integers(0, 256, (20, 20), np.uint8)) for row in range(200)]
+    members = [(f"{row}.png", content) for row, content in enumerate(noise)]
+    with tarfile.open(path, f"w:{kind.lower()}") as archive:  # type: ignore[call-overload]
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    shard = read(path)
+    assert (shard.kind, shard.stem.lower()) == ("tar", "a")
+    assert [image.read() for image in shard.images() if isinstance(image, EncodedImage)] == noise
+    whole = path.read_bytes()
+    for cut in (0, 5, len(whole) // 2, len(whole) - 4):  # the last within the checksum, or the index
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ImageError, match=r"(?i)a\.t.* cannot be read as a tar file: "):
+            names(read(path))
+    path.write_bytes(whole[:1000] + bytes(10) + whole[1010:])
+    with pytest.raises(ImageError, match=r"(?i)a\.t.* (cannot be read as a tar file|is damaged)"):
+        names(read(path))
+
+
+@pytest.mark.parametrize("name", ["a.tar.zst", "a.zip", "A.Tar.LZ4"])
+def test_other_archives_are_refused_in_words(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(
+        InputError, match=rf"{name}: archives .* are not read; pack it anew, as one of \.tar, \.tar\.gz"
+    ):
+        find_shards([tmp_path / name])
+
+
+def test_a_folder_of_shards_says_how_they_are_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "000.tar", [("1.png", DOT)])
+    with pytest.raises(ImageError, match=r"shards are named one by one, such as .*/000\.tar$"):
+        names(read(tmp_path))
+
+
 def test_a_damaged_header_is_not_the_end(tmp_path: Path) -> None:
     content = bytearray(write_tar(tmp_path / "a.tar", [(f"{n}.png", DOT) for n in range(9)]).read_bytes())
     content[2 * 1024 + 148 : 2 * 1024 + 156] = b"12345678"  # the third member's checksum
@@ -100,6 +171,29 @@ def test_parquet(tmp_path: Path, struct: bool) -> None:
     assert first.read() == DOT
     with pytest.raises(ImageError, match=r"has not a column 'label' of encoded images .* it has label, image"):
         list(shard.images("label"))
+
+
+def test_every_type_of_bytes_in_parquet(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    kinds = [pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(len(DOT))]
+    columns = [pa.array([DOT, DOT], kind) for kind in kinds]
+    columns.append(pa.array([DOT, DOT]).dictionary_encode())
+    columns += [pa.StructArray.from_arrays([column], ["bytes"]) for column in columns[:2]]
+    for number, column in enumerate(columns):
+        pyarrow.parquet.write_table(pa.table({"image": column}), tmp_path / f"{number}.parquet")
+        images = [*read(tmp_path / f"{number}.parquet").images()]
+        assert [image.read() for image in images if isinstance(image, EncodedImage)] == [DOT, DOT]
+    for column in (
+        pa.array(["a.png"]),
+        pa.array([[DOT]]),
+        pa.array([{"bytes": {"bytes": DOT}}]),
+        pa.array([{"a": DOT}]),
+    ):
+        pyarrow.parquet.write_table(pa.table({"image": column}), tmp_path / "a.parquet")
+        with pytest.raises(ImageError, match=r"has not a column of encoded images .* it has image$"):
+            names(read(tmp_path / "a.parquet"))
 
 
 def test_a_parquet_file_of_one_row_group_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,8 @@ def test_an_empty_part_is_no_drift(tmp_path: Path) -> None:
     frame = watch([scores])
     assert frame["images"].tolist() == [0, 400]
     assert not frame["drift"].any()
+    done = run(scores)
+    assert "1 of 2 groups have no image with a score, and were not compared" in done.stderr
 
 
 def test_no_images_have_no_days(tmp_path: Path) -> None:

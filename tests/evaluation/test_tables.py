@@ -330,10 +330,20 @@ def test_published_rows_as_printed(make_cache: Callable[..., Cache], tmp_path: P
     told = {"task": "ood", "group": "far", "dataset": "mean", "method": "fDBD", "auroc": "0.9316"}
     told |= {"reason": "published, ResNet-18", "source": "published"}
     assert dict(zip(columns, last, strict=True)) == {**dict.fromkeys(columns, ""), **told}
-    for more in (["--published-results"], ["--baselines", "KNN"]):
-        refused = invoke(cache.path, *more, "--against", "MSP")
-        assert (refused.exit_code, refused.stdout) == (2, "")
-        assert f"Give --against or {more[0]}, not both." in refused.stderr
+
+
+@pytest.mark.parametrize("more", [["--published-results"], ["--baselines", "KNN"]])
+def test_a_table_and_the_comparison_below_it(make_cache: Callable[..., Cache], tmp_path: Path, more: list[str]) -> None:
+    cache = make_cache(tmp_path / "c.zarr", identity={"benchmark": "cifar10"})
+    write_params(tmp_path / "c.params.json", PARAMS)
+    against = ["--against", "MSP", "--resamples", "20"]
+    printed = [invoke(cache.path, *options).stdout for options in (more, against, [*more, *against])]
+    assert printed[2] == f"{printed[0]}\n{printed[1]}"
+    refused = invoke(cache.path, *more, *against, "--json")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "Table and comparison are two tables, --json is one: leave out --against for the table, --ba" in " ".join(
+        refused.stderr.split()
+    )
 
 
 def test_fsood_joins_id_and_csid(runs: list[Cache]) -> None:

@@ -256,12 +256,19 @@ def test_less_than_half_right_is_doubted_and_of_two_classes_more(
     assert ("check the weights, the normalisation, the order of the classes" in text) is doubted
 
 
-@pytest.mark.parametrize(("right", "stated", "doubted"), [(4, 0.92, True), (5, 0.92, False), (3, 0.4, False)])
-def test_less_than_half_of_what_the_checkpoint_states_is_doubted(
-    monkeypatch: pytest.MonkeyPatch, right: int, stated: float, doubted: bool
+@pytest.mark.parametrize(
+    ("right", "classes", "stated", "doubted"),
+    [
+        *((4, 10, 0.92, True), (5, 10, 0.92, False), (3, 10, 0.4, False)),
+        *((2, 10, 0.4, True), (2, 10, 0.29, False)),  # three times chance is 0.3, which 0.29 is not
+        *((4, 6, 0.7, True), (4, 5, 0.7, False)),  # of five classes three times chance is 0.6
+    ],
+)
+def test_less_than_half_of_what_the_checkpoint_states_is_doubted_and_what_is_near_chance(
+    monkeypatch: pytest.MonkeyPatch, right: int, classes: int, stated: float, doubted: bool
 ) -> None:
-    monkeypatch.setattr(extraction, "open_cache", lambda _: {"id/train": Split(right, 10)})
-    text = extraction._accuracy("c.zarr", 10, stated=stated)
+    monkeypatch.setattr(extraction, "open_cache", lambda _: {"id/train": Split(right, classes)})
+    text = extraction._accuracy("c.zarr", classes, stated=stated)
     assert (f"while the checkpoint states {100 * stated:.2f} %: check the normalisation" in text) is doubted
     assert ("check" in text) is doubted
 

@@ -17,7 +17,7 @@ import torchvision
 from PIL import Image
 
 from nacpipe.benchmarks.standard import Benchmark, Split, Transform
-from nacpipe.detector.predict import Ready, score_images
+from nacpipe.detector.predict import Ready, ScoreOptions, score_images
 from nacpipe.errors import ImageError
 from nacpipe.extraction.dataset import ImageSet, Normalise, open_images
 from nacpipe.extraction.image_file import read_image, to_eight_bits
@@ -228,7 +228,7 @@ def test_score_sees_the_scaled_values_and_names_the_others(tmp_path: Path) -> No
     for path, name in zip(paths, names, strict=True):
         path.write_bytes({**KNOWN, **UNKNOWN}[name][0])
     ready = Ready(mean_as_score, AS_THEY_ARE, torch.device("cpu"), predicts=False)  # type: ignore[arg-type]
-    rows = list(score_images(ready, paths, batch_size=2, workers=2))
+    rows = list(score_images(ready, paths, ScoreOptions(batch_size=2)))
     middle = np.mean([EIGHT[2], EIGHT[3], EIGHT[8], EIGHT[9]])  # the centre of 2 × 6
     assert {row.percentile for row in rows} == {None}
     assert [row.score for row in rows] == [pytest.approx(middle, abs=1e-3) if n in KNOWN else None for n in names]

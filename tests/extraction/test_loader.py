@@ -7,21 +7,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 from torchvision.transforms import functional as vision
 
 from nacpipe.benchmarks.standard import Transform, find_benchmark
 from nacpipe.errors import ImageError
 from nacpipe.extraction import loader
 from nacpipe.extraction.dataset import ImageSet, Normalise, Pixels, build_transform, open_images
-from nacpipe.extraction.loader import choose_workers, load_batches
+from nacpipe.extraction.loader import choose_stream_workers, choose_workers, load_batches, load_stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,6 +120,41 @@ def test_processes_are_chosen_by_files_number_and_size(tmp_path: Path, monkeypat
     assert choose_workers(3, [files], [10], 32) == 3
     monkeypatch.setattr(loader, "count_cores", lambda: 1)
     assert choose_workers(None, [files], [50_000], 224) == 0
+
+
+def test_a_thread_decodes_the_first_images_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "count_cores", lambda: 16)
+    assert choose_stream_workers(None, 224) == (14, 2000)
+    assert choose_stream_workers(None, 32, local_world=4) == (2, 98_000)
+    assert choose_stream_workers(None, 224, local_world=16)[0] == 0
+    assert choose_stream_workers(3, 224) == (3, 0)
+    assert choose_stream_workers(0, 224) == (0, 0)
+
+
+@pytest.mark.parametrize(("few", "here"), [(0, 0), (5, 2), (100, 4)])
+def test_processes_start_where_a_stream_is_longer(monkeypatch: pytest.MonkeyPatch, few: int, here: int) -> None:
+    batches, decoded_here = [[1, 2, 3], [], [4, 5], [6]], []
+    here += here > 1  # the empty one
+
+    def decode(dataset: Any, batches: Iterable[Any], pin: bool) -> Iterator[Any]:
+        for batch in batches:
+            decoded_here.append(batch)
+            yield dataset[batch]
+
+    monkeypatch.setattr(loader, "_decode_here", decode)
+    monkeypatch.setattr(loader, "_decode_apart", lambda dataset, batches, workers, pin: map(dataset.get, batches))
+    assert list(load_stream(Sums(), iter(batches), 2, few)) == [6, 0, 9, 6]
+    assert len(decoded_here) == min(here, 4)
+    decoded_here.clear()
+    assert list(load_stream(Sums(), iter(batches), 0)) == [6, 0, 9, 6]
+    assert decoded_here == batches
+
+
+class Sums(Dataset[int]):
+    def __getitem__(self, batch: Sequence[int]) -> int:
+        return sum(batch)
+
+    get = __getitem__
 
 
 DECODING = """

@@ -11,7 +11,7 @@ from PIL import Image
 from nacpipe.benchmarks.lists import read_list
 from nacpipe.benchmarks.standard import Benchmark, Split, Transform
 from nacpipe.cache import open_cache
-from nacpipe.detector.predict import find_images
+from nacpipe.detector.shards import find_paths
 from nacpipe.errors import ImageError
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
@@ -25,7 +25,7 @@ PLACES = ["id/val", "csid/x", "ood/val", "ood/far/x", "score"]
 def names(place: str, root: Path) -> list[str]:
     """The images of the folder root/set, as paths below it."""
     if place == "score":
-        return [path.relative_to(root / "set").as_posix() for path in find_images([root / "set"])]
+        return [path.relative_to(root / "set").as_posix() for path in find_paths([root / "set"])]
     transform = Transform(resize=8, crop=8, mean=(0.5,), std=(0.5,))
     split = Split(name=place, source="set", kind="folders")
     splits = (Split(name="id/train", source="train.txt"), split)
@@ -82,10 +82,10 @@ def test_score_takes_what_is_named_by_hand(tmp_path: Path) -> None:
     """A hidden file or folder that somebody names is meant; order is that of the arguments."""
     touch(tmp_path, "b/2.png", "b/1.png", ".a/1.png", ".a/.2.png", "._c.png")
     given = [tmp_path / "b", tmp_path / ".a", tmp_path / "._c.png"]
-    assert find_images(given) == [tmp_path / name for name in ("b/1.png", "b/2.png", ".a/1.png", "._c.png")]
+    assert find_paths(given) == [tmp_path / name for name in ("b/1.png", "b/2.png", ".a/1.png", "._c.png")]
     touch(tmp_path, "empty/._a.png")
     with pytest.raises(ImageError, match=rf"^there is no image in {tmp_path}/empty; known endings: \.bmp, "):
-        find_images([tmp_path / "empty"])
+        find_paths([tmp_path / "empty"])
 
 
 def test_a_cache_holds_the_images_behind_links(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_curve
 
 from nacpipe.errors import ValuesError
-from nacpipe.method.metrics import Detection, Scores, accuracy, detect, roc_curve
+from nacpipe.method.metrics import Detection, Scores, accuracy, auroc_error, detect, roc_curve
 from tests import oracle
 
 # Few distinct values, so that ties are common, mixed with any.
@@ -48,6 +48,13 @@ def by_openood(id_scores: Scores, ood_scores: Scores) -> Detection:
 def test_metrics_are_the_oracles(id_scores: Scores, ood_scores: Scores) -> None:
     expected = by_the_oracle(id_scores, ood_scores)
     np.testing.assert_allclose(astuple(detect(id_scores, ood_scores)), astuple(expected), rtol=1e-12, atol=1e-15)
+
+
+def test_the_standard_error_of_an_auroc() -> None:
+    """Hanley and McNeil 1982 print 0.893 and 0.032 for 58 and 51 cases; one sample of each side is a coin."""
+    assert auroc_error(0.893, 51, 58) == pytest.approx(0.0325, abs=5e-5)
+    assert auroc_error(0.5, 1, 1) == 0.5
+    assert auroc_error(1.0, 10, 10) == 0.0
 
 
 @pytest.mark.parametrize("decimals", [16, 2, 1, 0])  # fewer decimals, more ties

@@ -295,7 +295,7 @@ def test_another_gpu_than_the_named_one_is_told(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_ranks_gpu_is_its_processs_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     current: list[torch.device] = []
-    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: torch.empty(size))
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert find_device("cuda:0", 1, 2) == torch.device("cuda:1")
     assert find_device("cuda:1", 0, 1) == torch.device("cuda:1")

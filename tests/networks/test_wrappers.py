@@ -287,6 +287,6 @@ def test_a_frozen_script_has_no_weights_to_be_known_by(detector_file: Path) -> N
 
 def test_a_module_without_an_evaluation_mode_is_refused() -> None:
     program = torch.export.export(digits(), (torch.zeros(2, 1, 28, 28),)).module()
-    message = r"^GraphModule cannot be put in evaluation mode: .*; give the network as a torch\.nn\.Module$"
+    message = r"^GraphModule cannot be put in evaluation mode: .*; give the network as a torch\.nn\.Module, a program"
     with pytest.raises(InputError, match=message):
         fit_detector(program, PARAMS, [torch.zeros(2, 1, 28, 28)], {})

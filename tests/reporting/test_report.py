@@ -144,9 +144,10 @@ def test_the_page_of_one_cache(place: Path) -> None:
         asked = [f"{place}/s0.zarr", "--against", best, "--resamples", str(COMPARED_DRAWS)]
         found = rows_of(asked).query("dataset == 'mean' and metric == 'auroc'").set_index(["task", "group"])
         points, low, high = (100 * found.loc[(task, group), key] for key in ("difference", "low", "high"))
+        interval = f"{low:+.2f} to {high:+.2f}".replace("-", "−")
         assert (
             f": {abs(points):.2f} points {'above' if points >= 0 else 'below'} {best}, the best other method; with"
-            f" other images {low:+.2f} to {high:+.2f} (95% interval)"
+            f" other images {interval} (95% interval)"
         ) in page.text
     assert "is not what id/test of" in page.text  # the cache's images are made up
     for line in (f"nacpipe extract digits --cache {place}/s0.zarr", f"nacpipe search {place}/s0.zarr --space paper\n"):
@@ -385,6 +386,39 @@ def test_a_browser_draws_it(place: Path, tmp_path: Path, width: int) -> None:
         assert min(right - left, bottom - top) > 100
         assert bottom < image.height
         assert len(image.crop((left, top, right, bottom)).getcolors(2**24) or []) > 50
+
+
+ROWS = """<script>addEventListener("load", () => {
+  for (const fold of document.querySelectorAll("details")) fold.open = true;
+  for (const wide of document.querySelectorAll(".wide")) wide.scrollLeft = 1000;
+  const rows = [...document.querySelectorAll(".board tr")].filter(row => row.querySelector(".m2"));
+  const found = rows.map(row => [...row.querySelectorAll("th[scope=row], .m1, .m2")].map(cell => {
+    const b = cell.getBoundingClientRect(); return [b.left, b.right, cell.scrollWidth - cell.clientWidth]; }));
+  const scrolled = Math.max(...[...document.querySelectorAll(".wide")].map(wide => wide.scrollLeft));
+  parent.postMessage(JSON.stringify([scrolled, found]), "*");
+});</script>"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("runs", [["s0.zarr"], ["s0.zarr", "s1.zarr"]])
+def test_names_and_means_stay_side_by_side_while_the_sets_scroll(place: Path, tmp_path: Path, runs: list[str]) -> None:
+    done = nacpipe("report", *(f"{place}/{name}" for name in runs), "--output", f"{tmp_path}/page.html")
+    assert done.exit_code == 0, done.stderr
+    page = (tmp_path / "page.html").read_text("utf-8")
+    (tmp_path / "measured.html").write_text(page.replace("</body>", f"{ROWS}</body>"), "utf-8")
+    (tmp_path / "frame.html").write_text(FRAME % 400)
+    dom, _ = browse(tmp_path / "frame.html", "--dump-dom", "--virtual-time-budget=20000", width=1600, height=3000)
+    found = re.search(r"<body>(\[.*?\])</body>", dom)
+    assert found is not None, dom[-500:]
+    scrolled, rows = json.loads(found[1])
+    assert scrolled > 20
+    cells = [row for row in rows if len(row) == 3]  # rows of heads have no name of their own
+    assert len(cells) == 4 * 2 * 4  # near and far, also of the full spectrum, AUPR too: NAC and three others
+    for name, first, second in cells:
+        assert name[1] == pytest.approx(first[0], abs=0.6)
+        assert first[1] == pytest.approx(second[0], abs=0.6)
+        assert second[1] < 400
+    assert all(overflow <= 0 for row in rows for _, _, overflow in row)  # nothing is cut off
 
 
 @pytest.mark.browser

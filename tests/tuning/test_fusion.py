@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from nacpipe.cache import Cache
 from nacpipe.errors import InputError
 from nacpipe.method.cross_validation import cluster_folds, cross_validate, image_folds
 from nacpipe.method.feature_scores import FEATURE_SCORES
+from nacpipe.method.metrics import auroc
+from nacpipe.tuning.explain import explain
 from nacpipe.tuning.request import SearchRequest, SearchResult
 from nacpipe.tuning.runner import run
 from nacpipe.tuning.study import Search
@@ -91,6 +94,25 @@ def test_layers_and_weights_of_other_spaces(small_cache: Cache, tmp_path: Path) 
     assert fused.params.fused is not None and fused.params.fused.weight > 0
     same = [{**vars_of(layer), "weight": None} for layer in fused.params.layers.values()]
     assert same == [{**vars_of(layer), "weight": None} for layer in plain.params.layers.values()]
+
+
+def test_what_a_feature_score_is_worth_is_explained(chosen: tuple[Search, SearchResult]) -> None:
+    """Its row is the last: alone it is its AUROC, without it the coverage's."""
+    made, result = chosen
+    plain = run(Search(replace(made.request, fuse="none")))
+    made.cross_validate()  # which the study holds for the last --fuse alone
+    found = explain(made)
+    fused = result.params.fused
+    assert fused is not None and found.fused == fused
+    scores = made.objective.evaluator.standardise_fused(fused.method)[1]
+    val, ood = (scores[made.objective.scorer.rows[name]] for name in ("id/val", "ood/val"))
+    assert found.layers.iloc[-1].to_dict() == {
+        "layer": fused.method,
+        "weight": fused.weight,
+        "alone": auroc(val, ood),
+        "without": plain.checks.val_auroc,
+    }
+    assert fused.describe().startswith(f"{fused.method} is no coverage but a score of the last layer's input, ")
 
 
 def vars_of(layer: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 import nacpipe
 from nacpipe.cache import Cache
 from nacpipe.errors import InputError
-from nacpipe.scoring.term_index import TermIndexer
+from nacpipe.scoring.term_index import IndexBuilder
 from nacpipe.tuning import runner
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.storage import open_storage
@@ -214,8 +214,8 @@ def test_every_term_is_sorted_once_whatever_the_sampler(small_cache: Cache, monk
     """In the default space too, whose terms our own sampler tries one by one."""
     objective = nacpipe.Objective(small_cache)
     made: list[str] = []
-    make = TermIndexer.index
-    monkeypatch.setattr(TermIndexer, "index", lambda self, term: made.append(term.name) or make(self, term))
+    make = IndexBuilder.index
+    monkeypatch.setattr(IndexBuilder, "index", lambda self, term: made.append(term.name) or make(self, term))
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=1))
     study.optimize(objective, n_trials=3)
     assert sorted(made) == sorted(objective.space)
