@@ -57,11 +57,12 @@ from nacpipe.method.fitted_term import FittedTerm, fit_term
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.models import find_model
+from nacpipe.networks.precision import AUTOCAST, choose_format, computing, laid_out, products
 from nacpipe.networks.taps import Tapped, Taps, find_penultimate, freeze
 
 SIDE = {"resnet20": 32, "resnet50": 224, "vit_b_16": 224, "swin_t": 224}  # pixels
 CLASSES = {"resnet20": 10}
-PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "tf32": None, "bf16": torch.bfloat16}
+PRECISIONS = ("fp32", "tf32", "bf16")
 NOT_MEASURED = "not measured"
 
 
@@ -162,8 +163,9 @@ class Bench:
         tapped, row, layers = copy.deepcopy(plain), find_model(model), layers_of(model)
         penultimate = find_penultimate(plain, layers, row.classifier, images[:2])
         for precision in PRECISIONS:
-            with arithmetic(precision):
-                seconds = self._against_bare(tapped, plain, images, model, penultimate, PRECISIONS[precision])
+            memory_format = choose_format(precision, self.device)
+            with computing(tapped, precision, memory_format), laid_out(plain, memory_format):
+                seconds = self._against_bare(tapped, plain, images, model, penultimate, precision)
             rate = self.sizes.batch / statistics.median(seconds["ours"])
             yield Row(
                 what=f"{model}, {precision}, batch {self.sizes.batch}: ours against bare passes",
@@ -178,15 +180,15 @@ class Bench:
         images: Tensor,
         model: str,
         penultimate: Set[str],
-        dtype: torch.dtype | None,
+        precision: str,
     ) -> dict[str, list[float]]:
         layers, classifier = layers_of(model), find_model(model).classifier
 
         def both_passes() -> None:
-            with half(self.device, dtype):
+            with half(self.device, AUTOCAST[precision]):
                 bare(plain, layers[-1], images)
 
-        with Taps(tapped, layers, classifier, penultimate=penultimate, autocast=dtype) as taps:
+        with Taps(tapped, layers, classifier, penultimate=penultimate, precision=precision) as taps:
             return self.measure({"ours": lambda: taps(images), "bare": both_passes})
 
     def detector(self) -> Iterator[Row]:
@@ -357,12 +359,8 @@ class Bench:
             torch.cuda.empty_cache()
 
     def placed(self, model: str) -> tuple[nn.Module, Tensor]:
-        """Return a network and a batch on the device, in the memory format that extraction chooses there."""
-        network, images = build(model, self.device), noise(model, self.sizes.batch).to(self.device)
-        if self.device.type == "cuda":
-            network.to(memory_format=torch.channels_last)
-            images = images.contiguous(memory_format=torch.channels_last)
-        return network, images
+        """Return a network and a batch on the device."""
+        return build(model, self.device), noise(model, self.sizes.batch).to(self.device)
 
     def extract(
         self,
@@ -489,19 +487,8 @@ def layers_of(model: str) -> list[LayerSpec]:
 
 def tap(model: str, network: nn.Module, images: Tensor) -> Tapped:
     """Return the states of images, in float32 without TF32."""
-    with arithmetic("fp32"), Taps(network, layers_of(model), find_model(model).classifier) as taps:
+    with products("fp32"), Taps(network, layers_of(model), find_model(model).classifier) as taps:
         return taps(images)
-
-
-@contextlib.contextmanager
-def arithmetic(precision: str) -> Iterator[None]:
-    """Allow TF32 in products and convolutions for tf32 alone."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
 def half(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:

@@ -27,6 +27,14 @@ def comparable_fields(other: Identity, identity: Identity) -> dict[str, Any]:
     return {key: value for key, value in identity.items() if key in other or key not in OPTIONAL_FIELDS}
 
 
+def stored_precision(identity: Identity) -> str:
+    """Return the precision of a cache's states: fp32, tf32, bf16 or fp16."""
+    if (dtype := identity.get("dtype", "float32")) != "float32":
+        return str(dtype)
+    arithmetic = identity.get("arithmetic")
+    return "tf32" if isinstance(arithmetic, Mapping) and arithmetic.get("tf32") is True else "fp32"
+
+
 def diff(stored: Identity, wanted: Identity) -> list[str]:
     """Return one phrase per value that differs: `weights: stored 3f2a…, now 9c1d…`; nested keys are joined by dots."""
     phrases: list[str] = []

@@ -42,10 +42,10 @@ class ExtractOptions:
     batch_size: int = 128
     device: str = "auto"
     allow_truncated: bool = False
-    autocast: str = "none"
-    """none or bf16: the type that the network runs in."""
-    channels_last: bool | None = None
-    """Memory format; None means on CUDA."""
+    decoder: str = "pillow"
+    """pillow, torchvision or nvjpeg: what decodes JPEGs."""
+    precision: str = "fp32"
+    """fp32, tf32, bf16 or fp16: what the network computes in."""
     mantissa_bits: int = ALL_BITS
     """Bits of mantissa to keep of activations, gradients and features."""
     block_rows: int | None = None
@@ -68,6 +68,7 @@ class ExtractOptions:
         """
         if not isinstance(value, Mapping):
             raise ValueError("options are not an object")
+        value = _of_today(value)
         unknown, lacking = value.keys() - _TYPES.keys(), {"benchmark", "model"} - value.keys()
         if unknown or lacking:
             raise ValueError(f"unknown options {sorted(unknown)}, lacking options {sorted(lacking)}")
@@ -81,14 +82,20 @@ class ExtractOptions:
 
 
 _TYPES: Mapping[str, tuple[type, ...]] = {  # of the JSON values
-    **dict.fromkeys(("benchmark", "model", "device", "autocast"), (str,)),
+    **dict.fromkeys(("benchmark", "model", "device", "decoder", "precision"), (str,)),
     **dict.fromkeys(("checkpoint", "weights_transform", "data_root"), (str, NoneType)),
     **dict.fromkeys(("layers", "poolings"), (list,)),
     **dict.fromkeys(("train_images", "train_seed", "batch_size", "mantissa_bits"), (int,)),
     **dict.fromkeys(("block_rows", "shard_blocks"), (int, NoneType)),
     **dict.fromkeys(("allow_truncated", "gradient"), (bool,)),
-    "channels_last": (bool, NoneType),
 }
+
+
+def _of_today(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with `precision` in place of what an earlier nacpipe recorded; the identity has the rest."""
+    kept = {name: entry for name, entry in value.items() if name not in ("autocast", "channels_last")}
+    autocast = value.get("autocast", "none")
+    return kept if autocast == "none" else {"precision": autocast, **kept}
 
 
 def _to_json(value: Any) -> Any:
@@ -127,7 +134,7 @@ def format_command(options: ExtractOptions, cache: str | Path) -> str:
         if field.name == "poolings":
             words += [word for layer, pooling in value for word in ("--pooling", f"{layer}={pooling}")]
         elif isinstance(value, bool):
-            words.append(flag if value else "--contiguous" if field.name == "channels_last" else f"--no-{field.name}")
+            words.append(flag if value else f"--no-{field.name}")
         else:
             words += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
     return command_line(*words, "--cache", cache)

@@ -12,10 +12,12 @@ rows are on the disk (fsync), so that a power cut has the effect of a kill.
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,11 @@ from numcodecs import BitRound
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
-from nacpipe.cache.address import holds_cache, is_empty, open_store
+from nacpipe.cache.address import Objects, holds_cache, is_empty, open_store
 from nacpipe.cache.consolidated import consolidate
 from nacpipe.cache.digest import split_digest
 from nacpipe.cache.durability import sync_files, writing
-from nacpipe.cache.identity import comparable_fields, diff
+from nacpipe.cache.identity import comparable_fields, diff, stored_precision
 from nacpipe.cache.keys import is_draft, is_own_draft, list_own, own_keys, remove_own
 from nacpipe.cache.layout import (
     ALL_BITS,
@@ -154,6 +156,16 @@ class CacheWriter:
             group.attrs["written"] = True
             self._sync("classifier/zarr.json")
             consolidate(self.root, self.header, self.path)
+
+    def add_information(self, values: Mapping[str, Any]) -> None:
+        """Add values to the root's information, which is never compared; not while a split is sealed."""
+        with writing(self.path):
+            objects = Objects(self.path)
+            content = json.loads(objects.read("zarr.json") or b"{}")
+            header = replace(self.header, information={**self.header.information, **values})
+            content["attributes"] = header.to_attributes()
+            objects.replace("zarr.json", json.dumps(content, separators=(",", ":")).encode())
+            self.header = header
 
     def prepare(
         self,
@@ -386,13 +398,15 @@ def _remedy(stored: Mapping[str, Any], differences: Sequence[str], python: bool)
     arithmetic = stored.get("arithmetic", {})
     known = {
         "arithmetic.device": spell_option("device", str(arithmetic.get("device")), python=python),
-        "arithmetic.memory_format": f"--{str(arithmetic.get('memory_format')).replace('_', '-')}",
-        "arithmetic.tf32": f"TF32 (torch.backends, in the network's file) {'on' if arithmetic.get('tf32') else 'off'}",
+        **dict.fromkeys(
+            ("dtype", "arithmetic.tf32"), spell_option("precision", stored_precision(stored), python=python)
+        ),
+        "decoder": spell_option("decoder", str(stored.get("decoder", "pillow")), python=python),
         "source": "the network's file, and what it imports from its folder, as they were",
     }
-    if "arithmetic.device" in differ:
-        differ.discard("arithmetic.memory_format")  # it depends on the device
-    options = [text for key, text in known.items() if key in differ]
+    if differ & {"arithmetic.device", "arithmetic.tf32", "dtype"}:
+        differ.discard("arithmetic.memory_format")  # which follows from them
+    options = list(dict.fromkeys(text for key, text in known.items() if key in differ))
     same = "the same network, layers and options" if python else "the same options"
     return ", ".join(options + [same] * bool(differ.difference(known)))
 

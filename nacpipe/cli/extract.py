@@ -8,13 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nacpipe.cli.output import Address, Progress, format_bytes, note, print_json, print_table, split_layers, split_names
+from nacpipe.cli.output import (
+    Address,
+    Progress,
+    format_bytes,
+    note,
+    percent,
+    print_json,
+    print_table,
+    split_layers,
+    split_names,
+)
 from nacpipe.files import is_url
 from nacpipe.text import command_line
 
 if TYPE_CHECKING:
     from nacpipe.extraction.distributed import Ranks
     from nacpipe.extraction.plan import Plan
+    from nacpipe.extraction.profile import Profile
     from nacpipe.extraction.request import ExtractRequest
 
 
@@ -79,10 +90,12 @@ def extract_options(command: Any) -> Any:
         click.option("--redo", callback=split_names, metavar="A,B",
                      help="Drop these finished splits and extract them again."),
         click.option("--allow-truncated", is_flag=True, help="Load truncated images as OpenOOD does."),
+        click.option("--decoder", default="pillow", show_default=True, metavar="pillow|torchvision|nvjpeg",
+                     help="What decodes JPEG files; Pillow whatever it does not take, and all other formats."),
         workers_option,
-        click.option("--autocast", default="none", show_default=True, metavar="none|bf16",
-                     help="Run the network in this type; states change in the third digit."),
-        click.option("--channels-last/--contiguous", default=None, help="Default: channels last on CUDA."),
+        click.option("--precision", default="fp32", show_default=True, metavar="fp32|tf32|bf16|fp16",
+                     help="What the network computes in: tf32, from Ampere on, and the half types are faster on a GPU;"
+                     " states change in the second or third digit."),
         click.option("--mantissa-bits", type=int, default=23, show_default=True,
                      help="Mantissa bits to store; 10 take half the space."),
         click.option("--block-rows", type=int, metavar="N",
@@ -102,8 +115,9 @@ def extract_options(command: Any) -> Any:
 @click.command()
 @extract_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--profile", is_flag=True, help="Print at the end where the time went, and what binds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
-def extract(dry_run: bool, as_json: bool, **asked: Any) -> None:
+def extract(dry_run: bool, profile: bool, as_json: bool, **asked: Any) -> None:
     """Run a network over BENCHMARK's images once and write its states to a cache.
 
     BENCHMARK is digits, cifar10, cifar100, imagenet200, imagenet, or your own FILE.toml. Stopped at any moment, the
@@ -121,7 +135,8 @@ def extract(dry_run: bool, as_json: bool, **asked: Any) -> None:
     if dry_run:
         print_plans([plan_extraction(request, dry=True) for request in requests], as_json)
         return
-    if not extract_requests(requests):
+    profiles: dict[str, Profile] = {}
+    if not extract_requests(requests, profiles if profile else None):
         return  # another process of the same torchrun prints the result
     from nacpipe.cache import open_cache
     from nacpipe.cli.inspect import print_splits
@@ -129,13 +144,19 @@ def extract(dry_run: bool, as_json: bool, **asked: Any) -> None:
 
     frames = {str(request.cache): summarise_splits(open_cache(request.cache)) for request in requests}
     if as_json:
-        results = [{"cache": cache, "splits": frame.to_dict("records")} for cache, frame in frames.items()]
+        results = [
+            {"cache": cache, "splits": frame.to_dict("records")}
+            | ({"profile": profiles[cache].to_json()} if cache in profiles else {})
+            for cache, frame in frames.items()
+        ]
         print_json(results if len(results) > 1 else results[0])
         return
     for cache, frame in frames.items():
         if len(frames) > 1:
             click.echo(f"{cache}")
         print_splits(frame)
+        if cache in profiles:
+            _print_profile(profiles[cache])
         note(f"next: {command_line('search', cache)}")
 
 
@@ -193,35 +214,54 @@ def _address(cache: str) -> str | Path:
     return cache if is_url(cache) else Path(cache)
 
 
-def extract_requests(requests: Sequence[ExtractRequest]) -> bool:
-    """Plan and extract with progress on stderr; return whether this process is the one that prints the result."""
+def _print_profile(profile: Profile) -> None:
+    click.echo(f"\n{profile.summary('images')}")
+    print_table(
+        ("stage", "where", "seconds", "share %"),
+        [(s.name, s.where, f"{s.seconds:.2f}", percent(s.share, 1)) for s in profile.stages()],
+        left=2,
+    )
+
+
+def extract_requests(requests: Sequence[ExtractRequest], profiles: dict[str, Profile] | None = None) -> bool:
+    """Plan and extract with progress on stderr; return whether this process is the one that prints the result.
+
+    Args:
+        requests: one for each cache.
+        profiles: gets cache → where the time of this process went; None: it is not measured.
+    """
     from nacpipe.extraction.distributed import join_ranks, leave_ranks
 
     ranks = join_ranks()
     try:
         for request in requests:
-            _extract_one(request, ranks)
+            _extract_one(request, ranks, profiles)
     finally:
         leave_ranks()
     return ranks.first
 
 
-def _extract_one(request: ExtractRequest, ranks: Ranks) -> None:
+def _extract_one(request: ExtractRequest, ranks: Ranks, profiles: dict[str, Profile] | None) -> None:
     from nacpipe.extraction.pipeline import choose_blocks
     from nacpipe.extraction.pipeline import extract as run_plan
     from nacpipe.extraction.plan import plan_extraction
+    from nacpipe.extraction.profile import Profile
 
     plan = plan_extraction(request, ranks=ranks)
     for text in plan.notes if ranks.first else ():
         note(text)
     plan = choose_blocks(plan, ranks, note)
+    profile = None
+    if profiles is not None:
+        profile = profiles[str(request.cache)] = Profile(plan.network.device)
     with _progress(plan, ranks) as progress:
-        run_plan(plan, lambda split, rows: progress.step(rows, split), ranks, progress.note)
+        run_plan(plan, lambda split, rows: progress.step(rows, split), ranks, progress.note, profile)
 
 
 def _progress(plan: Plan, ranks: Ranks) -> Progress:
     """Return the progress of the first process's share; of a process alone, with what was done before."""
-    todo = {split.images.name: plan.todo_of(split, ranks) for split in plan.splits if ranks.first and not split.sealed}
+    rows = plan.todo(ranks) if ranks.first else {}
+    todo = {split.images.name: rows[split.images.name] for split in plan.splits if ranks.first and not split.sealed}
     before = {s.images.name: s.rows - todo[s.images.name] for s in plan.splits if ranks.alone and s.images.name in todo}
     return Progress("extract", {name: rows + before.get(name, 0) for name, rows in todo.items()}, before)
 

@@ -170,8 +170,8 @@ class Exported:
         identity, information = (_object(data, name) for name in ("identity", "information"))
         if not (isinstance(weights := identity.get("weights"), str) and _SHA256.fullmatch(weights)):
             raise DetectorError(f"the sha256 of its network's weights is {_show(weights)}")
-        if (dtype := identity.get("dtype")) not in ("float32", "bf16"):
-            raise DetectorError(f"its network's dtype is {_show(dtype)}; known: float32, bf16")
+        if (dtype := identity.get("dtype")) not in ("float32", "bf16", "fp16"):
+            raise DetectorError(f"its network's dtype is {_show(dtype)}; known: float32, bf16, fp16")
         if (given := identity.get("outputs", "logits")) not in OUTPUTS:
             raise DetectorError(f"its network gives {_show(given)}; known: {', '.join(OUTPUTS)}")
         given_input = identity.get("input")

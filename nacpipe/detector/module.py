@@ -11,7 +11,7 @@ computes for an image may, in its last bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nacpipe.benchmarks.standard import Transform
 from nacpipe.cache import Cache, LayerSpec, as_cache
-from nacpipe.cache.identity import diff
+from nacpipe.cache.identity import diff, stored_precision
 from nacpipe.cache.layout import ALL_BITS
 from nacpipe.detector.calibration import Calibration, calibrate_scores
 from nacpipe.detector.count import count_coverage
@@ -34,7 +34,6 @@ from nacpipe.detector.graph import DetectorGraph
 from nacpipe.detector.runtimes import EXAMPLES, RuntimeCheck, write_onnx, write_program
 from nacpipe.detector.values import round_bits, select_values
 from nacpipe.errors import DetectorError, InputError, ValuesError
-from nacpipe.extraction.request import AUTOCAST
 from nacpipe.extraction.samples import split_label
 from nacpipe.method.coverage import combine_layers, layer_score
 from nacpipe.method.feature_scores import FittedFusion
@@ -43,6 +42,7 @@ from nacpipe.method.params import NacParams
 from nacpipe.networks.call import PLAIN_CALL, Call, Mask, device_of, map_tensors, move, repeat_samples
 from nacpipe.networks.checkpoints import hash_network
 from nacpipe.networks.poolings import POOLINGS
+from nacpipe.networks.precision import FP32, deterministic, products
 from nacpipe.networks.taps import Tapped, Taps, find_penultimate, isolated
 from nacpipe.networks.trial import run_trial_batch
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
@@ -83,7 +83,7 @@ class Detector(nn.Module):
         like: Any = None,
         *,
         threshold: float = -np.inf,
-        autocast: torch.dtype | None = None,
+        precision: str = FP32,
         mantissa_bits: int = ALL_BITS,
         name: str = "",
         outputs: str | None = None,
@@ -100,7 +100,7 @@ class Detector(nn.Module):
             like: the network's arguments for a few samples of the kind to come, of any content, on its device; they are
                 run to see whether all fits. None: the first batch is.
             threshold: the lowest score that counts as ID; by default nothing is flagged.
-            autocast: the half type that the states were counted in.
+            precision: that the states were counted in.
             mantissa_bits: of the mantissa of activations and gradients, if the cache rounded them.
             name: the network's, for messages.
             outputs: what the network gives, as the cache had it; None finds it out.
@@ -123,7 +123,7 @@ class Detector(nn.Module):
             [*(fitted.params.weight for fitted in terms), *([] if fused is None else [fused.params.weight])]
         )
         self._lookups = [Lookup(fitted) for fitted in terms]
-        self._autocast, self._mantissa_bits = autocast, mantissa_bits
+        self._precision, self._mantissa_bits = precision, mantissa_bits
         for spec in taps:
             if spec.pooling not in POOLINGS:
                 raise DetectorError(f"layer {spec.name!r}: pooling {spec.pooling!r} is not known")
@@ -169,9 +169,11 @@ class Detector(nn.Module):
             DetectorError: the detector takes no images that nacpipe prepares.
         """
         from nacpipe.extraction.dataset import build_transform  # torchvision
+        from nacpipe.extraction.decoder import stored_decoder
         from nacpipe.extraction.image_file import decode_image
 
-        return build_transform(self.exported.transform)(decode_image(content, "the image"))
+        decoder = stored_decoder(self.exported.identity, find_device_and_dtype(self.network)[0])
+        return build_transform(self.exported.transform)(decode_image(content, "the image", decoder=decoder))
 
     def forward(self, batch: Any) -> Detected:
         """Score a batch of n samples.
@@ -497,6 +499,8 @@ class Detector(nn.Module):
         """The network with taps on the layers of the terms; arguments as those of `Taps`."""
         with (
             isolated(self.network, device),
+            products(self._precision),
+            deterministic() if device.type == "cuda" else nullcontext(),  # as the states were made
             Taps(
                 self.network,
                 self._specs,
@@ -504,7 +508,7 @@ class Detector(nn.Module):
                 penultimate=self._direct,
                 overwritten=self._overwritten,
                 outputs=self._outputs,
-                autocast=self._autocast,
+                precision=self._precision,
                 gradients=gradients,
                 call=self._call,
                 cache_layers=cache_layers,
@@ -562,8 +566,7 @@ def load_detector(file: str | Path, network: nn.Module, call: Call = PLAIN_CALL)
     """Put an exported detector on the network that it was made for.
 
     To get the scores of the cache to the last bit, do as `nacpipe score` does (docs/decisions/same-values.md): on
-    a CPU with AVX-512, set ONEDNN_MAX_CPU_ISA=AVX2 before torch's first convolution; on CUDA,
-    torch.backends.cudnn.allow_tf32 = False.
+    a CPU with AVX-512, set ONEDNN_MAX_CPU_ISA=AVX2 before torch's first convolution.
 
     Args:
         file: from `nacpipe export`.
@@ -619,7 +622,7 @@ def attach(exported: Exported, network: nn.Module, call: Call = PLAIN_CALL) -> D
         exported.taps,
         like,
         threshold=exported.threshold,
-        autocast=AUTOCAST["none" if identity["dtype"] == "float32" else identity["dtype"]],
+        precision=stored_precision(identity),
         mantissa_bits=exported.mantissa_bits,
         name=str(identity.get("architecture", "")),
         outputs=str(identity.get("outputs", "logits")),

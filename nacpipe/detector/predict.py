@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from nacpipe.detector.parts import ScoredImage, format_time
 from nacpipe.detector.shards import Shard
 from nacpipe.errors import CacheError, DetectorError, ImageError, InputError
 from nacpipe.extraction.dataset import Normalise
+from nacpipe.extraction.decoder import NVJPEG, Decoder, stored_decoder
 from nacpipe.extraction.distributed import Ranks
 from nacpipe.extraction.encoded_images import DecodedImages, EncodedBatches, EncodedImage, Unscored
 from nacpipe.extraction.loader import choose_stream_workers, load_stream
@@ -26,6 +27,7 @@ from nacpipe.extraction.request import find_device, pin_arithmetic
 from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
+from nacpipe.networks.precision import CHANNELS_LAST, FP32, arithmetic, lay_out
 from nacpipe.networks.wrappers import find_device_and_dtype
 
 
@@ -44,6 +46,8 @@ class Ready:
     """Whether the network's outputs are classes' logits or probabilities."""
     notes: tuple[str, ...] = ()
     """What to say aloud of the network's weights."""
+    decoder: Decoder = field(default_factory=Decoder)
+    """What decodes JPEGs, as it did those of the cache."""
 
     @property
     def exported(self) -> Exported:
@@ -59,7 +63,9 @@ class Ready:
         """
         exported = detector.exported
         predicts = exported.identity.get("outputs", "logits") != "features"
-        return cls(detector, exported.transform, find_device_and_dtype(detector.network)[0], predicts)
+        device = find_device_and_dtype(detector.network)[0]
+        decoder = stored_decoder(exported.identity, device)
+        return cls(detector, exported.transform, device, predicts, decoder=decoder)
 
 
 def prepare(
@@ -84,7 +90,9 @@ def prepare(
     """
     exported = read_detector(file)
     pin_arithmetic()
-    return attach_network(exported, str(file), model, checkpoint, find_device(device, ranks.local, ranks.local_world))
+    place = find_device(device, ranks.local, ranks.local_world)
+    with arithmetic(FP32):  # as extraction looks at a network
+        return attach_network(exported, str(file), model, checkpoint, place)
 
 
 def attach_network(
@@ -99,6 +107,9 @@ def attach_network(
     benchmark = known or Benchmark(name="its own", classes=exported.classes, transform=exported.transform, splits=())
     benchmark = replace(benchmark, transform=exported.transform)
     network = load_network(row, benchmark, checkpoint, device, "benchmark")
+    before = exported.identity.get("arithmetic")
+    if isinstance(before, Mapping) and (before.get("memory_format"), device.type) == (CHANNELS_LAST, "cuda"):
+        lay_out(network.module)  # as the states were made
     try:
         detector = attach(exported, network.module)
     except DetectorError as error:
@@ -193,8 +204,11 @@ def score_shards(
             if batch.last:
                 return
 
-    processes, few = choose_stream_workers(options.workers, ready.transform.crop, options.local_world)
-    decoded = load_stream(EncodedBatches(ready.transform), read(), processes, few, pin=ready.device.type == "cuda")
+    asked = 0 if ready.decoder.name == NVJPEG else options.workers  # one process has the GPU
+    processes, few = choose_stream_workers(asked, ready.transform.crop, options.local_world)
+    decoded = load_stream(
+        EncodedBatches(ready.transform, ready.decoder), read(), processes, few, pin=ready.device.type == "cuda"
+    )
     with closing(decoded):
         for shard in shards:
             yield shard, rows()

@@ -26,6 +26,7 @@ from nacpipe.benchmarks.standard import Benchmark, Split, Transform
 from nacpipe.benchmarks.subset import choose_balanced
 from nacpipe.benchmarks.synthetic import Synthesis
 from nacpipe.errors import ImageError, InputError
+from nacpipe.extraction.decoder import Decoder
 from nacpipe.extraction.image_file import read_image
 from nacpipe.extraction.torchvision_sets import open_vision
 
@@ -97,8 +98,9 @@ def open_images(
     train_images: int,
     train_seed: int,
     allow_truncated: bool = False,
+    decoder: Decoder = Decoder(),  # noqa: B008 (a frozen record)
 ) -> ImageSet | None:
-    """Return a split's images, or None if its list does not exist.
+    """Return a split's images, or None if its list does not exist; `decoder` is for files of lists and folders.
 
     Raises:
         ImageError: the list is malformed, naming file and line.
@@ -112,6 +114,7 @@ def open_images(
             train_images=train_images,
             train_seed=train_seed,
             allow_truncated=allow_truncated,
+            decoder=decoder,
         )
         return None if base is None else _synthesise(base, split, benchmark)
     notes: list[str] = []
@@ -126,7 +129,7 @@ def open_images(
         listed = read_list(benchmark, split, data_root)
         if listed is None:
             return None
-        open_one, labels, sha256 = _opener(listed, allow_truncated), listed.labels, listed.sha256
+        open_one, labels, sha256 = _opener(listed, allow_truncated, decoder), listed.labels, listed.sha256
         if listed.source != source:
             notes.append(f"{split.name}: there is no {source}, so {listed.source} is used")
             source = listed.source
@@ -220,13 +223,13 @@ def _open_packaged(images: NDArray[np.uint8], row: int) -> Image.Image:
     return Image.fromarray(images[row])
 
 
-def _opener(listed: ImageList, allow_truncated: bool) -> _Opener:
-    return partial(_open_listed, listed, allow_truncated)
+def _opener(listed: ImageList, allow_truncated: bool, decoder: Decoder) -> _Opener:
+    return partial(_open_listed, listed, allow_truncated, decoder)
 
 
-def _open_listed(listed: ImageList, allow_truncated: bool, row: int) -> Image.Image:
+def _open_listed(listed: ImageList, allow_truncated: bool, decoder: Decoder, row: int) -> Image.Image:
     hint = "; --allow-truncated loads it as OpenOOD does"
-    return read_image(listed.file(row), listed.where(row), allow_truncated, hint)
+    return read_image(listed.file(row), listed.where(row), allow_truncated, hint, decoder)
 
 
 class Pixels:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from nacpipe.benchmarks.standard import Transform
 from nacpipe.errors import ImageError
 from nacpipe.extraction.dataset import Pixels
+from nacpipe.extraction.decoder import Decoder
 from nacpipe.extraction.image_file import decode_image
 
 
@@ -59,9 +60,9 @@ class DecodedImages:
 class EncodedBatches(Dataset[Any]):
     """Encoded images → their pixels."""
 
-    def __init__(self, transform: Transform) -> None:
-        """Store how images are prepared; `Normalise` does the rest."""
-        self._pixels = Pixels(transform)
+    def __init__(self, transform: Transform, decoder: Decoder = Decoder()) -> None:  # noqa: B008 (a frozen record)
+        """Store how images are decoded and prepared; `Normalise` does the rest."""
+        self._pixels, self._decoder = Pixels(transform), decoder
 
     def __getitem__(self, images: Sequence[EncodedImage]) -> DecodedImages:
         decoded = [self._decode(image) for image in images]
@@ -73,7 +74,7 @@ class EncodedBatches(Dataset[Any]):
 
     def _decode(self, image: EncodedImage) -> Tensor | ImageError:
         try:
-            return self._pixels(decode_image(image.read(), image.where))
+            return self._pixels(decode_image(image.read(), image.where, decoder=self._decoder))
         except ImageError as error:
             return ImageError(str(error))  # without the cause, which another process may not be able to make
         except (OSError, ValueError, MemoryError, Image.DecompressionBombWarning) as error:  # of the transform

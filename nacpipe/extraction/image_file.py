@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from nacpipe.errors import ImageError
+from nacpipe.extraction.decoder import Decoder
 
 # Pillow chooses the format by content and passes PostScript to Ghostscript.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
@@ -20,13 +21,19 @@ _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 
 
-def read_image(path: Path, where: str, allow_truncated: bool = False, if_truncated: str = "") -> Image.Image:
+def read_image(
+    path: Path,
+    where: str,
+    allow_truncated: bool = False,
+    if_truncated: str = "",
+    decoder: Decoder = Decoder(),  # noqa: B008 (a frozen record)
+) -> Image.Image:
     """Read and decode an image file, of at most 8 bits per value (`to_eight_bits`).
 
     Raises:
         ImageError: the file does not exist, cannot be read, or has values of unknown range; `where` names it.
     """
-    return decode_image(read_content(path, where), where, allow_truncated, if_truncated)
+    return decode_image(read_content(path, where), where, allow_truncated, if_truncated, decoder)
 
 
 def read_content(path: Path, where: str) -> bytes:
@@ -43,13 +50,21 @@ def read_content(path: Path, where: str) -> bytes:
         raise ImageError(f"{CANNOT_READ}{where}: {_first_line(error)}") from error
 
 
-def decode_image(content: bytes, where: str, allow_truncated: bool = False, if_truncated: str = "") -> Image.Image:
+def decode_image(
+    content: bytes,
+    where: str,
+    allow_truncated: bool = False,
+    if_truncated: str = "",
+    decoder: Decoder = Decoder(),  # noqa: B008
+) -> Image.Image:
     """Decode an image file's content, of at most 8 bits per value (`to_eight_bits`).
 
     Raises:
         ImageError: it cannot be read, or has values of unknown range; `where` names it.
     """
     try:
+        if (decoded := decoder.decode(content)) is not None:
+            return decoded
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         _load(image, allow_truncated)
         return to_eight_bits(image)

@@ -23,6 +23,7 @@ from nacpipe.extraction.distributed import Ranks, find_ranks
 from nacpipe.extraction.pipeline import choose_blocks
 from nacpipe.extraction.pipeline import extract as run_plan
 from nacpipe.extraction.plan import Plan, plan_splits
+from nacpipe.extraction.profile import Profile
 from nacpipe.extraction.request import DataRequest, build_header, find_device, pin_arithmetic
 from nacpipe.extraction.samples import MapSamples, StreamSamples, open_samples
 from nacpipe.extraction.synthetic_samples import make_val
@@ -30,6 +31,7 @@ from nacpipe.networks.build import adopt_module
 from nacpipe.networks.call import ATTENTION_MASK, Call, Mask, describe_input, move
 from nacpipe.networks.functions import describe_call
 from nacpipe.networks.layers import AUTO, measure_layers, name_layers
+from nacpipe.networks.precision import FP32, arithmetic, check_support
 from nacpipe.networks.taps import isolated
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
 
@@ -49,7 +51,7 @@ def extract(
     device: str | torch.device | None = None,
     batch_size: int | None = None,
     workers: int = 0,
-    precision: str = "none",
+    precision: str = FP32,
     mantissa_bits: int = ALL_BITS,
     gradient: bool = True,
     block_rows: int | None = None,
@@ -60,6 +62,7 @@ def extract(
     synthetic_val: bool = True,
     distributed: bool | None = None,
     progress: bool | Callable[[str, int], None] = True,
+    profile: bool = False,
 ) -> Cache:
     """Run a network once over the data and write every layer's states to a cache. The same call goes on after a kill.
 
@@ -85,7 +88,7 @@ def extract(
         device: where the network runs; None: where it is. It is moved back afterwards.
         batch_size: samples at once; None: the first DataLoader's, or 128.
         workers: processes that read the samples of a map-style data set; 0: this one.
-        precision: none (that of the weights), or bf16.
+        precision: fp32 (the type of the weights, float32 products exact), tf32, bf16 or fp16.
         mantissa_bits: bits of mantissa of activations, gradients and features to store, 1 to 23 (all).
         gradient: False: forward passes alone; then terms need activations.
         block_rows: rows of a block of a new cache, a multiple of `batch_size`; None: about ten seconds of work.
@@ -100,6 +103,7 @@ def extract(
             of them call this. None: where there are several. An iterable is read by the first alone.
         progress: whether a bar and notes are shown on stderr; or a function that is called with a split and a number of
             samples after every batch.
+        profile: whether the time of each stage is shown on stderr at the end: what a faster run needs.
 
     Returns:
         The cache, opened for reading.
@@ -121,7 +125,7 @@ def extract(
         cache=path,
         batch_size=_batch_size(splits) if batch_size is None else batch_size,
         redo=tuple(redo),
-        autocast=precision,
+        precision=precision,
         mantissa_bits=mantissa_bits,
         block_rows=block_rows,
         shard_blocks=shard_blocks,
@@ -132,19 +136,23 @@ def extract(
     ranks = find_ranks(distributed)
     home = find_device_and_dtype(network)[0]
     target = home if device is None else find_device(str(device), ranks.local, ranks.local_world, python=True)
-    show = _Show(progress, ranks)
+    check_support(precision, target, python=True)
+    show, measured = _Show(progress, ranks), Profile(target) if profile else None
     ranks.meet(_say)
     try:
         network.to(target)
         with isolated(network, target):
-            plan = _plan(request, network, samples, call, layers, pooling or {}, name)
+            with arithmetic(FP32):
+                plan = _plan(request, network, samples, call, layers, pooling or {}, name)
             for text in (*made_notes, *plan.notes):
                 show.note(text)
             plan = choose_blocks(plan, ranks, show.note)
             with show.bar(plan):
-                run_plan(plan, show.step, ranks, show.note)
+                run_plan(plan, show.step, ranks, show.note, measured)
     finally:
         network.to(home)
+    if measured is not None and ranks.first:
+        _say(measured.to_text())
     ranks.wait()
     return open_cache(path)
 

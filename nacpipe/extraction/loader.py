@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -39,18 +40,24 @@ AHEAD = 2  # batches, of each worker
 
 Batch = tuple[int, range]
 """A split's place, and positions in its `index`."""
+Decoded = tuple[Tensor | NacError, float]
+"""The pixels of a batch, or the error that says why there are none; and the seconds that it took."""
 
 
 class PixelBatches(Dataset[Any]):
-    """(split's place, rows) → the pixels of a batch, or the error that says why there are none."""
+    """(split's place, rows) → the pixels of a batch."""
 
     def __init__(self, sets: Sequence[ImageSet], transform: Transform) -> None:
         """Store the splits' images and how they are prepared."""
         self._sets = list(sets)
         self._pixels = [Pixels(transform, images.pre_resized) for images in sets]
 
-    def __getitem__(self, batch: Batch) -> Tensor | NacError:  # a raised error would arrive as another text
-        place, rows = batch
+    def __getitem__(self, batch: Batch) -> Decoded:
+        started = time.perf_counter()
+        found = self._decode(*batch)
+        return found, time.perf_counter() - started
+
+    def _decode(self, place: int, rows: range) -> Tensor | NacError:  # a raised error would arrive as another text
         images, pixels = self._sets[place], self._pixels[place]
         try:
             decoded = [pixels(images.open(int(images.index[row]))) for row in rows]
@@ -112,7 +119,12 @@ def _by_processes(images: ImageSet) -> bool:
 
 
 def load_batches(
-    sets: Sequence[ImageSet], batches: Sequence[Batch], transform: Transform, workers: int, pin: bool = False
+    sets: Sequence[ImageSet],
+    batches: Sequence[Batch],
+    transform: Transform,
+    workers: int,
+    pin: bool = False,
+    decoded: Callable[[float], None] = lambda seconds: None,
 ) -> Generator[Tensor, None, None]:
     """Yield the pixels of batches, (n, channels, height, width) uint8, in order.
 
@@ -122,6 +134,7 @@ def load_batches(
         transform: how images are prepared; `Normalise` does the rest.
         workers: processes; 0: none, and a thread of this one.
         pin: into page-locked memory, so that batches are copied to a GPU while it computes.
+        decoded: called with the seconds that a process or the thread needed for a batch.
 
     Raises:
         ImageError: an image cannot be read, naming file, list and line; or a process is gone.
@@ -132,7 +145,8 @@ def load_batches(
     there = _decode_apart(dataset, [batch for batch in batches if apart[batch[0]]], workers, pin)
     with closing(here), closing(there):
         for place, _ in batches:
-            found = next(there if apart[place] else here)
+            found, seconds = next(there if apart[place] else here)
+            decoded(seconds)
             if isinstance(found, NacError):
                 raise found
             yield found
@@ -171,7 +185,7 @@ def _decode_here(dataset: Dataset[Any], batches: Iterable[Any], pin: bool) -> Ge
 
     def decode(batch: Any) -> Any:
         found = dataset[batch]
-        return found.pin_memory() if pin and not isinstance(found, NacError) else found
+        return _pin(found) if pin else found
 
     waiting: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(1) as pool:
@@ -184,6 +198,13 @@ def _decode_here(dataset: Dataset[Any], batches: Iterable[Any], pin: bool) -> Ge
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pin(found: Any) -> Any:
+    """Return the same with tensors in page-locked memory."""
+    if isinstance(found, tuple):
+        return tuple(_pin(part) for part in found)
+    return found.pin_memory() if hasattr(found, "pin_memory") else found
 
 
 def _decode_apart(dataset: Dataset[Any], batches: Iterable[Any], workers: int, pin: bool) -> Generator[Any, None, None]:

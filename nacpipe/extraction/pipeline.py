@@ -5,6 +5,8 @@
     writers                                   block k ──────▶ block k + 2 ──▶
                                                  block k + 1 ──────▶ block k + 3 ──▶
 
+After a batch that exceeds the memory, all are smaller; the cache keeps the size, with which the next run begins.
+
 Memory holds a few blocks of pooled numbers and a few batches of images, for any number of images.
 
 A block of a new cache has 1, 2, 4, 8, … batches: about ten seconds of work, which a kill loses, and at most 512 rows.
@@ -18,9 +20,10 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +35,28 @@ from torch import Tensor
 from nacpipe.cache import CacheWriter, Header, open_cache
 from nacpipe.cache.layout import count_blocks
 from nacpipe.cache.lock import CacheLock
-from nacpipe.errors import CacheError, ValuesError
+from nacpipe.errors import CacheError, InputError, ValuesError
 from nacpipe.extraction.dataset import ImageSet, Normalise
+from nacpipe.extraction.decoder import NVJPEG
 from nacpipe.extraction.distributed import Ranks, WrittenUnits
 from nacpipe.extraction.loader import choose_workers, load_batches
 from nacpipe.extraction.plan import Plan, SplitPlan
+from nacpipe.extraction.profile import COPY, DECODE, NETWORK, WAIT, WRITE, WRITERS, Profile
 from nacpipe.extraction.request import BLOCK_SECONDS, ExtractRequest, choose_block_rows
 from nacpipe.extraction.samples import MapSamples, StreamSamples
-from nacpipe.networks.batch_runner import BatchRunner
+from nacpipe.networks.batch_runner import BatchRunner, Clock, name_hardware, no_clock
 from nacpipe.networks.build import classifier_weights
 from nacpipe.networks.call import name_sample
 from nacpipe.networks.checkpoints import read_stated_accuracy
+from nacpipe.networks.copies import choose_copies, copy_ahead
+from nacpipe.networks.precision import BF16, FP16
 from nacpipe.networks.taps import Tapped
 from nacpipe.text import spell_option
 
 ACCURACY_ROWS = 8192  # rows that are read at once
 BLOCKS_IN_FLIGHT = 2  # that are written while the network runs the next one
+FITS = "batch_that_fits"  # of the cache's information, after one that did not: {device, images}
+NONDETERMINISTIC = "nondeterministic"  # likewise, after operations without a deterministic algorithm: their names
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -61,6 +70,7 @@ def extract(
     progress: Progress = lambda split, rows: None,
     ranks: Ranks = Ranks(),  # noqa: B008 (a frozen record)
     note: Note = lambda text: None,
+    profile: Profile | None = None,
 ) -> None:
     """Extract as planned. After a kill, the same call continues; marked blocks are never computed again.
 
@@ -69,6 +79,7 @@ def extract(
         progress: called after every batch.
         ranks: this process among those that write the cache.
         note: called with notes: the accuracy on id/train when it is written; the size of batches if it is reduced.
+        profile: adds up where the time goes.
 
     Raises:
         ImageError: an image cannot be read, naming file, list and line.
@@ -77,7 +88,7 @@ def extract(
     """
     plan = choose_blocks(plan, ranks, note)
     with CacheLock(plan.request.cache) as lock:
-        _extract(plan, progress, ranks, note, lock)
+        _extract(plan, progress, ranks, note, lock, profile)
 
 
 def choose_blocks(plan: Plan, ranks: Ranks = Ranks(), note: Note = lambda text: None) -> Plan:  # noqa: B008
@@ -111,7 +122,7 @@ def _time_batch(plan: Plan) -> float:
         images = noise.expand(size, *noise.shape).contiguous()
     else:
         images = network.blank(size)
-    with plan.taps() as taps:
+    with plan.computing(), plan.taps() as taps:
         run = BatchRunner(
             lambda images: to_arrays(taps(images), plan.header), network.device, python=network.from_python
         )
@@ -122,7 +133,9 @@ def _time_batch(plan: Plan) -> float:
     return seconds
 
 
-def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: CacheLock) -> None:
+def _extract(
+    plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: CacheLock, profile: Profile | None
+) -> None:
     ranks.wait()  # until all have planned: nothing changes before
     if ranks.first:
         lock.take()
@@ -137,44 +150,89 @@ def _extract(plan: Plan, progress: Progress, ranks: Ranks, note: Note, lock: Cac
         lock.share()
         writer = _open_writer(plan, ranks)
     # A number and not the path, which may differ between machines, and which a run that failed has counted under.
-    written, sealing = WrittenUnits(ranks, ranks.agree(secrets.randbits(62))), threading.Lock()
+    written = WrittenUnits(ranks, ranks.agree(secrets.randbits(62)))
+    sealing = threading.RLock()  # a stream is sealed while it runs
+    clock: Clock = no_clock
+    device_name = name_hardware(plan.network.device)
+    if profile is not None:
+        clock, profile.writers = profile.time, BLOCKS_IN_FLIGHT
 
     def write(split: SplitPlan, unit: int, arrays: Arrays) -> None:
         name = split.images.name
-        writer.write_block(name, unit, arrays)
-        if written.add(name) == len(plan.units(split)):
+        with clock(WRITE):
+            writer.write_block(name, unit, arrays)
+            if written.add(name) == len(plan.units(split)):
+                with sealing:
+                    writer.seal(name)
+                    _note_accuracy(plan, name, note)
+
+    units = plan.units_of(ranks)
+    nondeterministic: set[str] = set()
+    told: dict[str, Any] = {}  # of the cache's information
+
+    def tell(key: str, value: Any) -> None:
+        if ranks.first:
+            told[key] = value
             with sealing:
-                writer.seal(name)
-                _note_accuracy(plan, name, note)
+                writer.add_information({key: value})
 
     with (
-        closing(_load_images(plan, ranks)) as images,
-        plan.taps() as taps,
+        nullcontext() if profile is None else profile.run(),
+        plan.computing(nondeterministic.add),
+        closing(_load_images(plan, units, ranks.local_world, profile)) as images,
+        plan.taps(clock) as taps,
         ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as pool,
     ):
-        prepare = _preparation(plan)
+        prepare, noted = _preparation(plan), set[str]()
+
+        def run_network(arguments: Any) -> Arrays:
+            with clock(NETWORK):
+                tapped = taps(prepare(arguments))
+            if new := nondeterministic - noted:
+                noted.update(new)
+                note(_random_order(new, plan.network.device))
+                tell(NONDETERMINISTIC, sorted(noted | _known_names(writer.header)))
+            if profile is not None:
+                profile.samples += len(tapped.logits)
+            with clock(COPY):
+                arrays = to_arrays(tapped, plan.header)
+            if plan.request.precision == FP16:
+                _check_range(arrays, plan)
+            return arrays
+
+        def note_size(text: str) -> None:
+            note(text)
+            if run.size is not None:
+                tell(FITS, {"device": device_name, "images": run.size})
+
         run = BatchRunner(
-            lambda arguments: to_arrays(taps(prepare(arguments)), plan.header),
+            run_network,
             plan.network.device,
-            note,
+            note_size,
             python=plan.network.from_python,
+            size=_known_size(writer.header, device_name),
+            clock=clock,
         )
         writing: deque[Future[None]] = deque()
         for split in plan.splits:
             if isinstance(split.images, StreamSamples):
                 if ranks.first and not split.sealed:  # it is read from its beginning, by one
                     with sealing:
-                        _run_stream(plan, split.images, run, progress, writer)
+                        _run_stream(plan, split.images, run, progress, writer, clock)
                         _note_accuracy(plan, split.images.name, note)
                 continue
-            for unit, arrays in _run_blocks(plan, split, images, ranks, run, progress):
+            for unit, arrays in _run_blocks(plan, split, units[split.images.name], images, run, progress, clock):
                 if len(writing) == BLOCKS_IN_FLIGHT:
-                    writing.popleft().result()
+                    with clock(WRITERS):
+                        writing.popleft().result()
                 writing.append(pool.submit(write, split, unit, arrays))
-        for done in writing:
-            done.result()
+        with clock(WRITERS):
+            for done in writing:
+                done.result()
     ranks.wait()
     if ranks.first and not ranks.alone:
+        if told:  # another rank that sealed a split meanwhile may have written the root without it
+            writer.add_information(told)
         writer.renew_copy()
 
 
@@ -183,6 +241,38 @@ def _open_writer(plan: Plan, ranks: Ranks) -> CacheWriter:
     if writer.header.block_rows != plan.header.block_rows:
         raise CacheError(f"{plan.request.cache} was made by another extract meanwhile; the same command goes on")
     return writer
+
+
+def _known_size(header: Header, device_name: str) -> int | None:
+    """Return the largest batch that an earlier run on such a device had memory for, or None."""
+    found = header.information.get(FITS)
+    if not isinstance(found, Mapping) or found.get("device") != device_name:
+        return None
+    images = found.get("images")
+    return images if isinstance(images, int) and images > 0 else None
+
+
+def _known_names(header: Header) -> set[str]:
+    """Return the operations without a deterministic algorithm that earlier runs met."""
+    names = header.information.get(NONDETERMINISTIC)
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+
+def _random_order(names: Set[str], device: torch.device) -> str:
+    listed = ", ".join(sorted(names))
+    return f"no deterministic algorithm on {device} for {listed}: extracted anew, states may differ in the last digits"
+
+
+def _check_range(arrays: Arrays, plan: Plan) -> None:
+    """Refuse numbers that float16 did not hold.
+
+    Raises:
+        InputError: naming the array and what to take.
+    """
+    for path, values in arrays.items():
+        if not np.isfinite(values).all():
+            bf16 = spell_option("precision", BF16, python=plan.network.from_python)
+            raise InputError(f"{path} exceeds float16's range, 65504, in fp16; take {bf16}")
 
 
 def _prepare_splits(plan: Plan, writer: CacheWriter, note: Note) -> None:
@@ -248,15 +338,18 @@ def _accuracy(path: str | Path, classes: int, samples: str = "images", stated: f
 def _run_blocks(
     plan: Plan,
     split: SplitPlan,
+    units: Sequence[int],
     images: Iterator[Tensor],
-    ranks: Ranks,
     run: BatchRunner[Arrays],
     progress: Progress,
+    clock: Clock,
 ) -> Iterator[tuple[int, Arrays]]:
-    """Yield (first block, arrays) for every unit of this rank: a block, or a shard's blocks."""
-    samples, units = split.images, [unit for of, unit in plan.work(ranks) if of is split]
+    """Yield (first block, arrays) for these units of a split: a block, or a shard's blocks."""
+    samples = split.images
     assert not isinstance(samples, StreamSamples)
-    loaded = _load(plan, samples, images, [batch for unit in units for batch in plan.batches(split, unit)])
+    batches = [batch for unit in units for batch in plan.batches(split, unit)]
+    copies = choose_copies(plan.network.device)
+    loaded = copy_ahead(_waited(_load(plan, samples, images, batches), clock), copies, clock)
     for unit in units:
         parts: list[Arrays] = []
         labels: list[NDArray[np.int64]] = []
@@ -283,23 +376,28 @@ def _preparation(plan: Plan) -> Callable[[Any], Any]:
     return lambda arguments: arguments
 
 
-def _load_images(plan: Plan, ranks: Ranks) -> Generator[Tensor, None, None]:
-    """Yield the pixels of this rank's batches of all splits of images, in order; nothing starts before the first."""
+def _load_images(
+    plan: Plan, units: Mapping[str, Sequence[int]], local_world: int, profile: Profile | None
+) -> Generator[Tensor, None, None]:
+    """Yield the pixels of the units' batches of all splits of images, in order; nothing starts before the first."""
     splits = [split for split in plan.splits if isinstance(split.images, ImageSet)]
     sets = [split.images for split in splits if isinstance(split.images, ImageSet)]
     batches = [
         (place, batch)
         for place, split in enumerate(splits)
-        for of, unit in plan.work(ranks)
-        if of is split
+        for unit in units[split.images.name]
         for batch in plan.batches(split, unit)
     ]
     if not (batches and isinstance(plan.request, ExtractRequest)):
         return
-    rows = [plan.todo_of(split, ranks) for split in splits]
+    rows = [sum(len(plan.rows_of_unit(split, unit)) for unit in units[split.images.name]) for split in splits]
     transform = plan.network.image_transform
-    workers = choose_workers(plan.request.workers, sets, rows, transform.crop, ranks.local_world)
-    yield from load_batches(sets, batches, transform, workers, pin=plan.network.device.type == "cuda")
+    asked = 0 if plan.request.decoder == NVJPEG else plan.request.workers  # one process has the GPU
+    workers = choose_workers(asked, sets, rows, transform.crop, local_world)
+    pin, decoded = plan.network.device.type == "cuda", (lambda seconds: None)
+    if profile is not None:
+        profile.decoders, decoded = max(workers, 1), partial(profile.add, DECODE)
+    yield from load_batches(sets, batches, transform, workers, pin, decoded)
 
 
 def _load(
@@ -314,30 +412,48 @@ def _load(
 
 
 def _run_stream(
-    plan: Plan, samples: StreamSamples, run: BatchRunner[Arrays], progress: Progress, writer: CacheWriter
+    plan: Plan,
+    samples: StreamSamples,
+    run: BatchRunner[Arrays],
+    progress: Progress,
+    writer: CacheWriter,
+    clock: Clock,
 ) -> None:
     """Run an iterable's batches, and write the split when its length is known; meanwhile its numbers are in a file."""
     size, blocks = plan.header.block_rows * plan.header.shard_blocks, 0
     with tempfile.TemporaryDirectory(prefix="nacpipe-") as folder:
         waiting: Arrays = {}
-        for arguments, label in samples.load(plan.header.classes):
+        loaded = _waited(samples.load(plan.header.classes), clock)
+        for arguments, label in copy_ahead(loaded, choose_copies(plan.network.device), clock):
             parts = list(run(arguments))
             batch: Arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             batch["label"] = label
             waiting = {key: np.concatenate([waiting[key], batch[key]]) if waiting else batch[key] for key in batch}
             progress(samples.name, len(label))
-            while len(waiting["label"]) >= size:
-                _save(Path(folder) / str(blocks), waiting, size)
-                waiting, blocks = {key: array[size:] for key, array in waiting.items()}, blocks + 1
+            with clock(WRITERS):
+                while len(waiting["label"]) >= size:
+                    _save(Path(folder) / str(blocks), waiting, size)
+                    waiting, blocks = {key: array[size:] for key, array in waiting.items()}, blocks + 1
         _save(Path(folder) / str(blocks), waiting, size)
         rows = blocks * size + len(waiting["label"])
         index = np.arange(rows)
-        writer.prepare(samples.name, rows, samples.identity(), index=index)
-        for block in range(count_blocks(rows, size)):
-            arrays = {key: np.load(_file(Path(folder) / str(block), place)) for place, key in enumerate(waiting)}
-            here = index[block * size : (block + 1) * size]
-            writer.write_block(samples.name, block * plan.header.shard_blocks, {**arrays, "index": here})
-    writer.seal(samples.name)
+        with clock(WRITERS):
+            writer.prepare(samples.name, rows, samples.identity(), index=index)
+            for block in range(count_blocks(rows, size)):
+                arrays = {key: np.load(_file(Path(folder) / str(block), place)) for place, key in enumerate(waiting)}
+                here = index[block * size : (block + 1) * size]
+                writer.write_block(samples.name, block * plan.header.shard_blocks, {**arrays, "index": here})
+            writer.seal(samples.name)
+
+
+def _waited(loaded: Iterator[tuple[Any, NDArray[np.int64]]], clock: Clock) -> Iterator[tuple[Any, NDArray[np.int64]]]:
+    """Yield what is loaded, and count the time until it is there."""
+    while True:
+        with clock(WAIT):
+            found = next(loaded, None)
+        if found is None:
+            return
+        yield found
 
 
 def _save(block: Path, arrays: Arrays, rows: int) -> None:
@@ -351,10 +467,21 @@ def _file(block: Path, place: int) -> Path:
 
 
 def to_arrays(tapped: Tapped, header: Header) -> Arrays:
-    """Return array path → (n, width) float32 on the CPU."""
+    """Return array path → (n, width) float32 on the CPU; from another device they come in one copy."""
     tensors = {header.layer_array(name, "activation"): value for name, value in tapped.activation.items()}
     tensors |= {header.layer_array(name, "gradient"): value for name, value in tapped.gradient.items()}
     tensors["logits"] = tapped.logits
     if tapped.features is not None:
         tensors["features"] = tapped.features
-    return {path: value.float().cpu().numpy() for path, value in tensors.items()}
+    if tapped.logits.device.type == "cpu":
+        return {path: value.float().numpy() for path, value in tensors.items()}
+    return copy_together(tensors)
+
+
+def copy_together(tensors: Mapping[str, Tensor]) -> Arrays:
+    """Return tensors of any device, (n, width) each, as float32 arrays: the device is waited for once, not for each."""
+    widths = [value.shape[1] for value in tensors.values()]
+    together = torch.cat([value.float() for value in tensors.values()], dim=1)
+    host = torch.empty(together.shape, dtype=torch.float32, pin_memory=together.device.type == "cuda")
+    columns = host.copy_(together).numpy()
+    return dict(zip(tensors, np.split(columns, np.cumsum(widths)[:-1], axis=1), strict=True))

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from nacpipe.benchmarks.lists import list_path
 from nacpipe.benchmarks.standard import Split
 from nacpipe.benchmarks.toml import choose_root, open_benchmark
-from nacpipe.cache import Header, LayerSpec, open_cache
+from nacpipe.cache import Header, open_cache
 from nacpipe.cache.address import holds_cache, open_store
 from nacpipe.cache.identity import diff
 from nacpipe.cache.layout import check_layer_names, count_blocks
@@ -25,21 +26,24 @@ from nacpipe.cache.split import SplitView
 from nacpipe.cache.writer import check_identity
 from nacpipe.errors import IdentityError, ImageError, InputError
 from nacpipe.extraction.dataset import ImageSet, open_images
+from nacpipe.extraction.decoder import Decoder, check_decoder, check_gpu
 from nacpipe.extraction.distributed import Ranks
 from nacpipe.extraction.request import (
-    AUTOCAST,
     AnyRequest,
     ExtractRequest,
     choose_block_rows,
     find_device,
     make_header,
+    name_device,
     pin_arithmetic,
 )
 from nacpipe.extraction.samples import MapSamples, StreamSamples
 from nacpipe.files import is_url
+from nacpipe.networks.batch_runner import Clock, no_clock
 from nacpipe.networks.build import Network, blank_network, load_network
 from nacpipe.networks.layers import measure_layers, name_layers
 from nacpipe.networks.models import find_model
+from nacpipe.networks.precision import CHANNELS_LAST, FORMATS, FP32, TF32, arithmetic, check_support, computing
 from nacpipe.networks.taps import Taps, find_penultimate
 from nacpipe.text import spell_option
 
@@ -130,15 +134,35 @@ class Plan:
         units = [(split, unit) for split in self.splits for unit in self.units(split)]
         return ranks.share(units, [len(self.rows_of_unit(split, unit)) for split, unit in units])
 
+    def units_of(self, ranks: Ranks) -> Mapping[str, Sequence[int]]:
+        """Return this rank's `work` by splits: every split's name → the first blocks of its units, in order."""
+        units: dict[str, list[int]] = {split.images.name: [] for split in self.splits}
+        for split, unit in self.work(ranks):
+            units[split.images.name].append(unit)
+        return units
+
+    def todo(self, ranks: Ranks) -> Mapping[str, int]:
+        """Return split's name → the samples that this rank still has to run through the network."""
+        units = self.units_of(ranks)
+        return {
+            split.images.name: sum(len(self.rows_of_unit(split, unit)) for unit in units[split.images.name])
+            for split in self.splits
+        }
+
     def todo_rows(self, ranks: Ranks) -> int:
         """Return the samples that this rank still has to run through the network."""
-        return sum(len(self.rows_of_unit(split, unit)) for split, unit in self.work(ranks))
+        return sum(self.todo(ranks).values())
 
-    def todo_of(self, split: SplitPlan, ranks: Ranks) -> int:
-        """Return the samples of a split that this rank still has to run through the network."""
-        return sum(len(self.rows_of_unit(split, unit)) for of, unit in self.work(ranks) if of is split)
+    def computing(self, found: Callable[[str], None] = lambda name: None) -> AbstractContextManager[None]:
+        """Return the context in which the network runs: precision, memory format, deterministic algorithms.
 
-    def taps(self) -> Taps:
+        Args:
+            found: called with the name of an operation that has no deterministic algorithm.
+        """
+        memory_format = self.header.identity["arithmetic"]["memory_format"]
+        return computing(self.network.module, self.request.precision, memory_format, found)
+
+    def taps(self, clock: Clock = no_clock) -> Taps:
         """Return hooks on the network's layers, with the request's options."""
         request, network = self.request, self.network
         return Taps(
@@ -148,9 +172,10 @@ class Plan:
             penultimate=self.penultimate,
             overwritten=self.overwritten,
             outputs=network.model.outputs,
-            autocast=AUTOCAST[request.autocast],
+            precision=request.precision,
             gradients=request.gradient,
             call=network.call,
+            clock=clock,
         )
 
 
@@ -176,9 +201,11 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
     exists = holds_cache(request.cache)
     if not exists:  # one of version 1 can have other names
         check_layer_names(list(name_layers(request.layers)))
-    sets, notes = _open_sets(request)
+    check_decoder(request.decoder, benchmark.packaged)
+    decoder = Decoder(name=request.decoder, device=name_device(request.device, ranks.local, ranks.local_world))
+    sets, notes = _open_sets(request, decoder)
     if not (dry or request.splits):
-        sets = _with_images(request, sets, notes)
+        sets = _with_images(request, decoder, sets, notes)
     if dry:
         network = blank_network(model, benchmark, request.checkpoint, request.weights_transform)
     else:
@@ -188,9 +215,13 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
                 f"--device {shlex.quote(request.device)} is one GPU; each of the {ranks.local_world} processes here has"
                 " its own"
             )
-        network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
+        check_gpu(request.decoder, device)
+        check_support(request.precision, device)
+        with arithmetic(FP32):  # a network's file may choose otherwise; --precision decides
+            network = load_network(model, benchmark, request.checkpoint, device, request.weights_transform)
     notes += [f"images are prepared by {network.prepared_by}: {network.image_transform.describe()}", *network.notes]
-    measured = measure_layers(network, request.layers, request.poolings, gradients=request.gradient)
+    with arithmetic(FP32):
+        measured = measure_layers(network, request.layers, request.poolings, gradients=request.gradient)
     header = make_header(request, network, measured)
     return plan_splits(request, header, network, sets, (*notes, *measured.notes), dry=dry)
 
@@ -235,7 +266,10 @@ def plan_splits(
         cache = open_cache(request.cache)
         if dry:  # weights and device are not known, and not compared
             stored_fields = {k: v for k, v in cache.header.identity.items() if k in ("weights", "arithmetic")}
+            if isinstance(before := stored_fields.get("arithmetic"), Mapping):
+                stored_fields["arithmetic"] = {**before, "tf32": request.precision == TF32}
             header = replace(header, identity={**header.identity, **stored_fields})
+        header = _keep_format(cache.header, header)
         check_identity(cache.path, cache.header, header)
         if not dry:
             _check_features(cache.path, cache.header, header, network)
@@ -276,7 +310,7 @@ def plan_splits(
         for plan in plans:
             if plan.todo and isinstance(plan.images, ImageSet):
                 plan.images.check(plan.images.index)
-        penultimate, overwritten = _prepare(request, network, header.layers)
+        penultimate, overwritten = _prepare(request, network, header)
     return Plan(
         request=request,
         header=header,
@@ -300,7 +334,9 @@ def _check_block(request: AnyRequest, header: Header) -> None:
         raise InputError(f"{option} is {header.block_rows}: {problem}; make it smaller")
 
 
-def _with_images(request: ExtractRequest, sets: Sequence[ImageSet], notes: list[str]) -> list[ImageSet]:
+def _with_images(
+    request: ExtractRequest, decoder: Decoder, sets: Sequence[ImageSet], notes: list[str]
+) -> list[ImageSet]:
     """Leave out optional sets without any image, with a note: lists come in one archive, images in many.
 
     A set that can be made from id/val is made from it.
@@ -312,7 +348,7 @@ def _with_images(request: ExtractRequest, sets: Sequence[ImageSet], notes: list[
             kept.append(images)
         elif split.optional:
             notes.append(f"{images.name}: left out, none of its {images.index.size} images is there")
-        elif split.synthetic_if_missing and (made := _open(request, benchmark.make_synthetic(split.name))):
+        elif split.synthetic_if_missing and (made := _open(request, decoder, benchmark.make_synthetic(split.name))):
             notes += [f"{images.name}: none of the {images.index.size} images of {images.source} is there", *made.notes]
             kept.append(made)
         else:
@@ -320,23 +356,44 @@ def _with_images(request: ExtractRequest, sets: Sequence[ImageSet], notes: list[
     return kept
 
 
-def _prepare(request: AnyRequest, network: Network, layers: Sequence[LayerSpec]) -> tuple[Set[str], Set[str]]:
-    """Set the memory format; return the layers that are the classifier's input, and those that are overwritten."""
-    if request.channels_last_on(network.device):
-        network.module.to(memory_format=torch.channels_last)
+def _keep_format(stored: Header, wanted: Header) -> Header:
+    """Return the wanted header with the memory format that the cache was begun with, if all else is computed alike."""
+    before, now = stored.identity.get("arithmetic"), wanted.identity["arithmetic"]
+    if not isinstance(before, Mapping) or stored.identity.get("dtype") != wanted.identity["dtype"]:
+        return wanted
+    kept = {**now, "memory_format": before.get("memory_format")}
+    if kept != before or kept["memory_format"] not in FORMATS:
+        return wanted
+    return replace(wanted, identity={**wanted.identity, "arithmetic": kept})
+
+
+def _prepare(request: AnyRequest, network: Network, header: Header) -> tuple[Set[str], Set[str]]:
+    """Return the layers that are the classifier's input, and those that are overwritten."""
     if not request.gradient:
         return frozenset(), frozenset()
-    inputs, classifier = network.examples, network.model.classifier
+    inputs, classifier, layers = network.examples, network.model.classifier, header.layers
     if inputs is None:
         shape = network.blank(2).shape
         inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(network.device)
-    with Taps(network.module, layers, classifier, outputs=network.model.outputs, call=network.call) as taps:
-        taps(inputs)
-    penultimate = find_penultimate(network.module, layers, classifier, inputs, network.call)
+    memory_format = header.identity["arithmetic"]["memory_format"]
+    with computing(network.module, FP32, memory_format):  # what a layer is does not depend on rounding
+        try:
+            with Taps(network.module, layers, classifier, outputs=network.model.outputs, call=network.call) as taps:
+                taps(inputs)
+        except RuntimeError as error:
+            if memory_format != CHANNELS_LAST or "view size is not compatible" not in str(error):
+                raise
+            fp32 = spell_option("precision", FP32, python=request.from_python)
+            raise InputError(
+                f"{network.model.name}: its forward calls .view on what a convolution gives, which is in another order"
+                f" in memory here (channels last, {network.device}, {request.precision}); call .reshape or .flatten, or"
+                f" take {fp32}"
+            ) from error
+        penultimate = find_penultimate(network.module, layers, classifier, inputs, network.call)
     return penultimate, taps.overwritten or frozenset()
 
 
-def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
+def _open_sets(request: ExtractRequest, decoder: Decoder) -> tuple[list[ImageSet], list[str]]:
     """Open the lists of the wanted splits; missing ones that were not requested by name are left out, with a note."""
     benchmark = open_benchmark(request.benchmark)
     root = choose_root(benchmark, request.data_root)
@@ -344,9 +401,9 @@ def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
     notes: list[str] = []
     wanted = [s for s in benchmark.splits if not request.splits or s.name in request.splits or s.name in request.redo]
     for split in wanted:
-        images = _open(request, split)
+        images = _open(request, decoder, split)
         if images is None and split.synthetic_if_missing and not request.splits:
-            images = _open(request, benchmark.make_synthetic(split.name))
+            images = _open(request, decoder, benchmark.make_synthetic(split.name))
             notes += [f"{split.name}: its list is not there ({split.source})"] if images is not None else []
         if images is not None:
             images.check_labels(benchmark.classes)
@@ -368,7 +425,7 @@ def _open_sets(request: ExtractRequest) -> tuple[list[ImageSet], list[str]]:
     return sets, notes
 
 
-def _open(request: ExtractRequest, split: Split) -> ImageSet | None:
+def _open(request: ExtractRequest, decoder: Decoder, split: Split) -> ImageSet | None:
     """Return a split's images as the request chooses them, or None if its list does not exist."""
     benchmark = open_benchmark(request.benchmark)
     return open_images(
@@ -378,6 +435,7 @@ def _open(request: ExtractRequest, split: Split) -> ImageSet | None:
         train_images=request.train_images,
         train_seed=request.train_seed,
         allow_truncated=request.allow_truncated,
+        decoder=decoder,
     )
 
 

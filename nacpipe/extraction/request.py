@@ -19,12 +19,13 @@ from nacpipe.cache.layout import ALL_BITS, BLOCK_ROWS
 from nacpipe.cache.options import ExtractOptions
 from nacpipe.cache.store import REMOTE_SHARD
 from nacpipe.errors import InputError
+from nacpipe.extraction.decoder import PILLOW
 from nacpipe.files import is_url
 from nacpipe.networks.build import Network
 from nacpipe.networks.layers import MeasuredLayers
+from nacpipe.networks.precision import AUTOCAST, FP32, TF32, check_precision, choose_format
 
 BLOCK_SECONDS = 10.0  # of work, which a kill loses
-AUTOCAST: Mapping[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16}
 
 
 class _Running:
@@ -55,12 +56,8 @@ class _Running:
             """Blocks in one stored object."""
 
         @property
-        def autocast(self) -> str:
-            """The type that the network runs in."""
-
-        @property
-        def channels_last(self) -> bool | None:
-            """Memory format."""
+        def precision(self) -> str:
+            """What the network computes in."""
 
     @property
     def from_python(self) -> bool:
@@ -72,12 +69,8 @@ class _Running:
         """Blocks in one stored object of a new cache."""
         return self.shard_blocks if self.shard_blocks is not None else REMOTE_SHARD if is_url(self.cache) else 1
 
-    def channels_last_on(self, device: torch.device) -> bool:
-        """Return whether the memory format is channels last: as requested, by default on CUDA."""
-        return device.type == "cuda" if self.channels_last is None else self.channels_last
-
     def check(self) -> None:
-        """Refuse numbers outside their limits, and an unknown autocast.
+        """Refuse numbers outside their limits, and an unknown precision.
 
         Raises:
             InputError: naming the option, the value and the limits.
@@ -90,11 +83,7 @@ class _Running:
             if not low <= value <= high:
                 shown = name.replace("-", "_") if self.from_python else name
                 raise InputError(f"{shown} is {value}; it must lie between {low} and {high}")
-        if self.autocast not in AUTOCAST:
-            shown = "precision" if self.from_python else "autocast"
-            raise InputError(
-                f"{shown} is {self.autocast!r}; known: {', '.join(AUTOCAST)} (in float16 most gradients would be 0)"
-            )
+        check_precision(self.precision, python=self.from_python)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,10 +109,8 @@ class DataRequest(_Running):
     batch_size: int
     redo: tuple[str, ...] = ()
     """Finished splits to drop and extract again."""
-    autocast: str = "none"
-    """none or bf16: the type that the network runs in."""
-    channels_last: bool | None = False
-    """Memory format; None means channels last on CUDA."""
+    precision: str = FP32
+    """fp32, tf32, bf16 or fp16: what the network computes in."""
     mantissa_bits: int = ALL_BITS
     """Bits of mantissa to keep of activations, gradients and features."""
     block_rows: int | None = None
@@ -145,7 +132,10 @@ def make_header(request: ExtractRequest, network: Network, measured: MeasuredLay
         network,
         measured,
         benchmark=benchmark.name,
-        prepared={"transform": network.image_transform.to_json()},
+        prepared={
+            "transform": network.image_transform.to_json(),
+            **({} if request.decoder == PILLOW else {"decoder": request.decoder}),
+        },
         information={
             "checkpoint": network.model.default_weights if request.checkpoint is None else request.checkpoint.name,
             "data_root": str(choose_root(benchmark, request.data_root)),
@@ -180,11 +170,11 @@ def build_header(
             "family": network.model.family,
             "weights": network.weights_sha256,
             **prepared,
-            "dtype": "float32" if request.autocast == "none" else request.autocast,
+            "dtype": "float32" if AUTOCAST[request.precision] is None else request.precision,
             "arithmetic": {
                 "device": network.device.type,
-                "tf32": uses_tf32(network.device),
-                "memory_format": "channels_last" if request.channels_last_on(network.device) else "contiguous",
+                "tf32": request.precision == TF32,
+                "memory_format": choose_format(request.precision, network.device),
             },
             **({"source": network.source} if network.source else {}),
             **({} if network.model.outputs == "logits" else {"outputs": network.model.outputs}),
@@ -195,7 +185,6 @@ def build_header(
             "torchvision": torchvision.__version__,
             "device": str(network.device),
             "batch_size": request.batch_size,
-            "channels_last": request.channels_last_on(network.device),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **information,
             **({"no_classifier": network.no_classifier} if network.no_classifier else {}),
@@ -260,19 +249,6 @@ def name_device(name: str, local: int, local_world: int) -> str:
     return name if local_world == 1 or kind not in ("cuda", "xpu") else f"{kind}:{local}"
 
 
-def uses_tf32(device: torch.device) -> bool:
-    """Return whether products of float32 numbers may be rounded on a device: TF32, or bfloat16 on a CPU.
-
-    `pin_arithmetic` disables it; the code of a network from a file may enable it.
-    """
-    backends: Any = torch.backends
-    kinds = {
-        "cuda": (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
-        "cpu": (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
-    }
-    return any(kind.fp32_precision not in ("none", "ieee") for kind in kinds.get(device.type, ()))
-
-
 def pin_arithmetic() -> None:
     """Limit convolutions on the CPU to AVX2, so that they sum in one order (docs/decisions/same-values.md).
 
@@ -280,5 +256,3 @@ def pin_arithmetic() -> None:
     differ by 1e-3. The variable is read at a process's first convolution; a value set by the user is kept.
     """
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -48,17 +49,18 @@ class SyntheticSamples:
     def __getitem__(self, row: int) -> Any:
         """Return the sample made of a row."""
         row = int(row)
-        return _map_leaves(self._input(row), lambda place: self._make(row, place))
+        read = cache(self._input)  # each sample once, however many tensors an input has
+        return _map_leaves(read(row), lambda place: self._make(row, place, read))
 
     def _input(self, row: int) -> Any:
         return split_label(self._dataset[row])[0]
 
-    def _make(self, row: int, place: int) -> Any:
+    def _make(self, row: int, place: int, read: Callable[[int], Any]) -> Any:
         """One tensor of an input."""
-        own = list(_leaves(self._input(row)))[place]
+        own = list(_leaves(read(row)))[place]
 
         def load(of: int) -> NDArray[Any]:
-            part = list(_leaves(self._input(of)))[place]
+            part = list(_leaves(read(of)))[place]
             if isinstance(part, Tensor):
                 part = part.detach().cpu()
                 part = part.float() if part.dtype is torch.bfloat16 else part  # which numpy lacks

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -19,6 +20,13 @@ from nacpipe.text import spell_option
 _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed")  # CUDA, MPS, CPU, cuDNN
 
 Result = TypeVar("Result")
+Clock = Callable[[str], AbstractContextManager[None]]
+"""Counts the time of a `with` block to a stage: copy, network, pool, …"""
+
+
+def no_clock(_stage: str) -> AbstractContextManager[None]:
+    """Count nothing."""
+    return nullcontext()
 
 
 class BatchRunner(Generic[Result]):
@@ -31,6 +39,8 @@ class BatchRunner(Generic[Result]):
         note: Callable[[str], None] = lambda text: None,
         *,
         python: bool = False,
+        size: int | None = None,
+        clock: Clock = no_clock,
     ) -> None:
         """Store the arguments; nothing runs yet.
 
@@ -39,9 +49,11 @@ class BatchRunner(Generic[Result]):
             device: the device that batches are moved to.
             note: called with a sentence when the size becomes smaller.
             python: whether messages name options as they are in Python.
+            size: the largest number of images at once, where an earlier run found it.
+            clock: called with `copy` around what moves a batch to the device.
         """
-        self.run, self.device, self.note, self._python = run, device, note, python
-        self.size: int | None = None
+        self.run, self.device, self.note, self._python, self._clock = run, device, note, python, clock
+        self.size = size
         """The largest number of images at once; None: no batch failed yet."""
 
     def __call__(self, images: Any) -> Iterator[Result]:  # n samples, on any device
@@ -71,12 +83,19 @@ class BatchRunner(Generic[Result]):
 
     def _try(self, images: Any) -> Result | None:
         try:
-            return self.run(move(images, self.device))
+            with self._clock("copy"):
+                moved = move(images, self.device)
+            return self.run(moved)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             clear_tracebacks(error)
         return None
+
+
+def name_hardware(device: torch.device) -> str:
+    """Return the name of a GPU, whose memory its model determines; of another device its type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from nacpipe.cache import LayerSpec
 from nacpipe.errors import InputError
-from nacpipe.networks.batch_runner import is_out_of_memory
+from nacpipe.networks.batch_runner import Clock, is_out_of_memory, no_clock
 from nacpipe.networks.call import (
     PLAIN_CALL,
     Call,
@@ -34,6 +34,7 @@ from nacpipe.networks.call import (
 )
 from nacpipe.networks.checkpoints import first_line
 from nacpipe.networks.poolings import POOLINGS, pool
+from nacpipe.networks.precision import AUTOCAST, FP16, FP32, GRADIENT_SCALE
 from nacpipe.networks.trial import first_tensor
 from nacpipe.networks.wrappers import find_device_and_dtype, is_scripted, run_eagerly, unwrapped_children
 
@@ -67,10 +68,11 @@ class Taps:
         penultimate: Set[str] = frozenset(),
         overwritten: Set[str] | None = None,
         outputs: str = "logits",
-        autocast: torch.dtype | None = None,
+        precision: str = FP32,
         gradients: bool = True,
         call: Call = PLAIN_CALL,
         cache_layers: Sequence[str] | None = None,
+        clock: Clock = no_clock,
     ) -> None:
         """Register hooks on `layers` of `network`.
 
@@ -83,19 +85,20 @@ class Taps:
             overwritten: layers whose output a later module changes in place; that module gets a clone. None: the first
                 batch finds them and sets `overwritten`.
             outputs: the kind of the network's outputs; for probabilities, the loss is that of their logarithms.
-            autocast: a half type that the network runs in; the results are float32.
+            precision: of `AUTOCAST`: its half type is what the network runs in; the results are float32.
             gradients: False: a forward pass alone; outputs are pooled when their layer runs, so that nothing that later
                 modules do to them matters.
             call: how the network is called, and which positions of padded samples count.
             cache_layers: paths of all layers of the cache whose values are wanted to the last bit, of which a detector
                 taps some (`_fast_path`); None: those of `layers`.
+            clock: called with `pool` around what pools; the extraction's profile.
 
         Raises:
             InputError: a path names no module, or a module that takes no hooks, naming layer and path.
         """
-        self.network, self.layers, self.autocast = network, layers, autocast
+        self.network, self.layers, self.precision = network, layers, precision
         self.overwritten = overwritten
-        self._call = call
+        self._call, self._clock = call, clock
         self._mask: Tensor | None = None
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
         self._probabilities = outputs == "probabilities"
@@ -157,10 +160,10 @@ class Taps:
 
     def _run(self, images: Any) -> Tapped:
         device = device_of(images).type
-        precision = nullcontext() if self.autocast is None else torch.autocast(device, dtype=self.autocast)
+        half = AUTOCAST[self.precision]
         with (
             torch.set_grad_enabled(self._backward),
-            precision,
+            nullcontext() if half is None else torch.autocast(device, dtype=half),
             run_eagerly(),
             _fast_path(self._starts_fast) if self._attends else nullcontext(),
             _without_cudnn(self._recurrent and self._backward and device == "cuda"),
@@ -208,11 +211,12 @@ class Taps:
         if not self._backward:
             return {}
         outputs = [self._outputs[s.name] for s in self.layers]
+        scale = GRADIENT_SCALE if self.precision == FP16 else 1.0
         gradients: Sequence[Tensor | None] = [None] * len(outputs)
         if logits.requires_grad:
             try:
                 gradients = torch.autograd.grad(
-                    logits, outputs, grad_outputs=logits_gradient.to(logits.dtype), allow_unused=True
+                    logits, outputs, grad_outputs=(logits_gradient * scale).to(logits.dtype), allow_unused=True
                 )
             except RuntimeError as error:
                 if is_out_of_memory(error):
@@ -225,11 +229,12 @@ class Taps:
         for spec, gradient in zip(self.layers, gradients, strict=True):
             if gradient is None:
                 raise InputError(f"layer {spec.name!r} {NO_GRADIENT}")
-            pooled[spec.name] = self._pool(spec, gradient)
+            pooled[spec.name] = self._pool(spec, gradient) / scale
         return pooled
 
     def _pool(self, spec: LayerSpec, values: Tensor) -> Tensor:
-        return pool(spec.name, spec.pooling, _widen(values), self._mask)
+        with self._clock("pool"):
+            return pool(spec.name, spec.pooling, _widen(values), self._mask)
 
     def _output_hook(self, spec: LayerSpec) -> Callable[[nn.Module, object, object], object]:
         def hook(_module: nn.Module, _inputs: object, whole: object) -> object:
@@ -242,7 +247,7 @@ class Taps:
                 _check_pooling(spec, output)
                 self._outputs[spec.name] = self._pool(spec, output).clone()  # of `none` it is the output itself
                 return whole
-            if self._backward and (why := why_no_gradient(output)):
+            if self._backward and (why := why_no_gradient(output, scaled=self.precision == FP16)):
                 raise InputError(f"layer {spec.name!r} gives {why}")
             # The first tap starts the graph: parameters need no gradient, so no graph exists below it.
             kept = start_graph(output) if self._backward else output
@@ -267,11 +272,11 @@ NO_GRADIENT = (
 )
 
 
-def why_no_gradient(output: Tensor) -> str | None:
-    """Return why a module's output has no usable gradient, or None."""
+def why_no_gradient(output: Tensor, *, scaled: bool = False) -> str | None:
+    """Return why a module's output has no usable gradient, or None; a scaled one can be float16."""
     if not output.is_floating_point():
         return f"{output.dtype}, which has no gradient; tap a layer that gives floating-point numbers"
-    if output.dtype is torch.float16:
+    if output.dtype is torch.float16 and not scaled:
         return "float16, in which most gradients would be 0; run the network in float32 or bfloat16"
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ OTHERS: dict[str, Any] = {  # every option away from its default
     "batch_size": 64,
     "device": "cpu",
     "allow_truncated": True,
-    "autocast": "bf16",
-    "channels_last": False,
+    "decoder": "torchvision",
+    "precision": "bf16",
     "mantissa_bits": 10,
     "block_rows": 128,
     "shard_blocks": 4,
@@ -41,17 +41,16 @@ def test_every_option_is_in_the_command() -> None:
     assert format_command(ALL, "c.zarr").removeprefix(format_command(OPTIONS, "").split(" --cache")[0]) == (
         " --weights-transform benchmark --layers avgpool,x.1 --pooling x.1=none --pooling avgpool=sum-nchw"
         " --data-root 'my data' --train-images 50 --train-seed 2 --batch-size 64 --device cpu --allow-truncated"
-        " --autocast bf16 --contiguous --mantissa-bits 10 --block-rows 128 --shard-blocks 4 --cache c.zarr"
+        " --decoder torchvision --precision bf16 --mantissa-bits 10 --block-rows 128 --shard-blocks 4 --cache c.zarr"
     )
-    on = ExtractOptions(benchmark="digits", model="digits_cnn", channels_last=True)
-    assert format_command(on, "c.zarr").endswith("--model digits_cnn --channels-last --cache c.zarr")
 
 
 def test_the_command_line_has_the_record_s_options_and_defaults() -> None:
     given = extract.make_context("extract", ["digits"]).params
     made_up = ("benchmark", "model", "cache", "train_images")  # given, or filled in by make_requests
     usual = {field.name: field.default for field in fields(ExtractRequest) if field.name not in made_up}
-    assert {name: value for name, value in given.items() if name not in (*made_up, "dry_run", "as_json")} == usual
+    of_the_run = ("dry_run", "profile", "as_json")
+    assert {name: value for name, value in given.items() if name not in (*made_up, *of_the_run)} == usual
 
 
 @pytest.mark.parametrize("options", [OPTIONS, ALL])
@@ -84,9 +83,9 @@ def test_a_request_s_record_is_without_its_address_and_this_run_s_splits() -> No
         "batch_size": 128,
         "device": "auto",
         "allow_truncated": False,
+        "decoder": "pillow",
         "gradient": True,
-        "autocast": "none",
-        "channels_last": None,
+        "precision": "fp32",
         "mantissa_bits": 23,
         "block_rows": None,
         "shard_blocks": None,
@@ -97,6 +96,14 @@ def test_an_earlier_cache_s_command_is_printed_as_it_is() -> None:
     command = "nacpipe extract digits --model digits_cnn --cache 'my caches/c.zarr'"
     assert finishing_command({"command": command}, "/now/here.zarr") == command
     assert read_options({"command": command}) is None
+
+
+@pytest.mark.parametrize(("autocast", "precision"), [("none", "fp32"), ("bf16", "bf16")])
+@pytest.mark.parametrize("channels_last", [None, True])
+def test_what_an_earlier_cache_records_is_read(autocast: str, precision: str, channels_last: bool | None) -> None:
+    recorded = {**OPTIONS.to_json(), "autocast": autocast, "channels_last": channels_last}
+    del recorded["precision"]
+    assert read_options({"options": recorded}) == replace(OPTIONS, precision=precision)
 
 
 UNKNOWN = "nacpipe extract BENCHMARK --cache 'a b.zarr'"
@@ -123,6 +130,7 @@ UNKNOWN = "nacpipe extract BENCHMARK --cache 'a b.zarr'"
         {"options": {**ALL.to_json(), "layers": "avgpool"}},
         {"options": {**ALL.to_json(), "poolings": [["a"]]}},
         {"options": {**ALL.to_json(), "poolings": [3]}},
+        {"options": {"benchmark": "digits", "model": "digits_cnn", "autocast": 3}},
         {"options": {**ALL.to_json(), "of_a_later_nacpipe": 1}},
     ],
 )

@@ -501,12 +501,13 @@ def test_a_callers_autocast_does_not_reach_it(digits: Case) -> None:
 
 
 @pytest.mark.slow
-def test_a_half_type_is_used_where_the_states_were_counted_in_it(place: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_half_type_is_used_where_the_states_were_counted_in_it(place: Path, precision: str) -> None:
     request = ExtractRequest(
-        benchmark="digits", model="digits_cnn", cache=place / "h.zarr", device="cpu", splits=SPLITS[:2],
-        train_images=100, autocast="bf16",
+        benchmark="digits", model="digits_cnn", cache=place / f"{precision}.zarr", device="cpu", splits=SPLITS[:2],
+        train_images=100, precision=precision,
     )  # fmt: skip
-    case = make_case(request, place / "h.safetensors")
+    case = make_case(request, place / f"{precision}.safetensors")
     found = load_detector(case.file, case.network())(case.images("id/val")[:128])
     np.testing.assert_array_equal(found.score.numpy(), case.cached("id/val")[:128])
 

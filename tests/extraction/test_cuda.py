@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import nacpipe
 from nacpipe.cache import Cache, LayerSpec, open_cache
+from nacpipe.extraction.decoder import Decoder
+from nacpipe.extraction.image_file import decode_image
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
-from nacpipe.extraction.request import ExtractRequest, uses_tf32
+from nacpipe.extraction.request import ExtractRequest
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.networks.batch_runner import BatchRunner
+from nacpipe.networks.copies import CudaCopies
 from nacpipe.networks.models import find_model
-from nacpipe.networks.taps import Tapped, Taps, freeze
+from nacpipe.networks.precision import choose_format, computing
+from nacpipe.networks.taps import Taps, freeze
 from tests.extraction.test_distributed import same
 
 pytestmark = [
@@ -30,12 +35,9 @@ pytestmark = [
 
 
 @pytest.fixture
-def device() -> Iterator[torch.device]:
-    """The first GPU, with the arithmetic that extraction pins left as it was."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield torch.device("cuda", 0)
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+def device() -> torch.device:
+    """The first GPU."""
+    return torch.device("cuda", 0)
 
 
 @pytest.fixture
@@ -119,22 +121,40 @@ def test_a_batch_that_does_not_fit_runs_in_smaller_ones(device: torch.device) ->
 
 
 def test_precisions_differ_as_they_should(device: torch.device) -> None:
-    """TF32 and bfloat16 change states in the third or second digit; what is pooled is float32 all the same."""
+    """Half types and TF32 change states in the third or second digit; what is pooled is float32 all the same."""
     taps, images = resnet20(device)
-
-    def states(tapped: Tapped) -> np.ndarray:
-        assert {value.dtype for value in tapped.gradient.values()} == {torch.float32}
-        return tapped.gradient["layer1"].cpu().numpy()
-
-    batch = images[:64].to(device)
+    batch, states = images[:64].to(device), dict[str, np.ndarray]()
     with taps:
-        exact = states(taps(batch))
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        assert uses_tf32(device)
-        tf32 = states(taps(batch))
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        assert not uses_tf32(device)
-        taps.autocast = torch.bfloat16
-        bf16 = states(taps(batch))
-    assert 0 <= difference(tf32, exact) < 0.05
-    assert 1e-4 < difference(bf16, exact) < 0.5
+        for precision in ("fp32", "tf32", "fp16", "bf16"):
+            taps.precision = precision
+            with computing(taps.network, precision, choose_format(precision, device)):
+                tapped = taps(batch)
+            assert {value.dtype for value in tapped.gradient.values()} == {torch.float32}
+            states[precision] = tapped.gradient["layer1"].cpu().numpy()
+    assert 0 <= difference(states["tf32"], states["fp32"]) < 0.05
+    assert 1e-5 < difference(states["fp16"], states["fp32"]) < 0.2
+    assert 1e-4 < difference(states["bf16"], states["fp32"]) < 0.5
+
+
+def test_a_batch_is_copied_on_a_stream_of_its_own(device: torch.device) -> None:
+    """While the current stream is busy; what is computed afterwards waits for it, and gets the right numbers."""
+    copies, pixels = CudaCopies(device), torch.arange(1 << 24, dtype=torch.int32).pin_memory()
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(1 << 28)  # about 0.1 s
+    copied, done = copies.start((pixels,))
+    assert done is not None
+    done.synchronize()
+    assert not torch.cuda.current_stream(device).query()
+    (found,) = copies.finish((copied, done))
+    assert found.device == device
+    assert torch.equal((found + 1).cpu(), pixels + 1)
+
+
+def test_nvjpeg_is_near_pillow(device: torch.device) -> None:
+    colours = np.random.RandomState(0).randint(0, 256, (6, 8, 3), np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(colours).resize((64, 48), Image.Resampling.BICUBIC).save(content, "JPEG", subsampling=0)
+    decoder = Decoder(name="nvjpeg", device=str(device))
+    found, expected = decoder.decode(content.getvalue()), decode_image(content.getvalue(), "x")
+    assert found is not None
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 4

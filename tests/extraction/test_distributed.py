@@ -96,8 +96,11 @@ def test_all_splits_are_shared_at_once(request_: ExtractRequest) -> None:
     assert parts[0][-1][1] < parts[1][0][1]
     todo = [plan.todo_rows(Ranks(rank, 2)) for rank in range(2)]
     assert sum(todo) == plan.todo_rows(Ranks())
-    assert sum(plan.todo_of(split, Ranks(1, 2)) for split in plan.splits) == todo[1]
-    assert plan.todo_of(plan.splits[0], Ranks(1, 2)) == 0
+    by_split = plan.todo(Ranks(1, 2))
+    assert list(by_split) == [split.images.name for split in plan.splits]
+    assert sum(by_split.values()) == todo[1]
+    assert by_split[plan.splits[0].images.name] == 0
+    assert [(name, unit) for name, units in plan.units_of(Ranks(1, 2)).items() for unit in units] == parts[1]
 
 
 def test_each_split_is_sealed_once_by_the_rank_of_its_last_unit(

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ from nacpipe.detector.predict import prepare
 from nacpipe.errors import IdentityError
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
-from nacpipe.extraction.request import ExtractRequest, pin_arithmetic, uses_tf32
+from nacpipe.extraction.request import ExtractRequest
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.networks.build import blank_network, load_network
 from nacpipe.networks.models import find_model
@@ -207,38 +208,39 @@ def as_made_elsewhere(cache: Cache, path: Path, change: Callable[[dict[str, Any]
     ("stored", "more", "message"),
     [
         (
-            {"device": "cuda", "tf32": False, "memory_format": "channels_last"},
+            {"arithmetic": {"device": "cuda", "tf32": False, "memory_format": "channels_last"}},
             {},
             r"arithmetic\.device: stored cuda, now cpu; arithmetic\.memory_format: stored channels_last, now"
             r" contiguous\. Give another --cache, or --device cuda$",
         ),
         (
-            {"device": "cpu", "tf32": False, "memory_format": "contiguous"},
-            {"channels_last": True},
-            r"arithmetic\.memory_format: stored contiguous, now channels_last\. Give another --cache, or --contiguous$",
+            {"arithmetic": {"device": "cpu", "tf32": False, "memory_format": "by hand"}},
+            {"mantissa_bits": 23},
+            r"arithmetic\.memory_format: stored by hand, now contiguous\. Give another --cache, or the same options$",
         ),
         (
-            {"device": "cpu", "tf32": False, "memory_format": "channels_last"},
+            {"dtype": "bf16"},
             {"mantissa_bits": 9},
-            r"arithmetic\.memory_format: stored channels_last, now contiguous; keep_bits: stored 23, now 9\. Give"
-            r" another --cache, or --channels-last, the same options$",
+            r"dtype: stored bf16, now float32; keep_bits: stored 23, now 9\. Give another --cache, or --precision bf16,"
+            r" the same options$",
         ),
         (
-            {"device": "cpu", "tf32": True, "memory_format": "contiguous"},
-            {},
-            r"arithmetic\.tf32: stored true, now false\. Give another --cache, or TF32 \(torch\.backends, in the"
-            r" network's file\) on$",
+            {"arithmetic": {"device": "cuda", "tf32": True, "memory_format": "channels_last"}, "dtype": "float32"},
+            {"precision": "fp16"},
+            r"arithmetic\.device: stored cuda, now cpu; arithmetic\.memory_format: stored channels_last, now"
+            r" contiguous; arithmetic\.tf32: stored true, now false; dtype: stored float32, now fp16\. Give another"
+            r" --cache, or --device cuda, --precision tf32$",
         ),
     ],
 )
 def test_another_arithmetic_is_refused(
     finished: Cache, request_: ExtractRequest, stored: dict[str, Any], more: dict[str, Any], message: str
 ) -> None:
-    as_made_elsewhere(finished, request_.cache, lambda identity: {**identity, "arithmetic": stored})
+    as_made_elsewhere(finished, request_.cache, lambda identity: {**identity, **stored})
     request = replace(request_, **more)
     with pytest.raises(IdentityError, match=rf"c\.zarr was made from something else: {message}"):
         plan_extraction(request)
-    if "mantissa_bits" not in more:  # a look needs no device
+    if not more:  # a look needs no device
         assert plan_extraction(request, dry=True).exists
         assert plan_extraction(replace(request, device="cuda:99"), dry=True).exists
 
@@ -246,51 +248,35 @@ def test_another_arithmetic_is_refused(
 def test_what_a_cache_is_made_with(finished: Cache, request_: ExtractRequest) -> None:
     assert finished.header.identity["arithmetic"] == {"device": "cpu", "tf32": False, "memory_format": "contiguous"}
     assert "source" not in finished.header.identity
-    plan = plan_extraction(replace(request_, channels_last=True))
-    assert plan.header.identity["arithmetic"]["memory_format"] == "channels_last"
+    plan = plan_extraction(replace(request_, precision="bf16"))
+    assert plan.header.identity["arithmetic"] == finished.header.identity["arithmetic"]
+    assert plan.header.identity["dtype"] == "bf16"
 
 
-@pytest.mark.parametrize("turn", [
-    lambda on: torch.set_float32_matmul_precision("high" if on else "highest"),
-    lambda on: setattr(torch.backends.mkldnn.conv, "fp32_precision", "bf16" if on else "none"),
-])  # fmt: skip
-def test_rounded_products_are_noticed(turn: Callable[[bool], None]) -> None:
-    assert not uses_tf32(CPU)
-    try:
-        turn(True)
-        assert uses_tf32(CPU)
-    finally:
-        turn(False)
-    assert not uses_tf32(CPU)
+def test_a_cache_goes_on_with_the_memory_format_it_was_begun_with(finished: Cache, request_: ExtractRequest) -> None:
+    """An earlier nacpipe let the caller choose it."""
+    arithmetic = {"device": "cpu", "tf32": False, "memory_format": "channels_last"}
+    as_made_elsewhere(finished, request_.cache, lambda identity: {**identity, "arithmetic": arithmetic})
+    plan = plan_extraction(replace(request_, splits=("ood/val",)))
+    kernel = plan.network.module.get_submodule("conv1").weight
+    seen = []
+    plan.network.module.register_forward_pre_hook(
+        lambda *_: seen.append(kernel.is_contiguous(memory_format=torch.channels_last))
+    )
+    extract(plan)
+    assert set(seen) == {True}
+    assert kernel.is_contiguous()
+    cache = open_cache(request_.cache)
+    assert cache.header.identity["arithmetic"] == arithmetic
+    np.testing.assert_allclose(
+        cache["ood/val"].read("logits"), finished["ood/val"].read("logits"), rtol=1e-4, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("turn", [
-    lambda on: torch.set_float32_matmul_precision("high" if on else "highest"),
-    lambda on: setattr(torch.backends.cuda.matmul, "allow_tf32", on),
-    lambda on: setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32" if on else "none"),
-])  # fmt: skip
-def test_tf32_is_noticed_where_a_networks_file_turns_it_on(turn: Callable[[bool], None]) -> None:
-    """The flags can be read without such a device."""
-    cuda = torch.device("cuda")
-    pin_arithmetic()
-    assert not uses_tf32(cuda)
-    try:
-        turn(True)
-        assert uses_tf32(cuda)
-    finally:
-        turn(False)
-    assert not uses_tf32(cuda)
-    assert not uses_tf32(torch.device("mps"))
-
-
-@pytest.mark.parametrize("more", [{}, {"channels_last": True}])
-@pytest.mark.repeats(1)
-def test_what_an_older_cache_does_not_say_is_not_compared(
-    finished: Cache, request_: ExtractRequest, more: dict[str, Any]
-) -> None:
+def test_what_an_older_cache_does_not_say_is_not_compared(finished: Cache, request_: ExtractRequest) -> None:
     header = as_made_elsewhere(
         finished, request_.cache, lambda identity: {k: v for k, v in identity.items() if k not in OPTIONAL_FIELDS}
     )
-    extract(plan_extraction(replace(request_, splits=("ood/val",), **more)))
+    extract(plan_extraction(replace(request_, splits=("ood/val",))))
     assert open_cache(request_.cache).header.identity == header.identity  # nor added
     assert open_cache(request_.cache)["ood/val"].rows == 21

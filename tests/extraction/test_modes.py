@@ -120,18 +120,19 @@ def test_shards_hold_the_same_values(finished: Cache, request_: ExtractRequest, 
 @pytest.mark.slow
 def test_half_precision_is_near_and_another_identity(finished: Cache, request_: ExtractRequest) -> None:
     whole = finished
-    half = make(replace(request_, cache=request_.cache.with_name("half.zarr"), autocast="bf16"))
+    half = make(replace(request_, cache=request_.cache.with_name("half.zarr"), precision="bf16"))
     exact, near = (c["id/val"].read("layers/layer3/activation") for c in (whole, half))
     difference = float(np.linalg.norm(near - exact) / np.linalg.norm(exact))
     assert 1e-6 < difference < 2e-2
     with pytest.raises(IdentityError, match="dtype: stored float32, now bf16"):
-        plan_extraction(replace(request_, cache=Path(whole.path), autocast="bf16"))
+        plan_extraction(replace(request_, cache=Path(whole.path), precision="bf16"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"autocast": "fp16"}, r"autocast is 'fp16'; known: none, bf16 \(in float16 most gradients would be 0\)"),
+        ({"precision": "fp8"}, "--precision is 'fp8'; known: fp32, tf32, bf16, fp16"),
+        ({"precision": "tf32"}, "--precision tf32 cannot be used on cpu: cpu has no TF32; take --precision fp32"),
         ({"mantissa_bits": 0}, "mantissa-bits is 0; it must lie between 1 and 23"),
         ({"shard_blocks": 0}, "shard-blocks is 0; it must lie between 1 and"),
     ],

@@ -46,6 +46,24 @@ def test_bfloat16_which_numpy_lacks() -> None:
     assert all(torch.equal(made[row], wide[row].bfloat16()) for row in range(6))
 
 
+def test_a_sample_of_several_tensors_is_read_once() -> None:
+    class Noting(list[Any]):
+        def __getitem__(self, row: Any) -> Any:
+            read.append(row)
+            return super().__getitem__(row)
+
+    read: list[int] = []
+    generator = torch.Generator().manual_seed(0)
+    pairs = Noting(((torch.randn(4, generator=generator), torch.randn(3, generator=generator)), 0) for _ in range(6))
+    made = SyntheticSamples(pairs, LABELS[:6])
+    kinds = {made.synthesis.kind(row): row for row in range(6)}
+    for kind, count in (("mix", 2), ("noise", 1)):
+        read.clear()
+        _ = made[kinds[kind]]
+        assert len(read) == len(set(read)) == count
+        assert kinds[kind] in read
+
+
 def test_every_tensor_of_an_input_is_changed_and_keeps_its_form() -> None:
     generator = torch.Generator().manual_seed(0)
     samples = [

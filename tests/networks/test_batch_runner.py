@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nacpipe.cache import LayerSpec, open_cache
+from nacpipe.cache import Header, LayerSpec, open_cache
+from nacpipe.cache.consolidated import copy_is_stale
+from nacpipe.cache.reader import open_root
 from nacpipe.errors import InputError
 from nacpipe.extraction.distributed import Ranks, WrittenUnits, join_ranks
-from nacpipe.extraction.pipeline import extract
+from nacpipe.extraction.pipeline import _known_size, extract
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest, find_device, name_device
 from nacpipe.networks import batch_runner as memory
@@ -181,6 +183,58 @@ def test_an_extraction_goes_on_with_smaller_batches_and_says_so_once(request_: E
     tiny = replace(request, model=f"{tmp_path / 'net.py'}:tiny", cache=tmp_path / "tiny.zarr")
     with pytest.raises(InputError, match=r"^one image does not fit the memory of cpu; try --device cpu$"):
         plan_extraction(tiny)
+
+
+def test_the_batch_that_fits_is_recorded_and_the_next_run_begins_with_it(
+    request_: ExtractRequest, tmp_path: Path
+) -> None:
+    (tmp_path / "net.py").write_text(FILE)
+    request = replace(
+        request_, model=f"{tmp_path / 'net.py'}:build", checkpoint=None, layers=("first", "second"),
+        splits=("id/val", "ood/val"),
+    )  # fmt: skip
+
+    def stop(split: str, rows: int) -> None:
+        if split == "ood/val":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(plan_extraction(request), stop)
+    before = open_cache(request.cache)
+    assert before.header.information["batch_that_fits"] == {"device": "cpu", "images": 4}
+    assert before["id/val"].rows == 40
+    assert not copy_is_stale(*open_root(str(request.cache), mode="r"))
+    plan, notes = plan_extraction(request), list[str]()
+    network = plan.network.module
+    assert isinstance(network, nn.Module)
+    network.sizes.clear()
+    extract(plan, note=notes.append)
+    assert (network.sizes, notes) == ([4] * 5 + [1], [])
+    assert open_cache(request.cache).header.information["batch_that_fits"] == {"device": "cpu", "images": 4}
+    whole = replace(request, cache=tmp_path / "whole.zarr", batch_size=4)
+    extract(plan_extraction(whole))
+    for path in before.header.arrays():
+        np.testing.assert_array_equal(
+            open_cache(request.cache)["ood/val"].read(path), open_cache(whole.cache)["ood/val"].read(path)
+        )
+
+
+@pytest.mark.parametrize(
+    ("recorded", "size"),
+    [
+        ({"device": "cpu", "images": 4}, 4),
+        ({"device": "NVIDIA H100", "images": 4}, None),
+        ({"device": "cpu", "images": 0}, None),
+        ({"device": "cpu"}, None),
+        ("4", None),
+        (None, None),
+    ],
+)
+def test_only_a_size_of_this_kind_of_device_is_used(recorded: object, size: int | None) -> None:
+    header = Header(
+        identity={}, information={"batch_that_fits": recorded}, block_rows=8, layers=(), classes=3, features=0
+    )
+    assert _known_size(header, "cpu") == size
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
