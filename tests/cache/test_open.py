@@ -90,7 +90,8 @@ def test_another_identity_is_refused_naming_what_differs(cache: Cache) -> None:
     )
     message = (
         r"c\.zarr was made from something else: dtype: stored float32, now float16; layers\.layer1\.pooling: stored"
-        r" sum-nchw, now none; weights: stored \w{8}…, now cccccccc…\. Give another --cache, or the same options$"
+        r" sum-nchw, now none; weights: stored \w{8}…, now cccccccc…\. Give another --cache, or --precision"
+        r" fp32, the same options$"
     )
     with pytest.raises(IdentityError, match=message):
         CacheWriter(cache.path, other)
