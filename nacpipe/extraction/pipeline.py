@@ -314,8 +314,7 @@ def _accuracy(path: str | Path, classes: int, samples: str = "images", stated: f
     """
     split, correct = open_cache(path)["id/train"], 0
     try:
-        for start in range(0, split.rows, ACCURACY_ROWS):
-            rows = slice(start, min(start + ACCURACY_ROWS, split.rows))
+        for rows in split.row_slices(ACCURACY_ROWS):
             correct += int((split.read("logits", rows).argmax(axis=1) == split.label[rows]).sum())
     except ValuesError as error:  # every use of the logits refuses them
         return str(error)
