@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nacpipe.version import __version__
+
 if TYPE_CHECKING:
     from nacpipe.cache import Cache, open_cache
     from nacpipe.detector.module import Detector, load_detector
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from nacpipe.tuning.objective import Objective
     from nacpipe.tuning.request import SearchResult
     from nacpipe.tuning.samplers import GridSampler, LayerwiseSampler, TermwiseSampler
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Cache": "nacpipe.cache",

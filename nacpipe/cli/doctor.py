@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from nacpipe.cli.output import format_bytes, print_json, print_line
+from nacpipe.version import __version__
 
 # Extra → the modules by which it is known to be installed; pyproject.toml says which package each comes from.
 EXTRAS = {
@@ -93,10 +94,8 @@ def _versions() -> dict[str, str]:
     import importlib.metadata
     import platform
 
-    import nacpipe
-
     facts = {
-        "nacpipe": nacpipe.__version__,
+        "nacpipe": __version__,
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
     }

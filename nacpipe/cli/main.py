@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import click
 
-from nacpipe import __version__
 from nacpipe.cli.convert import convert
 from nacpipe.cli.data import data
 from nacpipe.cli.doctor import doctor
@@ -35,6 +34,7 @@ from nacpipe.cli.verify import repair, verify
 from nacpipe.cli.watch import watch
 from nacpipe.errors import NacError
 from nacpipe.text import command_line
+from nacpipe.version import __version__
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _EXTRACT_MODULES = ("torch", "torchvision", "PIL")  # of the extra `extract`

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import nacpipe
 from nacpipe.cache.layout import ALL_BITS
 from nacpipe.detector.file import Exported
 from nacpipe.detector.values import select_values
@@ -27,6 +26,7 @@ from nacpipe.networks.functions import describe_call
 from nacpipe.networks.layers import measure_layers
 from nacpipe.networks.taps import Tapped, Taps, isolated
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
+from nacpipe.version import __version__
 
 
 def count_coverage(
@@ -144,7 +144,7 @@ def count_coverage(
             "dtype": "float32",
             **({} if model.outputs == "logits" else {"outputs": model.outputs}),
         },
-        information={"nacpipe": nacpipe.__version__},
+        information={"nacpipe": __version__},
     )
     return exported, examples
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import nacpipe
 from nacpipe.cache import Cache
 from nacpipe.detector.file import FUSED, Exported, keep_scores
 from nacpipe.errors import DetectorError, InputError, ValuesError
@@ -16,6 +15,7 @@ from nacpipe.method.params import NacParams
 from nacpipe.method.term import LOGITS
 from nacpipe.scoring.coverage import fit_coverage
 from nacpipe.scoring.states import has_classes
+from nacpipe.version import __version__
 
 MAX_BYTES = 64 * 10**6  # of a detector's arrays
 
@@ -55,7 +55,7 @@ def export_detector(cache: Cache, params: NacParams, keep: float = 0.95) -> Expo
         identity={**header.identity, "splits": {name: dict(cache[name].images) for name in ("id/train", "id/val")}},
         validation=keep_scores(validation),
         cache_layers=tuple(layer.path for layer in header.layers),
-        information={"nacpipe": nacpipe.__version__, "cache": cache.path, "extraction": dict(header.information)},
+        information={"nacpipe": __version__, "cache": cache.path, "extraction": dict(header.information)},
     )
     try:
         arrays = made.to_arrays()

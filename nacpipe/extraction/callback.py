@@ -24,7 +24,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import nacpipe
 from nacpipe.benchmarks.lists import check_labels
 from nacpipe.benchmarks.standard import Transform
 from nacpipe.cache import CacheWriter, Header
@@ -37,6 +36,7 @@ from nacpipe.networks.call import describe_input
 from nacpipe.networks.layers import MeasuredLayers, measure_layers, name_layers
 from nacpipe.networks.taps import Taps, isolated
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
+from nacpipe.version import __version__
 
 _SPLIT = re.compile(r"id/(train|val|test)|csid/[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -132,7 +132,7 @@ def _header(network: Network, measured: MeasuredLayers) -> Header:
             **({} if network.model.outputs == "logits" else {"outputs": network.model.outputs}),
         },
         information={
-            "nacpipe": nacpipe.__version__,
+            "nacpipe": __version__,
             "torch": torch.__version__,
             "device": str(network.device),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

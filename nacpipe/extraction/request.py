@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torchvision
 
-import nacpipe
 from nacpipe.benchmarks.toml import choose_root, open_benchmark
 from nacpipe.cache import Header
 from nacpipe.cache.layout import ALL_BITS, BLOCK_ROWS
@@ -24,6 +23,7 @@ from nacpipe.files import is_url
 from nacpipe.networks.build import Network
 from nacpipe.networks.layers import MeasuredLayers
 from nacpipe.networks.precision import AUTOCAST, FP32, TF32, check_precision, choose_format
+from nacpipe.version import __version__
 
 BLOCK_SECONDS = 10.0  # of work, which a kill loses
 
@@ -180,7 +180,7 @@ def build_header(
             **({} if network.model.outputs == "logits" else {"outputs": network.model.outputs}),
         },
         information={
-            "nacpipe": nacpipe.__version__,
+            "nacpipe": __version__,
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
             "device": str(network.device),

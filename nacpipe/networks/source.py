@@ -15,12 +15,10 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-import nacpipe
-
 _PACKAGES = ("site-packages", "dist-packages")
 _INSTALLED = [
     *(Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "platstdlib")),
-    Path(nacpipe.__file__).parent,
+    Path(__file__).parents[1],
 ]
 _imported_files: dict[Path, set[Path]] = {}
 """File → files of its folder that any of its runs imported: a later run does not import a module again."""

@@ -15,7 +15,6 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
-import nacpipe
 from nacpipe.cache.identity import diff, fingerprint
 from nacpipe.cache.options import FROM_PYTHON
 from nacpipe.errors import InputError, NoValuesError, StudyError
@@ -34,6 +33,7 @@ from nacpipe.tuning.space_file import NAMED
 from nacpipe.tuning.storage import backend, is_there, open_storage, opening
 from nacpipe.tuning.trials import best_trial, completed_trials, lone_term, pareto_front
 from nacpipe.tuning.validation import DIRECTIONS, CrossValidation
+from nacpipe.version import __version__
 
 NO_FUSION = "none"  # in the record of cross-validation
 
@@ -123,7 +123,7 @@ class Search:
         else:
             return None
         if create and "fingerprint" not in study.user_attrs:  # new, or its maker was killed before the last of these
-            for key, value in {"seed": request.seed, "nacpipe": nacpipe.__version__, **bound}.items():
+            for key, value in {"seed": request.seed, "nacpipe": __version__, **bound}.items():
                 study.set_user_attr(key, value)
         return study
 
@@ -264,7 +264,7 @@ class Search:
         assert self.study is not None
         request = self.request
         return {
-            "nacpipe": nacpipe.__version__,
+            "nacpipe": __version__,
             "cache": self.cache.path,
             "fingerprint": fingerprint(self._identity(self._chosen or self.objective.layers)),
             "study": request.shown,
