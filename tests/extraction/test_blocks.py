@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nacpipe.cache import Cache, CacheWriter, open_cache
+from nacpipe.cache import Cache, CacheWriter, SplitView, open_cache
 from nacpipe.errors import CacheError
 from nacpipe.extraction import pipeline as extraction
 from nacpipe.extraction.distributed import Ranks
@@ -231,6 +231,7 @@ class Split:
     right: int
     classes: int
     rows: int = 10
+    row_slices = SplitView.row_slices
 
     @property
     def label(self) -> Any:
