@@ -360,9 +360,12 @@ def test_the_page_runs_as_it_stands(detector: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "cache").mkdir()
     shutil.copy(detector, tmp_path / "cache/digits-digits_cnn.detector.safetensors")
     shutil.copy(digits_cnn.__file__.replace(".py", ".safetensors"), tmp_path)
+    (tmp_path / "scans").mkdir()
+    Image.fromarray(load_set("letters")[0][0]).save(tmp_path / "scans/a.png")
     monkeypatch.chdir(tmp_path)
     said: dict[str, Any] = {}
     exec(program, said)
     assert said["score"].shape == (128,)
+    torch.testing.assert_close(said["scan"], said["images"][0])
     assert said["is_ood"].tolist() == (said["score"] < read_detector(detector).threshold).tolist()
     assert said["is_ood"].float().mean() > 0.5  # letters, most of them
