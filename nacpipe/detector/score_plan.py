@@ -105,7 +105,10 @@ def _named_again(redo: Sequence[str], stems: Sequence[str]) -> set[str]:
 
 def _check_same_files(shard: Shard, part: str, *, python: bool) -> None:
     """Refuse single files where a part of others has the name; of shards the name says which they are."""
-    scored = set(read_part(part)["image"])
+    try:
+        scored = set(read_part(part)["image"])
+    except InputError:
+        return  # `read_scored` names it
     if new := [path for path in shard.files if escape_bytes(str(path)) not in scored]:
         again = spell_option("redo", [shard.stem] if python else shard.stem, python=python)
         raise InputError(

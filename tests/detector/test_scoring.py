@@ -389,6 +389,9 @@ def test_the_part_of_single_files_is_not_taken_for_that_of_others(detector: Path
         f"nacpipe: {out}/images.csv is of other files, without {tmp_path}/b.png; name another folder with --output,"
         " name the files in a list (.txt), whose part has its name, or replace this part with --redo images\n"
     )
+    (out / "images.csv").write_text("no scores")
+    damaged = run("score", detector, tmp_path / "b.png", "--output", out)
+    assert "1 of 1 parts cannot be read; score the shard again with --redo images; the first: " in damaged.stderr
     assert run("score", detector, tmp_path / "b.png", "--output", out, "--redo", "images").exit_code == 0
     assert read_part(f"{out}/images.csv").image.tolist() == [f"{tmp_path}/b.png"]
 
