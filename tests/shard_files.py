@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from nacpipe.detector.shards import Shard, find_shards
-from nacpipe.extraction.encoded_images import Unscored
+from nacpipe.extraction.image_content import Unscored
 
 
 def png(values: np.ndarray) -> bytes:

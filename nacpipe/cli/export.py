@@ -126,23 +126,7 @@ def _write_with_network(
 
 
 def score_command(detector: Path, header: Header) -> str:
-    """Return the command that scores images; what the cache does not know of its network stands in capitals.
+    """Return the command that scores images; what the cache does not know of its network stands in capitals."""
+    from nacpipe.detector.network_options import network_options
 
-    A function in a file, timm's networks and a checkpoint's file are used only where a person names them.
-    """
-    from nacpipe.cache.options import read_options
-
-    architecture = str(header.identity.get("architecture"))
-    options = read_options(header.information)  # None: the cache was not made by an extract that records them
-    words = ["score", str(detector), "IMAGES"]
-    if architecture.startswith("timm:"):
-        words += ["--model", architecture]
-    elif header.identity.get("family") == "custom":
-        unknown = f"FOLDER/{architecture}" if ":" in architecture else "FILE.py:FUNCTION"
-        words += ["--model", unknown if options is None else options.model]
-    if options is None:
-        checkpoint = str(header.information.get("checkpoint") or "CHECKPOINT")
-        words += ["--checkpoint", f"FOLDER/{checkpoint}" if Path(checkpoint).suffix else checkpoint]
-    elif options.checkpoint is not None:
-        words += ["--checkpoint", str(options.checkpoint)]
-    return command_line(*words)
+    return command_line("score", detector, "IMAGES", *network_options(header.identity, header.information))

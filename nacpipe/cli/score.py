@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +12,20 @@ import click
 
 from nacpipe.cli.extract import workers_option
 from nacpipe.cli.output import Address, Progress, note, print_csv, print_json, print_table
+from nacpipe.text import spell_option
 
 if TYPE_CHECKING:
     from nacpipe.detector.file import Exported
     from nacpipe.detector.parts import Parts, ScoredImage
     from nacpipe.detector.predict import Ready, ScoreOptions
-    from nacpipe.detector.scoring import ScoredShard, ScorePlan
+    from nacpipe.detector.score_plan import ScorePlan
+    from nacpipe.detector.scored_shard import ScoredShard
     from nacpipe.detector.shards import Shard
-    from nacpipe.extraction.distributed import Ranks
+    from nacpipe.extraction.place import Place
 
 _COLUMNS = ("image", "score", "percentile", "is_ood", "predicted", "error")
 _FORMATS = ("csv", "json", "parquet")
+_NAMED_AGAIN = 5  # parts, at most, that a message names to be redone
 
 
 @click.command()
@@ -38,6 +41,7 @@ _FORMATS = ("csv", "json", "parquet")
 @click.option("--output", metavar="FOLDER", type=Address(), help="Write a part per shard there, or at s3://…")
 @click.option("--format", "kind", type=click.Choice(_FORMATS), help="Of the parts; default: csv.")
 @click.option("--column", metavar="NAME", help="Of Parquet files; default: the first of encoded images.")
+@click.option("--redo", multiple=True, metavar="A,B", help="Replace these parts: score their shards again.")
 @click.option("--dry-run", is_flag=True, help="Print which shards have no part, and stop.")
 @click.option("--csv", "output_as", flag_value="csv", help="Print CSV, row by row.")
 @click.option("--json", "output_as", flag_value="json", help="Print JSON.")
@@ -52,6 +56,7 @@ def score(
     output: str | Path | None,
     kind: str | None,
     column: str | None,
+    redo: tuple[str, ...],
     dry_run: bool,
     output_as: str | None,
 ) -> None:
@@ -62,7 +67,8 @@ def score(
     the training data. Images that cannot be read are named and the others are scored; the exit code is then 1.
 
     With --output each folder, list or shard becomes a part of its name, written whole or not at all. The same command
-    goes on with what has no part, and under torchrun each process takes its share.
+    goes on with what has no part, and under torchrun each process takes its share. Parts of earlier runs are counted
+    too: while one holds an image that could not be scored, the exit code is 1; --redo NAME scores that part again.
 
     \b
     nacpipe score digits.safetensors scans/ one.png
@@ -70,64 +76,97 @@ def score(
     nacpipe score digits.safetensors 'shards/{000..099}.tar' --output scores --format parquet
     torchrun --nproc-per-node 8 -m nacpipe score digits.safetensors s3://in/shards/ --output s3://out/scores
     """
-    from nacpipe.detector.predict import ScoreOptions, prepare
+    from nacpipe.detector.file import read_detector
+    from nacpipe.detector.network_options import check_network_is_named
     from nacpipe.detector.shards import find_shards
-    from nacpipe.extraction.distributed import join_ranks, leave_ranks, read_ranks
+    from nacpipe.extraction.place import read_place
 
-    options = ScoreOptions(batch_size=batch_size, workers=workers, column=column, local_world=read_ranks().local_world)
     if output is None:
-        if kind is not None or dry_run:
-            raise click.UsageError(f"{'--format' if kind else '--dry-run'} belongs to --output FOLDER.")
-        if not read_ranks().alone:
+        if kind is not None or dry_run or redo:
+            given = "--format" if kind else "--dry-run" if dry_run else "--redo"
+            raise click.UsageError(f"{given} belongs to --output FOLDER.")
+        if not read_place().alone:
             raise click.UsageError("several processes write parts; name their folder with --output.")
-        shards = find_shards(images)
-        streams = [shard for shard in shards if shard.kind in ("tar", "parquet")]
-        _print_rows(detector, images, shards if streams else (), model, checkpoint, device, options, output_as)
-        return
-    if output_as == "csv":
+    elif output_as == "csv":
         raise click.UsageError("--csv prints rows; with --output it is --format csv.")
-    from nacpipe.detector.parts import Parts
-    from nacpipe.detector.scoring import describe, plan_scoring
+    shards = find_shards(images) if output is None else []
+    exported = read_detector(detector)
+    if not dry_run:
+        check_network_is_named(exported, str(detector), model, checkpoint)
 
-    parts = Parts(output, kind or "csv")
-    if dry_run:
-        _print_plan(plan_scoring(images, parts, read_ranks()), parts, as_json=output_as == "json")
-        return
-    # A process that ends with an error makes torchrun end the others: they wait for each other first.
-    ranks = join_ranks() if "TORCHELASTIC_RUN_ID" in os.environ else read_ranks()
-    try:
-        plan = plan_scoring(images, parts, ranks)
-        ready = prepare(detector, model, checkpoint, device, ranks)
-        for text in ready.notes if ranks.first else ():
+    def load(place: Place) -> tuple[Ready, ScoreOptions]:
+        from nacpipe.detector.predict import ScoreOptions, prepare
+
+        ready = prepare(exported, str(detector), model, checkpoint, device, place)
+        for text in ready.notes if place.first else ():
             note(text)
-        parts.claim(describe(ready.exported))
-        scored = _write_parts(ready, plan, parts, ranks, options)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+        local_world = place.local_world
+        return ready, ScoreOptions(batch_size=batch_size, workers=workers, column=column, local_world=local_world)
+
+    if output is None:
+        streams = [shard for shard in shards if shard.kind in ("tar", "parquet")]
+        _print_rows(load, images, shards if streams else (), output_as)
+        return
+    _score_into_parts(exported, load, images, output, kind or "csv", redo, output_as, dry_run=dry_run)
+
+
+_Load = Callable[["Place"], tuple["Ready", "ScoreOptions"]]
+
+
+def _score_into_parts(
+    exported: Exported,
+    load: _Load,
+    images: Sequence[str | Path],
+    output: str | Path,
+    kind: str,
+    redo: Sequence[str],
+    output_as: str | None,
+    *,
+    dry_run: bool,
+) -> None:
+    """Score what has no part. torch is imported, and the network built, where there is something to score."""
+    from nacpipe.detector.parts import Parts
+    from nacpipe.detector.score_plan import describe, plan_scoring
+    from nacpipe.detector.scored_shard import GROWING
+    from nacpipe.extraction.place import read_place
+
+    parts, description = Parts(output, kind), describe(exported)
+    place, launched = read_place(), "TORCHELASTIC_RUN_ID" in os.environ and not dry_run
+    if launched:  # a process that ends with an error makes torchrun end the others: they wait for each other first
+        from nacpipe.extraction.distributed import join_ranks, leave_ranks
+
+        place = ranks = join_ranks()
+    try:
+        plan = plan_scoring(images, parts, place, redo=redo)
+        parts.check(description)
+        if dry_run:
+            _read_parts([shard for shard in plan.finished if shard.kind in GROWING], parts, place)
+            _print_plan(plan, parts, as_json=output_as == "json")
+            return
+        rows = {one.shard: one for one in _read_parts(plan.finished, parts, place)}
+        if plan.todo:
+            ready, options = load(place)
+            parts.claim(description)
+            rows |= {one.shard: one for one in _write_parts(ready, plan, parts, place, options)}
+        if launched:
             ranks.wait()
     finally:
-        leave_ranks()
+        if launched:
+            leave_ranks()
+    scored = [(shard, rows[shard.address]) for shard in plan.own]
     _print_scored(scored, plan, parts, as_json=output_as == "json")
 
 
-def _print_rows(
-    detector: Path,
-    images: Sequence[str | Path],
-    shards: Sequence[Shard],
-    model: str | None,
-    checkpoint: Path | None,
-    device: str,
-    options: ScoreOptions,
-    output_as: str | None,
-) -> None:
+def _print_rows(load: _Load, images: Sequence[str | Path], shards: Sequence[Shard], output_as: str | None) -> None:
     """Print a row per image; of shards as they come, since nobody knows how many they hold."""
-    from nacpipe.detector.predict import prepare, score_images, score_shards
     from nacpipe.detector.shards import find_paths
     from nacpipe.errors import ImageError
+    from nacpipe.extraction.place import Place
 
     paths = [] if shards else find_paths(images)
-    ready = prepare(detector, model, checkpoint, device)
-    for text in ready.notes:
-        note(text)
+    ready, options = load(Place())
+    from nacpipe.detector.predict import score_images, score_shards
+
     broken: list[str] = []
     count = flagged = 0
 
@@ -179,12 +218,24 @@ def _describe_flagged(flagged: int, scored: int, exported: Exported) -> str:
     )
 
 
-def _write_parts(ready: Ready, plan: ScorePlan, parts: Parts, ranks: Ranks, options: ScoreOptions) -> list[ScoredShard]:
+def _read_parts(shards: Sequence[Shard], parts: Parts, place: Place) -> list[ScoredShard]:
+    """Count what the parts of earlier runs hold, one after another."""
+    from nacpipe.detector.scored_shard import read_scored
+
+    found = []
+    with Progress("read parts", {"": len(shards)} if place.first else {}, unit="part") as progress:
+        for one in read_scored(shards, parts, progress.note):
+            found.append(one)
+            progress.step(1)
+    return found
+
+
+def _write_parts(ready: Ready, plan: ScorePlan, parts: Parts, place: Place, options: ScoreOptions) -> list[ScoredShard]:
     """Score this process's shards, one after another."""
     from nacpipe.detector.scoring import score_parts
 
     scored, images = [], 0
-    with Progress("score", {"": len(plan.todo)} if ranks.first else {}, unit="shard") as progress:
+    with Progress("score", {"": len(plan.todo)} if place.first else {}, unit="shard") as progress:
 
         def step(count: int) -> None:
             nonlocal images
@@ -206,48 +257,71 @@ def _print_plan(plan: ScorePlan, parts: Parts, *, as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
+    states = ["done" if shard.stem in plan.done else "to score" for shard in plan.shards]
+    states = [
+        "to score again" if shard.stem in plan.redone else state
+        for shard, state in zip(plan.shards, states, strict=True)
+    ]
     print_table(
         ("shard", "kind", "part", "state"),
-        [(row["shard"], row["kind"], row["part"], "done" if row["done"] else "to score") for row in rows],
+        [(row["shard"], row["kind"], row["part"], state) for row, state in zip(rows, states, strict=True)],
         left=4,
     )
     note(f"{len(plan.done)} of {len(rows)} shards are done, {len(plan.todo)} are to be scored by this process")
 
 
-def _print_scored(scored: Sequence[ScoredShard], plan: ScorePlan, parts: Parts, *, as_json: bool) -> None:
-    """Print a row per shard of this run.
+def _print_scored(scored: Sequence[tuple[Shard, ScoredShard]], plan: ScorePlan, parts: Parts, *, as_json: bool) -> None:
+    """Print a row per shard of this process, those of earlier runs too.
 
     Raises:
-        ImageError: images or shards could not be scored.
+        ImageError: images or shards could not be scored, now or then.
     """
-    from nacpipe.errors import ImageError
-
     if as_json:
-        print_json([asdict(one) for one in scored])
+        print_json([asdict(one) for _, one in scored])
     else:
         print_table(
-            ("shard", "images", "flagged", "errors", "part"),
+            ("shard", "images", "flagged", "errors", "part", "scored"),
             [
                 (
                     one.shard,
-                    str(one.images) if one.part else "–",
-                    str(one.flagged) if one.part else "–",
-                    str(one.errors) if one.part else "–",
-                    one.part or "–",
+                    *([str(one.images), str(one.flagged), str(one.errors), one.part] if one.part else ["–"] * 4),
+                    "before" if one.done_before else "now" if one.part else "–",
                 )
-                for one in scored
+                for _, one in scored
             ],
         )
     note(f"{len(plan.done)} of {len(plan.shards)} shards were done before; parts are in {parts.folder}")
-    unread = [one for one in scored if one.part is None]
-    errors = sum(one.errors for one in scored)
-    if not unread and not errors:
+    _raise_unscored(scored)
+
+
+def _raise_unscored(scored: Sequence[tuple[Shard, ScoredShard]]) -> None:
+    """Say how many images and shards have no score, and how to try again.
+
+    Raises:
+        ImageError: there are some.
+    """
+    from nacpipe.errors import ImageError
+
+    if not (unscored := [(shard, one) for shard, one in scored if one.first_error is not None]):
         return
-    images = sum(one.images for one in scored)
-    first = next(one.first_error for one in scored if one.first_error)
+    errors, images = sum(one.errors for _, one in scored), sum(one.images for _, one in scored)
+    unread = [shard for shard, one in unscored if one.part is None and not one.done_before]
+    damaged = [shard for shard, one in unscored if one.part is None and one.done_before]
     counts = [f"{errors} of {images} images"] * bool(errors) + [f"{len(unread)} of {len(scored)} shards"] * bool(unread)
-    again = "; the same command tries these shards again" if unread else ""
-    raise ImageError(f"{' and '.join(counts)} could not be scored{again}; the first: {first}")
+    said = [f"{' and '.join(counts)} could not be scored"] * bool(counts)
+    said += [f"{len(damaged)} of {len(scored)} parts cannot be read"] * bool(damaged)
+    said += ["the same command tries these shards again"] * bool(unread)
+    if again := [shard.stem for shard, one in unscored if one.errors or shard in damaged]:
+        said.append(f"score {'the shard' if len(again) == 1 else 'the shards'} again with {_redo_options(again)}")
+    raise ImageError(f"{'; '.join(said)}; the first: {unscored[0][1].first_error}")
+
+
+def _redo_options(stems: Sequence[str]) -> str:
+    """Return the options that score shards again; of very many, those of the first."""
+    named = stems[:_NAMED_AGAIN]
+    joined = [",".join(named)] if not any("," in stem for stem in named) else named
+    more = f", and so on for {len(stems)} parts" if len(stems) > len(named) else ""
+    return " ".join(spell_option("redo", words, python=False) for words in joined) + more
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

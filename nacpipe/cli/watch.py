@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ def watch(
 
     Of every part, or every hour, day, week or month of the images' own times: the share of flagged images and the
     distance of the scores' distribution from id/val's, each with what chance alone would do. The exit code is 3 where a
-    group is past chance. Images are taken for independent of each other, which frames of one video are not.
+    group is past chance. Of very few images nothing can be said. Images are taken for independent of each other, which
+    frames of one video are not.
 
     \b
     nacpipe watch scores
@@ -56,13 +58,23 @@ def watch(
         print_json({"false_alarms": false_alarms, "drift": len(drifted), "groups": frame.to_dict("records")})
     else:
         print_table(
-            ("group", "images", "errors", "flagged %", "by chance", "distance", "bound", "median percentile", ""),
+            ("group", "images", "errors", "flagged %", "by chance", "distance", "bound", "median percentile", "drift"),
             [_cells(row) for row in frame.to_dict("records")],
         )
     if plot is not None:
         _plot(plot, frame)
     if unscored := int((frame["images"] == 0).sum()):
         note(f"{unscored} of {len(frame)} groups have no image with a score, and were not compared")
+    few = sum(_too_few(row) for row in frame.to_dict("records")) - unscored
+    if few:
+        note(
+            f"{few} of {len(frame)} groups have too few images to say: fewer than {frame['least_images'].iloc[0]} are"
+            " never past chance, whatever they score"
+        )
+    if errors := int(frame["errors"].sum()):
+        first = frame[frame["errors"] > 0].iloc[0]
+        has = "1 image has" if errors == 1 else f"{errors} images have"
+        note(f"{has} no score; the first, in {first['group']}: {first['first_error']}")
     if len(drifted):
         first = drifted.iloc[0]
         note(
@@ -70,7 +82,8 @@ def watch(
             f" are flagged (chance: {percent(first['flagged_low'])} to {percent(first['flagged_high'])} %)"
         )
         click.get_current_context().exit(DRIFT)
-    note(f"no drift in {len(frame)} groups; a false alarm has a chance of at most {percent(false_alarms)} %")
+    judged = len(frame) - few - unscored
+    note(f"no drift in {judged} groups; a false alarm has a chance of at most {percent(false_alarms)} %")
 
 
 def _cells(row: dict[Any, Any]) -> list[str]:
@@ -83,8 +96,13 @@ def _cells(row: dict[Any, Any]) -> list[str]:
         _number(row["distance"]),
         _number(row["distance_bound"]),
         "–" if math.isnan(row["percentile_50"]) else f"{row['percentile_50']:.1f}",
-        "drift" if row["drift"] else "",
+        "drift" if row["drift"] else "too few to say" if _too_few(row) else "no",
     ]
+
+
+def _too_few(row: Mapping[Any, Any]) -> bool:
+    """Whether chance's interval and bound exclude nothing, whatever so few images score."""
+    return not (row["flagged_high"] < 1 or row["distance_bound"] < 1)
 
 
 def _number(value: float) -> str:

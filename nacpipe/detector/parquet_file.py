@@ -8,8 +8,7 @@ from typing import Any
 
 from nacpipe.cache.objects import READ_AHEAD, open_file
 from nacpipe.errors import ImageError, MissingExtra
-from nacpipe.extraction.encoded_images import EncodedImage, Unscored
-from nacpipe.extraction.image_file import CANNOT_READ
+from nacpipe.extraction.image_content import CANNOT_READ, EncodedImage, Unscored
 
 ROWS_AT_ONCE = 64
 

@@ -150,21 +150,15 @@ class Parts:
             yield writer
             writer.close()
 
-    def claim(self, description: Mapping[str, Any]) -> None:
-        """Make the folder, and refuse one with parts of another detector or in another format.
+    def check(self, description: Mapping[str, Any]) -> bool:
+        """Refuse a folder with parts of another detector or in another format; return whether it is claimed.
 
         Raises:
-            InputError: the folder cannot be made, or such parts are in it.
+            InputError: such parts are in it.
         """
         here = _join(self.folder, DESCRIPTION)
-        if not is_url(self.folder):
-            try:
-                Path(self.folder).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"{self.folder} cannot be made: {error.strerror or error}") from None
         if (content := _read(here)) is None:
-            _write(here, json.dumps({**description, "format": self.kind}, indent=2).encode())
-            return
+            return False
         try:
             found = json.loads(content)
         except ValueError:
@@ -178,6 +172,22 @@ class Parts:
                 f"{self.folder} holds parts in the format {kind}; go on with --format {shlex.quote(str(kind))}, or name"
                 " another folder with --output"
             )
+        return True
+
+    def claim(self, description: Mapping[str, Any]) -> None:
+        """Make the folder, and refuse one with parts of another detector or in another format.
+
+        Raises:
+            InputError: the folder cannot be made, or such parts are in it.
+        """
+        if not is_url(self.folder):
+            try:
+                Path(self.folder).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"{self.folder} cannot be made: {error.strerror or error}") from None
+        if not self.check(description):
+            content = json.dumps({**description, "format": self.kind}, indent=2)
+            _write(_join(self.folder, DESCRIPTION), content.encode())
 
 
 def _literal(stem: str) -> str:

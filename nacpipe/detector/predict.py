@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -13,16 +12,18 @@ from pathlib import Path
 import torch
 
 from nacpipe.benchmarks.standard import BENCHMARKS, Benchmark, Transform
-from nacpipe.detector.file import Exported, read_detector
+from nacpipe.detector.file import Exported
 from nacpipe.detector.module import Detected, Detector, attach
+from nacpipe.detector.network_options import check_network_is_named, name_network
 from nacpipe.detector.parts import ScoredImage, format_time
 from nacpipe.detector.shards import Shard
 from nacpipe.errors import CacheError, DetectorError, ImageError, InputError
 from nacpipe.extraction.dataset import Normalise
 from nacpipe.extraction.decoder import NVJPEG, Decoder, stored_decoder
-from nacpipe.extraction.distributed import Ranks
-from nacpipe.extraction.encoded_images import DecodedImages, EncodedBatches, EncodedImage, Unscored
+from nacpipe.extraction.encoded_images import DecodedImages, EncodedBatches
+from nacpipe.extraction.image_content import EncodedImage, Unscored
 from nacpipe.extraction.loader import choose_stream_workers, load_stream
+from nacpipe.extraction.place import Place
 from nacpipe.extraction.request import find_device, pin_arithmetic
 from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.build import load_network
@@ -69,40 +70,45 @@ class Ready:
 
 
 def prepare(
-    file: Path,
+    exported: Exported,
+    file: str,
     model: str | None,
     checkpoint: Path | None,
     device: str,
-    ranks: Ranks = Ranks(),  # noqa: B008
+    place: Place = Place(),  # noqa: B008
 ) -> Ready:
-    """Read a detector, build its network and put the two together.
+    """Build a detector's network and put the two together.
 
     Args:
-        file: from `nacpipe export`.
+        exported: the detector.
+        file: where it is, for messages.
         model: as for extraction; None means the one that the file names, where it is in the table.
         checkpoint: the weights; None means the model's own.
         device: cuda, mps, cpu, … or auto.
-        ranks: this process among others; each on a GPU of its own.
+        place: this process among others; each on a GPU of its own.
 
     Raises:
-        DetectorError: the file is malformed or the network is another.
+        DetectorError: the network is another.
         InputError: an unknown model, weights that do not fit, a device that is not there.
     """
-    exported = read_detector(file)
     pin_arithmetic()
-    place = find_device(device, ranks.local, ranks.local_world)
+    found = find_device(device, place.local, place.local_world)
     with arithmetic(FP32):  # as extraction looks at a network
-        return attach_network(exported, str(file), model, checkpoint, place)
+        return attach_network(exported, file, model, checkpoint, found)
 
 
 def attach_network(
     exported: Exported, file: str, model: str | None, checkpoint: Path | None, device: torch.device
 ) -> Ready:
     """Build a detector's network and put the two together; arguments and errors as `prepare`, `file` for messages."""
+    check_network_is_named(exported, file, model, checkpoint)
     named = str(exported.identity.get("architecture"))
-    if model is None and ":" in named:  # code is run, or weights are fetched, where someone asks for it
-        raise InputError(f"{file} is for {named}; say where it is with --model {shlex.quote(named)}")
-    row = find_model(model or named)
+    try:
+        row = find_model(model or named)
+    except InputError:
+        if model is not None:
+            raise
+        raise InputError(name_network(exported, file, checkpoint)) from None
     known = BENCHMARKS.get(str(exported.identity.get("benchmark")))
     benchmark = known or Benchmark(name="its own", classes=exported.classes, transform=exported.transform, splits=())
     benchmark = replace(benchmark, transform=exported.transform)

@@ -1,95 +1,22 @@
-"""Scoring shards: which have no part yet, and which of these are this process's.
-
-shards    000 001 002 003 004 005      each of W processes takes every W-th shard
-rank 0     ●       ●       ●           a shard whose part exists is done, whoever wrote it
-rank 1         ●       ●       ●       a process that dies loses the shard that it is at, and no other
-"""
+"""Scoring shards, each into a part of its own, from the command line and from Python."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nacpipe.detector.file import Exported
-from nacpipe.detector.parts import COLUMNS, Parts, ScoredImage, read_part
+from nacpipe.detector.parts import COLUMNS, Parts, ScoredImage
 from nacpipe.detector.predict import Ready, ScoreOptions, ShardError, score_shards
-from nacpipe.detector.shards import Shard, check_stems, find_shards
-from nacpipe.errors import InputError
-from nacpipe.extraction.distributed import Ranks
-from nacpipe.text import escape_bytes
+from nacpipe.detector.score_plan import describe, plan_scoring
+from nacpipe.detector.scored_shard import ScoredShard, read_scored
+from nacpipe.detector.shards import Shard, find_shards
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from nacpipe.detector.module import Detector
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScorePlan:
-    """What is to be scored."""
-
-    shards: tuple[Shard, ...]
-    """All, in order."""
-    done: frozenset[str]
-    """Stems of those that have a part."""
-    todo: tuple[Shard, ...]
-    """This process's shards without a part, in order."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredShard:
-    """What became of one shard."""
-
-    shard: str
-    """Its address."""
-    part: str | None
-    """The part's address; None where the shard could not be read, and no part was written."""
-    images: int
-    """Rows of the part, those with an error too."""
-    flagged: int
-    errors: int
-    """Images that could not be scored."""
-    first_error: str | None
-    """The first of their messages, or the shard's own."""
-
-
-def plan_scoring(sources: Sequence[str | Path], parts: Parts, ranks: Ranks = Ranks()) -> ScorePlan:  # noqa: B008
-    """Return what to do; reads names, and the part of single image files, and changes nothing.
-
-    Raises:
-        InputError: two shards would have one part, or the part of single image files is of other files.
-        ImageError: a file, list or shard on this machine is not there.
-        CacheError: a server does not answer.
-    """
-    shards = find_shards(sources)
-    for shard in shards:
-        shard.check()
-    check_stems(shards)
-    done = frozenset(parts.written())
-    for shard in shards:
-        if shard.kind == "files" and shard.stem in done:
-            _check_same_files(shard, parts.address(shard.stem))
-    own = shards[ranks.rank :: ranks.world]
-    return ScorePlan(
-        shards=tuple(shards),
-        done=frozenset(shard.stem for shard in shards if shard.stem in done),
-        todo=tuple(shard for shard in own if shard.stem not in done),
-    )
-
-
-def _check_same_files(shard: Shard, part: str) -> None:
-    """Refuse single files where a part of others has the name; of shards the name says which they are."""
-    scored = set(read_part(part)["image"])
-    if new := [path for path in shard.files if escape_bytes(str(path)) not in scored]:
-        raise InputError(
-            f"{part} is of other files, without {new[0]}; name another folder with --output, or name the files in a"
-            " list (.txt), whose part has its name"
-        )
 
 
 def score_parts(
@@ -150,21 +77,6 @@ def _write_part(
     )
 
 
-def describe(exported: Exported) -> dict[str, Any]:
-    """Return what says that two folders of parts are of one detector, and what `watch` compares them with."""
-    arrays = exported.to_arrays()
-    digest = hashlib.sha256(json.dumps(exported.to_json(), sort_keys=True).encode())
-    for name in sorted(arrays):
-        digest.update(name.encode() + arrays[name].tobytes())
-    validation = exported.validation
-    return {
-        "sha256": digest.hexdigest(),
-        "threshold": exported.threshold,
-        "keep": exported.keep,
-        "validation_scores": None if validation is None else validation.tolist(),
-    }
-
-
 def score(
     detector: Detector,
     images: str | Path | Sequence[str | Path],
@@ -174,6 +86,7 @@ def score(
     batch_size: int = 128,
     workers: int | None = 0,
     column: str | None = None,
+    redo: Sequence[str] = (),
     note: Callable[[str], None] = lambda text: None,
 ) -> pd.DataFrame:
     """Score folders, lists, Parquet files and tar shards of images, as `nacpipe score` does.
@@ -187,17 +100,18 @@ def score(
         workers: processes that decode images; 0: a thread; None: as `nacpipe score` chooses. A script needs
             `if __name__ == "__main__":` for processes.
         column: of Parquet files.
+        redo: names of parts to replace: their shards are scored again.
         note: called with what to say aloud.
 
     Returns:
-        Without `output` a row per image; with it a row per shard of this run: shard, part, images, flagged, errors,
-        first_error. Images that could not be scored have an error there, and raise none.
+        Without `output` a row per image; with it a row per shard, those of an earlier run too: shard, part, images,
+        flagged, errors, first_error, done_before. Images that could not be scored have an error there, and raise none.
 
     Raises:
         DetectorError: the detector takes no images.
         ImageError: without `output`, a shard cannot be read.
         InputError: two shards would have one part, or the parts in `output` are of another detector, of another format
-            or of other single files.
+            or of other single files, or `redo` names what is no shard here.
     """
     import pandas as pd
 
@@ -207,7 +121,9 @@ def score(
         scored = score_shards(ready, find_shards(sources), options, note)
         return pd.DataFrame([row for _, rows in scored for row in rows], columns=list(COLUMNS))
     parts = Parts(output, format)
-    plan = plan_scoring(sources, parts)
+    plan = plan_scoring(sources, parts, redo=[redo] if isinstance(redo, str) else redo, python=True)
     parts.claim(describe(ready.exported))
-    done = score_parts(ready, plan.todo, parts, options, note)
-    return pd.DataFrame(done, columns=list(ScoredShard.__dataclass_fields__))
+    rows = {one.shard: one for one in read_scored(plan.finished, parts, note, python=True)}
+    rows |= {one.shard: one for one in score_parts(ready, plan.todo, parts, options, note)}
+    ordered = [rows[shard.address] for shard in plan.shards]
+    return pd.DataFrame(ordered, columns=list(ScoredShard.__dataclass_fields__))

@@ -27,8 +27,7 @@ from nacpipe.cache.objects import list_objects
 from nacpipe.detector.parquet_file import read_parquet
 from nacpipe.detector.tar_file import read_tar
 from nacpipe.errors import ImageError, InputError
-from nacpipe.extraction.encoded_images import EncodedImage, Unscored
-from nacpipe.extraction.image_file import read_content
+from nacpipe.extraction.image_content import EncodedImage, Unscored, read_content
 from nacpipe.files import is_url
 
 UNPACK = {  # ending → the module whose `open` reads it

@@ -20,8 +20,7 @@ from typing import Any, BinaryIO
 from nacpipe.benchmarks.folders import SUFFIXES, is_hidden
 from nacpipe.cache.objects import READ_AHEAD, open_file
 from nacpipe.errors import ImageError, NacError
-from nacpipe.extraction.encoded_images import EncodedImage, Unscored
-from nacpipe.extraction.image_file import CANNOT_READ
+from nacpipe.extraction.image_content import CANNOT_READ, EncodedImage, Unscored
 
 MAX_IMAGE_BYTES = 1 << 29
 _BLOCK = 512  # bytes

@@ -8,6 +8,7 @@ Two questions of every group of images, each with what chance alone would do:
     distance    How far are the distributions of their scores and of id/val's? The largest difference of both, D, of
                 Kolmogorov and Smirnov; P(√(nm / (n + m)) · D > x) is at most about 2 Σ (−1)^(k − 1) exp(−2 k² x²).
 
+Of fewer images than `least_images`, whatever they score, neither is past chance: they are too few to say.
 Both take images for independent of each other: frames of one video are not, and alarm sooner.
 """
 
@@ -68,7 +69,8 @@ def watch(
     Returns:
         A row per group, in order: group, images, errors, flagged (a share), flagged_low and flagged_high (between which
         chance keeps it), distance, distance_bound, percentile_10, percentile_50, percentile_90, deciles (shares of
-        images by their percentile), drift.
+        images by their percentile), first_error (of an image without a score, with its name), least_images (of fewer
+        nothing can be said), drift.
 
     Raises:
         InputError: parts cannot be read, are of several detectors or of one without scores of id/val; or an option is
@@ -132,7 +134,7 @@ def read_reference(addresses: Sequence[str]) -> Reference:
 
 def _groups(addresses: Sequence[str], by: str) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield (group, rows); of a time a part may have rows of several groups."""
-    kept = ["score", "percentile", "is_ood", "error"]
+    kept = ["image", "score", "percentile", "is_ood", "error"]
     for address in addresses:
         rows = read_part(address)
         if by == "part":
@@ -170,8 +172,47 @@ def _judge(
         "distance_bound": bound,
         **{f"percentile_{q}": float(value) for q, value in zip((10, 50, 90), middle, strict=True)},
         "deciles": (counts / max(percentiles.size, 1)).tolist(),
+        "first_error": _first_error(rows),
+        "least_images": least_images(reference.flagged, reference.scores.size, level),
         "drift": bool(drift),
     }
+
+
+def _first_error(rows: pd.DataFrame) -> str | None:
+    """Return the first image without a score, and why it has none."""
+    unscored = rows[rows["error"].notna()]
+    if unscored.empty:
+        return None
+    image, error = str(unscored["image"].iloc[0]), str(unscored["error"].iloc[0])
+    return error if image in error else f"{image}: {error}"
+
+
+@lru_cache(1024)
+def least_images(flagged: int, reference: int, level: float) -> int:
+    """Return the size from which a group can be past chance: with all images flagged, or all scores on one side.
+
+    Below it the interval of `flagged_interval` ends at 1 and `distance_bound` is 1, which no group passes. Both fall
+    with n, so that the size is found by halving.
+
+    Args:
+        flagged: v, scores of id/val below the threshold.
+        reference: m, scores of id/val.
+        level: of each question.
+    """
+
+    def can_alarm(images: int) -> bool:
+        return (
+            flagged_interval(images, flagged, reference, level)[1] < 1 or distance_bound(images, reference, level) < 1
+        )
+
+    high = 1
+    while not can_alarm(high) and high < MANY:
+        high *= 2
+    low = high // 2  # cannot alarm, or is 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if can_alarm(middle) else (middle, high)
+    return high
 
 
 @lru_cache(1024)  # shards are often of one size

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +26,8 @@ import torch.distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from nacpipe.errors import CacheError, InputError
+from nacpipe.errors import CacheError
+from nacpipe.extraction.place import Place, read_local, read_place
 from nacpipe.networks.checkpoints import first_line
 
 Unit = TypeVar("Unit")
@@ -36,29 +37,13 @@ TIMEOUT = datetime.timedelta(days=7)  # one rank may have much more work than an
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
-    """This process among those that torchrun started; `rank` is torch's word."""
+class Ranks(Place):
+    """This process among those that torchrun started."""
 
-    rank: int = 0
-    world: int = 1
-    local: int = 0
-    """The rank among the processes on this machine; selects the GPU."""
-    local_world: int = 1
-    """Number of processes on this machine."""
     store: Store | None = field(default=None, compare=False, repr=False)
     """What the ranks count in; None for one alone."""
     group: Any = field(default=None, compare=False, repr=False)
     """torch's process group of these processes; None: the default one."""
-
-    @property
-    def first(self) -> bool:
-        """Whether this is rank 0, which creates the cache and its splits."""
-        return self.rank == 0
-
-    @property
-    def alone(self) -> bool:
-        """Whether no other process writes the cache."""
-        return self.world == 1
 
     def share(self, units: Sequence[Unit], rows: Sequence[int]) -> Sequence[Unit]:
         """Return this rank's contiguous part of the units: those whose middle row lies in its part of all rows.
@@ -155,7 +140,7 @@ def _with_others() -> Iterator[None]:
 
 def join_ranks() -> Ranks:
     """Join the processes that torchrun started; without torchrun, return a single rank."""
-    ranks = read_ranks()
+    ranks = Ranks(*astuple(read_place()))
     if ranks.alone:
         return ranks
     store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
@@ -170,40 +155,6 @@ def join_ranks() -> Ranks:
     )
     _own_group[:] = [(torch.distributed.group.WORLD, None, PrefixStore("nacpipe", store))]
     return replace(ranks, store=_own_group[0][2])
-
-
-def read_ranks() -> Ranks:
-    """Return this process's place among those that torchrun, or another launcher, started; they are not joined.
-
-    Raises:
-        InputError: WORLD_SIZE is there, and RANK is not or does not fit it.
-    """
-    world, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "")
-    if world == "1":
-        return Ranks()
-    if not (world.isdecimal() and rank.isdecimal() and int(rank) < int(world)):
-        raise InputError(
-            f"WORLD_SIZE is {world!r} and RANK is {rank!r}: give each of several processes its own RANK, from 0 to"
-            " WORLD_SIZE - 1, as torchrun does, or unset both"
-        )
-    return Ranks(int(rank), int(world), *_local())
-
-
-def _local() -> tuple[int, int]:
-    """Return the rank among the processes on this machine, and their number.
-
-    Raises:
-        InputError: the two do not fit.
-    """
-    local, world = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE")
-    if world is None and local.isdecimal():  # other launchers than torchrun
-        return int(local), 1
-    if not (local.isdecimal() and world and world.isdecimal() and int(local) < int(world)):
-        raise InputError(
-            f"LOCAL_RANK is {local!r} and LOCAL_WORLD_SIZE is {world!r}: give each process of a machine its own"
-            " LOCAL_RANK, from 0 to LOCAL_WORLD_SIZE - 1, as torchrun does, or unset both"
-        )
-    return int(local), int(world)
 
 
 _own_group: list[tuple[Any, Any, Store]] = []
@@ -234,7 +185,7 @@ def find_ranks(distributed: bool | None = None) -> Ranks:
     if not (_own_group and _own_group[0][0] is default):  # theirs may be nccl's, or give up after minutes
         store = PrefixStore("nacpipe", torch_distributed.distributed_c10d._get_default_store())
         _own_group[:] = [(default, torch_distributed.new_group(backend="gloo", timeout=TIMEOUT), store)]
-    return Ranks(torch_distributed.get_rank(), world, *_local(), group=_own_group[0][1], store=_count_anew())
+    return Ranks(torch_distributed.get_rank(), world, *read_local(), group=_own_group[0][1], store=_count_anew())
 
 
 def _count_anew() -> Store:

@@ -5,7 +5,7 @@ One that cannot be read has an error in its place, and the others of its batch h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,29 +18,8 @@ from nacpipe.benchmarks.standard import Transform
 from nacpipe.errors import ImageError
 from nacpipe.extraction.dataset import Pixels
 from nacpipe.extraction.decoder import Decoder
+from nacpipe.extraction.image_content import EncodedImage
 from nacpipe.extraction.image_file import decode_image
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedImage:
-    """An image that is not decoded yet; it can be sent to another process."""
-
-    name: str
-    """The file's path, or the name of a shard's member or row."""
-    where: str
-    """The same for messages."""
-    read: Callable[[], bytes]
-    """Returns its content; a file is read here."""
-    time: float | None = None
-    """When it was written last, in seconds since 1970; None where that is not known."""
-
-
-class Unscored(ImageError):
-    """A member of a shard that is no image; it has a name and no score."""
-
-    def __init__(self, message: str, name: str) -> None:
-        super().__init__(message)
-        self.name = name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

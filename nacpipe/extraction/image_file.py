@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,10 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from nacpipe.errors import ImageError
 from nacpipe.extraction.decoder import Decoder
+from nacpipe.extraction.image_content import CANNOT_READ, first_line, read_content
 
 # Pillow chooses the format by content and passes PostScript to Ghostscript.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-CANNOT_READ = "image cannot be read: "
 
 _EIGHT_BITS = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"})
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
@@ -34,20 +33,6 @@ def read_image(
         ImageError: the file does not exist, cannot be read, or has values of unknown range; `where` names it.
     """
     return decode_image(read_content(path, where), where, allow_truncated, if_truncated, decoder)
-
-
-def read_content(path: Path, where: str) -> bytes:
-    """Return an image file's content.
-
-    Raises:
-        ImageError: the file does not exist or cannot be read; `where` names it.
-    """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise ImageError(f"image is not there: {where}") from None
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{CANNOT_READ}{where}: {_first_line(error)}") from error
 
 
 def decode_image(
@@ -70,11 +55,7 @@ def decode_image(
         return to_eight_bits(image)
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         hint = if_truncated if "truncated" in str(error) else ""
-        raise ImageError(f"{CANNOT_READ}{where}: {_first_line(error)}{hint}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return re.sub(r" <_io.BytesIO object at \w+>", "", str(error) or type(error).__name__).splitlines()[0][:120]
+        raise ImageError(f"{CANNOT_READ}{where}: {first_line(error)}{hint}") from error
 
 
 def _load(image: Image.Image, allow_truncated: bool) -> None:

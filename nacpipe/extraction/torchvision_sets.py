@@ -28,7 +28,8 @@ from PIL import Image
 from nacpipe.benchmarks.lists import OOD
 from nacpipe.benchmarks.standard import Split
 from nacpipe.errors import ImageError, InputError
-from nacpipe.extraction.image_file import CANNOT_READ, read_image, to_eight_bits
+from nacpipe.extraction.image_content import CANNOT_READ
+from nacpipe.extraction.image_file import read_image, to_eight_bits
 
 _GENERATORS = threading.Lock()  # the global generators of torch, numpy and Python are shared by all threads
 

@@ -9,6 +9,8 @@ import os
 import re
 import shlex
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from nacpipe.cache import Header, open_cache
 from nacpipe.cache.options import ExtractOptions
 from nacpipe.cli import main
 from nacpipe.cli.export import score_command
-from nacpipe.detector.file import read_detector, write_detector
+from nacpipe.detector.file import Exported, read_detector, write_detector
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.networks.architectures import digits_cnn
 from nacpipe.scoring.coverage import score_splits
@@ -280,12 +282,49 @@ def test_what_the_next_line_knows_of_the_network(
 
 
 def test_code_that_a_file_names_is_not_run(place: Path, detector: Path, tmp_path: Path) -> None:
-    exported = read_detector(detector)
-    object.__setattr__(exported, "identity", {**exported.identity, "architecture": "evil.py:net"})
-    write_detector(tmp_path / "d", exported)
+    write_detector(tmp_path / "d", of_another_network(detector, "evil.py:net"))
     done = nacpipe("score", tmp_path / "d", place / "pictures/00.png")
     assert done.exit_code == 1
-    assert done.stderr == f"nacpipe: {tmp_path / 'd'} is for evil.py:net; say where it is with --model evil.py:net\n"
+    assert done.stderr == (
+        f"nacpipe: {tmp_path / 'd'} is for evil.py:net; say where it is with --model FOLDER/evil.py:net\n"
+    )
+
+
+def of_another_network(detector: Path, architecture: str, **options: Any) -> Exported:
+    """The detector as if its cache were of that network."""
+    exported = read_detector(detector)
+    identity = {**exported.identity, "architecture": architecture, "family": "custom"}
+    extraction = {**exported.information["extraction"], **({"options": made_with(**options)} if options else {})}
+    return replace(exported, identity=identity, information={**exported.information, "extraction": extraction})
+
+
+def test_a_network_from_a_file_is_asked_for_before_anything_is_loaded(
+    place: Path, detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the path that `export` names, where the detector knows it."""
+    image = place / "pictures/00.png"
+    made = of_another_network(detector, "own.py:net", model="my nets/own.py:net", checkpoint=Path("w.pth"))
+    write_detector(tmp_path / "d", made)
+    write_detector(tmp_path / "timm", of_another_network(detector, "timm:resnet10t", model="timm:resnet10t"))
+    write_detector(tmp_path / "plain", of_another_network(detector, "Net", model="x"))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "nacpipe.detector.predict", None)
+        for more, said in (
+            ((), "--model 'my nets/own.py:net' --checkpoint w.pth"),
+            (("--checkpoint", "v.pth"), "--model 'my nets/own.py:net'"),
+            (("--output", tmp_path / "scores"), "--model 'my nets/own.py:net' --checkpoint w.pth"),
+        ):
+            done = nacpipe("score", tmp_path / "d", image, *more)
+            assert (done.exit_code, done.stderr) == (
+                1, f"nacpipe: {tmp_path}/d is for own.py:net; say where it is with {said}\n"
+            )  # fmt: skip
+        assert nacpipe("score", tmp_path / "timm", image).stderr == (
+            f"nacpipe: {tmp_path}/timm is for timm:resnet10t; say where it is with --model timm:resnet10t\n"
+        )
+    assert not (tmp_path / "scores").exists()
+    assert nacpipe("score", tmp_path / "plain", image).stderr == (
+        f"nacpipe: {tmp_path}/plain is for Net; say where it is with --model FILE.py:FUNCTION\n"
+    )
 
 
 def test_other_weights_are_refused(place: Path, detector: Path, tmp_path: Path) -> None:
@@ -321,9 +360,12 @@ def test_the_page_runs_as_it_stands(detector: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "cache").mkdir()
     shutil.copy(detector, tmp_path / "cache/digits-digits_cnn.detector.safetensors")
     shutil.copy(digits_cnn.__file__.replace(".py", ".safetensors"), tmp_path)
+    (tmp_path / "scans").mkdir()
+    Image.fromarray(load_set("letters")[0][0]).save(tmp_path / "scans/a.png")
     monkeypatch.chdir(tmp_path)
     said: dict[str, Any] = {}
     exec(program, said)
     assert said["score"].shape == (128,)
+    torch.testing.assert_close(said["scan"], said["images"][0])
     assert said["is_ood"].tolist() == (said["score"] < read_detector(detector).threshold).tolist()
     assert said["is_ood"].float().mean() > 0.5  # letters, most of them

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nacpipe.errors import ImageError
-from nacpipe.extraction.encoded_images import EncodedImage
+from nacpipe.extraction.image_content import EncodedImage
 from tests.shard_files import DOT, names, read, write_parquet
 
 

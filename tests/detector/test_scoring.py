@@ -107,8 +107,8 @@ def test_the_same_command_goes_on(alone: dict[str, bytes], detector: Path, shard
     done = run("score", detector, *words(shards), "--output", out, "--json")
     assert done.exit_code == 0, done.stderr
     said = json.loads(done.stdout)
-    assert [(Path(row["shard"]).name, row["images"], row["errors"]) for row in said] == [
-        (f"00{number}.tar", 25, 0) for number in (0, 2, 3, 4, 5)
+    assert [(Path(row["shard"]).name, row["images"], row["errors"], row["done_before"]) for row in said] == [
+        (f"00{number}.tar", 25, 0, number == 1) for number in range(6)
     ]
     assert contents(out) == alone
     assert (out / "001.csv").stat().st_mtime_ns == before
@@ -209,10 +209,103 @@ def test_broken_sixteen_bit_empty_and_foreign_members(detector: Path, tmp_path: 
     for name, error in frame.error.dropna().items():
         assert f"{tmp_path}/odd.tar: {name}" in error
     assert frame.score["deep.png"] == frame.score["z.png"]  # 16 bits are scaled, as extraction does
-    assert "4 of 7 images could not be scored; the first: image cannot be read: " in done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said == (
+        "nacpipe: 4 of 7 images could not be scored; score the shard again with --redo odd; the first: image cannot be"
+        f" read: {tmp_path}/odd.tar: broken.png: cannot identify image file"
+    )
     again = run("score", detector, tmp_path / "odd.tar", "--output", tmp_path / "scores")
-    assert again.exit_code == 0  # there is nothing left to do
+    assert (again.exit_code, again.stderr.splitlines()[-1]) == (1, said)  # there is nothing to do, and it is not whole
     assert "1 of 1 shards were done before" in again.stderr
+    flagged = int(frame.is_ood.eq(True).sum())
+    row = [f"{tmp_path}/odd.tar", "7", str(flagged), "4", f"{tmp_path}/scores/odd.csv", "before"]
+    assert again.stdout.splitlines()[1].split() == row
+
+
+def test_a_part_is_replaced_where_it_is_named_again(detector: Path, tmp_path: Path) -> None:
+    digits, out = load_set("val")[0], tmp_path / "scores"
+    for name in ("a,b", "c", "d"):
+        write_tar(tmp_path / f"{name}.tar", [("0.png", png(digits[0])), ("1.png", b"no picture")])
+    sources = [tmp_path / f"{name}.tar" for name in ("a,b", "c", "d")]
+    done = run("score", detector, *sources, "--output", out)
+    assert "3 of 6 images could not be scored; score the shards again with --redo a,b --redo c --redo d; the f" in (
+        done.stderr.replace("'", "")
+    )
+    for name in ("a,b", "c"):
+        write_tar(tmp_path / f"{name}.tar", [("0.png", png(digits[0])), ("1.png", png(digits[1]))])
+    (tmp_path / "d.tar").write_bytes(b"damaged")
+    kept = (out / "d.csv").read_bytes()
+    planned = run("score", detector, *sources, "--output", out, "--redo", "a,b", "--redo", "c", "--dry-run")
+    assert [line.split()[-2:] for line in planned.stdout.splitlines()[1:]] == [
+        *[["score", "again"]] * 2,
+        [f"{out}/d.csv", "done"],
+    ]
+    done = run("score", detector, *sources, "--output", out, "--redo", "a,b", "--redo", "c, d", "--json")
+    assert [(row["images"], row["errors"], row["done_before"]) for row in json.loads(done.stdout)] == [
+        (2, 0, False), (2, 0, False), (0, 0, False)
+    ]  # fmt: skip
+    assert "1 of 3 shards could not be scored; the same command tries these shards again; the first: " in done.stderr
+    assert (out / "d.csv").read_bytes() == kept  # whole or not at all
+    assert read_part(str(out / "c.csv")).error.isna().all()
+    unknown = run("score", detector, *sources, "--output", out, "--redo", "c,e")
+    assert (unknown.exit_code, unknown.stderr) == (1, "nacpipe: redo names 'e'; the shards are a,b, c, d\n")
+
+
+def test_images_that_came_later_are_named_and_not_scored(
+    detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name, however the folder was named then."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos/deep").mkdir(parents=True)
+    for name in ("a.png", "deep/b.png"):
+        (tmp_path / "photos" / name).write_bytes(png(load_set("val")[0][0]))
+    (tmp_path / "l.txt").write_text("photos/a.png\n")
+    command = ["score", detector, "photos", "l.txt", "--output", "scores"]
+    first, again = run(*command), run(*command)
+    assert (first.exit_code, again.exit_code, again.stderr.count("\n")) == (0, 0, 1), again.stderr
+    (tmp_path / "photos/deep/new.png").write_bytes(png(load_set("val")[0][1]))
+    (tmp_path / "l.txt").write_text("photos/a.png\nphotos/deep/new.png\nphotos/deep/b.png\n")
+    told = [
+        "photos: 1 image is not in its part scores/photos.csv (deep/new.png); score it again with --redo photos",
+        "l.txt: 2 images are not in its part scores/l.csv (the first: photos/deep/new.png); score it again with"
+        " --redo l",
+    ]
+    for more in ((), ("--dry-run",)):
+        done = run(*command, *more)
+        assert (done.exit_code, done.stderr.splitlines()[:2]) == (0, told)
+    moved = run("score", detector, tmp_path / "photos", "--output", "scores")
+    assert moved.stderr.splitlines()[0] == told[0].replace("photos:", f"{tmp_path}/photos:")
+    done = run(*command, "--redo", "photos,l", "--json")
+    assert [row["images"] for row in json.loads(done.stdout)] == [3, 3]
+    assert run(*command).stderr.count("\n") == 1
+
+
+def test_nothing_to_do_loads_no_network(
+    alone: dict[str, bytes], detector: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor torch: what imports it is not imported."""
+    out = tmp_path / "scores"
+    out.mkdir()
+    for name, content in alone.items():
+        (out / name).write_bytes(content)
+    for name in ("nacpipe.detector.predict", "nacpipe.extraction.distributed", "nacpipe.detector.module"):
+        monkeypatch.setitem(sys.modules, name, None)
+    command = ["score", detector, *words(shards), "--output", out]
+    done = run(*command, "--json")
+    assert done.exit_code == 0, done.output
+    assert [(row["images"], row["errors"], row["done_before"]) for row in json.loads(done.stdout)] == [
+        (25, 0, True)
+    ] * 6
+    (out / "003.csv").write_text("no scores")
+    done = run(*command)
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "nacpipe: 1 of 6 parts cannot be read; score the shard again with --redo 003; the first: "
+        f"{out}/003.csv cannot be read as scores: "
+    )
+    (out / "_detector.json").write_text(json.dumps({"sha256": "0" * 64}))
+    for more in ((), ("--dry-run",)):
+        assert f"{out} holds parts of another detector" in run(*command, *more).stderr
 
 
 def test_a_damaged_shard_has_no_part_and_is_tried_again(detector: Path, shards: Path, tmp_path: Path) -> None:
@@ -292,7 +385,15 @@ def test_the_part_of_single_files_is_not_taken_for_that_of_others(detector: Path
         assert run("score", detector, tmp_path / "a.png", "--output", out).exit_code == 0
     done = run("score", detector, tmp_path / "b.png", "--output", out)
     assert done.exit_code == 1
-    assert f"{out}/images.csv is of other files, without {tmp_path}/b.png; name another folder" in done.stderr
+    assert done.stderr == (
+        f"nacpipe: {out}/images.csv is of other files, without {tmp_path}/b.png; name another folder with --output,"
+        " name the files in a list (.txt), whose part has its name, or replace this part with --redo images\n"
+    )
+    (out / "images.csv").write_text("no scores")
+    damaged = run("score", detector, tmp_path / "b.png", "--output", out)
+    assert "1 of 1 parts cannot be read; score the shard again with --redo images; the first: " in damaged.stderr
+    assert run("score", detector, tmp_path / "b.png", "--output", out, "--redo", "images").exit_code == 0
+    assert read_part(f"{out}/images.csv").image.tolist() == [f"{tmp_path}/b.png"]
 
 
 def test_parts_are_found_once_and_their_description_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,6 +437,7 @@ def test_what_is_not_there_is_no_part(detector: Path, tmp_path: Path) -> None:
     ("args", "environment", "message"),
     [
         (("--format", "csv"), {}, "--format belongs to --output FOLDER."),
+        (("--redo", "a"), {}, "--redo belongs to --output FOLDER."),
         (("--dry-run",), {}, "--dry-run belongs to --output FOLDER."),
         ((), {"WORLD_SIZE": "2", "RANK": "0"}, "several processes write parts; name their folder with --output."),
         (("--output", "x", "--csv"), {}, "--csv prints rows; with --output it is --format csv."),
@@ -416,6 +518,13 @@ def test_from_python(detector: Path, shards: Path, alone: dict[str, bytes], tmp_
     done = nacpipe.score(loaded, [shards / "002.tar", shards / "003.tar"], tmp_path / "scores", batch_size=8)
     assert done[["images", "errors"]].to_numpy().tolist() == [[25, 0], [25, 0]]
     assert contents(tmp_path / "scores") == {name: alone[name] for name in ("002.csv", "003.csv", "_detector.json")}
+    write_tar(tmp_path / "003.tar", [("0.png", b"no picture")])
+    sources = [shards / "002.tar", tmp_path / "003.tar"]
+    for redo in (("003",), "003"):
+        done = nacpipe.score(loaded, sources, tmp_path / "scores", batch_size=8, redo=redo)
+    assert done[["images", "errors", "done_before"]].to_numpy().tolist() == [[25, 0, True], [1, 1, False]]
+    with pytest.raises(InputError, match=r"redo names '9'; the shards are 002, 003"):
+        nacpipe.score(loaded, sources, tmp_path / "scores", redo=["9"])
     empty = nacpipe.score(loaded, write_tar(tmp_path / "none.tar", []))
     assert (len(empty), list(empty.columns)) == (0, list(rows.columns))
     write_parquet(tmp_path / "p.parquet", [(f"{n}.png", png(load_set("val")[0][50 + n])) for n in range(25)])
@@ -491,7 +600,7 @@ def test_torchrun_ends_when_all_are_done_though_one_has_a_broken_image(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "1 of 51 images could not be scored; the first: image cannot be read: " in done.stderr
+    assert "1 of 51 images could not be scored; score the shard again with --redo 000; the first: image" in done.stderr
     assert Parts(tmp_path / "scores").written() == {f"00{number}" for number in range(6)}
 
 
@@ -549,7 +658,10 @@ def test_shards_and_parts_at_an_object_store(
     assert done.exit_code == 0, done.stderr
     assert [row["images"] for row in json.loads(done.stdout)] == [25, 25, 25]
     assert read_object(f"{base}/scores/001.csv") == alone["001.csv"]
-    assert json.loads(run(*command).stdout) == []
+    assert [(row["images"], row["done_before"]) for row in json.loads(run(*command).stdout)] == [(25, True)] * 3
+    write_object(f"{base}/in/001.tar", (shards / "004.tar").read_bytes())
+    assert run(*command, "--redo", "001").exit_code == 0
+    assert read_object(f"{base}/scores/001.csv") == alone["004.csv"]
     assert len(pd.concat(map(read_part, find_parts([f"{base}/scores"])))) == 75
     missing = run("score", detector, f"{base}/nosuch.tar", "--output", tmp_path / "scores")
     assert f"there is no {base}/nosuch.tar" in missing.stderr

@@ -12,7 +12,7 @@ import pytest
 
 from nacpipe.detector.shards import find_shards
 from nacpipe.errors import ImageError
-from nacpipe.extraction.encoded_images import EncodedImage, Unscored
+from nacpipe.extraction.image_content import EncodedImage, Unscored
 from tests.shard_files import DOT, names, png, read, write_tar
 
 

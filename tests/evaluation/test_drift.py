@@ -22,6 +22,7 @@ from nacpipe.evaluation.drift import (
     flagged_chances,
     flagged_interval,
     kolmogorov_tail,
+    least_images,
     watch,
 )
 
@@ -182,6 +183,42 @@ def test_the_interval_narrows_with_the_number_of_images() -> None:
     low, high = flagged_interval(3_000_000, 25, 500, 0.01)
     exact = stats.beta(26, 475).ppf([0.01, 0.99])
     assert (low, high) == pytest.approx(tuple(exact), abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("flagged", "reference", "level"), [(25, 500, 0.005), (0, 3, 0.01), (20, 400, 1e-6), (5, 5, 0.01)]
+)
+def test_the_least_images_are_those_from_which_anything_is_excluded(flagged: int, reference: int, level: float) -> None:
+    """By trying one size after another: the chance that all are flagged, and the distance where scores do not meet."""
+    theirs = (
+        n for n in range(1, 5000) if stats.betabinom(n, flagged + 1, max(reference - flagged, 1e-9)).pmf(n) <= level
+    )
+    apart = stats.kstwobign.isf(level) ** 2  # nm / (n + m) · 1² at the bound
+    from_distance = (n for n in range(1, 5000) if n * reference / (n + reference) > apart)
+    tried = min(next(theirs, 5000), next(from_distance, 5000))
+    found = least_images(flagged, reference, level)
+    assert (found if found < 5000 else 5000) == tried
+    assert (flagged, reference, level) != (25, 500, 0.005) or found == 2
+
+
+def test_one_image_is_too_few_to_say_and_an_image_without_a_score_is_named(tmp_path: Path) -> None:
+    scores = write_parts(tmp_path / "s", {"a": np.array([-9.0]), "b": draw(5)}, errors=1)
+    frame = watch([scores])
+    assert frame["least_images"].tolist() == [3, 3]  # level 0.01 / (2 · 2): one more than for one group
+    assert frame["first_error"].tolist() == ["b0: bad", "b0: bad"]
+    done = run(scores)
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    assert lines[0].endswith("drift")
+    assert lines[1].endswith("too few to say")
+    assert lines[2].endswith("no")
+    assert done.stderr.splitlines() == [
+        "1 of 2 groups have too few images to say: fewer than 3 are never past chance, whatever they score",
+        f"2 images have no score; the first, in {scores}/a.csv: b0: bad",
+        "no drift in 1 groups; a false alarm has a chance of at most 1.00 %",
+    ]
+    most = write_parts(tmp_path / "most", {"a": np.full(3, -9.0), "b": draw(5)})
+    assert watch([most])["drift"].tolist() == [True, False]  # and so many can be
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

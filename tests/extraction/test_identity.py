@@ -19,7 +19,7 @@ from nacpipe.benchmarks.standard import find_benchmark
 from nacpipe.cache import Cache, CacheWriter, Header, open_cache
 from nacpipe.cache.identity import OPTIONAL_FIELDS
 from nacpipe.detector.export import export_detector
-from nacpipe.detector.file import write_detector
+from nacpipe.detector.file import read_detector, write_detector
 from nacpipe.detector.predict import prepare
 from nacpipe.errors import IdentityError
 from nacpipe.extraction.pipeline import extract
@@ -186,10 +186,11 @@ def test_a_detector_on_another_source_is_told(request_: ExtractRequest, file: Pa
     extract(plan_extraction(request))
     params = NacParams(layers={"1": LayerParams(bins=20, saturation=5, alpha=1.0)})
     write_detector(tmp_path / "d.safetensors", export_detector(open_cache(request.cache), params))
-    assert prepare(tmp_path / "d.safetensors", f"{file}:build", None, "cpu").notes == ()
+    named = str(tmp_path / "d.safetensors")
+    assert prepare(read_detector(named), named, f"{file}:build", None, "cpu").notes == ()
     (file.parent / "helper_of_net.py").write_text("SIDE = 30 + 2")
     source_of(file)
-    (told,) = prepare(tmp_path / "d.safetensors", f"{file}:build", None, "cpu").notes
+    (told,) = prepare(read_detector(named), named, f"{file}:build", None, "cpu").notes
     assert re.fullmatch(
         rf"{tmp_path}/d\.safetensors was made with another source of net\.py:build \(\w{{8}}…, now \w{{8}}…\): its"
         r" scores are right only where the network computes the same",
