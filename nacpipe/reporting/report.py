@@ -20,11 +20,12 @@ from matplotlib.figure import Figure
 
 from nacpipe.cache import Cache
 from nacpipe.evaluation.bootstrap import compare_methods
+from nacpipe.evaluation.flagged import shown_flagged
 from nacpipe.evaluation.inspection import summarise_cache
-from nacpipe.evaluation.method_scores import MethodScores, ScoredCache, score_cache
+from nacpipe.evaluation.method_scores import ID_VAL, MethodScores, ScoredCache, score_cache
 from nacpipe.evaluation.tables import footnotes, verdicts
 from nacpipe.method.guide import choose_guide, score_plainly
-from nacpipe.method.metrics import Scores, auroc, detect
+from nacpipe.method.metrics import KEEP, Scores, auroc, detect
 from nacpipe.method.params import NacParams
 from nacpipe.reporting.figures import (
     draw_coverage,
@@ -90,22 +91,26 @@ def read_cache_report(
         ParamsError: a layer is not in the cache.
     """
     coverage = fit_coverage(cache, params)
-    scores = score_selection(cache, coverage)
+    run = score_cache(cache, coverage, more=more)
+    scores = score_selection(cache, coverage, run.validation.scores)
     return CacheReport(
         cache=cache,
-        run=score_cache(cache, coverage, more=more),
+        run=run,
         params=params,
         coverage=coverage,
         overfitting=check_overfitting(cache, scores),
         study=find_origin(cache, choice) if study is None else study,
-        val_scores=scores.get("id/val"),
+        val_scores=scores.get(ID_VAL),
     )
 
 
-def score_selection(cache: Cache, coverage: Coverage) -> dict[str, Scores]:
-    """Return NAC's scores of the finished splits that a search reads, (rows,) each."""
-    names = ("id/val", "ood/val", "id/subtrain")
-    return {name: coverage.score(cache[name]) for name in names if name in cache and cache.peek(name).sealed}
+def score_selection(cache: Cache, coverage: Coverage, known: Mapping[str, Scores] | None = None) -> dict[str, Scores]:
+    """Return NAC's scores of the finished splits that a search reads, (rows,) each; `known` ones as they are."""
+    scores = dict(known or {})
+    for name in (ID_VAL, "ood/val", "id/subtrain"):
+        if name not in scores and name in cache and cache.peek(name).sealed:
+            scores[name] = coverage.score(cache[name])
+    return scores
 
 
 def check_overfitting(cache: Cache, nac: Mapping[str, Scores]) -> pd.DataFrame:
@@ -229,6 +234,9 @@ def render_report(
         ],
         note=frame.attrs.get("note"),
         tasks=_results(frame),
+        flagged=_flagged(frame),
+        not_flagged=frame.attrs.get("flagged_reason", ""),
+        keep=f"{100 * KEEP:g}",
         footnotes=footnotes(frame),
         runs=[
             _run(report, groups, shown)
@@ -237,6 +245,12 @@ def render_report(
         commands=[*filter(None, earlier), command],
     )
     return escape_bytes(page)
+
+
+def _flagged(frame: pd.DataFrame) -> Table:
+    """What NAC's detector flags of each set."""
+    shown = shown_flagged(frame)
+    return Table(columns=["flagged, %", *shown], rows=[["NAC", *shown.values()]] if shown else [])
 
 
 def _run(
