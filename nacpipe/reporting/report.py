@@ -41,7 +41,7 @@ from nacpipe.reporting.params_origin import ParamsOrigin, find_origin
 from nacpipe.scoring.coverage import Coverage, fit_coverage
 from nacpipe.scoring.states import has_logits
 from nacpipe.text import escape_bytes
-from nacpipe.tuning.request import OVERFIT_POINTS
+from nacpipe.tuning.request import describe_overfitting
 
 OTHER_CURVES = 5  # beside NAC's, in a figure
 TASKS = {"ood": "OOD detection: ID is id/test", "fsood": "Full spectrum: ID is id/test and csid together"}
@@ -119,7 +119,8 @@ def check_overfitting(cache: Cache, nac: Mapping[str, Scores]) -> pd.DataFrame:
     The best plain score is the search's guide: the one with the highest AUROC of id/val against ood/val. There is none
     where the cache holds no finished ood/val.
 
-    Columns: method, val_auroc and val_fpr95 (from ood/val), subtrain_auroc (from id/subtrain; 0.5 is the ideal).
+    Columns: method, val_auroc and val_fpr95 (from ood/val), subtrain_auroc (from id/subtrain; below ½ training images
+    score higher).
     A split that the cache does not hold, or not finished, is NaN.
 
     Args:
@@ -291,18 +292,11 @@ def _summary(reports: Sequence[CacheReport], frame: pd.DataFrame) -> str:
 
 def _overfitting(report: CacheReport, named: bool) -> str:
     """The result of the overfitting check, in words."""
-    where = f" ({report.cache.path})" if named else ""
     subtrain = dict(zip(report.overfitting["method"], report.overfitting["subtrain_auroc"], strict=True))
     nac = subtrain.pop("NAC")
-    if nac != nac:
-        return f"Overfitting check{where}: not made, the cache has no finished id/subtrain and id/val."
-    text = f"Overfitting check{where}: id/val against id/subtrain, AUROC {_percent(nac)} % (50 is ideal"
-    if not subtrain:
-        return f"{text})."
-    ((guide, own),) = subtrain.items()
-    overfits = nac < own - OVERFIT_POINTS
-    warning = f"more than {100 * OVERFIT_POINTS:g} points below {guide}'s: the coverage may be overfitted."
-    return f"{text}; {guide}'s {_percent(own)} %): {warning if overfits else 'no sign of overfitting.'}"
+    text = describe_overfitting(None if math.isnan(nac) else nac, next(iter(subtrain.items()), None))
+    where = f" ({report.cache.path})" if named else ""
+    return f"{text[0].upper()}{text[1:]}.".replace(":", f"{where}:", 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

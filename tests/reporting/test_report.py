@@ -251,7 +251,9 @@ def test_the_overfitting_check_is_the_search_s(place: Path) -> None:
     score = PLAIN_SCORES[guide.name]
     expected = auroc(*(score(search.cache[name].read("logits")) for name in ("id/val", "id/subtrain")))
     assert found.loc[guide.name, "subtrain_auroc"] == expected == result.guide_subtrain
-    assert f"; {guide.name}'s {100 * expected:.2f} %)" in Reader((place / "page.html").read_text()).text
+    said = result.overfitting()
+    assert f", {guide.name}'s {100 * expected:.2f} %; lower: training images score higher)" in said
+    assert f"{said[0].upper()}{said[1:]}." in Reader((place / "page.html").read_text()).text
 
 
 def test_splits_that_are_not_there_are_no_number(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
