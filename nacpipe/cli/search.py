@@ -112,7 +112,7 @@ def run_search(request: SearchRequest, as_json: bool = False) -> SearchResult:
     elif result.ended == "patience" and request.patience:
         note(f"no improvement in {request.patience} trials; go on with more: {search.command(2 * request.patience)}")
     else:
-        named = ["--params", target] if request.output or target != request.target else []
+        named: list[str | Path] = ["--params", target] if request.output or target != request.target else []
         note(f"next: {after_search(search.cache, *named)}")
     return result
 

@@ -45,8 +45,8 @@ def test_the_overfitting_warning(subtrain: float | None, guides: float | None, e
 )
 def test_the_overfitting_check_in_words(subtrain: float, verdict: str) -> None:
     assert describe_overfitting(subtrain, ("GEN", 0.6056)) == (
-        f"overfitting check: {verdict} (AUROC of id/val against id/subtrain {100 * subtrain:.2f} %, GEN's 60.56 %; lower:"
-        " training images score higher)"
+        f"overfitting check: {verdict} (AUROC of id/val against id/subtrain {100 * subtrain:.2f} %, GEN's 60.56 %;"
+        " lower: training images score higher)"
     )
     assert describe_overfitting(subtrain, None) == (
         f"overfitting check: AUROC of id/val against id/subtrain {100 * subtrain:.2f} %; the more it is below 50 %, the"
