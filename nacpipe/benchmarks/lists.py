@@ -31,6 +31,7 @@ _USUAL = re.compile(
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)")
 _BEFORE_DICTIONARY = re.compile(r"[ \t]+(?=\{)")
 OOD = -1
+NUMBER = "the benchmark's number of classes"  # what may be wrong where labels are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +145,7 @@ def check_labels(
     labels: NDArray[np.int64],
     classes: int,
     where: Callable[[int], str],
-    number: str = "the benchmark's number of classes",
+    number: str = NUMBER,
 ) -> None:
     """Refuse labels (rows,) of an ID or csid split that are not classes; labels of OOD splits are not checked.
 
@@ -160,12 +161,35 @@ def check_labels(
     """
     if split.startswith("ood/"):
         return
-    if (wrong := find_wrong_labels(labels, classes)).size:
-        first = int(wrong[0])
-        raise InputError(
-            f"{split}: {wrong.size} of {labels.size} labels are outside 0 … {classes - 1}; the first is"
-            f" {labels[first]}, of {where(first)}; correct the labels, or {number}"
+    if problem := describe_wrong_labels(labels, classes, where, number):
+        raise InputError(f"{split}: {problem}")
+
+
+def describe_wrong_labels(
+    labels: NDArray[np.int64], classes: int, where: Callable[[int], str], number: str = NUMBER
+) -> str:
+    """Return how many labels (rows,) are not classes, the first, and what to do; empty where all are.
+
+    Args:
+        labels: one for each image of an ID or csid split.
+        classes: number of classes of the benchmark.
+        where: row → a description of the image.
+        number: what may be wrong in place of the labels.
+    """
+    wrong = find_wrong_labels(labels, classes)
+    if not wrong.size:
+        return ""
+    first = int(wrong[0])
+    remedy = f"correct the labels, or {number}"
+    if (labels == OOD).all():
+        remedy = (
+            f"{OOD} marks OOD images, an ID image has its class; without labels, write the classes that the network"
+            " predicts (docs/own-benchmark.md, Labels)"
         )
+    return (
+        f"{wrong.size} of {labels.size} labels are outside 0 … {classes - 1}; the first is {labels[first]}, of"
+        f" {where(first)}; {remedy}"
+    )
 
 
 def _parse_line(line: str) -> tuple[str, int]:
@@ -241,6 +265,12 @@ def _read_folders(benchmark: Benchmark, split: Split, root: Path) -> ImageList:
                 reached[real] = path
             names += [f"{name}/{image}" for image in images.names]
             labels += [classes.index(name)] * len(images.names)
+        if not names and (flat := walk_images(folder).names):
+            raise InputError(
+                f"{split.name}: {folder} has no class folders, its {len(flat)} images lie directly in it, so they have"
+                ' no labels; in the benchmark\'s file write list = "FILE" in place of folders, a list of lines `path'
+                f" label`, such as `{flat[0]} 0` (docs/own-benchmark.md, Labels)"
+            )
         if len(classes) != benchmark.classes:
             raise InputError(
                 f"{folder} has {len(classes)} class folders ({_shorten(classes)}), benchmark {benchmark.name} has"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nacpipe.benchmarks.lists import list_path, read_list
+from nacpipe.benchmarks.lists import describe_wrong_labels, list_path, read_list
 from nacpipe.benchmarks.standard import Benchmark, Split
 from nacpipe.method.metrics import find_wrong_labels
 
@@ -25,8 +25,8 @@ class SetStatus:
     """The first missing file, or the missing list."""
     wrong_labels: int = 0
     """Number of images of an ID or csid split whose label is not a class."""
-    first_wrong: str = ""
-    """The first of those labels, and its image."""
+    label_problem: str = ""
+    """How many, the first of those labels and its image, and what to do."""
     elsewhere: str = ""
     """The origin of images that are not checked here: Python packages, or torchvision."""
     synthetic_if_missing: bool = False
@@ -79,7 +79,8 @@ def _check_split(benchmark: Benchmark, split: Split, root: Path) -> SetStatus:
             synthetic_if_missing=split.synthetic_if_missing,
         )
     missing = listed.missing(range(len(listed.names)))
-    wrong = [] if split.name.startswith("ood/") else find_wrong_labels(listed.labels, benchmark.classes).tolist()
+    is_ood = split.name.startswith("ood/")
+    wrong = 0 if is_ood else find_wrong_labels(listed.labels, benchmark.classes).size
     return SetStatus(
         split=split.name,
         source=f"synthetic, from {listed.source}" if split.synthetic else listed.source,
@@ -87,6 +88,6 @@ def _check_split(benchmark: Benchmark, split: Split, root: Path) -> SetStatus:
         missing=len(missing),
         synthetic_if_missing=split.synthetic_if_missing,
         first=listed.where(missing[0]) if missing else "",
-        wrong_labels=len(wrong),
-        first_wrong=f"{listed.labels[wrong[0]]}, of {listed.where(wrong[0])}" if wrong else "",
+        wrong_labels=wrong,
+        label_problem=describe_wrong_labels(listed.labels, benchmark.classes, listed.where) if wrong else "",
     )

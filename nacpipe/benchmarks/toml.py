@@ -21,6 +21,7 @@ from nacpipe.text import why_reserved
 MAX_BYTES, MAX_CLASSES, MAX_SIDE = 1 << 20, 1_000_000, 4096
 REQUIRED = ("id/train", "id/val", "id/test")
 SOURCES = ("list", "folders", "torchvision")  # of a set's images, one of them
+_TRANSFORM = "resize = 256, crop = 224, mean = [0.485, 0.456, 0.406], std = [0.229, 0.224, 0.225]"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _CODE = (
     "root",
@@ -107,8 +108,8 @@ class _Table:
             self.fail(key, f"is {_show(value)}; it must be a path below the root")
         return str(PurePosixPath(value)) if value else ""
 
-    def table(self, key: str, required: bool = False) -> _Table:
-        values = self.take(key, dict, "a table", None if required else {})
+    def table(self, key: str) -> _Table:
+        values = self.take(key, dict, "a table", {})
         return _Table(self.path, self.dotted(key), values)
 
     def tables(self) -> Iterator[tuple[str, _Table]]:
@@ -138,7 +139,10 @@ def _benchmark(table: _Table) -> Benchmark:
     root = table.take("root", str, "a folder, relative to this file", "")
     if "\0" in root:
         table.fail("root", f"is {_show(root)}; it must be a folder, relative to this file")
-    transform = _transform(table.table("transform", required=True))
+    if "transform" not in table.values:
+        example = f"write [transform] and, a line each, {_TRANSFORM}"
+        table.fail("transform", f"is not there; {example} (docs/own-benchmark.md)")
+    transform = _transform(table.table("transform"))
     splits: list[Split] = []
     ids, csid, ood = table.table("id"), table.table("csid"), table.table("ood")
     for part in ("train", "subtrain", "val", "test"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from nacpipe.text import command_line
 if TYPE_CHECKING:
     from nacpipe.benchmarks.download import DownloadPlan
     from nacpipe.benchmarks.standard import Benchmark
+    from nacpipe.benchmarks.status import SetStatus
 
 _root = click.option(
     "--data-root",
@@ -40,7 +42,7 @@ def data() -> None:
 def status(benchmark: str, data_root: Path | None, as_json: bool) -> None:
     """Print, set by set, what of BENCHMARK (a name, or your own FILE.toml) is there.
 
-    Looks for every listed file; opens none.
+    Looks for every listed file; opens none. The exit code is 1 where labels of an ID or csid set are no classes.
 
     \b
     nacpipe data status cifar10 --data-root data
@@ -48,7 +50,9 @@ def status(benchmark: str, data_root: Path | None, as_json: bool) -> None:
     from nacpipe.benchmarks.toml import choose_root, open_benchmark
 
     opened = open_benchmark(benchmark)
-    print_status(opened, choose_root(opened, data_root), as_json)
+    sets = print_status(opened, choose_root(opened, data_root), as_json)
+    if any(one.wrong_labels for one in sets):
+        sys.exit(1)
 
 
 @data.command()
@@ -125,8 +129,8 @@ def split_train(benchmark: str, data_root: Path | None, count: int, seed: int, r
     )
 
 
-def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
-    """Print one line per set, and what to do next."""
+def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> list[SetStatus]:
+    """Print one line per set, and what to do next; return what was printed."""
     from nacpipe.benchmarks.archives import has_archives
     from nacpipe.benchmarks.download import unlisted_splits
     from nacpipe.benchmarks.status import read_status
@@ -146,7 +150,7 @@ def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
                 for s in sets
             ]
         )
-        return
+        return sets
     rows = [(s.split, s.source, s.state, str(s.images or ""), str(s.missing or "")) for s in sets]
     print_table(("split", "list", "state", "images", "missing"), rows, left=3)
     for s in sets:
@@ -155,10 +159,7 @@ def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
         if s.is_made:
             note(f"{s.split}: until its images are there, extract makes it from those of id/val")
         if s.wrong_labels:
-            note(
-                f"{s.split}: {s.wrong_labels} of {s.images} labels are outside 0 … {benchmark.classes - 1}; the first"
-                f" is {s.first_wrong}"
-            )
+            note(f"{s.split}: {s.label_problem}")
     if has_archives(benchmark.name):
         unlisted = ("id/subtrain", *unlisted_splits(benchmark, root))
         incomplete = [s.split for s in sets if not s.complete and s.split not in unlisted]
@@ -167,6 +168,7 @@ def print_status(benchmark: Benchmark, root: Path, as_json: bool) -> None:
         elif not next(s for s in sets if s.split == "id/subtrain").complete:
             command = command_line("data", "split-train", benchmark.name, "--data-root", root)
             note(f"make the list of id/subtrain: {command}")
+    return sets
 
 
 def _print_downloads(plans: list[DownloadPlan]) -> None:

@@ -86,6 +86,7 @@ def evaluate(
     """
     from nacpipe.cache import open_cache
     from nacpipe.evaluation.bootstrap import LEVEL, RESAMPLES, add_confidence, compare_methods
+    from nacpipe.evaluation.flagged import add_flagged, describe_flagged
     from nacpipe.evaluation.latex import to_latex
     from nacpipe.evaluation.score_files import check_scores_file, save_scores
     from nacpipe.evaluation.tables import add_published, tabulate
@@ -125,7 +126,9 @@ def evaluate(
         if output == "latex":
             click.echo(to_latex(frame), nl=False)
         elif output:
-            print_frame(frame, output)
+            print_frame(add_flagged(frame) if output == "json" else frame, output)
+            if output == "json" and "flagged_reason" in frame.attrs:
+                note(describe_flagged(frame)[0])
         if output:
             return
         print_evaluation(frame)
@@ -188,6 +191,7 @@ def score_baselines_named(cache: Cache, names: Sequence[str], splits: list[str])
 
 def print_evaluation(frame: pd.DataFrame) -> None:
     """Print one table per task, in percent, what methods were fitted on, which are below chance, where NAC ranks."""
+    from nacpipe.evaluation.flagged import describe_flagged
     from nacpipe.evaluation.standing import describe_below_chance, describe_standing
     from nacpipe.evaluation.tables import footnotes, verdicts
 
@@ -200,7 +204,10 @@ def print_evaluation(frame: pd.DataFrame) -> None:
             " all in percent"
         )
         lines: list[tuple[str, ...]] = []
+        alone = rows.groupby("group")["dataset"].nunique() <= 2  # one set and its mean, which is the same
         for (group, dataset), block in rows.groupby(["group", "dataset"], sort=False):
+            if dataset == "mean" and alone[group]:
+                continue
             lines.append(())
             for place, (_, row) in enumerate(block.iterrows()):
                 published = row.get("source") == "published"
@@ -214,7 +221,7 @@ def print_evaluation(frame: pd.DataFrame) -> None:
                 )
         print_table(("set", "method", *_SHOWN.values(), "images"), lines, left=2)
     click.echo("")
-    for line in footnotes(frame) + describe_below_chance(frame) + verdicts(frame):
+    for line in footnotes(frame) + describe_below_chance(frame) + describe_flagged(frame) + verdicts(frame):
         click.echo(printable(line))
     if "confidence" in frame:
         first = frame.iloc[0]

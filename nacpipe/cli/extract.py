@@ -23,6 +23,7 @@ from nacpipe.files import is_url
 from nacpipe.text import command_line
 
 if TYPE_CHECKING:
+    from nacpipe.cache import Cache
     from nacpipe.extraction.distributed import Ranks
     from nacpipe.extraction.plan import Plan
     from nacpipe.extraction.profile import Profile
@@ -157,7 +158,24 @@ def extract(dry_run: bool, profile: bool, as_json: bool, **asked: Any) -> None:
         print_splits(frame)
         if cache in profiles:
             _print_profile(profiles[cache])
-        note(f"next: {command_line('search', cache)}")
+        for line in describe_next(open_cache(cache)):
+            note(line)
+
+
+def describe_next(cache: Cache) -> list[str]:
+    """Return what to do with an extracted cache: extract what a search lacks, search, or use what was found before."""
+    from nacpipe.cache.identity import bound_splits
+    from nacpipe.cli.search import after_search
+    from nacpipe.errors import NacError
+    from nacpipe.scoring.params_file import find_params
+
+    if lacking := [name for name in bound_splits() if name not in cache or not cache.peek(name).sealed]:
+        return [f"a search needs {', '.join(lacking)} too", f"next: {cache.command()}"]
+    try:
+        find_params(cache, None)
+    except NacError:  # none beside it, or of other states
+        return [f"next: {command_line('search', cache.path)}"]
+    return [f"next: {after_search(cache)}"]
 
 
 def make_requests(**asked: Any) -> list[ExtractRequest]:

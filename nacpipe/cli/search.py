@@ -12,6 +12,7 @@ from nacpipe.cli.output import Address, Progress, note, percent, print_json, pri
 from nacpipe.text import command_line
 
 if TYPE_CHECKING:
+    from nacpipe.cache import Cache
     from nacpipe.tuning.request import SearchRequest, SearchResult
     from nacpipe.tuning.study import Search
 
@@ -111,9 +112,17 @@ def run_search(request: SearchRequest, as_json: bool = False) -> SearchResult:
     elif result.ended == "patience" and request.patience:
         note(f"no improvement in {request.patience} trials; go on with more: {search.command(2 * request.patience)}")
     else:
-        named = ["--params", target] if request.output or target != request.target else []
-        note(f"next: {command_line('evaluate', request.cache, *named)}")
+        named: list[str | Path] = ["--params", target] if request.output or target != request.target else []
+        note(f"next: {after_search(search.cache, *named)}")
     return result
+
+
+def after_search(cache: Cache, *named: str | Path) -> str:
+    """Return the command that uses parameters: `evaluate`, or `export` of a cache that has nothing to evaluate."""
+    test = [name for name in cache if name == "id/test" or name.startswith(("ood/near/", "ood/far/"))]
+    finished = [name for name in test if cache.peek(name).sealed]
+    measurable = "id/test" in finished and len(finished) > 1
+    return command_line("evaluate" if measurable else "export", cache.path, *named)
 
 
 def _run(search: Search) -> SearchResult:
@@ -177,14 +186,7 @@ def print_result(result: SearchResult, search: Search, as_json: bool) -> None:
                 f"{result.front} trials are on the front of AUROC and FPR@95; this one is nearest the best of both,"
                 " each measured by its extent on the front"
             )
-        if checks.subtrain_auroc is None:
-            click.echo("overfitting check: the cache has no finished id/subtrain")
-        else:
-            own = "" if result.guide is None else f"; {result.guide}'s {percent(result.guide_subtrain)} %"
-            click.echo(
-                f"overfitting check, id/val against id/subtrain: AUROC {percent(checks.subtrain_auroc)} %"
-                f" (50: training images score like others; above 50: training images score lower{own})"
-            )
+        click.echo(result.overfitting())
         click.echo(f"{result.trials} trials in {result.seconds:.1f} s, seed {result.seed}, {search.request.shown}")
 
 

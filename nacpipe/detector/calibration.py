@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nacpipe.detector.export import choose_threshold
+from nacpipe.method.metrics import choose_threshold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

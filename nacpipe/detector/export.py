@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from nacpipe.cache import Cache
 from nacpipe.detector.file import FUSED, Exported, keep_scores
-from nacpipe.errors import DetectorError, InputError, ValuesError
+from nacpipe.errors import DetectorError, InputError
+from nacpipe.method.metrics import KEEP, choose_threshold
 from nacpipe.method.params import NacParams
 from nacpipe.method.term import LOGITS
 from nacpipe.scoring.coverage import fit_coverage
@@ -20,7 +20,7 @@ from nacpipe.version import __version__
 MAX_BYTES = 64 * 10**6  # of a detector's arrays
 
 
-def export_detector(cache: Cache, params: NacParams, keep: float = 0.95) -> Exported:
+def export_detector(cache: Cache, params: NacParams, keep: float = KEEP) -> Exported:
     """Count the coverage of id/train and choose the threshold on id/val. Terms of weight 0 are left out.
 
     Args:
@@ -84,15 +84,3 @@ def _check_size(made: Exported, arrays: Mapping[str, NDArray[Any]]) -> None:
             f" {next(f.params.bins for f in made.terms if f.name == largest)} bins; give that term fewer bins or weight"
             " 0 in a copy of the parameters, and export again with --params COPY"
         )
-
-
-def choose_threshold(scores: NDArray[np.float64], keep: float) -> float:
-    """Return the highest score t such that at least this share of the scores (samples,) is ≥ t.
-
-    Raises:
-        ValuesError: there are no scores.
-    """
-    if scores.size == 0:
-        raise ValuesError("there are no id/val scores to choose a threshold from")
-    kept = int(np.ceil(round(keep * scores.size, 6)))  # 0.07 · 100 is a little more than 7
-    return float(np.sort(scores)[scores.size - max(kept, 1)])

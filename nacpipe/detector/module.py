@@ -38,6 +38,7 @@ from nacpipe.extraction.samples import split_label
 from nacpipe.method.coverage import combine_layers, layer_score
 from nacpipe.method.feature_scores import FittedFusion
 from nacpipe.method.fitted_term import FittedTerm
+from nacpipe.method.metrics import KEEP
 from nacpipe.method.params import NacParams
 from nacpipe.networks.call import PLAIN_CALL, Call, Mask, device_of, map_tensors, move, repeat_samples
 from nacpipe.networks.checkpoints import hash_network
@@ -254,7 +255,7 @@ class Detector(nn.Module):
         params: NacParams,
         network: nn.Module,
         *,
-        keep: float = 0.95,
+        keep: float = KEEP,
         prepare: Callable[[Any], Any] | None = None,
         logits: Callable[[Any], Tensor] | None = None,
         mask: Mask | None = None,
@@ -418,7 +419,7 @@ class Detector(nn.Module):
         described = self.exported.to_json()
         return {name: described[name] for name in ("threshold", "keep", "classes", "identity", "information")}
 
-    def calibrate(self, loader: Iterable[Any], keep: float = 0.95, *, confidence: float = 0.95) -> Calibration:
+    def calibrate(self, loader: Iterable[Any], keep: float = KEEP, *, confidence: float = 0.95) -> Calibration:
         """Choose the threshold, and what percentiles refer to, by one's own in-distribution data.
 
         Args:

@@ -18,6 +18,8 @@ from nacpipe.scoring.coverage import Coverage, fit_coverage
 from nacpipe.scoring.states import has_classes, has_logits, outputs_of
 from nacpipe.text import label_set, why_reserved
 
+ID_VAL = "id/val"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredCache:
@@ -34,6 +36,8 @@ class ScoredCache:
     """The splits among `rows` that are not finished: no method has scores of them."""
     note: str
     """What a reader must know of the table; empty where there is nothing."""
+    validation: MethodScores = field(default_factory=lambda: MethodScores())
+    """NAC's scores of id/val, or why there are none; empty where NAC is not among `methods`."""
 
     def tasks(self) -> dict[str, list[str]]:
         """Return task → the splits that are ID in it: `ood`, and `fsood` where there are csid sets."""
@@ -87,8 +91,11 @@ def score_cache(
     splits = evaluated_splits(cache)
     named = {"NAC": params} if isinstance(params, NacParams | Coverage) else (params or {})
     coverages: dict[str, MethodScores] = {}
+    validation = MethodScores()
     for name, chosen in named.items():
         coverage = chosen if isinstance(chosen, Coverage) else fit_coverage(cache, chosen)
+        if name == "NAC":
+            validation = _score_validation(cache, coverage)
         coverages[name] = MethodScores(
             scores={split: coverage.score(cache[split]) for split in splits},
             fitted_on="id/train",
@@ -119,7 +126,17 @@ def score_cache(
         correct={split: count for split, count in correct.items() if not split.startswith("ood/")},
         unfinished=list(reasons),
         note=". ".join(notes),
+        validation=validation,
     )
+
+
+def _score_validation(cache: Cache, coverage: Coverage) -> MethodScores:
+    """Score id/val, on which a detector's threshold is chosen; or say why not."""
+    if ID_VAL not in cache:
+        return MethodScores(reasons={ID_VAL: f"the cache holds no {ID_VAL}"})
+    if not cache.peek(ID_VAL).sealed:
+        return MethodScores(reasons={ID_VAL: f"{ID_VAL} is not finished"})
+    return MethodScores(scores={ID_VAL: coverage.score(cache[ID_VAL])})
 
 
 def _note_wrong_labels(cache: Cache, splits: Iterable[str]) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from nacpipe.cache import Cache, as_cache
+from nacpipe.evaluation.flagged import find_flagged
 from nacpipe.evaluation.method_scores import MethodScores, ScoredCache, score_cache
 from nacpipe.evaluation.published_results import NETWORKS, published_results
 from nacpipe.evaluation.training_runs import check_runs
@@ -35,12 +36,14 @@ def tabulate(runs: Sequence[ScoredCache]) -> pd.DataFrame:
     aupr_out, accuracy (of the network on the task's ID samples), n_id, n_ood, fitted_on (the split that the method
     learned from; empty for none), n_fitted (images), reason (why metrics are empty). Of several runs: `runs` and a
     `_std` beside each metric and the accuracy; a group's mean is taken per run, so its deviation is that of the means.
-    All metrics are fractions; `attrs["note"]` holds the notes of the scored caches.
+    All metrics are fractions; `attrs["note"]` holds the notes of the scored caches, `attrs["flagged"]` what NAC's
+    detector flags (`flagged.find_flagged`).
     """
     tables = [pd.DataFrame(_rows(run), columns=list(COLUMNS)) for run in runs]
     frame = tables[0] if len(tables) == 1 else _over_runs(tables, [run.path for run in runs])
     if notes := [run.note if len(runs) == 1 else f"{run.path}: {run.note}" for run in runs if run.note]:
         frame.attrs["note"] = ". ".join(notes)
+    frame.attrs |= find_flagged(runs)
     return frame
 
 

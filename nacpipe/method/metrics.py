@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from nacpipe.errors import ValuesError
 
 Scores = NDArray[np.float64]  # (samples,)
+KEEP = 0.95  # of id/val: what a detector does not flag unless it is asked to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +85,29 @@ def roc_curve(id_scores: Scores, ood_scores: Scores) -> NDArray[np.float64]:
     thresholds = np.unique(np.concatenate([id_scores, ood_scores]))
     sides = [np.searchsorted(np.sort(side), thresholds, side="right") / side.size for side in (id_scores, ood_scores)]
     return np.concatenate([np.zeros((1, 2)), np.stack(sides, axis=1)])
+
+
+def choose_threshold(scores: Scores, keep: float) -> float:
+    """Return the highest score t such that at least this share of the scores (samples,) is ≥ t: a detector's threshold.
+
+    Unlike the thresholds of the metrics above, it is not flagged itself: a detector flags what scores below it.
+
+    Raises:
+        ValuesError: there are no scores.
+    """
+    if scores.size == 0:
+        raise ValuesError("there are no id/val scores to choose a threshold from")
+    kept = int(np.ceil(round(keep * scores.size, 6)))  # 0.07 · 100 is a little more than 7
+    return float(np.sort(scores)[scores.size - max(kept, 1)])
+
+
+def share_flagged(scores: Scores, threshold: float) -> float:
+    """Return the share of scores (samples,) that a detector with this threshold flags: those below it.
+
+    Raises:
+        ValuesError: there are no scores, or some are NaN.
+    """
+    return float((_checked(scores, "scored") < threshold).mean())
 
 
 def _aupr(positive: Scores, negative: Scores) -> float:

@@ -226,7 +226,7 @@ class Report:
     table: pd.DataFrame
     """`nacpipe.evaluate`'s frame; of several caches `nacpipe.evaluate_runs`'."""
     checks: Mapping[str, pd.DataFrame]
-    """Cache's path → method, val_auroc, val_fpr95 (id/val against ood/val), subtrain_auroc (0.5 is the ideal)."""
+    """Cache's path → method, val_auroc, val_fpr95 (id/val against ood/val), subtrain_auroc (`search`'s check)."""
     figures: Mapping[str, Figure] = field(repr=False)
     """Name → figure: `scores-SET`, `roc-SET`, `coverage-LAYER`, `weights`, `importances`, `history`; of several caches
     `run1-scores-SET`, …"""

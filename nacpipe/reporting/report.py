@@ -20,11 +20,12 @@ from matplotlib.figure import Figure
 
 from nacpipe.cache import Cache
 from nacpipe.evaluation.bootstrap import compare_methods
+from nacpipe.evaluation.flagged import shown_flagged
 from nacpipe.evaluation.inspection import summarise_cache
-from nacpipe.evaluation.method_scores import MethodScores, ScoredCache, score_cache
+from nacpipe.evaluation.method_scores import ID_VAL, MethodScores, ScoredCache, score_cache
 from nacpipe.evaluation.tables import footnotes, verdicts
 from nacpipe.method.guide import choose_guide, score_plainly
-from nacpipe.method.metrics import Scores, auroc, detect
+from nacpipe.method.metrics import KEEP, Scores, auroc, detect
 from nacpipe.method.params import NacParams
 from nacpipe.reporting.figures import (
     draw_coverage,
@@ -40,7 +41,7 @@ from nacpipe.reporting.params_origin import ParamsOrigin, find_origin
 from nacpipe.scoring.coverage import Coverage, fit_coverage
 from nacpipe.scoring.states import has_logits
 from nacpipe.text import escape_bytes
-from nacpipe.tuning.request import OVERFIT_POINTS
+from nacpipe.tuning.request import describe_overfitting
 
 OTHER_CURVES = 5  # beside NAC's, in a figure
 TASKS = {"ood": "OOD detection: ID is id/test", "fsood": "Full spectrum: ID is id/test and csid together"}
@@ -90,22 +91,26 @@ def read_cache_report(
         ParamsError: a layer is not in the cache.
     """
     coverage = fit_coverage(cache, params)
-    scores = score_selection(cache, coverage)
+    run = score_cache(cache, coverage, more=more)
+    scores = score_selection(cache, coverage, run.validation.scores)
     return CacheReport(
         cache=cache,
-        run=score_cache(cache, coverage, more=more),
+        run=run,
         params=params,
         coverage=coverage,
         overfitting=check_overfitting(cache, scores),
         study=find_origin(cache, choice) if study is None else study,
-        val_scores=scores.get("id/val"),
+        val_scores=scores.get(ID_VAL),
     )
 
 
-def score_selection(cache: Cache, coverage: Coverage) -> dict[str, Scores]:
-    """Return NAC's scores of the finished splits that a search reads, (rows,) each."""
-    names = ("id/val", "ood/val", "id/subtrain")
-    return {name: coverage.score(cache[name]) for name in names if name in cache and cache.peek(name).sealed}
+def score_selection(cache: Cache, coverage: Coverage, known: Mapping[str, Scores] | None = None) -> dict[str, Scores]:
+    """Return NAC's scores of the finished splits that a search reads, (rows,) each; `known` ones as they are."""
+    scores = dict(known or {})
+    for name in (ID_VAL, "ood/val", "id/subtrain"):
+        if name not in scores and name in cache and cache.peek(name).sealed:
+            scores[name] = coverage.score(cache[name])
+    return scores
 
 
 def check_overfitting(cache: Cache, nac: Mapping[str, Scores]) -> pd.DataFrame:
@@ -114,7 +119,8 @@ def check_overfitting(cache: Cache, nac: Mapping[str, Scores]) -> pd.DataFrame:
     The best plain score is the search's guide: the one with the highest AUROC of id/val against ood/val. There is none
     where the cache holds no finished ood/val.
 
-    Columns: method, val_auroc and val_fpr95 (from ood/val), subtrain_auroc (from id/subtrain; 0.5 is the ideal).
+    Columns: method, val_auroc and val_fpr95 (from ood/val), subtrain_auroc (from id/subtrain; below ½ training images
+    score higher).
     A split that the cache does not hold, or not finished, is NaN.
 
     Args:
@@ -229,6 +235,9 @@ def render_report(
         ],
         note=frame.attrs.get("note"),
         tasks=_results(frame),
+        flagged=_flagged(frame),
+        not_flagged=frame.attrs.get("flagged_reason", ""),
+        keep=f"{100 * KEEP:g}",
         footnotes=footnotes(frame),
         runs=[
             _run(report, groups, shown)
@@ -237,6 +246,12 @@ def render_report(
         commands=[*filter(None, earlier), command],
     )
     return escape_bytes(page)
+
+
+def _flagged(frame: pd.DataFrame) -> Table:
+    """What NAC's detector flags of each set."""
+    shown = shown_flagged(frame)
+    return Table(columns=["flagged, %", *shown], rows=[["NAC", *shown.values()]] if shown else [])
 
 
 def _run(
@@ -277,18 +292,11 @@ def _summary(reports: Sequence[CacheReport], frame: pd.DataFrame) -> str:
 
 def _overfitting(report: CacheReport, named: bool) -> str:
     """The result of the overfitting check, in words."""
-    where = f" ({report.cache.path})" if named else ""
     subtrain = dict(zip(report.overfitting["method"], report.overfitting["subtrain_auroc"], strict=True))
     nac = subtrain.pop("NAC")
-    if nac != nac:
-        return f"Overfitting check{where}: not made, the cache has no finished id/subtrain and id/val."
-    text = f"Overfitting check{where}: id/val against id/subtrain, AUROC {_percent(nac)} % (50 is ideal"
-    if not subtrain:
-        return f"{text})."
-    ((guide, own),) = subtrain.items()
-    overfits = nac < own - OVERFIT_POINTS
-    warning = f"more than {100 * OVERFIT_POINTS:g} points below {guide}'s: the coverage may be overfitted."
-    return f"{text}; {guide}'s {_percent(own)} %): {warning if overfits else 'no sign of overfitting.'}"
+    text = describe_overfitting(None if math.isnan(nac) else nac, next(iter(subtrain.items()), None))
+    where = f" ({report.cache.path})" if named else ""
+    return f"{text[0].upper()}{text[1:]}.".replace(":", f"{where}:", 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

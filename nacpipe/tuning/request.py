@@ -27,6 +27,29 @@ OVERFIT_POINTS = (
 )
 
 
+def describe_overfitting(subtrain: float | None, guide: tuple[str, float] | None) -> str:
+    """Return the overfitting check in words: whether NAC prefers training images more than the network itself does.
+
+    Args:
+        subtrain: NAC's AUROC of id/val against id/subtrain, a fraction; None where there is none. Below ½ training
+            images score higher than others.
+        guide: the best plain score and its AUROC; None where there is none.
+    """
+    if subtrain is None:
+        return "overfitting check: not made, the cache has no finished id/subtrain and id/val"
+    measured = f"AUROC of id/val against id/subtrain {100 * subtrain:.2f} %"
+    if guide is None:
+        return f"overfitting check: {measured}; the more it is below 50 %, the more NAC prefers training images"
+    name, own = guide
+    points = f"{100 * OVERFIT_POINTS:g} points"
+    if subtrain < own - OVERFIT_POINTS:
+        verdict = f"the coverage may be overfitted; NAC prefers training images over {points} more than {name} does"
+    else:
+        much = "no more" if subtrain >= own else f"less than {points} more"
+        verdict = f"no sign of overfitting; NAC prefers training images {much} than {name} does"
+    return f"overfitting check: {verdict} ({measured}, {name}'s {100 * own:.2f} %; lower: training images score higher)"
+
+
 def without_password(where: str) -> str:
     """Return a storage's URL with *** for its password."""
     return re.sub(r"([?&]password=)[^&]*", r"\1***", re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", where))
@@ -178,6 +201,11 @@ class SearchResult:
         """True where NAC tells training images from others markedly better than the best plain score does."""
         subtrain, own = self.checks.subtrain_auroc, self.guide_subtrain
         return subtrain is not None and own is not None and subtrain < own - OVERFIT_POINTS
+
+    def overfitting(self) -> str:
+        """Return the overfitting check in words."""
+        guide = None if self.guide is None or self.guide_subtrain is None else (self.guide, self.guide_subtrain)
+        return describe_overfitting(self.checks.subtrain_auroc, guide)
 
     def _shown_checks(self) -> list[tuple[str, float]]:
         checks = [("AUROC", self.checks.val_auroc), ("FPR@95", self.checks.val_fpr95)]

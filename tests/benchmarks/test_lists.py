@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nacpipe.benchmarks.lists import parse_list, read_list
+from nacpipe.benchmarks.lists import describe_wrong_labels, parse_list, read_list
 from nacpipe.benchmarks.standard import Benchmark, Split, Transform, find_benchmark
 from nacpipe.errors import ImageError, InputError
 
@@ -191,6 +191,18 @@ def test_a_list_in_a_folder_is_itself_and_not_its_fallback(tmp_path: Path) -> No
     assert (listed.source, listed.file(0)) == ("lists/val.txt", tmp_path / "images/a.png")
 
 
+def test_labels_that_all_mark_ood_images_need_another_remedy() -> None:
+    said = describe_wrong_labels(np.full(5, -1), 3, "image {}".format)
+    assert said == (
+        "5 of 5 labels are outside 0 … 2; the first is -1, of image 0; -1 marks OOD images, an ID image has its class;"
+        " without labels, write the classes that the network predicts (docs/own-benchmark.md, Labels)"
+    )
+    assert describe_wrong_labels(np.array([-1, 2]), 3, "image {}".format).endswith(
+        "; correct the labels, or the benchmark's number of classes"
+    )
+    assert describe_wrong_labels(np.array([0, 2]), 3, "image {}".format) == ""
+
+
 # --- class folders ----------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +261,15 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         InputError, match=r"train has 3 class folders \(cat, dog, emu\), benchmark own has 2 classes; c"
     ):
         read_list(benchmark, benchmark.split("id/train"), tmp_path)
+    touch(tmp_path, "flat/b.png", "flat/a.png")
+    benchmark_of_flat = own(folders("id/test", "flat"))
+    with pytest.raises(
+        InputError,
+        match=r"^id/test: .*flat has no class folders, its 2 images lie directly in it, so they have no labels; in the"
+        r" benchmark's file write list = \"FILE\" in place of folders, a list of lines `path label`, such as"
+        r" `a\.png 0` \(docs/own-benchmark\.md, Labels\)$",
+    ):
+        read_list(benchmark_of_flat, benchmark_of_flat.split("id/test"), tmp_path)
     with pytest.raises(InputError, match=r"val has a class folder 'bird', which is none of cat, dog, emu$"):
         read_list(benchmark, benchmark.split("id/val"), tmp_path)
     with pytest.raises(ImageError, match=r"empty holds no images \(\.bmp, \.jpeg, "):

@@ -84,7 +84,8 @@ def test_labels_that_are_no_classes_are_named(tmp_path: Path) -> None:
     image = f"{tmp_path}/images_classic/a.png"
     assert found["id/val"] == SetStatus(
         split="id/val", source="val_cifar10.txt", images=3, missing=0, wrong_labels=2,
-        first_wrong=f"10, of {image} (line 2 of {lists}/val_cifar10.txt)",
+        label_problem=f"2 of 3 labels are outside 0 … 9; the first is 10, of {image} (line 2 of {lists}/val_cifar10.txt"
+        "); correct the labels, or the benchmark's number of classes",
     )  # fmt: skip
     assert {name: (s.state, s.wrong_labels, s.complete) for name, s in found.items() if s.images} == {
         "id/val": ("wrong labels", 2, True),

@@ -155,6 +155,10 @@ WRONG = {  # what stands in the file instead → the complaint
     ("[0.5, 0.4, 1]", "[0.5]"): "transform.std: has 3 channels, mean has 1",
     ("[0.25, 0.25, 0.25]", "[0.25, 0, 0.25]"): "transform.std: is [0.25, 0.0, 0.25]; it must be positive",
     ("[transform]", "[[transform]]"): "transform: is [{",
+    (
+        "[transform]",
+        "[transforms]",
+    ): "transform: is not there; write [transform] and, a line each, resize = 256, crop",
     ("[id.train]", "[id.training]"): "id.training: is not known",
     ("[id.val]", "[id.other]"): "id.other: is not known",
     ("[id.val]", "[csid.val]"): "id.val: is not there; every benchmark needs id/train, id/val, id/test",

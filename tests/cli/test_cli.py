@@ -217,7 +217,11 @@ def test_a_search_from_beginning_to_end(cache: str, tmp_path: Path) -> None:
     assert lines[0].split() == ["term", "bins", "saturation", "alpha", "weight", "alone,", "AUROC", "%"]
     assert [line.split()[0] for line in lines[1:3]] == ["avgpool", "layer1"]
     assert lines[4].startswith("id/val against ood/val: AUROC ")
-    assert lines[5].startswith("overfitting check, id/val against id/subtrain: AUROC ")
+    assert re.fullmatch(
+        r"overfitting check: no sign of overfitting; NAC prefers training images .* than MSP does \(AUROC of id/val"
+        r" against id/subtrain \d\d\.\d\d %, MSP's \d\d\.\d\d %; lower: training images score higher\)",
+        lines[5],
+    )
     assert re.fullmatch(rf"30 trials in \d+\.\d s, seed 1, {tmp_path}/c\.study\.log", lines[6])
     target = tmp_path / "c.params.json"
     wrote, advice, following = printed.stderr.splitlines()

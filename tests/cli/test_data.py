@@ -80,13 +80,15 @@ def test_status_names_labels_that_are_no_classes(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("3.png 3", "3.png 12").replace("7.png 7", "7.png -1"))
     args = ("data", "status", "cifar10", "--data-root", str(tmp_path))
     printed = nacpipe(*args)
-    assert printed.exit_code == 0
+    assert printed.exit_code == 1
     assert re.search(r"^id/test +test_cifar10\.txt +wrong labels +20$", printed.stdout, re.MULTILINE)
     assert printed.stderr.splitlines()[0] == (
         f"id/test: 4 of 20 labels are outside 0 … 9; the first is 12, of {tmp_path}/images_classic/test_cifar10/3.png"
-        f" (line 4 of {file})"
+        f" (line 4 of {file}); correct the labels, or the benchmark's number of classes"
     )
-    rows = json.loads(nacpipe(*args, "--json").stdout)
+    printed = nacpipe(*args, "--json")
+    assert printed.exit_code == 1
+    rows = json.loads(printed.stdout)
     assert {row["split"]: row["wrong_labels"] for row in rows if row["wrong_labels"]} == {"id/test": 4}
 
 
@@ -201,7 +203,10 @@ def test_every_run_makes_a_cache(tmp_path: Path, runs: Path, monkeypatch: pytest
     caches = [open_cache(plan["cache"]) for plan in planned]
     assert all(cache["id/val"].rows == 20 for cache in caches)
     assert caches[0].header.identity["weights"] != caches[1].header.identity["weights"]
-    assert printed.stderr.splitlines()[-2:] == [f"next: nacpipe search {plan['cache']}" for plan in planned]
+    assert printed.stderr.splitlines()[-2:] == [
+        "a search needs id/train too",
+        f"next: {caches[1].command()}",
+    ]
     assert [line for line in printed.stdout.splitlines() if line.startswith("cache/")] == [c.path for c in caches]
     assert nacpipe(*args, "--cache", "{run}/mine.zarr", "--dry-run", "--json").stdout.count("s1/mine.zarr") == 1
     made = json.loads(nacpipe(*args, "--json").stdout)

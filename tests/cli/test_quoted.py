@@ -198,7 +198,8 @@ def test_an_extraction_and_an_export_name_what_comes_next(tmp_path: Path, monkey
     cache = "my caches/it's.zarr"
     splits = ["--splits", "id/train,id/val", "--train-images", "10"]
     done = nacpipe("extract", "digits", "--cache", cache, *splits)
-    assert words_of(done.stderr, "next: nacpipe") == ["nacpipe", "search", cache]
+    made = ["nacpipe", "extract", "digits", "--model", "digits_cnn", "--train-images", "10", "--cache", cache]
+    assert words_of(done.stderr, "next: nacpipe") == made
     write_params("my caches/it's.params.json", PARAMS)
     done = nacpipe("export", cache)
     detector = "my caches/it's.detector.safetensors"

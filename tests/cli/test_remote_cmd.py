@@ -119,7 +119,7 @@ def test_extract_writes_there_in_shards_and_says_what_is_not_guarded(proxy: Prox
     said = nacpipe(*words)
     assert said.exit_code == 0, said.output
     assert said.stderr.count(f"{url}: two extractions into it at once are not refused, as they are") == 1
-    assert f"next: nacpipe search {url}" in said.stderr
+    assert "a search needs id/train, ood/val too\nnext: nacpipe extract digits " in said.stderr
     made = open_cache(url)
     assert list(made) == ["id/val", "ood/near/letters"]
     assert made.header.shard_blocks == 8

@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nacpipe.cache import Cache, CacheWriter, open_cache
 from nacpipe.detector import export
-from nacpipe.detector.export import choose_threshold, export_detector
+from nacpipe.detector.export import export_detector
 from nacpipe.detector.file import Exported, read_detector, write_detector
-from nacpipe.errors import DetectorError, InputError, ParamsError, ValuesError
+from nacpipe.errors import DetectorError, InputError, ParamsError
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.scoring.coverage import fit_coverage, score_splits
 from nacpipe.scoring.states import read_source
@@ -84,17 +82,6 @@ def test_the_threshold_keeps_its_share_of_id_val(small_cache: Cache, keep: float
     assert (scores > exported.threshold).mean() < keep  # a higher one would not do
 
 
-@given(
-    st.lists(st.integers(0, 8), min_size=1, max_size=60),
-    st.one_of(st.sampled_from([0.07, 0.29, 0.57, 0.58, 0.9, 0.95, 0.99, 1.0]), st.floats(0.001, 1.0)),
-)
-def test_the_highest_threshold_that_keeps_enough(values: list[int], keep: float) -> None:
-    scores = np.array(values, float)
-    found = choose_threshold(scores, keep)
-    needed = [t for t in set(values) if sum(v >= t for v in values) >= keep * len(values) - 1e-6]
-    assert found == max(needed)
-
-
 @pytest.mark.parametrize(
     ("channels", "message"),
     [
@@ -127,8 +114,6 @@ def test_what_cannot_be_exported_is_refused(small_cache: Cache) -> None:
         export_detector(small_cache, PARAMS, 1.5)
     with pytest.raises(ParamsError, match=r"layer 'layer9' is not in .*small\.zarr"):
         export_detector(small_cache, NacParams(layers={"layer9": LayerParams(bins=9, saturation=2, alpha=1.0)}))
-    with pytest.raises(ValuesError, match="there are no id/val scores"):
-        choose_threshold(np.empty(0), 0.95)
 
 
 def test_a_layer_once_per_source(small_cache: Cache) -> None:

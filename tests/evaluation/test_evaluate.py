@@ -303,8 +303,8 @@ def test_json_and_csv_hold_the_frame(cache: Cache, frame: pd.DataFrame, params_f
     printed = CliRunner().invoke(main, ["evaluate", cache.path, "--params", params_file, "--json"])
     assert (printed.exit_code, printed.stderr) == (0, "")
     rows = json.loads(printed.stdout)
-    assert all(list(row) == COLUMNS for row in rows)
-    pd.testing.assert_frame_equal(pd.DataFrame(rows), frame, rtol=1e-14)
+    assert all(list(row) == [*COLUMNS, "flagged", "flagged_id"] for row in rows)
+    pd.testing.assert_frame_equal(pd.DataFrame(rows)[COLUMNS], frame, rtol=1e-14)
     printed = CliRunner().invoke(main, ["evaluate", cache.path, "--params", params_file, "--csv"])
     (Path(params_file).parent / "t.csv").write_text(printed.stdout)
     pd.testing.assert_frame_equal(pd.read_csv(Path(params_file).parent / "t.csv", keep_default_na=False), frame)
@@ -325,6 +325,8 @@ def test_markdown_and_the_table(cache: Cache, frame: pd.DataFrame, params_file: 
     shown = [f"{100 * value:.2f}" for value in frame.loc[0, METRICS]]
     assert row.split() == ["near", "letters", "NAC", *shown, "35"]
     assert "\nfitted on id/train (60 images): NAC\n" in printed.stdout
+    assert "\nfar mean " in printed.stdout
+    assert "near mean" not in printed.stdout  # of one set, which it would repeat
     said = [*verdicts(frame), describe_standing(frame)]
     assert printed.stdout.endswith("".join(f"{line}\n" for line in said))
 

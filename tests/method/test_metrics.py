@@ -13,7 +13,16 @@ from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_curve
 
 from nacpipe.errors import ValuesError
-from nacpipe.method.metrics import Detection, Scores, accuracy, auroc_error, detect, roc_curve
+from nacpipe.method.metrics import (
+    Detection,
+    Scores,
+    accuracy,
+    auroc_error,
+    choose_threshold,
+    detect,
+    roc_curve,
+    share_flagged,
+)
 from tests import oracle
 
 # Few distinct values, so that ties are common, mixed with any.
@@ -167,3 +176,23 @@ def test_the_area_under_a_roc_curve_is_the_auroc(id_scores: Scores, ood_scores: 
     assert (np.diff(found, axis=0) >= 0).all()
     area = np.trapezoid(found[:, 1], found[:, 0])
     assert area == pytest.approx(oracle.auroc(id_scores, ood_scores), abs=1e-12)
+
+
+@given(
+    st.lists(st.integers(0, 8), min_size=1, max_size=60),
+    st.one_of(st.sampled_from([0.07, 0.29, 0.57, 0.58, 0.9, 0.95, 0.99, 1.0]), st.floats(0.001, 1.0)),
+)
+def test_the_highest_threshold_that_keeps_enough(values: list[int], keep: float) -> None:
+    scores = np.array(values, float)
+    found = choose_threshold(scores, keep)
+    needed = [t for t in set(values) if sum(v >= t for v in values) >= keep * len(values) - 1e-6]
+    assert found == max(needed)
+
+
+def test_what_a_threshold_flags_is_below_it() -> None:
+    assert choose_threshold(np.arange(20.0), 0.95) == 1.0
+    assert share_flagged(np.array([0.0, 0.9, 1.0, 2.0, 3.0]), 1.0) == 0.4  # what equals it is kept
+    with pytest.raises(ValuesError, match="there are no id/val scores"):
+        choose_threshold(np.empty(0), 0.95)
+    with pytest.raises(ValuesError, match="1 of 2 scored scores are NaN"):
+        share_flagged(np.array([0.0, math.nan]), 1.0)

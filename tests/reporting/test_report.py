@@ -133,6 +133,14 @@ def check_tables(page: Reader, frame: pd.DataFrame, *, spread: bool) -> None:
     assert next(tables, None) is None
 
 
+def flagged_table(page: Reader) -> list[list[str]]:
+    """The sets, and of each the share that NAC's detector flags."""
+    (table,) = (table for table in page.tables if table[0][0] == "flagged, %")
+    assert [row[0] for row in table[1:]] == ["NAC"]
+    assert table[0][1:] == ["id/test", "csid/blurred", "near letters", "far textures"]
+    return table
+
+
 def test_the_page_of_one_cache(place: Path) -> None:
     page = Reader((place / "page.html").read_text("utf-8"))
     check_tables(page, rows_of([f"{place}/s0.zarr"]), spread=False)
@@ -149,6 +157,11 @@ def test_the_page_of_one_cache(place: Path) -> None:
             f": {abs(points):.2f} points {'above' if points >= 0 else 'below'} {best}, the best other method; with"
             f" other images {interval} (95% interval)"
         ) in page.text
+    assert (
+        "flagged by NAC at the threshold of nacpipe export, which keeps 95 % of id/val: "
+        + ", ".join(f"{name} {share} %" for name, share in zip(*(row[1:] for row in flagged_table(page)), strict=True))
+        in nacpipe("evaluate", f"{place}/s0.zarr").stdout.splitlines()
+    )
     assert "is not what id/test of" in page.text  # the cache's images are made up
     for line in (f"nacpipe extract digits --cache {place}/s0.zarr", f"nacpipe search {place}/s0.zarr --space paper\n"):
         assert line in page.text
@@ -238,7 +251,9 @@ def test_the_overfitting_check_is_the_search_s(place: Path) -> None:
     score = PLAIN_SCORES[guide.name]
     expected = auroc(*(score(search.cache[name].read("logits")) for name in ("id/val", "id/subtrain")))
     assert found.loc[guide.name, "subtrain_auroc"] == expected == result.guide_subtrain
-    assert f"; {guide.name}'s {100 * expected:.2f} %)" in Reader((place / "page.html").read_text()).text
+    said = result.overfitting()
+    assert f", {guide.name}'s {100 * expected:.2f} %; lower: training images score higher)" in said
+    assert f"{said[0].upper()}{said[1:]}." in Reader((place / "page.html").read_text()).text
 
 
 def test_splits_that_are_not_there_are_no_number(make_cache: Callable[..., Cache], tmp_path: Path) -> None:

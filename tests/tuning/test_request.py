@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nacpipe.method.params import LayerParams, NacParams
-from nacpipe.tuning.request import SearchRequest, SearchResult, ValidationMetrics
+from nacpipe.tuning.request import SearchRequest, SearchResult, ValidationMetrics, describe_overfitting
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,27 @@ def test_the_overfitting_warning(subtrain: float | None, guides: float | None, e
     assert result.overfits is expected
     assert result.to_json()["overfits"] is expected
     assert result.to_json()["seconds"] == 1.235
+    assert ("may be overfitted" in result.overfitting()) is expected
+
+
+@pytest.mark.parametrize(
+    ("subtrain", "verdict"),
+    [
+        (0.6077, "no sign of overfitting; NAC prefers training images no more than GEN does"),
+        (0.6, "no sign of overfitting; NAC prefers training images less than 3 points more than GEN does"),
+        (0.5756, "no sign of overfitting; NAC prefers training images less than 3 points more than GEN does"),
+        (0.57, "the coverage may be overfitted; NAC prefers training images over 3 points more than GEN does"),
+    ],
+)
+def test_the_overfitting_check_in_words(subtrain: float, verdict: str) -> None:
+    assert describe_overfitting(subtrain, ("GEN", 0.6056)) == (
+        f"overfitting check: {verdict} (AUROC of id/val against id/subtrain {100 * subtrain:.2f} %, GEN's 60.56 %;"
+        " lower: training images score higher)"
+    )
+    assert describe_overfitting(subtrain, None) == (
+        f"overfitting check: AUROC of id/val against id/subtrain {100 * subtrain:.2f} %; the more it is below 50 %, the"
+        " more NAC prefers training images"
+    )
 
 
 def test_names_and_places_of_a_study() -> None:
