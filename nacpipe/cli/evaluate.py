@@ -86,14 +86,12 @@ def evaluate(
     """
     from nacpipe.cache import open_cache
     from nacpipe.evaluation.bootstrap import LEVEL, RESAMPLES, add_confidence, compare_methods
-    from nacpipe.evaluation.latex import to_latex
+    from nacpipe.evaluation.latex import comparison_to_latex, to_latex
     from nacpipe.evaluation.score_files import check_scores_file, save_scores
     from nacpipe.evaluation.tables import add_published, tabulate
     from nacpipe.evaluation.training_runs import check_runs
 
     table_too = bool(against is None or baselines or published_results)
-    if against is not None and output == "latex":
-        raise click.UsageError("--latex prints the table; leave out --against, or print the comparison as --csv.")
     if against is not None and table_too and output:
         raise click.UsageError(
             f"Table and comparison are two tables, --{output} is one: leave out --against for the table, --baselines"
@@ -125,12 +123,14 @@ def evaluate(
         if output == "latex":
             click.echo(to_latex(frame), nl=False)
         elif output:
-            print_frame(frame, output)
+            _print_described(frame, output)
         if output:
             return
         print_evaluation(frame)
-    if comparison is not None and output:
-        print_frame(comparison, output)
+    if comparison is not None and output == "latex":
+        click.echo(comparison_to_latex(comparison), nl=False)
+    elif comparison is not None and output:
+        _print_described(comparison, output)
     elif comparison is not None:
         click.echo("\n" * table_too, nl=False)
         print_comparison(comparison)
@@ -142,6 +142,7 @@ def _score(
     """Score every cache; return the scored caches and the name of the method to compare with."""
     from nacpipe.evaluation.method_scores import evaluated_splits, score_cache
     from nacpipe.scoring.params_file import find_params
+    from nacpipe.scoring.params_summary import summarise_choice
 
     chosen = match_choices(choices, len(caches))
     names, other = list(baselines), None
@@ -150,10 +151,13 @@ def _score(
     runs = []
     for cache, choice in zip(caches, chosen, strict=True):
         sets: dict[str, NacParams] = {"NAC": find_params(cache, choice, note)}
+        known = {"NAC": summarise_choice(cache, sets["NAC"], choice)}
         if against is not None and (other is None or other.startswith("NAC (")):
             other = f"NAC ({escape_bytes(against)})"
             sets[other] = find_params(cache, against, note)
-        runs.append(score_cache(cache, sets, more=score_baselines_named(cache, names, evaluated_splits(cache))))
+            known[other] = summarise_choice(cache, sets[other], against)
+        more = score_baselines_named(cache, names, evaluated_splits(cache))
+        runs.append(score_cache(cache, sets, more=more, parameters=known))
     return runs, other
 
 
@@ -186,10 +190,22 @@ def score_baselines_named(cache: Cache, names: Sequence[str], splits: list[str])
     return score_baselines(cache, names, splits) if names else {}
 
 
+def _print_described(frame: pd.DataFrame, output: str) -> None:
+    """Print a frame as json, csv or markdown; in markdown what NAC is stands below the table, once."""
+    from nacpipe.evaluation.tables import parameter_lines
+
+    if output != "markdown":
+        print_frame(frame, output)
+        return
+    print_frame(frame.drop(columns="parameters"), output)
+    for line in parameter_lines(frame):
+        click.echo(f"\n{printable(line)}")
+
+
 def print_evaluation(frame: pd.DataFrame) -> None:
     """Print one table per task, in percent, what methods were fitted on, which are below chance, where NAC ranks."""
     from nacpipe.evaluation.standing import describe_below_chance, describe_standing
-    from nacpipe.evaluation.tables import footnotes, verdicts
+    from nacpipe.evaluation.tables import footnotes, parameter_lines, verdicts
 
     for number, (task, rows) in enumerate(frame.groupby("task", sort=False)):
         first = rows.iloc[0]
@@ -214,7 +230,7 @@ def print_evaluation(frame: pd.DataFrame) -> None:
                 )
         print_table(("set", "method", *_SHOWN.values(), "images"), lines, left=2)
     click.echo("")
-    for line in footnotes(frame) + describe_below_chance(frame) + verdicts(frame):
+    for line in parameter_lines(frame) + footnotes(frame) + describe_below_chance(frame) + verdicts(frame):
         click.echo(printable(line))
     if "confidence" in frame:
         first = frame.iloc[0]
@@ -225,6 +241,8 @@ def print_evaluation(frame: pd.DataFrame) -> None:
 
 def print_comparison(frame: pd.DataFrame) -> None:
     """Print how two methods differ, in percentage points, and whether that is more than chance."""
+    from nacpipe.evaluation.tables import parameter_lines
+
     names = frame["first"].iloc[0], frame["second"].iloc[0]
     for number, (task, rows) in enumerate(frame.groupby("task", sort=False)):
         click.echo(("\n" if number else "") + f"{_TITLES[str(task)]}: {names[0]} against {names[1]}; all in percent")
@@ -249,6 +267,8 @@ def print_comparison(frame: pd.DataFrame) -> None:
         f"\ninterval: {first['confidence']:g} of {first['resamples']} paired draws of the images;"
         " within chance: it holds 0"
     )
+    for line in parameter_lines(frame):
+        click.echo(printable(line))
 
 
 def _cell(row: pd.Series[Any], metric: str) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nacpipe.errors import InputError
 from nacpipe.evaluation.method_scores import ScoredCache
-from nacpipe.evaluation.tables import KEYS, tabulate
+from nacpipe.evaluation.tables import KEYS, describe_methods, tabulate
 from nacpipe.method.resampling import draw_counts, rank_scores, redetect
 from nacpipe.text import label_set
 
@@ -75,8 +75,9 @@ def compare_methods(
 
     Columns: task, group, dataset, metric, first, second (their names), first_value, second_value, difference (first −
     second), low, high (a paired bootstrap interval of the difference), confidence, resamples, more_than_chance (whether
-    0 lies outside the interval; None for an empty cell), reason. All values are fractions. At a level of 0.95, one in
-    twenty rows of two equal methods would be called more than chance: look at the means first.
+    0 lies outside the interval; None for an empty cell), reason, parameters (what NAC is here). All values are
+    fractions. At a level of 0.95, one in twenty rows of two equal methods would be called more than chance: look at the
+    means first.
 
     Raises:
         InputError: a name is not among the methods, or level or resamples is out of range.
@@ -86,7 +87,8 @@ def compare_methods(
             raise InputError(f"method {name!r} was not evaluated; there are {', '.join(runs[0].methods)}")
     pair = [replace(run, methods={name: run.methods[name] for name in (first, second)}) for run in runs]
     draws = _draw(pair, [first, second], level, resamples, seed)
-    table = tabulate(pair).set_index(list(KEYS))
+    whole = tabulate(pair)
+    table = whole.set_index(list(KEYS))
     rows: list[dict[str, Any]] = []
     for task, group, dataset in dict.fromkeys(cell[:3] for cell in draws):
         a, b = (table.loc[(task, group, dataset, name)] for name in (first, second))
@@ -105,7 +107,10 @@ def compare_methods(
             row |= {"low": low[place], "high": high[place], "confidence": level, "resamples": resamples}
             chance = None if np.isnan(low[place]) else bool(low[place] <= 0 <= high[place])
             rows.append(row | {"more_than_chance": None if chance is None else not chance, "reason": reason})
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    frame["parameters"] = "; ".join(f"{name}: {text}" for name, text in describe_methods(runs).items())
+    frame.attrs = dict(whole.attrs)
+    return frame
 
 
 def _draw(runs: Sequence[ScoredCache], methods: list[str], level: float, resamples: int, seed: int) -> Draws:

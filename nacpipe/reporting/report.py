@@ -22,7 +22,7 @@ from nacpipe.cache import Cache
 from nacpipe.evaluation.bootstrap import compare_methods
 from nacpipe.evaluation.inspection import summarise_cache
 from nacpipe.evaluation.method_scores import MethodScores, ScoredCache, score_cache
-from nacpipe.evaluation.tables import footnotes, verdicts
+from nacpipe.evaluation.tables import footnotes, parameter_lines, verdicts
 from nacpipe.method.guide import choose_guide, score_plainly
 from nacpipe.method.metrics import Scores, auroc, detect
 from nacpipe.method.params import NacParams
@@ -38,6 +38,7 @@ from nacpipe.reporting.figures import (
 from nacpipe.reporting.galleries import Gallery
 from nacpipe.reporting.params_origin import ParamsOrigin, find_origin
 from nacpipe.scoring.coverage import Coverage, fit_coverage
+from nacpipe.scoring.params_summary import summarise_choice, summarise_params
 from nacpipe.scoring.states import has_logits
 from nacpipe.text import escape_bytes
 from nacpipe.tuning.request import OVERFIT_POINTS
@@ -91,9 +92,10 @@ def read_cache_report(
     """
     coverage = fit_coverage(cache, params)
     scores = score_selection(cache, coverage)
+    known = summarise_choice(cache, params, choice) if study is None else summarise_params(params)
     return CacheReport(
         cache=cache,
-        run=score_cache(cache, coverage, more=more),
+        run=score_cache(cache, coverage, more=more, parameters={"NAC": known}),
         params=params,
         coverage=coverage,
         overfitting=check_overfitting(cache, scores),
@@ -228,6 +230,7 @@ def render_report(
             *(_overfitting(report, several) for report in reports),
         ],
         note=frame.attrs.get("note"),
+        parameters=parameter_lines(frame),
         tasks=_results(frame),
         footnotes=footnotes(frame),
         runs=[
