@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,7 +149,7 @@ def _on_benchmark(frame: pd.DataFrame) -> str:
 def escape_latex(text: str) -> str:
     """Return text that LaTeX prints as it is; control characters, which a foreign name may hold, as escapes."""
     shown = "".join(c if c.isprintable() else escape(c) for c in text)
-    return "".join(_SPECIAL.get(c, c) for c in shown)
+    return re.sub("-(?=-)", "-{}", "".join(_SPECIAL.get(c, c) for c in shown))  # two hyphens would be a dash
 
 
 @dataclass(frozen=True, slots=True)
