@@ -113,6 +113,70 @@ def compare_methods(
     return frame
 
 
+def compare_with_best(
+    runs: Sequence[ScoredCache],
+    first: str,
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 1,
+) -> pd.DataFrame:
+    """Return how a method differs from the best other one, which these test sets pick: `compare_methods`' columns.
+
+    Of every task and group the method with the highest mean AUROC is `second`; rows of other parameters of NAC are no
+    candidates. `among` is the number of methods that it was picked from. Intervals hold for the differences to all of
+    them at once (`simultaneous_intervals`), and so for the picked one, however it was picked.
+
+    Raises:
+        InputError: there is no other method with a mean, or level or resamples is out of range.
+    """
+    others = [name for name in runs[0].methods if not name.startswith("NAC")]
+    draws = _draw(runs, [first, *others], level, resamples, seed)
+    table = tabulate(runs)
+    values = table.set_index(list(KEYS))
+    parts = []
+    for task, group in dict.fromkeys(cell[:2] for cell in draws):
+        means = values.loc[task, group, "mean"]["auroc"].reindex(others).dropna()
+        if means.empty:
+            continue
+        picked = str(means.idxmax())
+        pair = compare_methods(runs, first, picked, level=level, resamples=1, seed=seed)
+        part = pair[(pair["task"] == task) & (pair["group"] == group)].assign(among=len(means), resamples=resamples)
+        for row in part.index:
+            dataset, metric = part.at[row, "dataset"], part.at[row, "metric"]
+            place = MEASURED.index(str(metric))
+            cells = [(str(task), str(group), str(dataset), name) for name in means.index]
+            own = draws[task, group, str(dataset), first][:, place]
+            drawn = np.stack([own - draws[cell][:, place] for cell in cells], axis=1)
+            observed = np.array([values.loc[(task, group, dataset, first), metric] - values.loc[c, metric] for c in cells])
+            low, high = simultaneous_intervals(observed, drawn, level)[list(means.index).index(picked)]
+            part.loc[row, ["low", "high"]] = low, high
+            part.at[row, "more_than_chance"] = None if np.isnan(low) else not low <= 0 <= high
+        parts.append(part)
+    if not parts:
+        raise InputError("--against best: no other method has a mean; add some with: --baselines all")
+    frame = pd.concat(parts, ignore_index=True)
+    frame.attrs = dict(table.attrs)
+    return frame
+
+
+def simultaneous_intervals(
+    observed: NDArray[np.float64],  # (differences,)
+    draws: NDArray[np.float64],  # (resamples, differences)
+    level: float,
+) -> NDArray[np.float64]:
+    """Return intervals that hold all differences together at a level, (differences, 2).
+
+    Each is observed ± c · deviation of its draws; c is the level's quantile of the greatest |draw − observed| / deviation
+    of a draw (Romano and Wolf 2005). A difference that never moves counts for nothing. NaN where a draw is.
+    """
+    spread = draws.std(axis=0)
+    moved = spread > 0
+    distance = np.abs(draws - observed)[:, moved] / spread[moved]
+    factor = float(np.quantile(distance.max(axis=1), level)) if moved.any() else 0.0
+    return np.stack([observed - factor * spread, observed + factor * spread], axis=1)
+
+
 def _draw(runs: Sequence[ScoredCache], methods: list[str], level: float, resamples: int, seed: int) -> Draws:
     """Return every cell's metrics for every draw, means over runs; NaN where a method has no scores."""
     if not 0 < level < 1:
