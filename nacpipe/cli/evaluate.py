@@ -45,7 +45,7 @@ _SHOWN = {"fpr95": "FPR@95", "auroc": "AUROC", "aupr_in": "AUPR-IN", "aupr_out":
 @click.option(
     "--against",
     metavar="NAME",
-    help="Compare NAC, image by image, with a method by name, another parameter file, or published.",
+    help="Compare NAC, image by image, with a method by name, best, another parameter file, or published.",
 )
 @click.option("--confidence", metavar="SHARE", type=float, help="Add bootstrap intervals of that level, as 0.95.")
 @click.option("--resamples", type=int, help="How often images are drawn anew for intervals; default 1000.")
@@ -81,17 +81,19 @@ def evaluate(
     nacpipe evaluate cache/digits-digits_cnn.zarr
     nacpipe evaluate cache/digits-digits_cnn.zarr --baselines all --confidence 0.95
     nacpipe evaluate cache/digits-digits_cnn.zarr --against Energy
+    nacpipe evaluate cache/digits-digits_cnn.zarr --baselines all --against best
     nacpipe evaluate cache/cifar10-resnet20.zarr --params published --json
     nacpipe evaluate cache/s0.zarr cache/s1.zarr cache/s2.zarr --latex > table.tex
     """
     from nacpipe.cache import open_cache
-    from nacpipe.evaluation.bootstrap import LEVEL, RESAMPLES, add_confidence, compare_methods
+    from nacpipe.evaluation.bootstrap import LEVEL, RESAMPLES, add_confidence, compare_methods, compare_with_best
     from nacpipe.evaluation.latex import comparison_to_latex, to_latex
     from nacpipe.evaluation.score_files import check_scores_file, save_scores
     from nacpipe.evaluation.tables import add_published, tabulate
     from nacpipe.evaluation.training_runs import check_runs
 
-    table_too = bool(against is None or baselines or published_results)
+    best = against == "best"
+    table_too = bool(against is None or (baselines and not (best and output)) or published_results)
     if against is not None and table_too and output:
         raise click.UsageError(
             f"Table and comparison are two tables, --{output} is one: leave out --against for the table, --baselines"
@@ -103,7 +105,7 @@ def evaluate(
         check_scores_file(scores)
     opened = [open_cache(path) for path in caches]
     check_runs(opened)
-    runs, other = _score(opened, choices, baselines, against)
+    runs, other = _score(opened, choices, baselines, None if best else against)
     if scores is not None:
         save_scores(scores, opened, runs)
         note(f"wrote {scores}")
@@ -111,9 +113,11 @@ def evaluate(
         if run.note:
             note(run.note if len(runs) == 1 else f"{run.path}: {run.note}")
     draws: dict[str, Any] = {"resamples": RESAMPLES if resamples is None else resamples, "seed": seed}
-    comparison = None
-    if other is not None:
-        comparison = compare_methods(runs, "NAC", other, level=LEVEL if confidence is None else confidence, **draws)
+    comparison, level = None, LEVEL if confidence is None else confidence
+    if best:
+        comparison = compare_with_best(runs, "NAC", level=level, **draws)
+    elif other is not None:
+        comparison = compare_methods(runs, "NAC", other, level=level, **draws)
     if comparison is None or table_too:
         frame = tabulate(runs)
         if confidence is not None:
@@ -241,11 +245,14 @@ def print_evaluation(frame: pd.DataFrame) -> None:
 
 def print_comparison(frame: pd.DataFrame) -> None:
     """Print how two methods differ, in percentage points, and whether that is more than chance."""
+    from nacpipe.evaluation.bootstrap import PICKED, name_second
     from nacpipe.evaluation.tables import parameter_lines
 
-    names = frame["first"].iloc[0], frame["second"].iloc[0]
+    picked = "among" in frame
+    names = frame["first"].iloc[0], "best" if picked else frame["second"].iloc[0]
     for number, (task, rows) in enumerate(frame.groupby("task", sort=False)):
-        click.echo(("\n" if number else "") + f"{_TITLES[str(task)]}: {names[0]} against {names[1]}; all in percent")
+        second = name_second(rows)
+        click.echo(("\n" if number else "") + f"{_TITLES[str(task)]}: {names[0]} against {second}; all in percent")
         lines: list[tuple[str, ...]] = []
         for (group, dataset), block in rows.groupby(["group", "dataset"], sort=False):
             lines.append(())
@@ -267,6 +274,8 @@ def print_comparison(frame: pd.DataFrame) -> None:
         f"\ninterval: {first['confidence']:g} of {first['resamples']} paired draws of the images;"
         " within chance: it holds 0"
     )
+    if picked:
+        click.echo(PICKED)
     for line in parameter_lines(frame):
         click.echo(printable(line))
 

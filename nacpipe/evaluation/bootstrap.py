@@ -133,7 +133,7 @@ def compare_with_best(
     others = [name for name in runs[0].methods if not name.startswith("NAC")]
     draws = _draw(runs, [first, *others], level, resamples, seed)
     table = tabulate(runs)
-    values = table.set_index(list(KEYS))
+    values = table.set_index(list(KEYS)).sort_index()
     parts = []
     for task, group in dict.fromkeys(cell[:2] for cell in draws):
         means = values.loc[task, group, "mean"]["auroc"].reindex(others).dropna()
@@ -148,7 +148,9 @@ def compare_with_best(
             cells = [(str(task), str(group), str(dataset), name) for name in means.index]
             own = draws[task, group, str(dataset), first][:, place]
             drawn = np.stack([own - draws[cell][:, place] for cell in cells], axis=1)
-            observed = np.array([values.loc[(task, group, dataset, first), metric] - values.loc[c, metric] for c in cells])
+            observed = np.array(
+                [values.loc[(task, group, dataset, first), metric] - values.loc[c, metric] for c in cells]
+            )
             low, high = simultaneous_intervals(observed, drawn, level)[list(means.index).index(picked)]
             part.loc[row, ["low", "high"]] = low, high
             part.at[row, "more_than_chance"] = None if np.isnan(low) else not low <= 0 <= high
@@ -160,6 +162,19 @@ def compare_with_best(
     return frame
 
 
+def name_second(rows: pd.DataFrame) -> str:
+    """Return what a task's comparison is with: `GEN`, or `the best of 30 (GEN near, KNN far)`."""
+    if "among" not in rows:
+        return str(rows["second"].iloc[0])
+    picked = rows.drop_duplicates("group")
+    return (
+        f"the best of {picked['among'].max()} ({', '.join(f'{row.second} {row.group}' for row in picked.itertuples())})"
+    )
+
+
+PICKED = "the best was picked by its mean AUROC on these test sets; intervals hold for the differences to all at once"
+
+
 def simultaneous_intervals(
     observed: NDArray[np.float64],  # (differences,)
     draws: NDArray[np.float64],  # (resamples, differences)
@@ -167,8 +182,8 @@ def simultaneous_intervals(
 ) -> NDArray[np.float64]:
     """Return intervals that hold all differences together at a level, (differences, 2).
 
-    Each is observed ± c · deviation of its draws; c is the level's quantile of the greatest |draw − observed| / deviation
-    of a draw (Romano and Wolf 2005). A difference that never moves counts for nothing. NaN where a draw is.
+    Each is observed ± c · deviation of its draws; c is the level's quantile of a draw's greatest |draw − observed| /
+    deviation (Romano and Wolf 2005). A difference that never moves counts for nothing. NaN where a draw is.
     """
     spread = draws.std(axis=0)
     moved = spread > 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from nacpipe.evaluation.bootstrap import PICKED, name_second
 from nacpipe.evaluation.tables import footnotes, measured_rows, parameter_lines
 from nacpipe.text import escape
 
@@ -82,17 +83,20 @@ def comparison_to_latex(frame: pd.DataFrame) -> str:
     A difference that is more than chance is bold.
 
     Args:
-        frame: as `compare_methods` gives it.
+        frame: as `compare_methods` or `compare_with_best` gives it.
     """
     blocks = _head(frame)
     for task, rows in frame.groupby("task", sort=False):
         first = rows.iloc[0]
-        names = [escape_latex(first[name]) for name in ("first", "second")]
+        picked = "among" in frame
+        names = [escape_latex(first["first"]), "best" if picked else escape_latex(first["second"])]
         caption = (
-            f"{names[0]} against {names[1]}{_on_benchmark(frame)}, in percent; {TASKS[str(task)]}. Difference:"
-            rf" with its {100 * first['confidence']:g}\% interval over {first['resamples']} paired draws of the images;"
-            " bold where it does not hold 0."
+            f"{names[0]} against {escape_latex(name_second(rows))}{_on_benchmark(frame)}, in percent;"
+            f" {TASKS[str(task)]}. Difference: with its {100 * first['confidence']:g}"
+            rf"\% interval over {first['resamples']} paired draws of the images; bold where it does not hold 0."
         )
+        if picked:
+            caption += f" {PICKED[0].upper()}{PICKED[1:]}."
         tabular = _compared(rows, names)
         blocks.append(_table(tabular, caption, f"tab:{task}-difference", parameter_lines(frame)))
     reasons = dict.fromkeys(reason for reason in frame["reason"] if reason)

@@ -165,7 +165,10 @@ def test_parameters_once_for_all_or_once_for_each(runs: list[Cache], table: pd.D
 def test_what_is_no_other_run_is_refused(make_cache: Callable[..., Cache], runs: list[Cache], tmp_path: Path) -> None:
     rows = {"csid/blurred": 25, "ood/far/faces": 40}
     wrong: Mapping[str, tuple[dict[str, Any], str]] = {
-        "a": ({"rows": rows, "identity": {"weights": "a" * 64, "dtype": "bfloat16"}}, "dtype: first float32, second bf"),
+        "a": (
+            {"rows": rows, "identity": {"weights": "a" * 64, "dtype": "bfloat16"}},
+            "dtype: first float32, second bf",
+        ),
         "b": ({"rows": {**rows, "ood/far/words": 9}, "identity": {"weights": "b" * 64}}, r"splits\.ood/far/words: fir"),
         "c": ({"identity": {"weights": "c" * 64}}, r"splits\.csid/blurred: first \{.*, second nothing"),
     }
