@@ -113,3 +113,20 @@ def test_the_citation_names_the_version() -> None:
     assert cited["cff-version"] == "1.2.0"
     assert {"title", "message", "authors"} < cited.keys()
     assert str(cited["version"]) == re.sub(r"(a|b|rc|\.dev)\d+$", "", nacpipe.__version__)
+
+
+def test_the_page_on_citing_agrees_with_the_citation_file() -> None:
+    """Titles and the authors' family names, in their order."""
+    cited = import_module("yaml").safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    page = (ROOT / "docs/citing.md").read_text("utf-8")
+    entries = re.findall(r"^@\w+\{(\w+),$(.*?)^\}$", page, re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in entries] == ["liu2024nac", "zhang2024openood", "nacpipe"]
+    fields = {name: dict(re.findall(r"(\w+)\s*= \{(.*?)\}(?:,|$)", text, re.DOTALL)) for name, text in entries}
+    [paper] = cited["references"]
+    assert fields["liu2024nac"]["title"] == paper["title"]
+    authors = " and ".join(f"{one['family-names']}, {one['given-names']}" for one in paper["authors"])
+    assert fields["liu2024nac"]["author"] == authors
+    assert fields["liu2024nac"]["year"] == str(paper["year"])
+    assert paper["identifiers"][0]["value"] == fields["liu2024nac"]["note"]
+    assert fields["nacpipe"]["title"] == cited["title"]
+    assert "{The nacpipe authors" in fields["nacpipe"]["author"]

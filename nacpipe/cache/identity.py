@@ -35,7 +35,7 @@ def stored_precision(identity: Identity) -> str:
     return "tf32" if isinstance(arithmetic, Mapping) and arithmetic.get("tf32") is True else "fp32"
 
 
-def diff(stored: Identity, wanted: Identity) -> list[str]:
+def diff(stored: Identity, wanted: Identity, words: tuple[str, str] = ("stored", "now")) -> list[str]:
     """Return one phrase per value that differs: `weights: stored 3f2a…, now 9c1d…`; nested keys are joined by dots."""
     phrases: list[str] = []
     for key in sorted({*stored, *wanted}):
@@ -43,9 +43,9 @@ def diff(stored: Identity, wanted: Identity) -> list[str]:
         if a == b:
             continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            phrases += [f"{key}.{phrase}" for phrase in diff(a, b)]
+            phrases += [f"{key}.{phrase}" for phrase in diff(a, b, words)]
         else:
-            phrases.append(f"{key}: stored {_short(a)}, now {_short(b)}")
+            phrases.append(f"{key}: {words[0]} {_short(a)}, {words[1]} {_short(b)}")
     return phrases
 
 

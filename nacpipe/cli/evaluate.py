@@ -45,7 +45,7 @@ _SHOWN = {"fpr95": "FPR@95", "auroc": "AUROC", "aupr_in": "AUPR-IN", "aupr_out":
 @click.option(
     "--against",
     metavar="NAME",
-    help="Compare NAC, image by image, with a method by name, another parameter file, or published.",
+    help="Compare NAC, image by image, with a method by name, best, another parameter file, or published.",
 )
 @click.option("--confidence", metavar="SHARE", type=float, help="Add bootstrap intervals of that level, as 0.95.")
 @click.option("--resamples", type=int, help="How often images are drawn anew for intervals; default 1000.")
@@ -81,20 +81,20 @@ def evaluate(
     nacpipe evaluate cache/digits-digits_cnn.zarr
     nacpipe evaluate cache/digits-digits_cnn.zarr --baselines all --confidence 0.95
     nacpipe evaluate cache/digits-digits_cnn.zarr --against Energy
+    nacpipe evaluate cache/digits-digits_cnn.zarr --baselines all --against best
     nacpipe evaluate cache/cifar10-resnet20.zarr --params published --json
     nacpipe evaluate cache/s0.zarr cache/s1.zarr cache/s2.zarr --latex > table.tex
     """
     from nacpipe.cache import open_cache
-    from nacpipe.evaluation.bootstrap import LEVEL, RESAMPLES, add_confidence, compare_methods
+    from nacpipe.evaluation.bootstrap import LEVEL, RESAMPLES, add_confidence, compare_methods, compare_with_best
     from nacpipe.evaluation.flagged import add_flagged, describe_flagged
-    from nacpipe.evaluation.latex import to_latex
+    from nacpipe.evaluation.latex import comparison_to_latex, to_latex
     from nacpipe.evaluation.score_files import check_scores_file, save_scores
     from nacpipe.evaluation.tables import add_published, tabulate
     from nacpipe.evaluation.training_runs import check_runs
 
-    table_too = bool(against is None or baselines or published_results)
-    if against is not None and output == "latex":
-        raise click.UsageError("--latex prints the table; leave out --against, or print the comparison as --csv.")
+    best = against == "best"
+    table_too = bool(against is None or (baselines and not (best and output)) or published_results)
     if against is not None and table_too and output:
         raise click.UsageError(
             f"Table and comparison are two tables, --{output} is one: leave out --against for the table, --baselines"
@@ -106,7 +106,7 @@ def evaluate(
         check_scores_file(scores)
     opened = [open_cache(path) for path in caches]
     check_runs(opened)
-    runs, other = _score(opened, choices, baselines, against)
+    runs, other = _score(opened, choices, baselines, None if best else against)
     if scores is not None:
         save_scores(scores, opened, runs)
         note(f"wrote {scores}")
@@ -114,9 +114,11 @@ def evaluate(
         if run.note:
             note(run.note if len(runs) == 1 else f"{run.path}: {run.note}")
     draws: dict[str, Any] = {"resamples": RESAMPLES if resamples is None else resamples, "seed": seed}
-    comparison = None
-    if other is not None:
-        comparison = compare_methods(runs, "NAC", other, level=LEVEL if confidence is None else confidence, **draws)
+    comparison, level = None, LEVEL if confidence is None else confidence
+    if best:
+        comparison = compare_with_best(runs, "NAC", level=level, **draws)
+    elif other is not None:
+        comparison = compare_methods(runs, "NAC", other, level=level, **draws)
     if comparison is None or table_too:
         frame = tabulate(runs)
         if confidence is not None:
@@ -126,14 +128,16 @@ def evaluate(
         if output == "latex":
             click.echo(to_latex(frame), nl=False)
         elif output:
-            print_frame(add_flagged(frame) if output == "json" else frame, output)
+            _print_described(add_flagged(frame) if output == "json" else frame, output)
             if output == "json" and "flagged_reason" in frame.attrs:
                 note(describe_flagged(frame)[0])
         if output:
             return
         print_evaluation(frame)
-    if comparison is not None and output:
-        print_frame(comparison, output)
+    if comparison is not None and output == "latex":
+        click.echo(comparison_to_latex(comparison), nl=False)
+    elif comparison is not None and output:
+        _print_described(comparison, output)
     elif comparison is not None:
         click.echo("\n" * table_too, nl=False)
         print_comparison(comparison)
@@ -145,6 +149,7 @@ def _score(
     """Score every cache; return the scored caches and the name of the method to compare with."""
     from nacpipe.evaluation.method_scores import evaluated_splits, score_cache
     from nacpipe.scoring.params_file import find_params
+    from nacpipe.scoring.params_summary import summarise_choice
 
     chosen = match_choices(choices, len(caches))
     names, other = list(baselines), None
@@ -153,10 +158,13 @@ def _score(
     runs = []
     for cache, choice in zip(caches, chosen, strict=True):
         sets: dict[str, NacParams] = {"NAC": find_params(cache, choice, note)}
+        known = {"NAC": summarise_choice(cache, sets["NAC"], choice)}
         if against is not None and (other is None or other.startswith("NAC (")):
             other = f"NAC ({escape_bytes(against)})"
             sets[other] = find_params(cache, against, note)
-        runs.append(score_cache(cache, sets, more=score_baselines_named(cache, names, evaluated_splits(cache))))
+            known[other] = summarise_choice(cache, sets[other], against)
+        more = score_baselines_named(cache, names, evaluated_splits(cache))
+        runs.append(score_cache(cache, sets, more=more, parameters=known))
     return runs, other
 
 
@@ -189,11 +197,23 @@ def score_baselines_named(cache: Cache, names: Sequence[str], splits: list[str])
     return score_baselines(cache, names, splits) if names else {}
 
 
+def _print_described(frame: pd.DataFrame, output: str) -> None:
+    """Print a frame as json, csv or markdown; in markdown what NAC is stands below the table, once."""
+    from nacpipe.evaluation.tables import parameter_lines
+
+    if output != "markdown":
+        print_frame(frame, output)
+        return
+    print_frame(frame.drop(columns="parameters"), output)
+    for line in parameter_lines(frame):
+        click.echo(f"\n{printable(line)}")
+
+
 def print_evaluation(frame: pd.DataFrame) -> None:
     """Print one table per task, in percent, what methods were fitted on, which are below chance, where NAC ranks."""
     from nacpipe.evaluation.flagged import describe_flagged
     from nacpipe.evaluation.standing import describe_below_chance, describe_standing
-    from nacpipe.evaluation.tables import footnotes, verdicts
+    from nacpipe.evaluation.tables import footnotes, parameter_lines, verdicts
 
     for number, (task, rows) in enumerate(frame.groupby("task", sort=False)):
         first = rows.iloc[0]
@@ -221,7 +241,8 @@ def print_evaluation(frame: pd.DataFrame) -> None:
                 )
         print_table(("set", "method", *_SHOWN.values(), "images"), lines, left=2)
     click.echo("")
-    for line in footnotes(frame) + describe_below_chance(frame) + describe_flagged(frame) + verdicts(frame):
+    lines = parameter_lines(frame) + footnotes(frame) + describe_below_chance(frame) + describe_flagged(frame)
+    for line in lines + verdicts(frame):
         click.echo(printable(line))
     if "confidence" in frame:
         first = frame.iloc[0]
@@ -232,9 +253,14 @@ def print_evaluation(frame: pd.DataFrame) -> None:
 
 def print_comparison(frame: pd.DataFrame) -> None:
     """Print how two methods differ, in percentage points, and whether that is more than chance."""
-    names = frame["first"].iloc[0], frame["second"].iloc[0]
+    from nacpipe.evaluation.bootstrap import PICKED, name_second
+    from nacpipe.evaluation.tables import parameter_lines
+
+    picked = "among" in frame
+    names = frame["first"].iloc[0], "best" if picked else frame["second"].iloc[0]
     for number, (task, rows) in enumerate(frame.groupby("task", sort=False)):
-        click.echo(("\n" if number else "") + f"{_TITLES[str(task)]}: {names[0]} against {names[1]}; all in percent")
+        second = name_second(rows)
+        click.echo(("\n" if number else "") + f"{_TITLES[str(task)]}: {names[0]} against {second}; all in percent")
         lines: list[tuple[str, ...]] = []
         for (group, dataset), block in rows.groupby(["group", "dataset"], sort=False):
             lines.append(())
@@ -256,6 +282,10 @@ def print_comparison(frame: pd.DataFrame) -> None:
         f"\ninterval: {first['confidence']:g} of {first['resamples']} paired draws of the images;"
         " within chance: it holds 0"
     )
+    if picked:
+        click.echo(PICKED)
+    for line in parameter_lines(frame):
+        click.echo(printable(line))
 
 
 def _cell(row: pd.Series[Any], metric: str) -> str:

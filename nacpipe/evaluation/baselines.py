@@ -112,13 +112,14 @@ def score_baselines(cache: Cache, names: Iterable[str], splits: Iterable[str]) -
 
     Args:
         cache: a cache whose network gives logits; features and classifier where the network has a last linear layer.
-        names: among `BASELINES`, or `all`.
+        names: among `BASELINES`, or `all`; one that needs the network itself has no scores, and a reason.
         splits: what to score.
 
     Raises:
-        InputError: a name is not known.
+        InputError: a name is not known, or all need the network itself.
     """
-    chosen = {name: BASELINES[name] for name in choose_baselines(names)}
+    asked = choose_baselines(names)
+    chosen = {name: BASELINES[name] for name in asked if name in BASELINES}
     wanted = list(splits)
     reader = _Reader.of(cache)
     fitted: dict[str, _Fitted] = {}
@@ -126,7 +127,9 @@ def score_baselines(cache: Cache, names: Iterable[str], splits: Iterable[str]) -
         group = {name: baseline for name, baseline in chosen.items() if baseline.fitted_on == split}
         fitted |= _fit_group(reader, group, split)
     scores = _score_splits(reader, chosen, fitted, wanted)
-    return {name: _collect(baseline, fitted[name], scores.get(name), wanted) for name, baseline in chosen.items()}
+    found = {name: _collect(baseline, fitted[name], scores.get(name), wanted) for name, baseline in chosen.items()}
+    empty = {name: MethodScores(reasons=dict.fromkeys(wanted, RUNS_NETWORK)) for name in asked if name not in chosen}
+    return {name: (found | empty)[name] for name in asked}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,6 +302,7 @@ MORE_BASELINES = tuple(BASELINES)
 EARLIER_NAMES: Mapping[str, str] = {"ash": "ASH-S@65", "scale": "SCALE@65"}
 """Lower-case names of before there were variants → today's."""
 OUT_OF_REACH = ("ODIN", "Gram", "RankFeat")  # they run the network again, or need its feature maps
+RUNS_NETWORK = "it runs the network itself; a cache does not hold what it needs"
 
 
 def find_baseline(name: str) -> str | None:
@@ -308,21 +312,27 @@ def find_baseline(name: str) -> str | None:
 
 
 def choose_baselines(names: Iterable[str]) -> list[str]:
-    """Return the baselines beyond the plain ones that are meant, as they are written; `all` is every one.
+    """Return the baselines beyond the plain ones that are meant, as they are written; `all`: of `BASELINES`.
 
     Raises:
-        InputError: a name is not known, or needs the network itself.
+        InputError: a name is not known, or all names are of methods that need the network itself.
     """
     chosen: dict[str, None] = {}
+    reached = False
+    beyond = {name.lower(): name for name in OUT_OF_REACH}
     for name in names:
         if name.lower() == "all":
             chosen.update(dict.fromkeys(MORE_BASELINES))
-        elif name.lower() in (other.lower() for other in OUT_OF_REACH):
-            raise InputError(f"baseline {name} runs the network itself; a cache does not hold what it needs")
+        elif name.lower() in beyond:
+            chosen[beyond[name.lower()]] = None
+            continue
         elif (found := find_baseline(name)) is None:
             raise InputError(
                 f"baseline {name!r} is not known; known: all, {', '.join([*LOGIT_BASELINES, *MORE_BASELINES])}"
             )
         elif found in BASELINES:
             chosen[found] = None
+        reached = True
+    if chosen and not reached:
+        raise InputError(f"baseline {', '.join(chosen)}: {RUNS_NETWORK}")
     return list(chosen)

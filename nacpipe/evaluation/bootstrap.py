@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nacpipe.errors import InputError
 from nacpipe.evaluation.method_scores import ScoredCache
-from nacpipe.evaluation.tables import KEYS, tabulate
+from nacpipe.evaluation.tables import KEYS, describe_methods, tabulate
 from nacpipe.method.resampling import draw_counts, rank_scores, redetect
 from nacpipe.text import label_set
 
@@ -75,8 +75,9 @@ def compare_methods(
 
     Columns: task, group, dataset, metric, first, second (their names), first_value, second_value, difference (first −
     second), low, high (a paired bootstrap interval of the difference), confidence, resamples, more_than_chance (whether
-    0 lies outside the interval; None for an empty cell), reason. All values are fractions. At a level of 0.95, one in
-    twenty rows of two equal methods would be called more than chance: look at the means first.
+    0 lies outside the interval; None for an empty cell), reason, parameters (what NAC is here). All values are
+    fractions. At a level of 0.95, one in twenty rows of two equal methods would be called more than chance: look at the
+    means first.
 
     Raises:
         InputError: a name is not among the methods, or level or resamples is out of range.
@@ -86,7 +87,8 @@ def compare_methods(
             raise InputError(f"method {name!r} was not evaluated; there are {', '.join(runs[0].methods)}")
     pair = [replace(run, methods={name: run.methods[name] for name in (first, second)}) for run in runs]
     draws = _draw(pair, [first, second], level, resamples, seed)
-    table = tabulate(pair).set_index(list(KEYS))
+    whole = tabulate(pair)
+    table = whole.set_index(list(KEYS))
     rows: list[dict[str, Any]] = []
     for task, group, dataset in dict.fromkeys(cell[:3] for cell in draws):
         a, b = (table.loc[(task, group, dataset, name)] for name in (first, second))
@@ -105,7 +107,89 @@ def compare_methods(
             row |= {"low": low[place], "high": high[place], "confidence": level, "resamples": resamples}
             chance = None if np.isnan(low[place]) else bool(low[place] <= 0 <= high[place])
             rows.append(row | {"more_than_chance": None if chance is None else not chance, "reason": reason})
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    frame["parameters"] = "; ".join(f"{name}: {text}" for name, text in describe_methods(runs).items())
+    frame.attrs = dict(whole.attrs)
+    return frame
+
+
+def compare_with_best(
+    runs: Sequence[ScoredCache],
+    first: str,
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 1,
+) -> pd.DataFrame:
+    """Return how a method differs from the best other one, which these test sets pick: `compare_methods`' columns.
+
+    Of every task and group the method with the highest mean AUROC is `second`; rows of other parameters of NAC are no
+    candidates. `among` is the number of methods that it was picked from. Intervals hold for the differences to all of
+    them at once (`simultaneous_intervals`), and so for the picked one, however it was picked.
+
+    Raises:
+        InputError: there is no other method with a mean, or level or resamples is out of range.
+    """
+    others = [name for name in runs[0].methods if not name.startswith("NAC")]
+    draws = _draw(runs, [first, *others], level, resamples, seed)
+    table = tabulate(runs)
+    values = table.set_index(list(KEYS)).sort_index()
+    parts = []
+    for task, group in dict.fromkeys(cell[:2] for cell in draws):
+        means = values.loc[task, group, "mean"]["auroc"].reindex(others).dropna()
+        if means.empty:
+            continue
+        picked = str(means.idxmax())
+        pair = compare_methods(runs, first, picked, level=level, resamples=1, seed=seed)
+        part = pair[(pair["task"] == task) & (pair["group"] == group)].assign(among=len(means), resamples=resamples)
+        for row in part.index:
+            dataset, metric = part.at[row, "dataset"], part.at[row, "metric"]
+            place = MEASURED.index(str(metric))
+            cells = [(str(task), str(group), str(dataset), name) for name in means.index]
+            own = draws[task, group, str(dataset), first][:, place]
+            drawn = np.stack([own - draws[cell][:, place] for cell in cells], axis=1)
+            observed = np.array(
+                [values.loc[(task, group, dataset, first), metric] - values.loc[c, metric] for c in cells]
+            )
+            low, high = simultaneous_intervals(observed, drawn, level)[list(means.index).index(picked)]
+            part.loc[row, ["low", "high"]] = low, high
+            part.at[row, "more_than_chance"] = None if np.isnan(low) else not low <= 0 <= high
+        parts.append(part)
+    if not parts:
+        raise InputError("--against best: no other method has a mean; add some with: --baselines all")
+    frame = pd.concat(parts, ignore_index=True)
+    frame.attrs = dict(table.attrs)
+    return frame
+
+
+def name_second(rows: pd.DataFrame) -> str:
+    """Return what a task's comparison is with: `GEN`, or `the best of 30 (GEN near, KNN far)`."""
+    if "among" not in rows:
+        return str(rows["second"].iloc[0])
+    picked = rows.drop_duplicates("group")
+    return (
+        f"the best of {picked['among'].max()} ({', '.join(f'{row.second} {row.group}' for row in picked.itertuples())})"
+    )
+
+
+PICKED = "the best was picked by its mean AUROC on these test sets; intervals hold for the differences to all at once"
+
+
+def simultaneous_intervals(
+    observed: NDArray[np.float64],  # (differences,)
+    draws: NDArray[np.float64],  # (resamples, differences)
+    level: float,
+) -> NDArray[np.float64]:
+    """Return intervals that hold all differences together at a level, (differences, 2).
+
+    Each is observed ± c · deviation of its draws; c is the level's quantile of a draw's greatest |draw − observed| /
+    deviation (Romano and Wolf 2005). A difference that never moves counts for nothing. NaN where a draw is.
+    """
+    spread = draws.std(axis=0)
+    moved = spread > 0
+    distance = np.abs(draws - observed)[:, moved] / spread[moved]
+    factor = float(np.quantile(distance.max(axis=1), level)) if moved.any() else 0.0
+    return np.stack([observed - factor * spread, observed + factor * spread], axis=1)
 
 
 def _draw(runs: Sequence[ScoredCache], methods: list[str], level: float, resamples: int, seed: int) -> Draws:

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from nacpipe.evaluation.tables import footnotes, measured_rows
+from nacpipe.evaluation.bootstrap import PICKED, name_second
+from nacpipe.evaluation.tables import footnotes, measured_rows, parameter_lines
 from nacpipe.text import escape
 
 METRICS = {"fpr95": r"FPR@95 $\downarrow$", "auroc": r"AUROC $\uparrow$"}
 SIGNS = {"fpr95": 1.0, "auroc": -1.0}  # times the value: smaller is better
 MEANS = {"near": "Near-OOD", "far": "Far-OOD"}
-TASKS = {"ood": "ID is id/test", "fsood": "full spectrum: ID is id/test and csid together"}
+TASKS = {"ood": "ID is the test set", "fsood": "full spectrum: ID is the test set and the covariate-shifted sets"}
 EMPTY = "--"
+PRINTED = {  # the names of OpenOOD's lists
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "imagenet": "ImageNet-1K",
+    "imagenet200": "ImageNet-200",
+    "tin": "TIN",
+    "mnist": "MNIST",
+    "svhn": "SVHN",
+    "textures": "Textures",
+    "places365": "Places365",
+    "ssb_hard": "SSB-hard",
+    "ninco": "NINCO",
+    "inaturalist": "iNaturalist",
+    "openimage_o": "OpenImage-O",
+}
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -38,33 +55,105 @@ _SPECIAL = {
 
 
 def to_latex(frame: pd.DataFrame) -> str:
-    r"""Return a table in LaTeX, for a paper: one booktabs `tabular` per task and group of a table.
+    r"""Return tables in LaTeX, for a paper: one `table` per task and group, with a caption, a label and a note.
 
     Of each column the best method is bold and the second best underlined, by the digits that are printed: equals are
     marked alike. Published rows stand below a rule and are not ranked. Several runs are mean $\pm$ standard deviation,
-    and intervals stand in brackets behind. Comments say what is ID, what methods were fitted on and why cells
-    are empty.
+    and intervals stand smaller in a second line. A table that is wider than the line is shrunk to it. Sets and
+    benchmarks have the names that papers print. The note says what NAC is; comments say where its parameters are from,
+    what methods were fitted on and why cells are empty.
 
     Args:
         frame: as `tabulate` gives it, with or without `add_confidence` and `add_published`.
     """
     measured = measured_rows(frame)
-    blocks = [r"% needs \usepackage{booktabs}; all in percent"]
+    blocks = _head(frame)
     for (task, group), rows in measured.groupby(["task", "group"], sort=False):
         of_task = frame[(frame["task"] == task) & (frame["group"] == group)]
-        first = rows.iloc[0]
-        runs = f", {int(first['runs'])} runs" if "runs" in frame else ""
-        accuracy = "" if math.isnan(first["accuracy"]) else f", accuracy {100 * first['accuracy']:.2f}"
-        blocks.append(f"% {group}-OOD, {TASKS[str(task)]} ({int(first['n_id'])} images{runs}{accuracy})")
-        blocks.append(_tabular(of_task, str(group), list(dict.fromkeys(rows["dataset"]))))
+        tabular = _tabular(of_task, str(group), list(dict.fromkeys(rows["dataset"])))
+        caption = _caption(frame, rows.iloc[0], str(group))
+        blocks.append(_table(tabular, caption, f"tab:{task}-{group}", parameter_lines(frame)))
     blocks += [_comment(line) for line in footnotes(frame)]
     return "\n".join(blocks) + "\n"
+
+
+def comparison_to_latex(frame: pd.DataFrame) -> str:
+    r"""Return a comparison in LaTeX: one `table` per task, sets down, and the difference with its interval.
+
+    A difference that is more than chance is bold.
+
+    Args:
+        frame: as `compare_methods` or `compare_with_best` gives it.
+    """
+    blocks = _head(frame)
+    for task, rows in frame.groupby("task", sort=False):
+        first = rows.iloc[0]
+        picked = "among" in frame
+        names = [escape_latex(first["first"]), "best" if picked else escape_latex(first["second"])]
+        caption = (
+            f"{names[0]} against {escape_latex(name_second(rows))}{_on_benchmark(frame)}, in percent;"
+            f" {TASKS[str(task)]}. Difference: with its {100 * first['confidence']:g}"
+            rf"\% interval over {first['resamples']} paired draws of the images; bold where it does not hold 0."
+        )
+        if picked:
+            caption += f" {PICKED[0].upper()}{PICKED[1:]}."
+        tabular = _compared(rows, names)
+        blocks.append(_table(tabular, caption, f"tab:{task}-difference", parameter_lines(frame)))
+    reasons = dict.fromkeys(reason for reason in frame["reason"] if reason)
+    blocks += [_comment(f"empty: {reason}") for reason in reasons]
+    return "\n".join(blocks) + "\n"
+
+
+def print_name(name: str) -> str:
+    """Return how papers print the name of a set or benchmark; one that is not known as it is."""
+    return PRINTED.get(name, name)
+
+
+def _head(frame: pd.DataFrame) -> list[str]:
+    """The comments before the tables: what they need, what NAC is, and where its parameters are from."""
+    lines = [*parameter_lines(frame), *frame.attrs.get("sources", [])]
+    return [r"% needs \usepackage{booktabs,graphicx}; all in percent", *(_comment(line) for line in lines)]
+
+
+def _table(tabular: str, caption: str, label: str, notes: Sequence[str]) -> str:
+    """A `table` around a `tabular`, shrunk to the line where it is wider, and a note below."""
+    note = [rf"\par\smallskip\parbox{{\linewidth}}{{\footnotesize {escape_latex('. '.join(notes))}.}}"] if notes else []
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"\label{{{label}}}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+            tabular + "}",
+            *note,
+            r"\end{table}",
+        ]
+    )
+
+
+def _caption(frame: pd.DataFrame, first: pd.Series[Any], group: str) -> str:
+    """What a table of results shows."""
+    runs = f", {int(first['runs'])} training runs, mean $\\pm$ standard deviation" if "runs" in frame else ""
+    accuracy = "" if math.isnan(first["accuracy"]) else rf", accuracy {100 * first['accuracy']:.2f}\%"
+    text = (
+        f"{MEANS[group]} detection{_on_benchmark(frame)}, in percent; {TASKS[str(first['task'])]}"
+        f" ({int(first['n_id'])} images{runs}{accuracy}). Best bold, second underlined."
+    )
+    if "confidence" in frame:
+        text += rf" Below: {100 * first['confidence']:g}\% bootstrap intervals of {int(first['resamples'])} draws."
+    return text
+
+
+def _on_benchmark(frame: pd.DataFrame) -> str:
+    name = frame.attrs.get("benchmark", "")
+    return f" on {escape_latex(print_name(name))}" if name else ""
 
 
 def escape_latex(text: str) -> str:
     """Return text that LaTeX prints as it is; control characters, which a foreign name may hold, as escapes."""
     shown = "".join(c if c.isprintable() else escape(c) for c in text)
-    return "".join(_SPECIAL.get(c, c) for c in shown)
+    return re.sub("-(?=-)", "-{}", "".join(_SPECIAL.get(c, c) for c in shown))  # two hyphens would be a dash
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +167,7 @@ class _Marks:
 def _tabular(rows: pd.DataFrame, group: str, datasets: Sequence[str]) -> str:
     """A task's and group's table: a column per set, the mean last."""
     columns = [(dataset, metric) for dataset in datasets for metric in METRICS]
-    heads = [MEANS[group] if dataset == "mean" else escape_latex(dataset) for dataset in datasets]
+    heads = [MEANS[group] if dataset == "mean" else escape_latex(print_name(dataset)) for dataset in datasets]
     width = len(METRICS)
     rules = [rf"\cmidrule(lr){{{2 + width * i}-{1 + width * (i + 1)}}}" for i in range(len(heads))]
     cells = {(row["dataset"], row["method"], row.get("source", "measured")): row for _, row in rows.iterrows()}
@@ -97,12 +186,15 @@ def _tabular(rows: pd.DataFrame, group: str, datasets: Sequence[str]) -> str:
         if source != previous:
             lines.append(r"\midrule")
         previous = source
-        shown = []
+        shown, intervals = [], []
         for dataset, metric in columns:
             row = cells.get((dataset, method, source))
             shown.append(EMPTY if row is None else _cell(row, metric, marks[dataset, metric], source == "measured"))
+            intervals.append("" if row is None else _interval(row.get(f"{metric}_low"), row.get(f"{metric}_high")))
         name = escape_latex(method) + (" (published)" if source == "published" else "")
         lines.append(" & ".join([name, *shown]) + r" \\")
+        if any(intervals):
+            lines.append(" & ".join(["", *intervals]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 
@@ -116,7 +208,7 @@ def _mark(rows: pd.DataFrame, dataset: str, metric: str) -> _Marks:
 
 
 def _cell(row: pd.Series[Any], metric: str, marks: _Marks, ranked: bool) -> str:
-    """A value with its mark, its deviation over runs and its interval."""
+    """A value with its mark and its deviation over runs."""
     if pd.isna(row[metric]):
         return EMPTY
     text = value = _percent(row[metric])
@@ -124,9 +216,43 @@ def _cell(row: pd.Series[Any], metric: str, marks: _Marks, ranked: bool) -> str:
         text = rf"\{'textbf' if value == marks.best else 'underline'}{{{value}}}"
     if pd.notna(spread := row.get(f"{metric}_std")):
         text += rf" $\pm$ {_percent(spread)}"
-    if pd.notna(low := row.get(f"{metric}_low")):
-        text += f" [{_percent(low)}, {_percent(row[f'{metric}_high'])}]"
     return text
+
+
+def _interval(low: float | None, high: float | None, form: str = ".2f") -> str:
+    """An interval in small type; empty where there is none."""
+    if low is None or high is None or pd.isna(low):
+        return ""
+    return rf"{{\scriptsize {{[}}{100 * low:{form}}, {100 * high:{form}}]}}"
+
+
+def _compared(rows: pd.DataFrame, names: Sequence[str]) -> str:
+    """A task's comparison: a row per set, near and far below each other."""
+    lines = [
+        rf"\begin{{tabular}}{{l{'rrr' * len(METRICS)}}}",
+        r"\toprule",
+        "".join(rf" & \multicolumn{{3}}{{c}}{{{head}}}" for head in METRICS.values()) + r" \\",
+        r"\cmidrule(lr){2-4} \cmidrule(lr){5-7}",
+        "Set & " + " & ".join([*names, "difference"] * len(METRICS)) + r" \\",
+    ]
+    for group, of_group in rows.groupby("group", sort=False):
+        lines.append(r"\midrule")
+        for dataset, of_set in of_group.groupby("dataset", sort=False):
+            head = MEANS[str(group)] if dataset == "mean" else escape_latex(print_name(str(dataset)))
+            by_metric = of_set.set_index("metric")
+            cells = [cell for metric in METRICS for cell in _difference(by_metric.loc[metric])]
+            lines.append(" & ".join([head, *cells]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def _difference(row: pd.Series[Any]) -> list[str]:
+    """Both values, and their difference with its interval; bold where it is more than chance."""
+    values = [EMPTY if pd.isna(row[name]) else _percent(row[name]) for name in ("first_value", "second_value")]
+    if row["more_than_chance"] is None:
+        return [*values, EMPTY]
+    text = f"{100 * row['difference']:+.2f}"
+    text = rf"\textbf{{{text}}}" if row["more_than_chance"] else text
+    return [*values, f"{text} {_interval(row['low'], row['high'], '+.2f')}"]
 
 
 def _percent(share: float) -> str:

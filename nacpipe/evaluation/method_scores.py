@@ -15,6 +15,7 @@ from nacpipe.method.outputs import OF_PROBABILITIES, as_logits, why_no_logits
 from nacpipe.method.params import NacParams
 from nacpipe.method.plain_scores import LOGIT_BASELINES
 from nacpipe.scoring.coverage import Coverage, fit_coverage
+from nacpipe.scoring.params_summary import ParamsSummary, summarise_params
 from nacpipe.scoring.states import has_classes, has_logits, outputs_of
 from nacpipe.text import label_set, why_reserved
 
@@ -38,6 +39,10 @@ class ScoredCache:
     """What a reader must know of the table; empty where there is nothing."""
     validation: MethodScores = field(default_factory=lambda: MethodScores())
     """NAC's scores of id/val, or why there are none; empty where NAC is not among `methods`."""
+    parameters: Mapping[str, ParamsSummary] = field(default_factory=dict)
+    """Method → what its parameters are, of those that have some: NAC and other parameters that it is compared with."""
+    benchmark: str = ""
+    """The benchmark's name; empty where it is not known."""
 
     def tasks(self) -> dict[str, list[str]]:
         """Return task → the splits that are ID in it: `ood`, and `fsood` where there are csid sets."""
@@ -75,6 +80,7 @@ def score_cache(
     params: NacParams | Coverage | Mapping[str, NacParams] | None,
     *,
     more: Mapping[str, MethodScores] | None = None,
+    parameters: Mapping[str, ParamsSummary] | None = None,
 ) -> ScoredCache:
     """Score id/test and every finished csid, near and far set; one that is not finished is a reason, not a number.
 
@@ -83,6 +89,7 @@ def score_cache(
         params: NAC's parameters, or the coverage that was fitted under them; several sets of parameters by name,
             `{"NAC": …, "NAC (published)": …}`; None for none.
         more: further methods that have scored `evaluated_splits(cache)`, as nacpipe.evaluation.baselines gives them.
+        parameters: what is known of each set of parameters, by the same names; None: what they say by themselves.
 
     Raises:
         InputError: there is nothing to evaluate.
@@ -91,6 +98,7 @@ def score_cache(
     splits = evaluated_splits(cache)
     named = {"NAC": params} if isinstance(params, NacParams | Coverage) else (params or {})
     coverages: dict[str, MethodScores] = {}
+    known = dict(parameters or {})
     validation = MethodScores()
     for name, chosen in named.items():
         coverage = chosen if isinstance(chosen, Coverage) else fit_coverage(cache, chosen)
@@ -101,6 +109,8 @@ def score_cache(
             fitted_on="id/train",
             n_fitted=cache["id/train"].rows,
         )
+        if name not in known and isinstance(chosen, NacParams):
+            known[name] = replace(summarise_params(chosen), gradients=cache.header.gradients)
     plain, correct = score_logits(cache, splits)
     notes = []
     if not has_logits(cache):
@@ -127,6 +137,8 @@ def score_cache(
         unfinished=list(reasons),
         note=". ".join(notes),
         validation=validation,
+        parameters={name: known[name] for name in named if name in known},
+        benchmark=str(cache.header.identity.get("benchmark", "")),
     )
 
 

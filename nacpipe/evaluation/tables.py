@@ -22,11 +22,12 @@ from nacpipe.evaluation.published_results import NETWORKS, published_results
 from nacpipe.evaluation.training_runs import check_runs
 from nacpipe.method.metrics import detect
 from nacpipe.method.params import NacParams
+from nacpipe.scoring.params_summary import describe_params
 from nacpipe.text import label_set
 
 KEYS = ("task", "group", "dataset", "method")
 METRICS = ("fpr95", "auroc", "aupr_in", "aupr_out")
-COLUMNS = (*KEYS, *METRICS, "accuracy", "n_id", "n_ood", "fitted_on", "n_fitted", "reason")
+COLUMNS = (*KEYS, *METRICS, "accuracy", "n_id", "n_ood", "fitted_on", "n_fitted", "reason", "parameters")
 
 
 def tabulate(runs: Sequence[ScoredCache]) -> pd.DataFrame:
@@ -34,17 +35,31 @@ def tabulate(runs: Sequence[ScoredCache]) -> pd.DataFrame:
 
     Columns: task (ood, fsood), group (near, far), dataset (a set's name or "mean"), method, fpr95, auroc, aupr_in,
     aupr_out, accuracy (of the network on the task's ID samples), n_id, n_ood, fitted_on (the split that the method
-    learned from; empty for none), n_fitted (images), reason (why metrics are empty). Of several runs: `runs` and a
-    `_std` beside each metric and the accuracy; a group's mean is taken per run, so its deviation is that of the means.
-    All metrics are fractions; `attrs["note"]` holds the notes of the scored caches, `attrs["flagged"]` what NAC's
-    detector flags (`flagged.find_flagged`).
+    learned from; empty for none), n_fitted (images), reason (why metrics are empty), parameters (what NAC is here, in
+    rows of NAC). Of several runs: `runs` and a `_std` beside each metric and the accuracy; a group's mean is taken per
+    run, so its deviation is that of the means. All metrics are fractions. `attrs` holds the `note` of the caches, their
+    `benchmark`, `sources`, a line of each on where its parameters are from, and `flagged`, what NAC's detector flags
+    (`flagged.find_flagged`).
     """
     tables = [pd.DataFrame(_rows(run), columns=list(COLUMNS)) for run in runs]
     frame = tables[0] if len(tables) == 1 else _over_runs(tables, [run.path for run in runs])
     if notes := [run.note if len(runs) == 1 else f"{run.path}: {run.note}" for run in runs if run.note]:
         frame.attrs["note"] = ". ".join(notes)
     frame.attrs |= find_flagged(runs)
+    frame.attrs["benchmark"] = runs[0].benchmark
+    frame.attrs["sources"] = [
+        f"{run.path}: " + "; ".join(f"{name}: {one.describe_source()}" for name, one in run.parameters.items())
+        for run in runs
+        if run.parameters
+    ]
+    described = describe_methods(runs)
+    frame["parameters"] = [described.get(method, "") for method in frame["method"]]
     return frame
+
+
+def describe_methods(runs: Sequence[ScoredCache]) -> dict[str, str]:
+    """Return method → what it is under its parameters, of the methods that have some: NAC, NAC (published), …."""
+    return {name: describe_params([run.parameters[name] for run in runs]) for name in runs[0].parameters}
 
 
 def _rows(run: ScoredCache) -> list[dict[str, Any]]:
@@ -64,7 +79,7 @@ def _rows(run: ScoredCache) -> list[dict[str, Any]]:
                 n_ood = sum(run.rows[split] for split in (sets if dataset == "mean" else [dataset]))
                 row |= {"accuracy": accuracy, "n_id": n_id, "n_ood": n_ood}
                 method = run.methods[name]
-                rows.append(row | {"fitted_on": method.fitted_on, "n_fitted": method.n_fitted})
+                rows.append(row | {"fitted_on": method.fitted_on, "n_fitted": method.n_fitted, "parameters": ""})
     return rows
 
 
@@ -114,7 +129,13 @@ def add_published(frame: pd.DataFrame, benchmark: str) -> pd.DataFrame:
         InputError: none are known for this benchmark.
     """
     rows = [asdict(result) for result in published_results(benchmark)]
-    columns = {"task": "ood", "fitted_on": "", "reason": f"published, {NETWORKS[benchmark]}", "source": "published"}
+    columns = {
+        "task": "ood",
+        "fitted_on": "",
+        "parameters": "",
+        "reason": f"published, {NETWORKS[benchmark]}",
+        "source": "published",
+    }
     published = pd.DataFrame(rows).astype(dict.fromkeys(("fpr95", "fpr95_std", "auroc_std"), float)).assign(**columns)
     whole = pd.concat([frame.assign(source="measured"), published])
     for column in ("n_id", "n_ood", "n_fitted", "runs"):
@@ -158,6 +179,16 @@ def ordinal(rank: int) -> str:
     words = {1: "first", 2: "second", 3: "third"}
     ending = {1: "st", 2: "nd", 3: "rd"}.get(rank % 10, "th") if rank % 100 not in (11, 12, 13) else "th"
     return words.get(rank, f"{rank}{ending}")
+
+
+def parameter_lines(frame: pd.DataFrame) -> list[str]:
+    """Return what NAC is in this table or comparison, `NAC: 45 terms of 8 layers, …`; a line for each text."""
+    if "parameters" not in frame:
+        return []  # made by hand
+    rows = frame[frame["parameters"] != ""].drop_duplicates("parameters")
+    return [
+        f"{row['method']}: {row['parameters']}" if "method" in row else row["parameters"] for _, row in rows.iterrows()
+    ]
 
 
 def footnotes(frame: pd.DataFrame) -> list[str]:

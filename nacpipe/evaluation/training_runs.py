@@ -20,10 +20,10 @@ def check_runs(caches: Sequence[Cache]) -> None:
     """
     for first, second in pairwise(caches):
         a, b = _common(first), _common(second)
-        if differences := diff(comparable_fields(b, a), comparable_fields(a, b)):
+        if differences := diff(comparable_fields(b, a), comparable_fields(a, b), ("first", "second")):
             raise IdentityError(
-                f"{first.path} (stored) and {second.path} (now) differ in more than their weights: "
-                + "; ".join(differences)
+                f"{first.path} and {second.path} differ in more than their weights: {'; '.join(differences)}; they are"
+                " no training runs of one network: evaluate each alone"
             )
     path_by_weights: dict[str, str] = {}
     for cache in caches:

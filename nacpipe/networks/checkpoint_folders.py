@@ -71,5 +71,13 @@ def _checkpoint(folder: Path) -> Path:
         )
     if len(checkpoints) != 1:
         names = ", ".join(path.name for path in checkpoints) or "none"
-        raise CheckpointError(f"{folder} has no {BEST}, and not one checkpoint but {len(checkpoints)}: {names}")
+        text = f"{folder} has no {BEST}, and not one checkpoint but {len(checkpoints)}: {names}"
+        if checkpoints and re.fullmatch(_RUN, folder.name):
+            text += f"; leave one in it, or call one {BEST}"
+        elif checkpoints:
+            text += (
+                f"; name one of them: --checkpoint {shlex.quote(str(checkpoints[0]))}; of several training runs put"
+                " each into a folder s0, s1, …"
+            )
+        raise CheckpointError(text)
     return checkpoints[0]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from nacpipe.cache import Cache
 from nacpipe.errors import NacError
-from nacpipe.files import beside_cache
-from nacpipe.scoring.params_file import read_section
+from nacpipe.scoring.params_file import find_file, read_section
 from nacpipe.tuning.explain import Explanation, explain
 from nacpipe.tuning.request import SearchRequest
 from nacpipe.tuning.study import Search
@@ -36,7 +34,7 @@ def find_origin(cache: Cache, choice: str | None) -> ParamsOrigin:
     """
     if choice == "published":
         return ParamsOrigin(source="published", reason="The parameters are the paper's; no search was made for them.")
-    path = Path(choice) if choice is not None else beside_cache(cache.path, ".params.json")
+    path = find_file(cache, choice)
     made_by = read_section(path, "made_by")
     if not made_by:
         return ParamsOrigin(source=str(path), reason=f"{path} does not say which study found it.")

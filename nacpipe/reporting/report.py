@@ -23,7 +23,7 @@ from nacpipe.evaluation.bootstrap import compare_methods
 from nacpipe.evaluation.flagged import shown_flagged
 from nacpipe.evaluation.inspection import summarise_cache
 from nacpipe.evaluation.method_scores import ID_VAL, MethodScores, ScoredCache, score_cache
-from nacpipe.evaluation.tables import footnotes, verdicts
+from nacpipe.evaluation.tables import footnotes, parameter_lines, verdicts
 from nacpipe.method.guide import choose_guide, score_plainly
 from nacpipe.method.metrics import KEEP, Scores, auroc, detect
 from nacpipe.method.params import NacParams
@@ -39,6 +39,7 @@ from nacpipe.reporting.figures import (
 from nacpipe.reporting.galleries import Gallery
 from nacpipe.reporting.params_origin import ParamsOrigin, find_origin
 from nacpipe.scoring.coverage import Coverage, fit_coverage
+from nacpipe.scoring.params_summary import summarise_choice, summarise_params
 from nacpipe.scoring.states import has_logits
 from nacpipe.text import escape_bytes
 from nacpipe.tuning.request import describe_overfitting
@@ -91,7 +92,8 @@ def read_cache_report(
         ParamsError: a layer is not in the cache.
     """
     coverage = fit_coverage(cache, params)
-    run = score_cache(cache, coverage, more=more)
+    known = summarise_choice(cache, params, choice) if study is None else summarise_params(params)
+    run = score_cache(cache, coverage, more=more, parameters={"NAC": known})
     scores = score_selection(cache, coverage, run.validation.scores)
     return CacheReport(
         cache=cache,
@@ -234,6 +236,7 @@ def render_report(
             *(_overfitting(report, several) for report in reports),
         ],
         note=frame.attrs.get("note"),
+        parameters=parameter_lines(frame),
         tasks=_results(frame),
         flagged=_flagged(frame),
         not_flagged=frame.attrs.get("flagged_reason", ""),

@@ -40,7 +40,7 @@ def find_params(cache: Cache, choice: str | None, warn: Callable[[str], None] = 
         if not _found_here(cache, params, choice):
             warn(f"{choice} was found on other states than those of {cache.path}; it may fit them badly")
         return params
-    beside = beside_cache(cache.path, ".params.json", "--params FILE")
+    beside = find_file(cache, None)
     if not beside.exists():
         raise ParamsError(
             f"there is no {beside}; make it with: {command_line('search', cache.path)},"
@@ -55,6 +55,11 @@ def find_params(cache: Cache, choice: str | None, warn: Callable[[str], None] = 
             f" or give --params {shlex.quote(str(beside))} to use it all the same"
         )
     return params
+
+
+def find_file(cache: Cache, choice: str | None) -> Path:
+    """Return the file that is meant: the one named, or the one beside the cache."""
+    return Path(choice) if choice is not None else beside_cache(cache.path, ".params.json", "--params FILE")
 
 
 def _found_here(cache: Cache, params: NacParams, path: str | Path) -> bool:

@@ -259,9 +259,23 @@ def test_names() -> None:
     ):
         choose_baselines(["KNN", "nosuch"])
     with pytest.raises(
-        InputError, match=r"^baseline ODIN runs the network itself; a cache does not hold what it needs$"
+        InputError, match=r"^baseline ODIN, Gram: it runs the network itself; a cache does not hold what it needs$"
     ):
-        choose_baselines(["ODIN"])
+        choose_baselines(["odin", "Gram"])
+    assert choose_baselines(["odin", "MSP", "knn"]) == ["ODIN", "KNN"]
+
+
+def test_a_method_that_runs_the_network_has_an_empty_row(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c.zarr")
+    write_params(tmp_path / "c.params.json", PARAMS)
+    done = CliRunner().invoke(main, ["evaluate", cache.path, "--baselines", "ODIN,Entropy", "--json"])
+    assert (done.exit_code, done.stderr) == (0, "")
+    rows = {row["method"]: row for row in json.loads(done.stdout)}
+    reason = "it runs the network itself; a cache does not hold what it needs"
+    assert [rows["ODIN"]["auroc"], rows["ODIN"]["reason"], rows["Entropy"]["reason"]] == [None, reason, ""]
+    assert rows["Entropy"]["auroc"] > 0
+    alone = CliRunner().invoke(main, ["evaluate", cache.path, "--baselines", "ODIN"])
+    assert (alone.exit_code, alone.stdout) == (1, "")
 
 
 def test_the_command_shows_them_all(make_cache: Callable[..., Cache], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from nacpipe.cache import Cache
 from nacpipe.cli import main
 from nacpipe.errors import InputError
-from nacpipe.evaluation.bootstrap import add_confidence, compare_methods
+from nacpipe.evaluation.bootstrap import add_confidence, compare_methods, compare_with_best, simultaneous_intervals
 from nacpipe.evaluation.method_scores import MethodScores, ScoredCache, score_cache
 from nacpipe.evaluation.tables import tabulate
 from nacpipe.method.metrics import detect
@@ -128,6 +128,44 @@ def test_what_is_more_than_chance() -> None:
     assert set(none["reason"]) == {"it cannot"}
 
 
+def test_intervals_of_several_differences_hold_together() -> None:
+    """Of k independent normal differences c is the normal quantile at (1 + level^(1/k)) / 2: 1.960, of five 2.569."""
+    draws = np.random.default_rng(0).normal(0, [1, 2, 3, 4, 5], (200_000, 5))
+    observed = np.zeros(5)
+    for count, factor in ((1, 1.960), (5, 2.569)):
+        found = simultaneous_intervals(observed[:count], draws[:, :count], 0.95)
+        expected = factor * np.arange(1, count + 1)
+        np.testing.assert_allclose(found, np.stack([-expected, expected], axis=1), rtol=0.01)
+    same = np.repeat(draws[:, :1], 5, axis=1)  # five times one method: as if there were one
+    one = simultaneous_intervals(observed[:1], draws[:, :1], 0.95)
+    np.testing.assert_allclose(simultaneous_intervals(observed, same, 0.95), np.repeat(one, 5, axis=0))
+    still = simultaneous_intervals(np.array([0.5, 0.0]), np.stack([np.full(200_000, 0.5), draws[:, 0]], axis=1), 0.95)
+    np.testing.assert_allclose(still, [[0.5, 0.5], one[0]])
+
+
+def test_the_best_is_picked_by_the_mean_and_said_so(run: ScoredCache) -> None:
+    table = tabulate([run])
+    found = compare_with_best([run], "NAC", resamples=40, seed=5)
+    for (task, group), rows in found.groupby(["task", "group"]):
+        means = table[(table["task"] == task) & (table["group"] == group) & (table["dataset"] == "mean")].iloc[1:]
+        assert set(rows["second"]) == {means.set_index("method")["auroc"].idxmax()}
+        assert set(rows["among"]) == {3}
+    draws = drawn(run, ["id/test"], ["ood/near/letters"], 40, 5)
+    row = found.query("task == 'ood' and dataset == 'letters' and metric == 'auroc'").iloc[0]
+    names = ["MSP", "MaxLogit", "Energy"]
+    values = table.query("task == 'ood' and dataset == 'letters'").set_index("method")["auroc"]
+    differences = np.stack([(draws["NAC"] - draws[name])[:, 1] for name in names], axis=1)
+    spread = differences.std(axis=0)
+    factor = np.quantile((abs(differences - (values["NAC"] - values[names]).to_numpy()) / spread).max(axis=1), 0.95)
+    half = factor * spread[names.index(row["second"])]
+    assert (row["low"], row["high"]) == (
+        pytest.approx(row["difference"] - half, abs=1e-12),
+        pytest.approx(row["difference"] + half, abs=1e-12),
+    )
+    assert row["more_than_chance"] == (not row["low"] <= 0 <= row["high"])
+    assert set(found["resamples"]) == {40}
+
+
 @pytest.mark.slow
 def test_equal_methods_are_seldom_called_different() -> None:
     """At 0.9, one comparison in ten of equally good methods; 60 of them, seeded: within 5 of 6."""
@@ -208,3 +246,18 @@ def test_a_comparison_as_printed(cache: Cache, run: ScoredCache, against: str) -
     shown = [f"{100 * row[key]:.2f}" for key in ("first_value", "second_value")]
     shown += [f"{100 * row['difference']:+.2f}", f"[{100 * row['low']:+.2f},", f"{100 * row['high']:+.2f}]"]
     assert lines[4].split() == ["AUROC", *shown, *said.split()]
+
+
+def test_the_best_as_printed(cache: Cache, run: ScoredCache) -> None:
+    table = compare_with_best([run], "NAC", resamples=50)
+    printed = invoke(cache.path, "--against", "best", "--resamples", "50", "--json")
+    assert (printed.exit_code, printed.stderr) == (0, "")
+    pd.testing.assert_frame_equal(pd.DataFrame(json.loads(printed.stdout)), table, rtol=1e-14)
+    lines = invoke(cache.path, "--against", "best", "--resamples", "50").stdout.splitlines()
+    near, far = (table[table["group"] == group]["second"].iloc[0] for group in ("near", "far"))
+    told = f"NAC against the best of 3 ({near} near, {far} far)"
+    assert lines[0] == f"OOD: ID is id/test: {told}; all in percent"
+    assert lines[-2].startswith("the best was picked by its mean AUROC on these test sets; intervals hold for")
+    latex = invoke(cache.path, "--against", "best", "--resamples", "50", "--latex", "--baselines", "Entropy").stdout
+    assert f"\\caption{{NAC against the best of 4 ({near} near, " in latex
+    assert "bold where it does not hold 0. The best was picked by its mean AUROC on these test sets;" in latex

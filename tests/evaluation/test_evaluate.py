@@ -32,6 +32,7 @@ from tests import oracle
 COLUMNS = [
     *("task", "group", "dataset", "method"),
     *("fpr95", "auroc", "aupr_in", "aupr_out", "accuracy", "n_id", "n_ood", "fitted_on", "n_fitted", "reason"),
+    "parameters",
 ]
 METRICS = ["fpr95", "auroc", "aupr_in", "aupr_out"]
 PARAMS = NacParams(
@@ -313,9 +314,10 @@ def test_json_and_csv_hold_the_frame(cache: Cache, frame: pd.DataFrame, params_f
 def test_markdown_and_the_table(cache: Cache, frame: pd.DataFrame, params_file: str) -> None:
     printed = CliRunner().invoke(main, ["evaluate", cache.path, "--params", params_file, "--markdown"])
     lines = printed.stdout.splitlines()
-    assert lines[0] == "| " + " | ".join(COLUMNS) + " |"
-    assert lines[1] == "|" + " --- |" * len(COLUMNS)
-    assert len(lines) == 2 + len(frame)
+    assert lines[0] == "| " + " | ".join(COLUMNS[:-1]) + " |"
+    assert lines[1] == "|" + " --- |" * len(COLUMNS[:-1])
+    told = "NAC: as published (2 layers, weights fitted, equal in the paper)"
+    assert lines[2 + len(frame) :] == ["", told]
     assert [cell.strip() for cell in lines[2].split("|")[1:5]] == ["ood", "near", "letters", "NAC"]
     printed = CliRunner().invoke(main, ["evaluate", cache.path, "--params", params_file])
     accuracy = 100 * frame["accuracy"].iloc[0]
@@ -324,7 +326,7 @@ def test_markdown_and_the_table(cache: Cache, frame: pd.DataFrame, params_file: 
     row = next(line for line in printed.stdout.splitlines() if line.startswith("near letters"))
     shown = [f"{100 * value:.2f}" for value in frame.loc[0, METRICS]]
     assert row.split() == ["near", "letters", "NAC", *shown, "35"]
-    assert "\nfitted on id/train (60 images): NAC\n" in printed.stdout
+    assert f"\n{told}\nfitted on id/train (60 images): NAC\n" in printed.stdout
     assert "\nfar mean " in printed.stdout
     assert "near mean" not in printed.stdout  # of one set, which it would repeat
     said = [*verdicts(frame), describe_standing(frame)]

@@ -218,7 +218,7 @@ def test_folders_that_do_not_say_which_are_refused(tmp_path: Path) -> None:
     model = find_model("resnet20")
     for name in ("a.pth", "b.pth"):
         torch.save(STATE, tmp_path / name)
-    with pytest.raises(CheckpointError, match=r"has no best\.ckpt, and not one checkpoint but 2: a\.pth, b\.pth$"):
+    with pytest.raises(CheckpointError, match=r"but 2: a\.pth, b\.pth; name one of them: --checkpoint .*/a\.pth; of s"):
         load_network(model, CIFAR10, tmp_path, CPU)
     for run in ("s0", "s1"):
         (tmp_path / run).mkdir()
