@@ -224,7 +224,9 @@ def print_evaluation(frame: pd.DataFrame) -> None:
             " all in percent"
         )
         lines: list[tuple[str, ...]] = []
-        alone = rows.groupby("group")["dataset"].nunique() <= 2  # one set and its mean, which is the same
+        alone = rows.groupby("group")["dataset"].nunique() <= 2  # one set and its mean, which is the same …
+        if "source" in rows:  # … but for published rows, which may have a mean alone
+            alone &= ~rows.groupby("group")["source"].agg(lambda sources: "published" in set(sources))
         for (group, dataset), block in rows.groupby(["group", "dataset"], sort=False):
             if dataset == "mean" and alone[group]:
                 continue
@@ -241,8 +243,8 @@ def print_evaluation(frame: pd.DataFrame) -> None:
                 )
         print_table(("set", "method", *_SHOWN.values(), "images"), lines, left=2)
     click.echo("")
-    lines = parameter_lines(frame) + footnotes(frame) + describe_below_chance(frame) + describe_flagged(frame)
-    for line in lines + verdicts(frame):
+    below = parameter_lines(frame) + footnotes(frame) + describe_below_chance(frame) + describe_flagged(frame)
+    for line in below + verdicts(frame):
         click.echo(printable(line))
     if "confidence" in frame:
         first = frame.iloc[0]

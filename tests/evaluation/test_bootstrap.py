@@ -16,6 +16,7 @@ from nacpipe.cache import Cache
 from nacpipe.cli import main
 from nacpipe.errors import InputError
 from nacpipe.evaluation.bootstrap import add_confidence, compare_methods, compare_with_best, simultaneous_intervals
+from nacpipe.evaluation.flagged import add_flagged
 from nacpipe.evaluation.method_scores import MethodScores, ScoredCache, score_cache
 from nacpipe.evaluation.tables import tabulate
 from nacpipe.method.metrics import detect
@@ -217,7 +218,9 @@ def invoke(*args: str) -> Any:
 def test_confidence_as_printed(cache: Cache, run: ScoredCache) -> None:
     table = add_confidence(tabulate([run]), [run], level=0.9, resamples=50)
     options = [cache.path, "--confidence", "0.9", "--resamples", "50"]
-    pd.testing.assert_frame_equal(pd.DataFrame(json.loads(invoke(*options, "--json").stdout)), table, rtol=1e-14)
+    pd.testing.assert_frame_equal(
+        pd.DataFrame(json.loads(invoke(*options, "--json").stdout)), add_flagged(table), rtol=1e-14
+    )
     lines = invoke(*options).stdout.splitlines()
     first = table.iloc[0]
     assert f"{100 * first['auroc']:.2f} [{100 * first['auroc_low']:.2f}, {100 * first['auroc_high']:.2f}]" in lines[3]
