@@ -206,7 +206,7 @@ def print_evaluation(frame: pd.DataFrame) -> None:
         lines: list[tuple[str, ...]] = []
         alone = rows.groupby("group")["dataset"].nunique() <= 2  # one set and its mean, which is the same
         for (group, dataset), block in rows.groupby(["group", "dataset"], sort=False):
-            if dataset == "mean" and alone[group]:
+            if dataset == "mean" and alone[group] and "source" not in frame:  # published means are of more sets
                 continue
             lines.append(())
             for place, (_, row) in enumerate(block.iterrows()):
