@@ -240,8 +240,8 @@ def test_an_interrupt_on_a_terminal_leaves_a_clean_line(small_cache: Cache, tmp_
 
 def test_score(nacpipe: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
+    from nacpipe.detector import file, network_options, shards
     from nacpipe.detector import predict as score
-    from nacpipe.detector import shards
 
     def rows(_ready: object, paths: list[Path], *_: Any) -> Iterator[score.ScoredImage]:
         for path in paths:
@@ -249,6 +249,8 @@ def test_score(nacpipe: Callable[..., Result], tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(shards, "find_paths", lambda paths: list(paths))
     detector: Any = SimpleNamespace(exported=SimpleNamespace(threshold=0.4, keep=0.95))
+    monkeypatch.setattr(file, "read_detector", lambda _: detector.exported)
+    monkeypatch.setattr(network_options, "check_network_is_named", lambda *_: None)
     monkeypatch.setattr(score, "prepare", lambda *_: score.Ready(detector, None, None, True))  # type: ignore[arg-type]
     monkeypatch.setattr(score, "score_images", rows)
     done = nacpipe("score", "d.safetensors", "a.png", "b.png")
