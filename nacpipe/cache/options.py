@@ -54,6 +54,8 @@ class ExtractOptions:
     """Blocks in one stored object; None: one, and of a remote cache several."""
     gradient: bool = True
     """Whether gradients are computed and written; False: forward passes alone."""
+    synthetic_val: bool = False
+    """Whether `ood/val` is made of id/val's images although the benchmark has its own."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON values: paths as text, tuples as lists."""
@@ -87,7 +89,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {  # of the JSON values
     **dict.fromkeys(("layers", "poolings"), (list,)),
     **dict.fromkeys(("train_images", "train_seed", "batch_size", "mantissa_bits"), (int,)),
     **dict.fromkeys(("block_rows", "shard_blocks"), (int, NoneType)),
-    **dict.fromkeys(("allow_truncated", "gradient"), (bool,)),
+    **dict.fromkeys(("allow_truncated", "gradient", "synthetic_val"), (bool,)),
 }
 
 

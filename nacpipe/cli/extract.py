@@ -90,6 +90,8 @@ def extract_options(command: Any) -> Any:
                      help="Only these; default: all whose images are there."),
         click.option("--redo", callback=split_names, metavar="A,B",
                      help="Drop these finished splits and extract them again."),
+        click.option("--synthetic-val", is_flag=True,
+                     help="Make ood/val of id/val's images although the benchmark has its own: an ablation."),
         click.option("--allow-truncated", is_flag=True, help="Load truncated images as OpenOOD does."),
         click.option("--decoder", default="pillow", show_default=True, metavar="pillow|torchvision|nvjpeg",
                      help="What decodes JPEG files; Pillow whatever it does not take, and all other formats."),

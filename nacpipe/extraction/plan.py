@@ -401,6 +401,8 @@ def _open_sets(request: ExtractRequest, decoder: Decoder) -> tuple[list[ImageSet
     notes: list[str] = []
     wanted = [s for s in benchmark.splits if not request.splits or s.name in request.splits or s.name in request.redo]
     for split in wanted:
+        if split.name == "ood/val" and request.synthetic_val and not split.synthetic:
+            split = benchmark.make_synthetic(split.name)
         images = _open(request, decoder, split)
         if images is None and split.synthetic_if_missing and not request.splits:
             images = _open(request, decoder, benchmark.make_synthetic(split.name))

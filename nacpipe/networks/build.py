@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,9 @@ from nacpipe.networks.checkpoints import (
     read_checkpoint,
     recognise_weights,
 )
-from nacpipe.networks.models import Model, suggest_name
+from nacpipe.networks.models import MODELS, Model, suggest_name
 from nacpipe.networks.source import hash_source
+from nacpipe.networks.state_dicts import StateDict, find_problems, fit_keys
 from nacpipe.networks.taps import freeze
 from nacpipe.networks.trial import TWO_CLASSES, TrialBatch, run_trial_batch
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap, unwrap_children
@@ -101,7 +103,11 @@ def load_network(
     chosen = _choose_weights(model, checkpoint)
     notes = chosen.notes
     if chosen.weights.read is not None:
-        notes += load_weights(module, chosen.weights.read(), model.renames, chosen.source)
+        states = chosen.weights.read()
+        try:
+            notes += load_weights(module, states, model.renames, chosen.source)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_name_fitting(model, states, benchmark.classes)}") from error
     sha256 = hash_network(module)
     transform, prepared_by = _choose_transform(model, benchmark, chosen, weights_transform)
     freeze(module).to(device)
@@ -111,6 +117,19 @@ def load_network(
         source=_hash_model_source(model), notes=notes, prepared_by=prepared_by,
     )  # fmt: skip
     return _run_trial_batch(network, benchmark)
+
+
+def _name_fitting(model: Model, states: Mapping[str, StateDict], classes: int) -> str:
+    """Return `; it fits resnet32: --model resnet32` for another network of the family that fits; empty for none."""
+    for other in MODELS.values():
+        if other.family != model.family or other.name == model.name:
+            continue
+        with torch.device("meta"):  # names and shapes alone
+            wanted = other.build(classes).state_dict()
+        for state in states.values():
+            if not find_problems(fit_keys(state, wanted, other.renames), wanted):
+                return f"; it fits {other.name}: --model {other.name}"
+    return ""
 
 
 def blank_network(

@@ -243,6 +243,7 @@ NAMED = {"cli/evaluate.py: text", "tuning/study.py: request.sampler"}
 NAMED |= {
     "extraction/loader.py: workers // 2",
     "extraction/plan.py: request.block_rows",
+    "networks/build.py: other.name",  # of the table of networks
     "tuning/study.py: fuse",
     "tuning/validation.py: method",
 }

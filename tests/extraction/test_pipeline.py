@@ -15,6 +15,7 @@ from PIL import Image
 from nacpipe.benchmarks.standard import find_benchmark
 from nacpipe.benchmarks.synthetic import IMAGE_KINDS, make_synthetic
 from nacpipe.cache import Cache, layout, open_cache
+from nacpipe.cache.options import ExtractOptions, format_command
 from nacpipe.cli.image_lookup import image_names
 from nacpipe.errors import IdentityError, ImageError, InputError
 from nacpipe.extraction.dataset import ImageSet, build_transform
@@ -188,6 +189,24 @@ def test_a_made_ood_val_is_found_again_and_not_taken_for_a_real_one(lacking: Ext
         plan_extraction(lacking)
     assert states(plan_extraction(replace(lacking, redo=("ood/val",))))["ood/val"] == "again"
     assert image_names(cache, "ood/val", [3]) == [str(folder / "3.png")]  # what it was made from
+
+
+def test_an_ood_val_is_made_on_request_although_the_benchmark_has_one(
+    finished: Cache, request_: ExtractRequest, lacking: ExtractRequest
+) -> None:
+    """Its identity is that of one made because there is none; a sealed real one is not taken for it."""
+    asked = replace(request_, synthetic_val=True)
+    plan = plan_extraction(asked)
+    assert ood_val(plan).identity() == ood_val(plan_extraction(lacking)).identity()
+    assert ood_val(plan).identity() != ood_val(plan_extraction(request_)).identity()
+    assert not any("its list is not there" in note for note in plan.notes if note.startswith("ood/val"))
+    there = replace(asked, cache=Path(finished.path))
+    with pytest.raises(IdentityError, match=r"ood/val was made from other images: .*--redo ood/val"):
+        plan_extraction(there)
+    again = plan_extraction(replace(there, redo=("ood/val",)))
+    assert (states(again)["ood/val"], ood_val(again).source) == ("again", "synthetic, from val_cifar10.txt")
+    assert " --synthetic-val " in format_command(ExtractOptions.from_json(asked.to_json()), "c.zarr")
+    assert "--synthetic-val" not in format_command(ExtractOptions.from_json(request_.to_json()), "c.zarr")
 
 
 # --- the values -------------------------------------------------------------------------------------------------------

@@ -131,6 +131,13 @@ def test_checkpoint_of_another_network_is_refused_naming_keys(tmp_path: Path, st
         load(tmp_path / "odd.pth")
 
 
+def test_a_checkpoint_of_another_depth_names_the_network_that_it_fits(tmp_path: Path) -> None:
+    torch.save({"state_dict": find_model("resnet32").build(10).state_dict()}, tmp_path / "x.pth")
+    message = r"x\.pth does not fit the network: it has left over .*; it fits resnet32: --model resnet32$"
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path / "x.pth")
+
+
 def test_many_keys_are_counted_not_listed(tmp_path: Path) -> None:
     torch.save({f"x{i}": torch.zeros(1) for i in range(12)}, tmp_path / "x.pth")
     message = r"it lacks conv1\.weight(, [\w.]+){4} and \d+ more; it has left over x0, x1, x2, x3, x4 and 7 more$"
