@@ -118,11 +118,15 @@ def run_search(request: SearchRequest, as_json: bool = False) -> SearchResult:
 
 
 def after_search(cache: Cache, *named: str | Path) -> str:
-    """Return the command that uses parameters: `evaluate`, or `export` of a cache that has nothing to evaluate."""
+    """Return the command that comes next.
+
+    `evaluate`; `extract` where what it evaluates is not finished; `export` of a cache that has nothing to evaluate.
+    """
     test = [name for name in cache if name == "id/test" or name.startswith(("ood/near/", "ood/far/"))]
     finished = [name for name in test if cache.peek(name).sealed]
-    measurable = "id/test" in finished and len(finished) > 1
-    return command_line("evaluate" if measurable else "export", cache.path, *named)
+    if "id/test" in finished and len(finished) > 1:
+        return command_line("evaluate", cache.path, *named)
+    return cache.command() if len(finished) < len(test) else command_line("export", cache.path, *named)
 
 
 def _run(search: Search) -> SearchResult:

@@ -11,6 +11,7 @@ import pytest
 from nacpipe.cache import Cache, open_cache
 from nacpipe.cache.identity import fingerprint
 from nacpipe.cli.extract import describe_next
+from nacpipe.cli.search import after_search
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.scoring.params_file import write_params
 
@@ -52,3 +53,8 @@ def test_after_a_search_of_these_states_they_are_used(
     assert describe_next(cache) == [f"next: nacpipe {command} {cache.path}"]
     write_params(tmp_path / "c.params.json", PARAMS, made_by={"fingerprint": "0" * 64})
     assert describe_next(cache) == [f"next: nacpipe search {cache.path}"]
+
+
+def test_after_a_search_what_a_table_needs_is_finished_first(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
+    cache = unseal(make_cache(tmp_path / "c.zarr"), "ood/near/letters", "ood/far/textures")
+    assert after_search(cache) == cache.command() == f"nacpipe extract digits --cache {tmp_path}/c.zarr"
