@@ -27,6 +27,7 @@ PRINTED = {  # the names of OpenOOD's lists
     "tin": "TIN",
     "mnist": "MNIST",
     "svhn": "SVHN",
+    "texture": "Textures",
     "textures": "Textures",
     "places365": "Places365",
     "ssb_hard": "SSB-hard",
