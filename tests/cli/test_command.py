@@ -83,6 +83,7 @@ def test_a_request_s_record_is_without_its_address_and_this_run_s_splits() -> No
         "batch_size": 128,
         "device": "auto",
         "allow_truncated": False,
+        "synthetic_val": False,
         "decoder": "pillow",
         "gradient": True,
         "precision": "fp32",
