@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nacpipe.cli.output import Progress, note, print_json, print_table, split_names
+from nacpipe.errors import InputError
 from nacpipe.text import command_line
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def status(benchmark: str, data_root: Path | None, as_json: bool) -> None:
 
     opened = open_benchmark(benchmark)
     sets = print_status(opened, choose_root(opened, data_root), as_json)
-    if any(one.wrong_labels for one in sets):
-        sys.exit(1)
+    if wrong := [one.split for one in sets if one.wrong_labels]:
+        raise InputError(f"labels that are no classes: {', '.join(wrong)}; see above, correct their lists")
 
 
 @data.command()

@@ -59,7 +59,11 @@ def read_table(text: str, form: str) -> list[dict[str, Any]]:
         return [{key: str(value) for key, value in row.items()} for row in json.loads(text)]
     if form == "--csv":
         return list(csv.DictReader(io.StringIO(text)))
-    cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.splitlines()]
+    cells = [
+        [cell.strip() for cell in line.strip().strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
 
 
