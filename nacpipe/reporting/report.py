@@ -287,7 +287,7 @@ def _summary(reports: Sequence[CacheReport], frame: pd.DataFrame) -> str:
     classified = f", which the network classifies with an accuracy of {_percent(accuracy)} %" if known else ""
     sets = len(set(run.ood_sets()).difference(run.unfinished))
     return (
-        f"Neuron activation coverage (NAC-UE) and {len(run.methods) - 1} other methods tell"
+        f"Neuron activation coverage (NAC) and {len(run.methods) - 1} other methods tell"
         f" {run.rows['id/test']} ID test images{classified}, from {sets} OOD set{'s' * (sets > 1)}."
         + (f" Means over {len(reports)} training runs." if len(reports) > 1 else "")
     )
