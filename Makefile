@@ -15,9 +15,7 @@ LAYERS ?=
 TRAIN_IMAGES ?=
 TRIALS ?=
 WORKERS ?= 2
-# Of make check, whose slow tests wait for servers, launchers and kills: with two, a third of two cores has nothing to do.
-CHECK_WORKERS ?= 3
-PYTEST = $(BIN)/python -m pytest --dist worksteal --numprocesses
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 EXTRACT_OPTIONS = $(BENCHMARK) --cache $(CACHE) \
 	$(if $(MODEL),--model $(MODEL)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) \
@@ -68,13 +66,16 @@ report: $(DEMO_READY) ## one page about CACHE, with pictures of the worst mistak
 	$(BIN)/nacpipe report $(CACHE) --output cache/$(BENCHMARK)-report.html --mosaic cache/$(BENCHMARK)-mistakes.png
 
 test: $(READY) ## the tests of three minutes: all but those that pyproject.toml marks as slow, server, browser, reference
-	$(PYTEST) $(WORKERS) -m "not slow and not server and not browser and not reference" --hypothesis-profile quick
+	$(PYTEST) -m "not slow and not server and not browser and not reference" --hypothesis-profile quick
 
 fuzz: $(READY) ## hostile caches, lists, folders, images, TOML, parameters, checkpoints and names, FUZZ of each (make check tries few)
 	NACPIPE_FUZZ=$(or $(FUZZ),2000) $(BIN)/python -m pytest tests/test_fuzz.py
 
-check: $(READY) lint types docs release ## format, lint, import rules, types, site, release, every test: what CI runs
-	$(PYTEST) $(CHECK_WORKERS)
+# Types, site and release are looked at while tests wait for servers, launchers and kills.
+check: $(READY) lint ## format, lint, import rules, types, site, release, every test: what CI runs
+	@mkdir -p build
+	$(MAKE) types docs release > build/check.log 2>&1 & beside=$$!; $(PYTEST); tests=$$?; \
+	wait $$beside || { cat build/check.log; exit 1; }; tail -n 3 build/check.log; exit $$tests
 
 docs: $(READY) ## build the documentation site into site/; a dead link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
