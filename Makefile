@@ -71,11 +71,8 @@ test: $(READY) ## the tests of three minutes: all but those that pyproject.toml 
 fuzz: $(READY) ## hostile caches, lists, folders, images, TOML, parameters, checkpoints and names, FUZZ of each (make check tries few)
 	NACPIPE_FUZZ=$(or $(FUZZ),2000) $(BIN)/python -m pytest tests/test_fuzz.py
 
-# Types, site and release are looked at while tests wait for servers, launchers and kills.
-check: $(READY) lint ## format, lint, import rules, types, site, release, every test: what CI runs
-	@mkdir -p build
-	$(MAKE) types docs release > build/check.log 2>&1 & beside=$$!; $(PYTEST); tests=$$?; \
-	wait $$beside || { cat build/check.log; exit 1; }; tail -n 3 build/check.log; exit $$tests
+check: $(READY) lint types docs release ## format, lint, import rules, types, site, release, every test: what CI runs
+	$(PYTEST)
 
 docs: $(READY) ## build the documentation site into site/; a dead link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
