@@ -79,3 +79,8 @@ class StudyError(NacError):
 
 class MissingExtra(NacError):
     """An optional package is needed."""
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """Return the first line of an error's message, at most so many characters; its type's name where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:most]

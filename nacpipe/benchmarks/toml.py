@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from nacpipe.benchmarks.standard import BENCHMARKS, INTERPOLATIONS, Benchmark, Split, Transform, find_benchmark
 from nacpipe.benchmarks.synthetic import IMAGE_KINDS
-from nacpipe.errors import InputError
+from nacpipe.errors import InputError, first_line
 from nacpipe.text import why_reserved
 
 MAX_BYTES, MAX_CLASSES, MAX_SIDE = 1 << 20, 1_000_000, 4096
@@ -60,7 +60,7 @@ def read_benchmark(path: Path) -> Benchmark:
     try:
         content = tomllib.loads(path.read_text("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"benchmark file {path} is not TOML: {str(error).splitlines()[0][:200]}") from None
+        raise InputError(f"benchmark file {path} is not TOML: {first_line(error)}") from None
     return _benchmark(_Table(path, "", content))
 
 

@@ -257,10 +257,9 @@ def _print_plan(plan: ScorePlan, parts: Parts, *, as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    states = ["done" if shard.stem in plan.done else "to score" for shard in plan.shards]
     states = [
-        "to score again" if shard.stem in plan.redone else state
-        for shard, state in zip(plan.shards, states, strict=True)
+        "done" if shard.stem in plan.done else "to score again" if shard.stem in plan.redone else "to score"
+        for shard in plan.shards
     ]
     print_table(
         ("shard", "kind", "part", "state"),

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from nacpipe.cache.objects import READ_AHEAD, open_file
-from nacpipe.errors import ImageError, MissingExtra
+from nacpipe.errors import ImageError, MissingExtra, first_line
 from nacpipe.extraction.image_content import CANNOT_READ, EncodedImage, Unscored
 
 ROWS_AT_ONCE = 64
@@ -42,7 +42,7 @@ def read_parquet(address: str, column: str | None = None) -> Iterator[EncodedIma
                     yield _parquet_row(address, row, value)
                     row += 1
         except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: of names that are no UTF-8
-            raise ImageError(f"{address} cannot be read as Parquet: {str(error).splitlines()[0][:200]}") from None
+            raise ImageError(f"{address} cannot be read as Parquet: {first_line(error)}") from None
 
 
 def _image_column(address: str, schema: Any, column: str | None) -> str:

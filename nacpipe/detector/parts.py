@@ -24,7 +24,7 @@ from tempfile import SpooledTemporaryFile
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from nacpipe.cache.objects import check_writable_object, list_objects, open_file, read_object, write_object
-from nacpipe.errors import InputError, MissingExtra
+from nacpipe.errors import InputError, MissingExtra, first_line
 from nacpipe.files import is_url, lock_handle, write_whole, writing_whole
 from nacpipe.text import escape_bytes
 
@@ -359,7 +359,7 @@ def read_part(address: str) -> pd.DataFrame:
         frame = frame.reindex(columns=list(COLUMNS))
         _check_values(frame)
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{address} cannot be read as scores: {str(error).splitlines()[0][:200]}") from None
+        raise InputError(f"{address} cannot be read as scores: {first_line(error)}") from None
     return frame
 
 

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from nacpipe.detector.graph import DetectorGraph
-from nacpipe.errors import DetectorError, MissingExtra
+from nacpipe.errors import DetectorError, MissingExtra, first_line
 from nacpipe.files import check_writable, write_whole
 from nacpipe.networks.call import count_samples, map_tensors, repeat_samples, tensors_of
-from nacpipe.networks.checkpoints import first_line
 
 OUTPUTS = ("logits", "score", "percentile", "is_ood")
 EXAMPLES = 64  # samples that both runtimes are given

@@ -26,9 +26,8 @@ import torch.distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from nacpipe.errors import CacheError
+from nacpipe.errors import CacheError, first_line
 from nacpipe.extraction.place import Place, read_local, read_place
-from nacpipe.networks.checkpoints import first_line
 
 Unit = TypeVar("Unit")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nacpipe.errors import ImageError
+from nacpipe.errors import ImageError, first_line
 
 CANNOT_READ = "image cannot be read: "
 
@@ -45,9 +45,9 @@ def read_content(path: Path, where: str) -> bytes:
     except FileNotFoundError:
         raise ImageError(f"image is not there: {where}") from None
     except (OSError, ValueError) as error:
-        raise ImageError(f"{CANNOT_READ}{where}: {first_line(error)}") from error
+        raise ImageError(f"{CANNOT_READ}{where}: {reason_of(error)}") from error
 
 
-def first_line(error: BaseException) -> str:
-    """Return what an error says, in one short line."""
-    return re.sub(r" <_io.BytesIO object at \w+>", "", str(error) or type(error).__name__).splitlines()[0][:120]
+def reason_of(error: BaseException) -> str:
+    """Return what an error of a read or a decoder says, in one short line, without the address of a file in memory."""
+    return re.sub(r" <_io.BytesIO object at \w+>", "", first_line(error, 1000))[:120]

@@ -10,7 +10,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from nacpipe.errors import ImageError
 from nacpipe.extraction.decoder import Decoder
-from nacpipe.extraction.image_content import CANNOT_READ, first_line, read_content
+from nacpipe.extraction.image_content import CANNOT_READ, read_content, reason_of
 
 # Pillow chooses the format by content and passes PostScript to Ghostscript.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
@@ -55,7 +55,7 @@ def decode_image(
         return to_eight_bits(image)
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         hint = if_truncated if "truncated" in str(error) else ""
-        raise ImageError(f"{CANNOT_READ}{where}: {first_line(error)}{hint}") from error
+        raise ImageError(f"{CANNOT_READ}{where}: {reason_of(error)}{hint}") from error
 
 
 def _load(image: Image.Image, allow_truncated: bool) -> None:

@@ -389,7 +389,7 @@ def _load_images(
     ]
     if not (batches and isinstance(plan.request, ExtractRequest)):
         return
-    rows = [sum(len(plan.rows_of_unit(split, unit)) for unit in units[split.images.name]) for split in splits]
+    rows = [plan.count_rows(split, units[split.images.name]) for split in splits]
     transform = plan.network.image_transform
     asked = 0 if plan.request.decoder == NVJPEG else plan.request.workers  # one process has the GPU
     workers = choose_workers(asked, sets, rows, transform.crop, local_world)

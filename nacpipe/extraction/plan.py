@@ -144,10 +144,11 @@ class Plan:
     def todo(self, ranks: Ranks) -> Mapping[str, int]:
         """Return split's name → the samples that this rank still has to run through the network."""
         units = self.units_of(ranks)
-        return {
-            split.images.name: sum(len(self.rows_of_unit(split, unit)) for unit in units[split.images.name])
-            for split in self.splits
-        }
+        return {split.images.name: self.count_rows(split, units[split.images.name]) for split in self.splits}
+
+    def count_rows(self, split: SplitPlan, units: Sequence[int]) -> int:
+        """Return the number of rows of some of a split's units."""
+        return sum(len(self.rows_of_unit(split, unit)) for unit in units)
 
     def todo_rows(self, ranks: Ranks) -> int:
         """Return the samples that this rank still has to run through the network."""

@@ -17,7 +17,7 @@ from nacpipe.cache import Header
 from nacpipe.cache.layout import ALL_BITS, BLOCK_ROWS
 from nacpipe.cache.options import ExtractOptions
 from nacpipe.cache.store import REMOTE_SHARD
-from nacpipe.errors import InputError
+from nacpipe.errors import InputError, first_line
 from nacpipe.extraction.decoder import PILLOW
 from nacpipe.files import is_url
 from nacpipe.networks.build import Network
@@ -235,7 +235,7 @@ def find_device(name: str, local: int = 0, local_world: int = 1, *, python: bool
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()  # `meta` has no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0][:120]}") from None
+        raise InputError(f"device {name!r} cannot be used here: {first_line(error, 120)}") from None
     if device.type == "cuda" and local_world > 1:
         torch.cuda.set_device(device)  # pinned memory would open the first GPU in every process
     return device

@@ -27,7 +27,7 @@ from PIL import Image
 
 from nacpipe.benchmarks.lists import OOD
 from nacpipe.benchmarks.standard import Split
-from nacpipe.errors import ImageError, InputError
+from nacpipe.errors import ImageError, InputError, first_line
 from nacpipe.extraction.image_content import CANNOT_READ
 from nacpipe.extraction.image_file import read_image, to_eight_bits
 
@@ -138,7 +138,7 @@ def _build_dataset(dataset_class: Any, arguments: Mapping[str, Any], split: Spli
         except (RuntimeError, OSError, ValueError, TypeError, ModuleNotFoundError) as error:
             if split.download and not download:
                 continue
-            message = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            message = first_line(error)
             hint = "" if split.download else "; download = true in the benchmark's file fetches it"
             raise ImageError(f"{split.name}: torchvision's {split.source} in {folder}: {message}{hint}") from error
     raise AssertionError

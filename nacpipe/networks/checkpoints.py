@@ -21,7 +21,7 @@ import torchvision
 from torch import nn
 
 from nacpipe.benchmarks.standard import INTERPOLATIONS, Transform
-from nacpipe.errors import CheckpointError, InputError
+from nacpipe.errors import CheckpointError, InputError, first_line
 from nacpipe.networks.state_dicts import StateDict, choose_state_dict, find_state_dicts, hash_weights
 from nacpipe.networks.wrappers import is_frozen, is_scripted, named_state
 
@@ -211,8 +211,3 @@ def hash_network(network: nn.Module) -> str:
             " freezing"
         )
     return hash_weights(named_state(network))
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 200 characters."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from nacpipe.benchmarks.standard import Transform
-from nacpipe.errors import InputError, MissingExtra
-from nacpipe.networks.checkpoints import first_line, make_transform
+from nacpipe.errors import InputError, MissingExtra, first_line
+from nacpipe.networks.checkpoints import make_transform
 from nacpipe.networks.source import record_imports
 from nacpipe.networks.state_dicts import StateDict
 

@@ -18,11 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from nacpipe.cache import LayerSpec
 from nacpipe.cache.layout import free_name, layer_name_problem
-from nacpipe.errors import InputError
+from nacpipe.errors import InputError, first_line
 from nacpipe.networks.batch_runner import is_out_of_memory
 from nacpipe.networks.build import Network
 from nacpipe.networks.call import first_output, replace_first
-from nacpipe.networks.checkpoints import first_line
 from nacpipe.networks.models import suggest_name
 from nacpipe.networks.poolings import POOLINGS, guess_pooling, known_layout
 from nacpipe.networks.taps import NO_GRADIENT, Taps, clone_in_graph, start_graph, why_no_gradient

@@ -21,8 +21,7 @@ import torch
 import torch.utils.deterministic
 from torch import Tensor, nn
 
-from nacpipe.errors import InputError
-from nacpipe.networks.checkpoints import first_line
+from nacpipe.errors import InputError, first_line
 from nacpipe.text import spell_option
 
 FP32, TF32, BF16, FP16 = "fp32", "tf32", "bf16", "fp16"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nacpipe.errors import CheckpointError, InputError
+from nacpipe.errors import CheckpointError, InputError, first_line
 
 StateDict = dict[str, Any]  # tensors, and the values of `get_extra_state` and of quantised modules
 
@@ -220,6 +220,5 @@ def _tensor_parts(key: str, tensor: Tensor) -> Iterator[bytes]:
         yield array.tobytes()
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"the network's weights {key!r} are {kind} in a form that cannot be hashed:"
-            f" {str(error).splitlines()[0][:100]}"
+            f"the network's weights {key!r} are {kind} in a form that cannot be hashed: {first_line(error, 100)}"
         ) from error

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nacpipe.cache import LayerSpec
-from nacpipe.errors import InputError
+from nacpipe.errors import InputError, first_line
 from nacpipe.networks.batch_runner import Clock, is_out_of_memory, no_clock
 from nacpipe.networks.call import (
     PLAIN_CALL,
@@ -32,7 +32,6 @@ from nacpipe.networks.call import (
     map_tensors,
     replace_first,
 )
-from nacpipe.networks.checkpoints import first_line
 from nacpipe.networks.poolings import POOLINGS, pool
 from nacpipe.networks.precision import AUTOCAST, FP16, FP32, GRADIENT_SCALE
 from nacpipe.networks.trial import first_tensor

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nacpipe.errors import InputError
+from nacpipe.errors import InputError, first_line
 from nacpipe.networks.batch_runner import BatchRunner, is_out_of_memory
 from nacpipe.networks.call import (
     PLAIN_CALL,
@@ -32,7 +32,6 @@ from nacpipe.networks.call import (
     repeat_samples,
     take_rows,
 )
-from nacpipe.networks.checkpoints import first_line
 from nacpipe.networks.wrappers import find_device_and_dtype, run_eagerly
 
 IMAGES = 4  # in one trial batch
