@@ -25,8 +25,10 @@ EXTRACT_OPTIONS = $(BENCHMARK) --cache $(CACHE) \
 # Images of containers often set it; then every process that a test starts compiles some thousand modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
+ifndef BESIDE
 .NOTPARALLEL:
-.PHONY: help demo extract search evaluate report test fuzz check docs release format lint types clean
+endif
+.PHONY: help demo extract search evaluate report test fuzz check every-test docs release format lint types clean
 
 help: ## print this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -71,7 +73,11 @@ test: $(READY) ## the tests of three minutes: all but those that pyproject.toml 
 fuzz: $(READY) ## hostile caches, lists, folders, images, TOML, parameters, checkpoints and names, FUZZ of each (make check tries few)
 	NACPIPE_FUZZ=$(or $(FUZZ),2000) $(BIN)/python -m pytest tests/test_fuzz.py
 
-check: $(READY) lint types docs release ## format, lint, import rules, types, site, release, every test: what CI runs
+# Types, site and release, one after another, take what the tests' waiting leaves of the processors.
+check: $(READY) lint ## format, lint, import rules, types, site, release, every test: what CI runs
+	$(MAKE) --no-print-directory --jobs 2 BESIDE=1 every-test types docs release
+
+every-test: $(READY)
 	$(PYTEST)
 
 docs: $(READY) ## build the documentation site into site/; a dead link is an error

@@ -22,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,8 +49,10 @@ class Bench:
     images: int
     shards: int
     workers: str = "auto"
+    python: Sequence[str] = (sys.executable,)
 
-    def command(self, out: Path, shards: int | None = None) -> list[str]:
+    def words(self, out: Path, shards: int | None = None) -> list[str]:
+        """Return what Python is called with."""
         last = (shards or self.shards) - 1
         words = ["score", str(self.folder / "d.safetensors"), f"{self.folder}/in/{{0000..{last:04}}}.tar"]
         words += [
@@ -62,12 +65,13 @@ class Bench:
             "--device",
             "cpu",
         ]
-        return [sys.executable, "-m", "nacpipe", *words, "--output", str(out)]
+        return ["-m", "nacpipe", *words, "--output", str(out)]
 
     def start(self, out: Path, rank: int = 0, world: int = 1, shards: int | None = None) -> subprocess.Popen[bytes]:
         variables = {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(world), "PYTHONPATH": str(ROOT)}
         with Path(self.folder, f"log-{rank}.txt").open("wb") as log:
-            return subprocess.Popen(self.command(out, shards), env={**os.environ, **variables}, stdout=log, stderr=log)
+            command = [*self.python, *self.words(out, shards)]
+            return subprocess.Popen(command, env={**os.environ, **variables}, stdout=log, stderr=log)
 
     def finish(self, process: subprocess.Popen[bytes], rank: int = 0) -> float:
         """Wait for a process and return its peak memory in MiB."""

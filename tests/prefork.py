@@ -2,8 +2,9 @@
 
 `python_words()` stands in for `[sys.executable]` before `-m MODULE` or `-c CODE`: a process of its own with the
 streams, folder, environment, umask and signals that it is started with, and whose end is the command's. What a test
-says about Python's own start and end or about what a command imports needs the real thing. SIGKILL ends the client; the
-command gets it a moment later, and `communicate` waits for the end of both. `kill` ends the command first.
+says about Python's own start and end or about what a command imports needs the real thing. `torchrun_words()` is
+torchrun, whose launcher and ranks are such processes. SIGKILL ends the client; the command gets it a moment later, and
+`communicate` waits for the end of both. `kill` and `deadly` end the command first.
 
 As a script this file is the client, and with `serve` the process that forks.
 """
@@ -16,7 +17,7 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
     from typing import Any
 
@@ -45,14 +46,42 @@ def python_words(environment: Mapping[str, str] | None = None) -> list[str]:
     return [sys.executable, "-I", "-S", __file__, str(address)]
 
 
-def kill(process: subprocess.Popen[Any]) -> None:
-    """Have a command that `python_words()` began end by SIGKILL at once, and wait for its end."""
+def torchrun_words(
+    options: Sequence[str], words: Sequence[str], environment: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return the words of a torchrun with these options, each of whose ranks runs Python with `words`."""
+    python = python_words(environment)
+    return [*python, "-m", "torch.distributed.run", *options, "--no-python", *python, *words]
+
+
+def find_running(words: Sequence[str]) -> list[int]:
+    """Return the processes that run Python with `words` and no more, the latest started last."""
+    found = []
+    for process in os.listdir("/proc"):
+        if process.isdecimal():
+            try:
+                with open(f"/proc/{process}/cmdline", "rb") as file:
+                    line = file.read().decode(errors="replace").split("\0")[:-1]
+                with open(f"/proc/{process}/stat", "rb") as file:
+                    began = int(file.read().rpartition(b")")[2].split()[19])
+            except (FileNotFoundError, ProcessLookupError):  # gone meanwhile
+                continue
+            before = line[: len(line) - len(words)]
+            if line[len(before) :] == list(words) and (len(before) == 1 or before[-2:-1] == [__file__]):
+                found.append((began, int(process)))
+    return [process for _, process in sorted(found)]
+
+
+def deadly(words: Sequence[str]) -> int:
+    """Return the signal at which a command that `python_words()` begins ends by SIGKILL at once."""
     import signal
 
-    if __file__ in process.args:  # type: ignore[operator]  # its client knows the process
-        process.send_signal(signal.SIGUSR1)
-    else:
-        process.kill()
+    return signal.SIGUSR1 if __file__ in words else signal.SIGKILL  # its client knows the process
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    """Have a command that `python_words()` began end by SIGKILL at once, and wait for its end."""
+    process.send_signal(deadly(process.args))  # type: ignore[arg-type]
     process.wait(60)
 
 

@@ -30,7 +30,7 @@ WANTED = (  # files that are no modules
 )
 # What is not ours to ship: sources are built where neither build/ nor an egg-info of this checkout is.
 IGNORED = shutil.ignore_patterns(
-    ".git", ".venv", "build", "dist", "site", "*.egg-info", "__pycache__", ".*_cache", "*.zarr"
+    ".git", ".venv", "build", "dist", "site", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "*.zarr"
 )
 
 

@@ -27,7 +27,7 @@ from nacpipe.errors import ImageError, InputError
 from nacpipe.extraction import loader
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.scoring.params_file import write_params
-from tests.prefork import python_words
+from tests.prefork import deadly, find_running, python_words, torchrun_words
 from tests.s3 import variables
 from tests.shard_files import png, write_parquet, write_tar
 from tests.web import Plain, Ranges, serve
@@ -595,9 +595,9 @@ def test_torchrun_ends_when_all_are_done_though_one_has_a_broken_image(
 ) -> None:
     shutil.copytree(shards, tmp_path / "in")
     write_tar(tmp_path / "in/000.tar", [("broken.png", b"no picture")])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nacpipe"]
-    command = [*launch, "score", str(detector), *words(tmp_path / "in"), "--output", str(tmp_path / "scores")]
+    score = ["-m", "nacpipe", "score", str(detector), *words(tmp_path / "in"), "--output", str(tmp_path / "scores")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = torchrun_words(["--standalone", "--nproc-per-node", "2"], score, environment)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "1 of 51 images could not be scored; score the shard again with --redo 000; the first: image" in done.stderr
@@ -672,6 +672,7 @@ def test_two_ranks_one_killed_and_started_again(load_bench: Callable[[str], Modu
     """What bench/shards.py does with 100,000 images: every image once, and the parts of one process."""
     module = load_bench("shards")
     bench = module.make_bench(tmp_path / "bench", images=2000, shards=20)
+    bench.python = python_words()
     bench.finish(bench.start(tmp_path / "one"))
     alone = module.read_parts(tmp_path / "one")
     assert len(alone) == 21
@@ -683,17 +684,17 @@ def test_two_ranks_one_killed_and_started_again(load_bench: Callable[[str], Modu
 def test_torchrun_starts_all_again_where_one_has_died(load_bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
     module = load_bench("shards")
     bench = module.make_bench(tmp_path / "bench", images=1500, shards=30)
+    bench.python = python_words()
     bench.finish(bench.start(tmp_path / "one"))
     out = tmp_path / "scores"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "--max-restarts", "1", *bench.command(out)[1:]]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launch = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = torchrun_words(launch, bench.words(out), environment)
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     while process.poll() is None and len(list(out.glob("*.csv"))) < 4:
         time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(find_running(bench.words(out))[-1], deadly(command))
     assert process.wait() == 0
     assert module.read_parts(out) == module.read_parts(tmp_path / "one")

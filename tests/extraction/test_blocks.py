@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from nacpipe.extraction.distributed import Ranks
 from nacpipe.extraction.pipeline import choose_blocks, extract
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest, choose_block_rows
+from tests.prefork import torchrun_words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -181,23 +181,12 @@ main(sys.argv[1:], prog_name="nacpipe")
 @pytest.mark.slow
 def test_the_first_ranks_choice_is_everybodys(tmp_path: Path) -> None:
     assert Ranks().agree(7) == 7
-    (tmp_path / "two.py").write_text(TWO)
     port = 40000 + os.getpid() % 20000
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-addr",
-        "127.0.0.1",
-        "--master-port",
-        str(port),
-    ]
     words = ["extract", "digits", "--cache", "c.zarr", "--splits", "ood/val", "--batch-size", "64", "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *launcher, "two.py", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    rendezvous = ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    both = torchrun_words(rendezvous, ["-c", TWO, *words], environment)
+    done = subprocess.run(both, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cache = open_cache(tmp_path / "c.zarr")
     assert cache.header.block_rows == 128

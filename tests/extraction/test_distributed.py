@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,7 @@ from nacpipe.extraction.distributed import Ranks, find_ranks, join_ranks
 from nacpipe.extraction.pipeline import extract
 from nacpipe.extraction.plan import plan_extraction
 from nacpipe.extraction.request import ExtractRequest
-from tests.prefork import python_words
+from tests.prefork import deadly, find_running, kill, python_words, torchrun_words
 
 SPLITS = "id/val,ood/val,ood/near/letters"
 
@@ -37,29 +33,18 @@ def extract_words(cache: Path | str) -> list[str]:
     return ["-m", "nacpipe", "extract", "digits", "--cache", str(cache), *OPTIONS]
 
 
-def command(cache: Path, *launcher: str) -> list[str]:
-    words = [sys.executable, *launcher] if launcher else python_words(environment())
-    return [*words, *extract_words(cache)]
+def command(cache: Path) -> list[str]:
+    return [*python_words(environment()), *extract_words(cache)]
 
 
-def two_ranks(cache: Path, port: int) -> list[str]:
+def two_ranks(words: list[str], port: int, *options: str) -> list[str]:
+    """Return torchrun's command line for two ranks that run Python with `words`."""
     rendezvous = ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]
-    return command(cache, "-m", "torch.distributed.run", *rendezvous)
+    return torchrun_words([*rendezvous, *options], words, environment())
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-
-
-def children(parent: int) -> list[int]:
-    """The processes whose parent this is."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # gone meanwhile
-            number, _, rest = stat.read_text().partition(" ")
-            if int(rest.rpartition(")")[2].split()[1]) == parent:
-                found.append(int(number))
-    return found
 
 
 def same(a: Cache, b: Cache) -> bool:
@@ -68,13 +53,18 @@ def same(a: Cache, b: Cache) -> bool:
     )
 
 
-def kill_when_it_writes(cache: Path, running: subprocess.Popen[Any], find: Callable[[], int]) -> None:
-    """Kill a process when a block of its part is marked."""
+def wait_until_it_writes(cache: Path, running: subprocess.Popen[Any]) -> None:
+    """Wait until a block of the last split, the last rank's, is marked."""
     marks, deadline = cache / "ood" / "near" / "letters" / "blocks", time.monotonic() + 120
     while not any(marks.glob("c.*")) and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     assert running.poll() is None, "the extraction ended before a rank could be killed"
-    os.kill(find(), signal.SIGKILL)
+
+
+def kill_a_rank(cache: Path, running: subprocess.Popen[Any]) -> None:
+    """Kill the rank that torchrun started last when it has written something."""
+    wait_until_it_writes(cache, running)
+    os.kill(find_running(extract_words(cache))[-1], deadly(running.args))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rows", [[], [5], [3, 3], [16] * 7, [16, 16, 5, 16, 16, 16, 1, 3], [1, 500, 1, 1]])
@@ -174,13 +164,14 @@ def test_two_ranks_of_which_one_is_killed_make_the_cache_of_one(tmp_path: Path) 
     whole, shared = tmp_path / "whole.zarr", tmp_path / "shared.zarr"
     subprocess.run(command(whole), check=True, env=environment(), capture_output=True)
     port = 20000 + os.getpid() % 20000
+    words = extract_words(shared)
     running = subprocess.Popen(
-        two_ranks(shared, port), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        two_ranks(words, port), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    kill_when_it_writes(shared, running, lambda: max(children(running.pid)))
+    kill_a_rank(shared, running)
     running.communicate(timeout=120)
     assert running.returncode != 0
-    again = subprocess.run(two_ranks(shared, port + 1), env=environment(), capture_output=True, text=True)
+    again = subprocess.run(two_ranks(words, port + 1), env=environment(), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("ood/near/letters") == 1, "only the first rank speaks"
     assert same(open_cache(whole), open_cache(shared))
@@ -213,22 +204,20 @@ print(sum(rows))
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["torchrun's", "own"])
 def test_a_program_under_torchrun_shares_its_caches(group: str, tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "whole").mkdir()
     (tmp_path / "shared").mkdir()
-    words = [str(tmp_path / "program.py"), str(tmp_path / "whole")]
-    subprocess.run([sys.executable, *words], check=True, env=environment(), capture_output=True)
-    port = 22000 + os.getpid() % 20000
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    shared = [*launcher, "--master-port", str(port), words[0], str(tmp_path / "shared"), group]
-    done = subprocess.run([sys.executable, *shared], env=environment(), capture_output=True, text=True, check=False)
+    alone = [*python_words(environment()), "-c", PROGRAM, str(tmp_path / "whole")]
+    subprocess.run(alone, check=True, env=environment(), capture_output=True)
+    both = two_ranks(["-c", PROGRAM, str(tmp_path / "shared"), group], 22000 + os.getpid() % 20000)
+    done = subprocess.run(both, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     first, other = sorted(map(int, done.stdout.split()))
     assert first + other == 2 * (100 + 20 + 50)
     assert first > 0
     for name in ("x.zarr", "y.zarr"):
-        whole, both = open_cache(tmp_path / "whole" / name), open_cache(tmp_path / "shared" / name)
-        assert [both[split].attributes["digest"] for split in both] == [whole[s].attributes["digest"] for s in whole]
+        whole, shared = open_cache(tmp_path / "whole" / name), open_cache(tmp_path / "shared" / name)
+        digests = [[cache[split].attributes["digest"] for split in cache] for cache in (whole, shared)]
+        assert digests[0] == digests[1]
 
 
 def test_a_program_alone_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,10 +259,9 @@ def test_torchrun_may_start_the_ranks_again(tmp_path: Path) -> None:
     """With --max-restarts they go on by themselves: they plan anew, and count from nothing."""
     whole, shared = tmp_path / "whole.zarr", tmp_path / "shared.zarr"
     subprocess.run(command(whole), check=True, env=environment(), capture_output=True)
-    words = two_ranks(shared, 20000 + (os.getpid() + 7) % 20000)
-    words[3:3] = ["--max-restarts", "1"]
+    words = two_ranks(extract_words(shared), 20000 + (os.getpid() + 7) % 20000, "--max-restarts", "1")
     running = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    kill_when_it_writes(shared, running, lambda: max(children(running.pid)))
+    kill_a_rank(shared, running)
     _, said = running.communicate(timeout=240)
     assert running.returncode == 0, said.decode()
     assert same(open_cache(whole), open_cache(shared))
@@ -289,10 +277,10 @@ def test_where_nobody_ends_the_others_they_end_in_words(tmp_path: Path, dead: in
     ranks = []
     for rank in ("0", "1"):
         names = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", **port}
-        words = [sys.executable, *extract_words(shared)]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        ranks.append(subprocess.Popen(words, env={**environment(), **names}, text=True, **streams))
-    kill_when_it_writes(shared, ranks[dead], lambda: ranks[dead].pid)
+        ranks.append(subprocess.Popen(command(shared), env={**environment(), **names}, text=True, **streams))
+    wait_until_it_writes(shared, ranks[dead])
+    kill(ranks[dead])
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert ranks[1 - dead].returncode == 1, said
     last = said[1 - dead].splitlines()[-1]
