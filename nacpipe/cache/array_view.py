@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-
-if TYPE_CHECKING:
-    from nacpipe.cache.split import SplitView
 
 
 class ArrayView:
@@ -20,17 +17,27 @@ class ArrayView:
     blocks of the selected rows are read.
     """
 
-    def __init__(self, split: SplitView, path: str, block_rows: int) -> None:
-        """Open an array of a split.
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        block_rows: int,
+        read: Callable[[slice], NDArray[Any]],
+    ) -> None:
+        """Make the view of an array.
 
-        Raises:
-            CacheError: the array does not exist, or its metadata is damaged.
+        Args:
+            name: how `repr` and errors call it, such as id/val/logits.
+            shape: (rows,) or (rows, width).
+            dtype: of its values.
+            block_rows: the rows of a chunk.
+            read: returns the rows of a slice of step 1.
         """
-        array = split.array(path)
-        self.shape: tuple[int, ...] = array.shape
+        self.shape = shape
         """(rows,) or (rows, width)."""
-        self.dtype: np.dtype[Any] = np.dtype(array.dtype)
-        self._split, self._path, self._block_rows = split, path, block_rows
+        self.dtype = dtype
+        self._name, self._block_rows, self._rows = name, block_rows, read
 
     @property
     def ndim(self) -> int:
@@ -50,7 +57,7 @@ class ArrayView:
             yield from self._read(start, min(start + self._block_rows, len(self)))
 
     def __repr__(self) -> str:
-        return f"<{self._split.name}/{self._path} {self.shape} {self.dtype}>"
+        return f"<{self._name} {self.shape} {self.dtype}>"
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
@@ -118,4 +125,4 @@ class ArrayView:
         return values
 
     def _read(self, start: int, stop: int) -> NDArray[Any]:
-        return self._split.read(self._path, slice(start, stop))
+        return self._rows(slice(start, stop))

@@ -138,7 +138,7 @@ class Cache(Mapping[str, SplitView]):
             ) from error
         if not isinstance(group, zarr.Group):
             raise FormatError(f"{self.path}: {name} is an array, not a split")
-        split = SplitView(self, name, group)
+        split = SplitView(self.path, self.root, self.header, name, group)
         if split.sealed:
             self._sealed[name] = split
         return split

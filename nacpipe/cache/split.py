@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import zarr
@@ -14,15 +14,12 @@ from numpy.typing import NDArray
 from nacpipe.cache.array_view import ArrayView
 from nacpipe.cache.digest import matches_seal
 from nacpipe.cache.keys import list_split
-from nacpipe.cache.layout import MISSING_INT, LayerSpec, chunk_key, count_blocks, is_there
+from nacpipe.cache.layout import MISSING_INT, Header, LayerSpec, chunk_key, count_blocks, is_there
 from nacpipe.cache.options import FROM_PYTHON
 from nacpipe.cache.store import WebStore
 from nacpipe.cache.validation import missing_chunks, open_member, split_problems
 from nacpipe.errors import CacheError, FormatError, InputError, NacError, ValuesError
 from nacpipe.text import command_line, spell_option
-
-if TYPE_CHECKING:
-    from nacpipe.cache.reader import Cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,40 +35,44 @@ class LayerView:
 class SplitView(Mapping[str, LayerView]):
     """One set of samples: layers by name, and the other arrays of a split."""
 
-    def __init__(self, cache: Cache, name: str, group: zarr.Group) -> None:
+    def __init__(self, path: str, root: zarr.Group, header: Header, name: str, group: zarr.Group) -> None:
+        """Open a split, which is a group of its cache's root; `path` is the cache's.
+
+        Raises:
+            FormatError: its number of rows is damaged.
+        """
         self.name = name
         self.attributes: dict[str, Any] = dict(group.attrs)
         rows = self.attributes.get("rows")
         if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-            raise FormatError(f"{cache.path}: {name}/zarr.json is damaged (rows is {str(rows)[:40]})")
+            raise FormatError(f"{path}: {name}/zarr.json is damaged (rows is {str(rows)[:40]})")
         self.rows: int = rows
         self.sealed: bool = bool(self.attributes.get("sealed"))
-        self._cache = cache
-        self._group = group
+        self._cache_path, self._root, self._header, self._group = path, root, header, group
         self._arrays: dict[str, zarr.Array[Any]] = {}  # opened once
 
     def __getitem__(self, layer: str) -> LayerView:
         try:
-            spec = self._cache.header.layer(layer)
+            spec = self._header.layer(layer)
         except InputError as error:
-            raise InputError(f"{error} ({self._cache.path})") from None
-        header = self._cache.header
+            raise InputError(f"{error} ({self._cache_path})") from None
+        header = self._header
         gradient = self._view(header.layer_array(layer, "gradient")) if header.gradients else None
         return LayerView(spec, self._view(header.layer_array(layer, "activation")), gradient)
 
     def __contains__(self, layer: object) -> bool:
-        return any(spec.name == layer for spec in self._cache.header.layers)
+        return any(spec.name == layer for spec in self._header.layers)
 
     def __iter__(self) -> Iterator[str]:
-        return (spec.name for spec in self._cache.header.layers)
+        return (spec.name for spec in self._header.layers)
 
     def __len__(self) -> int:
-        return len(self._cache.header.layers)
+        return len(self._header.layers)
 
     @property
     def redo_option(self) -> str:
         """How this split is extracted again: `--redo id/val`; of a cache made from Python `redo=['id/val']`."""
-        python = self._cache.header.information.get("written_by") == FROM_PYTHON
+        python = self._header.information.get("written_by") == FROM_PYTHON
         return spell_option("redo", [self.name] if python else self.name, python=python)
 
     @property
@@ -121,7 +122,7 @@ class SplitView(Mapping[str, LayerView]):
         try:
             array = open_member(self._group, path)
         except KeyError:
-            raise CacheError(f"{self._cache.path}: {self.name}/{path} is not in the store") from None
+            raise CacheError(f"{self._cache_path}: {self.name}/{path} is not in the store") from None
         except FormatError as error:
             raise self._damaged(path, error) from error
         if not isinstance(array, zarr.Array):
@@ -130,7 +131,9 @@ class SplitView(Mapping[str, LayerView]):
         return array
 
     def _view(self, path: str) -> ArrayView:
-        return ArrayView(self, path, self._cache.header.block_rows)
+        array = self.array(path)
+        read = partial(self.read, path)
+        return ArrayView(f"{self.name}/{path}", array.shape, np.dtype(array.dtype), self._header.block_rows, read)
 
     def read_layer(self, layer: str, what: str, rows: slice = slice(None)) -> NDArray[np.float32]:
         """Return rows of a layer's `activation` or `gradient`, (rows, neurons); see `read`.
@@ -138,12 +141,12 @@ class SplitView(Mapping[str, LayerView]):
         Raises:
             CacheError: a chunk is damaged or missing, or the cache has no gradients.
         """
-        if what == "gradient" and not self._cache.header.gradients:
+        if what == "gradient" and not self._header.gradients:
             raise CacheError(
-                f"{self._cache.path} was written without gradients (extract --no-gradient): terms of activations alone"
+                f"{self._cache_path} was written without gradients (extract --no-gradient): terms of activations alone"
                 " can be used"
             )
-        return self.read(self._cache.header.layer_array(layer, what), rows)
+        return self.read(self._header.layer_array(layer, what), rows)
 
     def read(self, path: str, rows: slice = slice(None), *, any_number: bool = False) -> NDArray[Any]:
         """Return rows of an array; `rows` may have a step above 0.
@@ -179,22 +182,22 @@ class SplitView(Mapping[str, LayerView]):
         any_number: bool,
     ) -> None:
         """Refuse rows at these positions of `values`: missing values, or values that no baseline can use."""
-        blocks = np.array([rows[int(place)] for place in bad]) // self._cache.header.block_rows
+        blocks = np.array([rows[int(place)] for place in bad]) // self._header.block_rows
         for block, first in zip(*np.unique(blocks, return_index=True), strict=True):
-            key = chunk_key(array, int(block), self._cache.header)
-            if values.dtype.kind == "i" or not is_there(self._cache.root, key):
+            key = chunk_key(array, int(block), self._header)
+            if values.dtype.kind == "i" or not is_there(self._root, key):
                 raise self._damaged(path, f"row {rows[int(bad[first])]} holds no value")
         if path in ("logits", "features") and not any_number:
             value = values[bad[0]]
             infinite = value[~np.isfinite(value)][0]
             raise ValuesError(
-                f"{self._cache.path}: {self.name}/{path}, row {rows[int(bad[0])]}: the network gave {infinite}"
+                f"{self._cache_path}: {self.name}/{path}, row {rows[int(bad[0])]}: the network gave {infinite}"
             )
 
     def _damaged(self, path: str, what: object) -> CacheError:
         return CacheError(
-            f"{self._cache.path}: {self.name}/{path} is damaged ({what}); repair it with:"
-            f" {command_line('repair', self._cache.path)}"
+            f"{self._cache_path}: {self.name}/{path} is damaged ({what}); repair it with:"
+            f" {command_line('repair', self._cache_path)}"
         )
 
     def check(self) -> None:
@@ -206,7 +209,7 @@ class SplitView(Mapping[str, LayerView]):
         Raises:
             CacheError: naming the difference.
         """
-        root, header = self._cache.root, self._cache.header
+        root, header = self._root, self._header
         sharded = header.shard_blocks > 1
         for array, what in split_problems(self._group, header, self._arrays):
             raise self._damaged(array or "zarr.json", what)
@@ -217,8 +220,8 @@ class SplitView(Mapping[str, LayerView]):
             raise self._damaged(array, f"{count} of its chunks are not there")
         if not (sharded or matches_seal(root, self.name, self.attributes, keys)):
             raise CacheError(
-                f"{self._cache.path}: {self.name} is not what was sealed: files were changed, exchanged or lost;"
-                f" {command_line('verify', self._cache.path)} says which"
+                f"{self._cache_path}: {self.name} is not what was sealed: files were changed, exchanged or lost;"
+                f" {command_line('verify', self._cache_path)} says which"
             )
 
     def marks(self) -> NDArray[np.bool_]:
@@ -226,7 +229,7 @@ class SplitView(Mapping[str, LayerView]):
 
         A mark that cannot be read (cut short by a power cut) counts as False: its block is written again.
         """
-        count = count_blocks(self.rows, self._cache.header.block_rows)
+        count = count_blocks(self.rows, self._header.block_rows)
         if not self._holds("blocks"):
             return np.zeros(count, bool)
         marks = self.array("blocks")
@@ -239,11 +242,11 @@ class SplitView(Mapping[str, LayerView]):
 
     def stored_bytes(self) -> int:
         """Return the bytes of the split's chunks as they are stored."""
-        arrays = [*self._cache.header.arrays(), "blocks"]
+        arrays = [*self._header.arrays(), "blocks"]
         return sum(int(self.array(path).nbytes_stored()) for path in arrays if self._holds(path))
 
     def _holds(self, path: str) -> bool:
-        return is_there(self._cache.root, f"{self.name}/{path}/zarr.json")
+        return is_there(self._root, f"{self.name}/{path}/zarr.json")
 
 
 def _without_number(path: str, values: NDArray[Any]) -> NDArray[np.bool_]:  # (rows,) or (rows, width) → (rows,)
