@@ -148,15 +148,17 @@ def deterministic(found: Callable[[str], None] = lambda name: None) -> Iterator[
     environment = os.environ.get(_WORKSPACE)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
-    fills, cudnn = memory.fill_uninitialized_memory, torch.backends.cudnn.deterministic
+    fills, cudnn = memory.fill_uninitialized_memory, torch.backends.cudnn
     with ExitStack() as undo:
         undo.callback(torch.use_deterministic_algorithms, before[0], warn_only=before[1])
         undo.callback(setattr, memory, "fill_uninitialized_memory", fills)
-        undo.callback(setattr, torch.backends.cudnn, "deterministic", cudnn)
+        undo.callback(setattr, cudnn, "deterministic", cudnn.deterministic)
+        undo.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
         undo.callback(_set_environment, _WORKSPACE, environment)
         _set_environment(_WORKSPACE, environment or ":4096:8")  # cuBLAS reads it when it starts
         memory.fill_uninitialized_memory = False  # which costs a pass over all new memory
-        torch.backends.cudnn.deterministic = True
+        cudnn.deterministic = True
+        cudnn.benchmark = False  # which times several algorithms and may take another one next time
         torch.use_deterministic_algorithms(True, warn_only=True)
         undo.enter_context(warnings.catch_warnings())
         for pattern in (_NO_DETERMINISTIC, _CUBLAS):

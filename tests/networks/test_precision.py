@@ -47,6 +47,7 @@ def flags() -> list[object]:
         torch.get_float32_matmul_precision(),
         backends.cudnn.allow_tf32,
         backends.cudnn.deterministic,
+        backends.cudnn.benchmark,
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
@@ -105,6 +106,13 @@ def test_all_is_restored_after_an_error() -> None:
     assert flags() == before
     assert network[0].weight is kernel
     assert kernel.is_contiguous()
+
+
+def test_cudnn_times_no_algorithms_though_a_training_script_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with deterministic():
+        assert torch.backends.cudnn.benchmark is False
+    assert torch.backends.cudnn.benchmark is True
 
 
 def test_a_workspace_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
