@@ -43,7 +43,7 @@ from nacpipe.method.params import NacParams
 from nacpipe.networks.call import PLAIN_CALL, Call, Mask, device_of, map_tensors, move, repeat_samples
 from nacpipe.networks.checkpoints import hash_network
 from nacpipe.networks.poolings import POOLINGS
-from nacpipe.networks.precision import FP32, deterministic, products
+from nacpipe.networks.precision import CHANNELS_LAST, CONTIGUOUS, FP32, deterministic, laid_out, products
 from nacpipe.networks.taps import Tapped, Taps, find_penultimate, isolated
 from nacpipe.networks.trial import run_trial_batch
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
@@ -135,6 +135,7 @@ class Detector(nn.Module):
                 "the network was made under torch.inference_mode, which forbids gradients; make it outside"
             )
         self._overwritten: Set[str] | None = None
+        self._strict = True
         self._given_outputs = outputs
         self._ready = False
         if like is not None:
@@ -144,7 +145,7 @@ class Detector(nn.Module):
     def _set_up(self, like: Any, *, examples: bool) -> None:
         """Find the classifier and the layers that are its input, by a trial batch."""
         outputs, network = self._given_outputs, self.network
-        with isolated(network, device_of(like)):
+        with isolated(network, device_of(like)), products(FP32):  # what a layer is does not depend on rounding
             trial = run_trial_batch(
                 self._name, network, like, gives_features=outputs == "features", call=self._call, examples=examples
             )
@@ -490,8 +491,14 @@ class Detector(nn.Module):
         cached = None if self._exported is None else self._exported.cache_layers
         with self._tap(device_of(images), gradients=self._gradients, cache_layers=cached) as taps:
             tapped = taps(map_tensors(Tensor.detach, images))
-            self._overwritten = taps.overwritten
+            self._overwritten, self._strict = taps.overwritten, taps.strict
         return tapped
+
+    def _memory_format(self, device: torch.device) -> str:
+        """Return the memory format of the cache's states on a GPU; on another device there is one."""
+        before = None if self._exported is None else self._exported.identity.get("arithmetic")
+        laid_out_so = isinstance(before, Mapping) and before.get("memory_format") == CHANNELS_LAST
+        return CHANNELS_LAST if laid_out_so and device.type == "cuda" else CONTIGUOUS
 
     @contextmanager
     def _tap(
@@ -500,8 +507,9 @@ class Detector(nn.Module):
         """The network with taps on the layers of the terms; arguments as those of `Taps`."""
         with (
             isolated(self.network, device),
+            laid_out(self.network, self._memory_format(device)),  # this and the next two: as the states were made
             products(self._precision),
-            deterministic() if device.type == "cuda" else nullcontext(),  # as the states were made
+            deterministic() if device.type == "cuda" else nullcontext(),
             Taps(
                 self.network,
                 self._specs,
@@ -513,6 +521,7 @@ class Detector(nn.Module):
                 gradients=gradients,
                 call=self._call,
                 cache_layers=cache_layers,
+                strict=self._strict,
             ) as taps,
         ):
             yield taps
