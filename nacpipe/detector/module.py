@@ -43,7 +43,7 @@ from nacpipe.method.params import NacParams
 from nacpipe.networks.call import PLAIN_CALL, Call, Mask, device_of, map_tensors, move, repeat_samples
 from nacpipe.networks.checkpoints import hash_network
 from nacpipe.networks.poolings import POOLINGS
-from nacpipe.networks.precision import CHANNELS_LAST, CONTIGUOUS, FP32, deterministic, laid_out, products
+from nacpipe.networks.precision import FP32, deterministic, laid_out, products, stored_format
 from nacpipe.networks.taps import Tapped, Taps, find_penultimate, isolated
 from nacpipe.networks.trial import run_trial_batch
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
@@ -494,20 +494,15 @@ class Detector(nn.Module):
             self._overwritten, self._strict = taps.overwritten, taps.strict
         return tapped
 
-    def _memory_format(self, device: torch.device) -> str:
-        """Return the memory format of the cache's states on a GPU; on another device there is one."""
-        before = None if self._exported is None else self._exported.identity.get("arithmetic")
-        laid_out_so = isinstance(before, Mapping) and before.get("memory_format") == CHANNELS_LAST
-        return CHANNELS_LAST if laid_out_so and device.type == "cuda" else CONTIGUOUS
-
     @contextmanager
     def _tap(
         self, device: torch.device, *, gradients: bool, cache_layers: Sequence[str] | None = None
     ) -> Iterator[Taps]:
         """The network with taps on the layers of the terms; arguments as those of `Taps`."""
+        identity = {} if self._exported is None else self._exported.identity
         with (
             isolated(self.network, device),
-            laid_out(self.network, self._memory_format(device)),  # this and the next two: as the states were made
+            laid_out(self.network, stored_format(identity, device)),  # this and the next two: as the states were made
             products(self._precision),
             deterministic() if device.type == "cuda" else nullcontext(),
             Taps(

@@ -89,6 +89,13 @@ def choose_format(precision: str, device: torch.device) -> str:
     return CHANNELS_LAST if device.type == "cuda" and precision != FP32 else CONTIGUOUS
 
 
+def stored_format(identity: Mapping[str, Any], device: torch.device) -> str:
+    """Return the memory format of a cache's states, for a device of the type that they were made on."""
+    made = identity.get("arithmetic")
+    same = isinstance(made, Mapping) and (made.get("device"), made.get("memory_format")) == (device.type, CHANNELS_LAST)
+    return CHANNELS_LAST if same else CONTIGUOUS
+
+
 @contextmanager
 def products(precision: str) -> Iterator[None]:
     """Round float32 products as a precision says, whatever the caller or a network's file chose; restored afterwards.
