@@ -57,7 +57,15 @@ from nacpipe.method.fitted_term import FittedTerm, fit_term
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.models import find_model
-from nacpipe.networks.precision import AUTOCAST, choose_format, computing, laid_out, products
+from nacpipe.networks.precision import (
+    AUTOCAST,
+    arithmetic,
+    choose_format,
+    computing,
+    laid_out,
+    products,
+    strictly_deterministic,
+)
 from nacpipe.networks.taps import Tapped, Taps, find_penultimate, freeze
 
 SIDE = {"resnet20": 32, "resnet50": 224, "vit_b_16": 224, "swin_t": 224}  # pixels
@@ -185,7 +193,7 @@ class Bench:
         layers, classifier = layers_of(model), find_model(model).classifier
 
         def both_passes() -> None:
-            with half(self.device, AUTOCAST[precision]):
+            with half(self.device, AUTOCAST[precision]), strictly_deterministic():  # as ours, in attention
                 bare(plain, layers[-1], images)
 
         with Taps(tapped, layers, classifier, penultimate=penultimate, precision=precision) as taps:
@@ -210,7 +218,8 @@ class Bench:
             "bare": lambda: bare(plain, layers[-1], images),
             "look-ups": lambda: [look(value, logits) for look, value in zip(detector._lookups, values, strict=True)],
         }
-        seconds = self.measure(sides)
+        with arithmetic("fp32"), strictly_deterministic():  # as in the detector; torch's own choice is TF32
+            seconds = self.measure(sides)
         whole = statistics.median(seconds["detector"])
         share = statistics.median(seconds["look-ups"]) / whole
         return Row(
@@ -278,7 +287,7 @@ class Bench:
     def network_rate(self, model: str) -> float:
         """Return the images per second of the network alone."""
         network, images = self.placed(model)
-        with Taps(network, layers_of(model), find_model(model).classifier) as taps:
+        with arithmetic("fp32"), Taps(network, layers_of(model), find_model(model).classifier) as taps:
             return self.sizes.batch / statistics.median(self.measure({"ours": lambda: taps(images)})["ours"])
 
     def write_rate(self, cache: Cache) -> float:
@@ -329,7 +338,7 @@ class Bench:
         model, batch = self.sizes.extracted, self.sizes.batch
         network, images, notes = build(model, self.device), noise(model, batch), list[str]()
         self.free()
-        with Taps(network, layers_of(model), find_model(model).classifier) as taps:
+        with arithmetic("fp32"), Taps(network, layers_of(model), find_model(model).classifier) as taps:
             expected = taps(images[: batch // 4].to(self.device)).logits.cpu()
             self.free()
             torch.cuda.reset_peak_memory_stats(self.device)
