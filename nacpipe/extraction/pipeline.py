@@ -116,7 +116,7 @@ def choose_blocks(plan: Plan, ranks: Ranks = Ranks(), note: Note = lambda text: 
 
 def _time_batch(plan: Plan) -> float:
     """Return the seconds that the network needs for a batch, after a first batch that is not timed."""
-    network, seconds, size = plan.network, 0.0, plan.request.batch_size
+    network, seconds, size = plan.network, 0.0, _largest_batch(plan)
     if not network.from_python:
         noise = torch.randn(network.blank(1).shape[1:], generator=torch.Generator().manual_seed(0)).to(network.dtype)
         images = noise.expand(size, *noise.shape).contiguous()
@@ -131,6 +131,13 @@ def _time_batch(plan: Plan) -> float:
             list(run(images))
             seconds = time.perf_counter() - started
     return seconds
+
+
+def _largest_batch(plan: Plan) -> int:
+    """Return the samples of the largest batch that this run has; an iterable may have any."""
+    if any(isinstance(split.images, StreamSamples) and not split.sealed for split in plan.splits):
+        return plan.request.batch_size
+    return min(plan.request.batch_size, max((split.rows for split in plan.splits), default=1))
 
 
 def _extract(
