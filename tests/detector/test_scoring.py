@@ -279,6 +279,14 @@ def test_images_that_came_later_are_named_and_not_scored(
     done = run(*command, "--redo", "photos,l", "--json")
     assert [row["images"] for row in json.loads(done.stdout)] == [3, 3]
     assert run(*command).stderr.count("\n") == 1
+    for name in ("a.png", "deep/b.png"):
+        os.utime(tmp_path / "photos" / name, (1_700_000_000, 1_700_000_000))
+    done = run(*command)
+    assert (done.exit_code, done.stderr.splitlines()[0]) == (
+        0,
+        "photos: 2 images have another time than in its part scores/photos.csv (the first: a.png); score it again with"
+        " --redo photos",
+    )
 
 
 def test_nothing_to_do_loads_no_network(
