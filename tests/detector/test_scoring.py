@@ -390,6 +390,17 @@ def test_parts_in_another_format_are_refused(tmp_path: Path) -> None:
         Parts(tmp_path, "json").claim({"sha256": "0" * 64})
 
 
+def test_no_part_is_written_over_the_description(detector: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "_detector"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(load_set("val")[0][0]))
+    done = run("score", detector, folder, "--output", tmp_path / "scores", "--format", "json")
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"nacpipe: {folder} would be written as _detector.json, which says what the parts")
+    assert run("score", detector, folder, "--output", tmp_path / "scores").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == ["_detector.csv", "_detector.json"]
+
+
 def test_the_part_of_single_files_is_not_taken_for_that_of_others(detector: Path, tmp_path: Path) -> None:
     for name, image in zip("ab", load_set("val")[0], strict=False):
         (tmp_path / f"{name}.png").write_bytes(png(image))
