@@ -57,7 +57,15 @@ from nacpipe.method.fitted_term import FittedTerm, fit_term
 from nacpipe.method.params import LayerParams, NacParams
 from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.models import find_model
-from nacpipe.networks.precision import AUTOCAST, choose_format, computing, laid_out, products
+from nacpipe.networks.precision import (
+    AUTOCAST,
+    arithmetic,
+    choose_format,
+    computing,
+    laid_out,
+    products,
+    strictly_deterministic,
+)
 from nacpipe.networks.taps import Tapped, Taps, find_penultimate, freeze
 
 SIDE = {"resnet20": 32, "resnet50": 224, "vit_b_16": 224, "swin_t": 224}  # pixels
@@ -185,7 +193,7 @@ class Bench:
         layers, classifier = layers_of(model), find_model(model).classifier
 
         def both_passes() -> None:
-            with half(self.device, AUTOCAST[precision]):
+            with half(self.device, AUTOCAST[precision]), as_ours(strict=taps.strict):
                 bare(plain, layers[-1], images)
 
         with Taps(tapped, layers, classifier, penultimate=penultimate, precision=precision) as taps:
@@ -205,12 +213,18 @@ class Bench:
         with Taps(network, layers, find_model(model).classifier) as taps:
             found = taps(images)
         values, logits = [select_values(found, fitted.term) for fitted in terms], found.logits.cpu().numpy()
+
+        def both_passes() -> None:
+            with as_ours(strict=detector._strict):
+                bare(plain, layers[-1], images)
+
         sides: dict[str, Callable[[], object]] = {
             "detector": lambda: detector(images),
-            "bare": lambda: bare(plain, layers[-1], images),
+            "bare": both_passes,
             "look-ups": lambda: [look(value, logits) for look, value in zip(detector._lookups, values, strict=True)],
         }
-        seconds = self.measure(sides)
+        with arithmetic("fp32"):  # as in the detector; torch's own choice is TF32
+            seconds = self.measure(sides)
         whole = statistics.median(seconds["detector"])
         share = statistics.median(seconds["look-ups"]) / whole
         return Row(
@@ -278,7 +292,7 @@ class Bench:
     def network_rate(self, model: str) -> float:
         """Return the images per second of the network alone."""
         network, images = self.placed(model)
-        with Taps(network, layers_of(model), find_model(model).classifier) as taps:
+        with arithmetic("fp32"), Taps(network, layers_of(model), find_model(model).classifier) as taps:
             return self.sizes.batch / statistics.median(self.measure({"ours": lambda: taps(images)})["ours"])
 
     def write_rate(self, cache: Cache) -> float:
@@ -329,7 +343,7 @@ class Bench:
         model, batch = self.sizes.extracted, self.sizes.batch
         network, images, notes = build(model, self.device), noise(model, batch), list[str]()
         self.free()
-        with Taps(network, layers_of(model), find_model(model).classifier) as taps:
+        with arithmetic("fp32"), Taps(network, layers_of(model), find_model(model).classifier) as taps:
             expected = taps(images[: batch // 4].to(self.device)).logits.cpu()
             self.free()
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -494,6 +508,11 @@ def tap(model: str, network: nn.Module, images: Tensor) -> Tapped:
 def half(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
     """Return autocast to a half type, or nothing."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def as_ours(*, strict: bool) -> contextlib.AbstractContextManager[object]:
+    """Let attention take the backward pass that it takes in ours, where ours has run."""
+    return strictly_deterministic() if strict else contextlib.nullcontext()
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

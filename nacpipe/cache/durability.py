@@ -22,18 +22,22 @@ def sync_files(files: Iterable[Path], root: Path) -> None:
             folders.add(folder)
             folder = folder.parent
     for path in (*files, *sorted(folders)):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # folders on some file systems
-                raise
-        finally:
-            os.close(handle)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # folders on some file systems
+            raise
+    finally:
+        os.close(handle)
 
 
 def replace_file(file: Path, content: bytes) -> None:
-    """Write a file atomically, with fsync; another process may do so at once, and one of the contents stays."""
+    """Write a file atomically, with fsync of it and its folder; of two processes at once, one's content stays."""
     draft = file.with_name(f"{file.name}.{os.urandom(8).hex()}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
     with draft.open("wb") as out:
@@ -41,6 +45,7 @@ def replace_file(file: Path, content: bytes) -> None:
         out.flush()
         os.fsync(out.fileno())
     draft.replace(file)
+    _sync(file.parent)  # the new name
 
 
 @contextlib.contextmanager

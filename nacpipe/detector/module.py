@@ -43,7 +43,7 @@ from nacpipe.method.params import NacParams
 from nacpipe.networks.call import PLAIN_CALL, Call, Mask, device_of, map_tensors, move, repeat_samples
 from nacpipe.networks.checkpoints import hash_network
 from nacpipe.networks.poolings import POOLINGS
-from nacpipe.networks.precision import FP32, deterministic, products
+from nacpipe.networks.precision import FP32, deterministic, laid_out, products, stored_format
 from nacpipe.networks.taps import Tapped, Taps, find_penultimate, isolated
 from nacpipe.networks.trial import run_trial_batch
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
@@ -135,6 +135,7 @@ class Detector(nn.Module):
                 "the network was made under torch.inference_mode, which forbids gradients; make it outside"
             )
         self._overwritten: Set[str] | None = None
+        self._strict = True
         self._given_outputs = outputs
         self._ready = False
         if like is not None:
@@ -144,7 +145,7 @@ class Detector(nn.Module):
     def _set_up(self, like: Any, *, examples: bool) -> None:
         """Find the classifier and the layers that are its input, by a trial batch."""
         outputs, network = self._given_outputs, self.network
-        with isolated(network, device_of(like)):
+        with isolated(network, device_of(like)), products(FP32):  # what a layer is does not depend on rounding
             trial = run_trial_batch(
                 self._name, network, like, gives_features=outputs == "features", call=self._call, examples=examples
             )
@@ -490,7 +491,7 @@ class Detector(nn.Module):
         cached = None if self._exported is None else self._exported.cache_layers
         with self._tap(device_of(images), gradients=self._gradients, cache_layers=cached) as taps:
             tapped = taps(map_tensors(Tensor.detach, images))
-            self._overwritten = taps.overwritten
+            self._overwritten, self._strict = taps.overwritten, taps.strict
         return tapped
 
     @contextmanager
@@ -498,10 +499,12 @@ class Detector(nn.Module):
         self, device: torch.device, *, gradients: bool, cache_layers: Sequence[str] | None = None
     ) -> Iterator[Taps]:
         """The network with taps on the layers of the terms; arguments as those of `Taps`."""
+        identity = {} if self._exported is None else self._exported.identity
         with (
             isolated(self.network, device),
+            laid_out(self.network, stored_format(identity, device)),  # this and the next two: as the states were made
             products(self._precision),
-            deterministic() if device.type == "cuda" else nullcontext(),  # as the states were made
+            deterministic() if device.type == "cuda" else nullcontext(),
             Taps(
                 self.network,
                 self._specs,
@@ -513,6 +516,7 @@ class Detector(nn.Module):
                 gradients=gradients,
                 call=self._call,
                 cache_layers=cache_layers,
+                strict=self._strict,
             ) as taps,
         ):
             yield taps

@@ -76,6 +76,9 @@ class RowWriter(Protocol):
     def close(self) -> None:
         """Write what is left."""
 
+    def drop(self) -> None:
+        """Close without: the file is not kept."""
+
 
 class Parts:
     """The folder of parts."""
@@ -131,9 +134,8 @@ class Parts:
         """
         if is_url(self.folder):
             with SpooledTemporaryFile(1 << 24) as file:
-                writer = _WRITERS[self.kind](file)
-                yield writer
-                writer.close()
+                with _rows(_WRITERS[self.kind](file)) as writer:
+                    yield writer
                 file.seek(0)
                 write_object(self.address(stem), file.read())
             return
@@ -146,9 +148,8 @@ class Parts:
             if sys.platform != "win32":
                 with suppress(OSError):
                     lock_handle(file.fileno(), wait=False)
-            writer = _WRITERS[self.kind](file)
-            yield writer
-            writer.close()
+            with _rows(_WRITERS[self.kind](file)) as writer:
+                yield writer
 
     def check(self, description: Mapping[str, Any]) -> bool:
         """Refuse a folder with parts of another detector or in another format; return whether it is claimed.
@@ -188,6 +189,17 @@ class Parts:
         if not self.check(description):
             content = json.dumps({**description, "format": self.kind}, indent=2)
             _write(_join(self.folder, DESCRIPTION), content.encode())
+
+
+@contextmanager
+def _rows(writer: RowWriter) -> Iterator[RowWriter]:
+    """Close a writer at the end of the `with` block; where that raises, before its file is."""
+    try:
+        yield writer
+        writer.close()
+    except BaseException:
+        writer.drop()
+        raise
 
 
 def _literal(stem: str) -> str:
@@ -245,6 +257,9 @@ class _CsvWriter:
     def close(self) -> None:
         pass
 
+    def drop(self) -> None:
+        pass
+
 
 class _JsonWriter:
     def __init__(self, file: IO[bytes]) -> None:
@@ -256,6 +271,9 @@ class _JsonWriter:
 
     def close(self) -> None:
         self._file.write(b"[]\n" if self._before == b"[\n" else b"\n]\n")
+
+    def drop(self) -> None:
+        pass
 
 
 class _ParquetWriter:
@@ -286,6 +304,10 @@ class _ParquetWriter:
     def close(self) -> None:
         self._flush()
         self._writer.close()
+
+    def drop(self) -> None:
+        with suppress(Exception):  # a full disk; open, it would print a traceback when it is collected
+            self._writer.close()
 
     def _flush(self) -> None:
         self._writer.write_table(self._pyarrow.Table.from_pylist(self._rows, self._schema))

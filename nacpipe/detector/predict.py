@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from nacpipe.extraction.request import find_device, pin_arithmetic
 from nacpipe.networks.batch_runner import BatchRunner
 from nacpipe.networks.build import load_network
 from nacpipe.networks.models import find_model
-from nacpipe.networks.precision import CHANNELS_LAST, FP32, arithmetic, lay_out
+from nacpipe.networks.precision import CHANNELS_LAST, FP32, arithmetic, lay_out, stored_format
 from nacpipe.networks.wrappers import find_device_and_dtype
 
 
@@ -113,9 +113,8 @@ def attach_network(
     benchmark = known or Benchmark(name="its own", classes=exported.classes, transform=exported.transform, splits=())
     benchmark = replace(benchmark, transform=exported.transform)
     network = load_network(row, benchmark, checkpoint, device, "benchmark")
-    before = exported.identity.get("arithmetic")
-    if isinstance(before, Mapping) and (before.get("memory_format"), device.type) == (CHANNELS_LAST, "cuda"):
-        lay_out(network.module)  # as the states were made
+    if stored_format(exported.identity, device) == CHANNELS_LAST:
+        lay_out(network.module)  # once: a detector does it in every call
     try:
         detector = attach(exported, network.module)
     except DetectorError as error:

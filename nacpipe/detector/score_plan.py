@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nacpipe.detector.file import Exported
-from nacpipe.detector.parts import Parts, read_part
+from nacpipe.detector.parts import DESCRIPTION, Parts, read_part
 from nacpipe.detector.shards import Shard, check_stems, find_shards
 from nacpipe.errors import InputError
 from nacpipe.extraction.place import Place
@@ -66,8 +66,8 @@ def plan_scoring(
         python: whether options are spelt as from Python.
 
     Raises:
-        InputError: two shards would have one part, the part of single image files is of other files, or `redo` names
-            what is no shard here.
+        InputError: two shards would have one part, one the name of the parts' description, the part of single image
+            files is of other files, or `redo` names what is no shard here.
         ImageError: a file, list or shard on this machine is not there.
         CacheError: a server does not answer.
     """
@@ -75,6 +75,7 @@ def plan_scoring(
     for shard in shards:
         shard.check()
     check_stems(shards)
+    _check_description_stays(shards, parts)
     stems = [shard.stem for shard in shards]
     written = parts.written() & set(stems)
     redone = written & _named_again(redo, stems)
@@ -87,6 +88,20 @@ def plan_scoring(
         done=frozenset(written - redone),
         redone=frozenset(redone),
     )
+
+
+def _check_description_stays(shards: Sequence[Shard], parts: Parts) -> None:
+    """Refuse a part that would be written over what says what all parts were scored with.
+
+    Raises:
+        InputError: naming its shard.
+    """
+    for shard in shards:
+        if f"{shard.stem}.{parts.kind}" == DESCRIPTION:
+            raise InputError(
+                f"{shard.address} would be written as {DESCRIPTION}, which says what the parts were scored with; give"
+                " it another name, or the parts another format"
+            )
 
 
 def _named_again(redo: Sequence[str], stems: Sequence[str]) -> set[str]:

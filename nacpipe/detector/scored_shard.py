@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nacpipe.detector.parts import Parts, read_part
+from nacpipe.detector.parts import Parts, format_time, read_part
 from nacpipe.detector.shards import Shard
 from nacpipe.errors import ImageError, InputError
 from nacpipe.text import escape_bytes, spell_option
@@ -51,7 +51,7 @@ def read_scored(
     Args:
         shards: those that have a part.
         parts: where it is.
-        note: called with what to say aloud: images of a folder or list that its part lacks.
+        note: called with what to say aloud: images of a folder or list that its part lacks, or that are others now.
         python: whether options are spelt as from Python.
     """
     for shard in shards:
@@ -63,11 +63,9 @@ def read_scored(
                 shard=shard.address, part=None, images=0, flagged=0, errors=0, first_error=str(error), done_before=True
             )
             continue
-        if shard.kind in GROWING and (new := find_new(shard, set(rows["image"].dropna().astype(str)))):
-            what = "1 image is" if len(new) == 1 else f"{len(new)} images are"
-            first = new[0] if len(new) == 1 else f"the first: {new[0]}"
-            again = spell_option("redo", [shard.stem] if python else shard.stem, python=python)
-            note(f"{shard.address}: {what} not in its part {address} ({first}); score it again with {again}")
+        if shard.kind in GROWING:
+            for text in _describe_differences(shard, address, rows, python=python):
+                note(text)
         yield _count(shard, address, rows)
 
 
@@ -84,12 +82,33 @@ def _count(shard: Shard, address: str, rows: pd.DataFrame) -> ScoredShard:
     )
 
 
-def find_new(shard: Shard, scored: Set[str]) -> list[str]:
-    """Return the images of a folder or list that are not among those scored, by name, below the folder or list's.
+def _describe_differences(shard: Shard, address: str, rows: pd.DataFrame, *, python: bool) -> Iterator[str]:
+    """Yield what to say aloud of images that a part lacks, and of those that it has no longer as they are."""
+    named = rows[rows["image"].notna()]
+    times = {
+        str(image): time if isinstance(time, str) else None
+        for image, time in zip(named["image"], named["time"], strict=True)
+    }
+    new, changed = compare_images(shard, times)
+    again = spell_option("redo", [shard.stem] if python else shard.stem, python=python)
+    for images, one, many in (
+        (new, "1 image is not in its part", "{} images are not in its part"),
+        (changed, "1 image has another time than in its part", "{} images have another time than in its part"),
+    ):
+        if images:
+            what = one if len(images) == 1 else many.format(len(images))
+            first = images[0] if len(images) == 1 else f"the first: {images[0]}"
+            yield f"{shard.address}: {what} {address} ({first}); score it again with {again}"
+
+
+def compare_images(shard: Shard, times: Mapping[str, str | None]) -> tuple[list[str], list[str]]:
+    """Return the images of a folder or list that are not among those scored, and those of another time than then.
+
+    Both by name, below the folder or the list's.
 
     Args:
         shard: a folder or a list, here.
-        scored: images of its part.
+        times: image of its part → when the file was written last (`format_time`), None where that is not known.
     """
     base = Path(shard.address) if shard.kind == "folder" else Path(shard.address).parent
     paths: list[Path] = []
@@ -99,20 +118,32 @@ def find_new(shard: Shard, scored: Set[str]) -> list[str]:
     below = {
         name: escape_bytes(str(path.relative_to(base))) for name, path in names.items() if path.is_relative_to(base)
     }
+    scored = {name: name for name in names if name in times}
+    if not any(name in times for name in below):
+        elsewhere = _named_from_elsewhere(times, [*below.values()])
+        scored |= {name: elsewhere[inside] for name, inside in below.items() if inside in elsewhere}
     new = [name for name in names if name not in scored]
-    if not any(name in scored for name in below):
-        known = _named_from_elsewhere(scored, [*below.values()])
-        new = [name for name in new if below.get(name) not in known]
-    return [below.get(name, name) for name in new]
+    changed = [name for name, before in scored.items() if _is_changed(names[name], times[before])]
+    return [below.get(name, name) for name in new], [below.get(name, name) for name in changed]
 
 
-def _named_from_elsewhere(scored: Set[str], below: Sequence[str]) -> Set[str]:
-    """Return which images were scored where the folder had another name: `photos`, `/data/photos`.
+def _is_changed(path: Path, time: str | None) -> bool:
+    if time is None or not time.endswith("Z"):  # a spreadsheet may have written it otherwise
+        return False
+    try:
+        return format_time(path.stat().st_mtime) != time
+    except (OSError, ValueError):
+        return False
+
+
+def _named_from_elsewhere(scored: Iterable[str], below: Sequence[str]) -> Mapping[str, str]:
+    """Return which images were scored, and as what, where the folder had another name: `photos`, `/data/photos`.
 
     The folder is above every scored image, and so above any one; it is the one with most of these images below it.
     """
+    scored = set(scored)
     found = [
-        frozenset(name for name in below if str(start / name) in scored)
+        {name: str(start / name) for name in below if str(start / name) in scored}
         for start in (Path(min(scored)).parents if scored else ())
     ]
-    return max(found, key=len, default=frozenset())
+    return max(found, key=len, default={})

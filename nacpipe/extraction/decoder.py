@@ -42,7 +42,7 @@ class Decoder:
         """Return a JPEG's image, RGB or grey; None where Pillow is to decode the content.
 
         Raises:
-            RuntimeError: the GPU's memory is full.
+            InputError: the GPU's memory is full.
         """
         mode = None if self.name == PILLOW else _find_mode(content)
         if mode is None:
@@ -52,7 +52,10 @@ class Decoder:
             pixels = _decode(encoded, mode, self.device if self.name == NVJPEG else "cpu")
         except RuntimeError as error:
             if is_out_of_memory(error):
-                raise
+                smaller = spell_option("batch-size", python=False)
+                raise InputError(
+                    f"the memory of {self.device} is full, on which JPEGs are decoded too; take a smaller {smaller}"
+                ) from error
             return None
         return vision.to_pil_image(pixels.cpu())  # type: ignore[no-any-return]
 

@@ -48,7 +48,7 @@ from nacpipe.networks.batch_runner import BatchRunner, Clock, name_hardware, no_
 from nacpipe.networks.build import classifier_weights
 from nacpipe.networks.call import name_sample
 from nacpipe.networks.checkpoints import read_stated_accuracy
-from nacpipe.networks.copies import choose_copies, copy_ahead
+from nacpipe.networks.copies import Copies, choose_copies, copy_ahead
 from nacpipe.networks.precision import BF16, FP16
 from nacpipe.networks.taps import Tapped
 from nacpipe.text import spell_option
@@ -116,7 +116,7 @@ def choose_blocks(plan: Plan, ranks: Ranks = Ranks(), note: Note = lambda text: 
 
 def _time_batch(plan: Plan) -> float:
     """Return the seconds that the network needs for a batch, after a first batch that is not timed."""
-    network, seconds, size = plan.network, 0.0, plan.request.batch_size
+    network, seconds, size = plan.network, 0.0, _largest_batch(plan)
     if not network.from_python:
         noise = torch.randn(network.blank(1).shape[1:], generator=torch.Generator().manual_seed(0)).to(network.dtype)
         images = noise.expand(size, *noise.shape).contiguous()
@@ -131,6 +131,13 @@ def _time_batch(plan: Plan) -> float:
             list(run(images))
             seconds = time.perf_counter() - started
     return seconds
+
+
+def _largest_batch(plan: Plan) -> int:
+    """Return the samples of the largest batch that this run has; an iterable may have any."""
+    if any(isinstance(split.images, StreamSamples) and not split.sealed for split in plan.splits):
+        return plan.request.batch_size
+    return min(plan.request.batch_size, max((split.rows for split in plan.splits), default=1))
 
 
 def _extract(
@@ -213,15 +220,17 @@ def _extract(
             size=_known_size(writer.header, device_name),
             clock=clock,
         )
+        copies = choose_copies(plan.network.device)
         writing: deque[Future[None]] = deque()
         for split in plan.splits:
             if isinstance(split.images, StreamSamples):
                 if ranks.first and not split.sealed:  # it is read from its beginning, by one
                     with sealing:
-                        _run_stream(plan, split.images, run, progress, writer, clock)
+                        _run_stream(plan, split.images, run, copies, progress, writer, clock)
                         _note_accuracy(plan, split.images.name, note)
                 continue
-            for unit, arrays in _run_blocks(plan, split, units[split.images.name], images, run, progress, clock):
+            own = units[split.images.name]
+            for unit, arrays in _run_blocks(plan, split, own, images, run, copies, progress, clock):
                 if len(writing) == BLOCKS_IN_FLIGHT:
                     with clock(WRITERS):
                         writing.popleft().result()
@@ -340,6 +349,7 @@ def _run_blocks(
     units: Sequence[int],
     images: Iterator[Tensor],
     run: BatchRunner[Arrays],
+    copies: Copies | None,
     progress: Progress,
     clock: Clock,
 ) -> Iterator[tuple[int, Arrays]]:
@@ -347,7 +357,6 @@ def _run_blocks(
     samples = split.images
     assert not isinstance(samples, StreamSamples)
     batches = [batch for unit in units for batch in plan.batches(split, unit)]
-    copies = choose_copies(plan.network.device)
     loaded = copy_ahead(_waited(_load(plan, samples, images, batches), clock), copies, clock)
     for unit in units:
         parts: list[Arrays] = []
@@ -414,6 +423,7 @@ def _run_stream(
     plan: Plan,
     samples: StreamSamples,
     run: BatchRunner[Arrays],
+    copies: Copies | None,
     progress: Progress,
     writer: CacheWriter,
     clock: Clock,
@@ -423,7 +433,7 @@ def _run_stream(
     with tempfile.TemporaryDirectory(prefix="nacpipe-") as folder:
         waiting: Arrays = {}
         loaded = _waited(samples.load(plan.header.classes), clock)
-        for arguments, label in copy_ahead(loaded, choose_copies(plan.network.device), clock):
+        for arguments, label in copy_ahead(loaded, copies, clock):
             parts = list(run(arguments))
             batch: Arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             batch["label"] = label

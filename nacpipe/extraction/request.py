@@ -236,8 +236,9 @@ def find_device(name: str, local: int = 0, local_world: int = 1, *, python: bool
         torch.zeros(1, device=device).cpu()  # `meta` has no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used here: {first_line(error, 120)}") from None
-    if device.type == "cuda" and local_world > 1:
-        torch.cuda.set_device(device)  # pinned memory would open the first GPU in every process
+    ours = local_world > 1 or not python  # a program of the caller's may have chosen another
+    if device.type == "cuda" and device.index is not None and ours:
+        torch.cuda.set_device(device)  # the thread that pins memory would open the first GPU too
     return device
 
 

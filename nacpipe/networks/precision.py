@@ -32,7 +32,9 @@ GRADIENT_SCALE = 1024.0
 FORMATS = CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
 _AMPERE = (8, 0)
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-_NO_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
+_NO_DETERMINISTIC = re.compile(
+    r"(\S+) does not have a deterministic implementation|^(.+?) defaults to a non-deterministic algorithm"
+)
 _CUBLAS = re.compile(r"Deterministic behavior was enabled .*CuBLAS", re.DOTALL)
 
 
@@ -72,7 +74,8 @@ def _try(dtype: torch.dtype, device: torch.device) -> str:
     kernel, weight = torch.ones((2, 2, 3, 3), device=device), torch.ones((3, 8), device=device)
     try:
         with warnings.catch_warnings(), torch.enable_grad(), torch.autocast(device.type, dtype=dtype):
-            warnings.simplefilter("error")  # where torch leaves autocast out, it warns
+            warnings.simplefilter("ignore")  # as of a GPU's first product
+            warnings.filterwarnings("error", "(?s).*autocast", UserWarning)  # where torch leaves autocast out, it warns
             image.requires_grad_()
             found = nn.functional.linear(torch.conv2d(image, kernel).flatten(1), weight)
             torch.autograd.grad(found.sum(), image)
@@ -84,6 +87,13 @@ def _try(dtype: torch.dtype, device: torch.device) -> str:
 def choose_format(precision: str, device: torch.device) -> str:
     """Return the memory format of a precision on a device."""
     return CHANNELS_LAST if device.type == "cuda" and precision != FP32 else CONTIGUOUS
+
+
+def stored_format(identity: Mapping[str, Any], device: torch.device) -> str:
+    """Return the memory format of a cache's states, for a device of the type that they were made on."""
+    made = identity.get("arithmetic")
+    same = isinstance(made, Mapping) and (made.get("device"), made.get("memory_format")) == (device.type, CHANNELS_LAST)
+    return CHANNELS_LAST if same else CONTIGUOUS
 
 
 @contextmanager
@@ -102,8 +112,9 @@ def products(precision: str) -> Iterator[None]:
         whole = None
     try:
         backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = precision == TF32
-        for kind in (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn):
-            kind.fp32_precision = "ieee"
+        for kind in kinds:  # allow_tf32 = False leaves cuDNN's to what was chosen for all of torch
+            of_cpu = kind in (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
+            kind.fp32_precision = "tf32" if precision == TF32 and not of_cpu else "ieee"
         yield
     finally:
         if whole is not None:
@@ -157,8 +168,7 @@ def deterministic(found: Callable[[str], None] = lambda name: None) -> Iterator[
         undo.callback(_set_environment, _WORKSPACE, environment)
         _set_environment(_WORKSPACE, environment or ":4096:8")  # cuBLAS reads it when it starts
         memory.fill_uninitialized_memory = False  # which costs a pass over all new memory
-        cudnn.deterministic = True
-        cudnn.benchmark = False  # which times several algorithms and may take another one next time
+        cudnn.deterministic, cudnn.benchmark = True, False  # which takes what was fastest on that day
         torch.use_deterministic_algorithms(True, warn_only=True)
         undo.enter_context(warnings.catch_warnings())
         for pattern in (_NO_DETERMINISTIC, _CUBLAS):
@@ -167,7 +177,7 @@ def deterministic(found: Callable[[str], None] = lambda name: None) -> Iterator[
 
         def note(message: Warning | str, *place: Any, **more: Any) -> None:
             if match := _NO_DETERMINISTIC.search(str(message)):
-                found(match[1])
+                found(match[1] or match[2])
             elif _CUBLAS.search(str(message)):
                 found("cuBLAS")
             else:
@@ -175,6 +185,22 @@ def deterministic(found: Callable[[str], None] = lambda name: None) -> Iterator[
 
         warnings.showwarning = note
         yield
+
+
+@contextmanager
+def strictly_deterministic() -> Iterator[None]:
+    """Within `deterministic`, raise an error in place of its warnings; restored afterwards.
+
+    Attention on CUDA has a deterministic backward pass, which torch takes only so: where it warns, it takes another.
+    """
+    if not (torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _set_environment(name: str, value: str | None) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from nacpipe.cache import LayerSpec
 from nacpipe.errors import InputError, first_line
-from nacpipe.networks.batch_runner import Clock, is_out_of_memory, no_clock
+from nacpipe.networks.batch_runner import Clock, clear_tracebacks, is_out_of_memory, no_clock
 from nacpipe.networks.call import (
     PLAIN_CALL,
     Call,
@@ -33,7 +33,7 @@ from nacpipe.networks.call import (
     replace_first,
 )
 from nacpipe.networks.poolings import POOLINGS, pool
-from nacpipe.networks.precision import AUTOCAST, FP16, FP32, GRADIENT_SCALE
+from nacpipe.networks.precision import AUTOCAST, FP16, FP32, GRADIENT_SCALE, strictly_deterministic
 from nacpipe.networks.trial import first_tensor
 from nacpipe.networks.wrappers import find_device_and_dtype, is_scripted, run_eagerly, unwrapped_children
 
@@ -71,6 +71,7 @@ class Taps:
         gradients: bool = True,
         call: Call = PLAIN_CALL,
         cache_layers: Sequence[str] | None = None,
+        strict: bool = True,
         clock: Clock = no_clock,
     ) -> None:
         """Register hooks on `layers` of `network`.
@@ -90,6 +91,8 @@ class Taps:
             call: how the network is called, and which positions of padded samples count.
             cache_layers: paths of all layers of the cache whose values are wanted to the last bit, of which a detector
                 taps some (`_fast_path`); None: those of `layers`.
+            strict: whether batches with a backward pass run `strictly_deterministic`; where one fails so, it runs again
+                with warnings, and `strict` is False from then on.
             clock: called with `pool` around what pools; the extraction's profile.
 
         Raises:
@@ -119,6 +122,7 @@ class Taps:
                 self._linear = modules[classifier]
         self._pools_at_once = not gradients
         self._backward = gradients and bool(layers) and self._linear is None
+        self.strict = strict and self._backward
         self._outputs: dict[str, Tensor] = {}
         # (layer, the tensor passed on to the next module, torch's count of in-place changes of that tensor)
         self._passed_on: list[tuple[str, Tensor, int]] = []
@@ -151,11 +155,35 @@ class Taps:
         """
         try:
             self._mask = self._call.mask_of(images)
-            return self._run(map_tensors(_leave_inference, cast_floats(images, self._dtype)))
-        finally:  # also after an error, so that the graph's memory is freed
-            self._outputs.clear()
-            self._passed_on.clear()
-            self._features = self._mask = None
+            arguments = map_tensors(_leave_inference, cast_floats(images, self._dtype))
+            if self.strict and (tapped := self._run_strictly(arguments)) is not None:
+                return tapped
+            return self._run(arguments)
+        finally:
+            self._forget()
+            self._mask = None
+
+    def _forget(self) -> None:
+        """Drop what a batch left, also after an error, so that the graph's memory is freed."""
+        self._outputs.clear()
+        self._passed_on.clear()
+        self._features = None
+
+    def _run_strictly(self, images: Any) -> Tapped | None:
+        """Run one batch without any operation that torch knows no deterministic algorithm of; None where it fails.
+
+        A copy of it runs, since it may have been overwritten by the time it fails.
+        """
+        try:
+            with strictly_deterministic():
+                return self._run(map_tensors(torch.clone, images))
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            clear_tracebacks(error)
+        self.strict = False
+        self._forget()
+        return None
 
     def _run(self, images: Any) -> Tapped:
         device = device_of(images).type
@@ -218,7 +246,7 @@ class Taps:
                     logits, outputs, grad_outputs=(logits_gradient * scale).to(logits.dtype), allow_unused=True
                 )
             except RuntimeError as error:
-                if is_out_of_memory(error):
+                if self.strict or is_out_of_memory(error):
                     raise
                 raise InputError(
                     f"no gradient of the logits can be computed in layer {self.layers[0].name!r} or another that is"
@@ -355,9 +383,19 @@ def _end_fast_path(_module: nn.Module, _inputs: object, _output: object) -> None
     torch.backends.mha.set_fastpath_enabled(False)
 
 
-def _without_cudnn(enabled: bool) -> AbstractContextManager[Any]:
-    """Run recurrent modules without cuDNN, whose backward pass exists in training mode alone."""
-    return torch.backends.cudnn.flags(enabled=False) if enabled else nullcontext()
+@contextmanager
+def _without_cudnn(enabled: bool) -> Iterator[None]:
+    """Run recurrent modules without cuDNN, whose backward pass exists in training mode alone.
+
+    `torch.backends.cudnn.flags` would set what rounds products too.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled
+    cudnn.enabled = before and not enabled
+    try:
+        yield
+    finally:
+        cudnn.enabled = before
 
 
 def _check_pooling(spec: LayerSpec, output: Tensor) -> None:

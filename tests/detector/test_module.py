@@ -512,6 +512,22 @@ def test_a_half_type_is_used_where_the_states_were_counted_in_it(place: Path, pr
     np.testing.assert_array_equal(found.score.numpy(), case.cached("id/val")[:128])
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cpu", True), ("cuda", False)])
+def test_kernels_are_laid_out_as_the_states_were_made(digits: Case, device: str, expected: bool) -> None:
+    """During a call alone, and on a device of that type."""
+    made = {"device": device, "tf32": False, "memory_format": "channels_last"}
+    network, images, seen = digits.network(), digits.images("id/val")[:4], list[bool]()
+    exported = replace(digits.exported, identity={**digits.exported.identity, "arithmetic": made})
+    detector = attach(exported, network)
+    kernels = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
+    kernel = next(kernel for kernel in kernels if kernel.shape[1] > 1)  # of one channel both are the same
+    network.register_forward_pre_hook(lambda *_: seen.append(kernel.stride()[1] == 1))
+    scores = detector(images).score.numpy()
+    assert seen == [expected]
+    assert kernel.is_contiguous()
+    np.testing.assert_allclose(scores, digits.cached("id/val")[:4], atol=1e-3)
+
+
 @pytest.mark.slow
 def test_threads_do_not_mix_their_images(digits: Case) -> None:
     detector = load_detector(digits.file, digits.network())

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from nacpipe.detector.scored_shard import find_new
-from nacpipe.detector.shards import find_shards
+from nacpipe.detector.parts import format_time
+from nacpipe.detector.scored_shard import compare_images
+from nacpipe.detector.shards import Shard, find_shards
+
+
+def find_new(shard: Shard, scored: Iterable[str]) -> list[str]:
+    """The images that a part of these images lacks."""
+    return compare_images(shard, dict.fromkeys(scored))[0]
 
 
 @pytest.fixture
@@ -45,3 +53,18 @@ def test_a_list_with_paths_of_all_kinds(photos: Path) -> None:
     assert find_new(shard, scored - {"photos/a.png"}) == ["photos/a.png"]
     Path("l.txt").write_text("")  # no images: none is new
     assert find_new(shard, scored) == []
+
+
+@pytest.mark.parametrize("before", ["photos/", "../elsewhere/photos/"])
+def test_an_image_of_another_time_is_another(photos: Path, before: str) -> None:
+    """It was replaced under its name, or the folder is another one of the same names."""
+    (shard,) = find_shards(["photos"])
+    names = ("a.png", "deep/a.png", "deep/b.png")
+    times = {f"{before}{name}": format_time((photos / name).stat().st_mtime) for name in names}
+    assert compare_images(shard, times) == ([], [])
+    os.utime(photos / "deep/a.png", (1_700_000_000, 1_700_000_000))
+    assert compare_images(shard, times) == ([], ["deep/a.png"])
+    for unknown in (None, "27/11/2026 20:15"):
+        assert compare_images(shard, {**times, f"{before}deep/a.png": unknown}) == ([], [])
+    del times[f"{before}a.png"]
+    assert compare_images(shard, times) == (["a.png"], ["deep/a.png"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -278,6 +279,14 @@ def test_images_that_came_later_are_named_and_not_scored(
     done = run(*command, "--redo", "photos,l", "--json")
     assert [row["images"] for row in json.loads(done.stdout)] == [3, 3]
     assert run(*command).stderr.count("\n") == 1
+    for name in ("a.png", "deep/b.png"):
+        os.utime(tmp_path / "photos" / name, (1_700_000_000, 1_700_000_000))
+    done = run(*command)
+    assert (done.exit_code, done.stderr.splitlines()[0]) == (
+        0,
+        "photos: 2 images have another time than in its part scores/photos.csv (the first: a.png); score it again with"
+        " --redo photos",
+    )
 
 
 def test_nothing_to_do_loads_no_network(
@@ -350,12 +359,16 @@ def test_formats_hold_the_same_rows(tmp_path: Path, kind: str) -> None:
     assert len(read_part(parts.address("none"))) == 0
 
 
-def test_a_part_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    parts = Parts(tmp_path / "scores")
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
+def test_a_part_appears_whole_or_not_at_all(tmp_path: Path, kind: str) -> None:
+    """And its writer ends before its file: pyarrow's would print a traceback when it is collected."""
+    parts = Parts(tmp_path / "scores", kind)
     (tmp_path / "scores").mkdir()
     with pytest.raises(ZeroDivisionError), parts.writing("x") as writer:
         writer.add(ScoredImage(image="a", score=1.0, percentile=None, is_ood=False, predicted=None, error=None))
         raise ZeroDivisionError
+    del writer
+    gc.collect()
     assert list((tmp_path / "scores").iterdir()) == []
 
 
@@ -375,6 +388,17 @@ def test_parts_in_another_format_are_refused(tmp_path: Path) -> None:
         Parts(tmp_path, "csv").claim({"sha256": "0" * 64})
     with pytest.raises(InputError, match="holds parts in the format csv; go on with --format csv, or name another"):
         Parts(tmp_path, "json").claim({"sha256": "0" * 64})
+
+
+def test_no_part_is_written_over_the_description(detector: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "_detector"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(load_set("val")[0][0]))
+    done = run("score", detector, folder, "--output", tmp_path / "scores", "--format", "json")
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"nacpipe: {folder} would be written as _detector.json, which says what the parts")
+    assert run("score", detector, folder, "--output", tmp_path / "scores").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == ["_detector.csv", "_detector.json"]
 
 
 def test_the_part_of_single_files_is_not_taken_for_that_of_others(detector: Path, tmp_path: Path) -> None:

@@ -130,6 +130,16 @@ def test_the_trial_takes_real_time(open_request: ExtractRequest) -> None:
     assert 0 < extraction._time_batch(plan_extraction(open_request)) < 60
 
 
+def test_a_trial_batch_is_no_larger_than_the_largest_of_the_run(open_request: ExtractRequest) -> None:
+    """On the CPU, one that exceeds the memory ends the process."""
+    sizes: list[int] = []
+    plan = plan_extraction(replace(open_request, batch_size=1 << 20))
+    plan.network.module.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
+    chosen = choose_blocks(plan)
+    assert sizes == [40, 40]  # id/val has 40 images
+    assert chosen.header.block_rows == 1 << 20
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "rows", [pytest.param(8, marks=pytest.mark.slow), 24, pytest.param(512, marks=pytest.mark.slow)]

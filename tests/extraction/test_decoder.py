@@ -142,7 +142,9 @@ def test_a_full_gpu_is_not_taken_for_a_broken_file(picture: Image.Image, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(decoder_module, "_decode", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(
+        InputError, match=r"^the memory of cuda:1 is full, on which JPEGs .*; take a smaller --batch-size$"
+    ):
         decode_image(encode(picture), "x", decoder=Decoder(name="nvjpeg", device="cuda:1"))
 
 

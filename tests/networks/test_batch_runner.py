@@ -293,10 +293,15 @@ def test_another_gpu_than_the_named_one_is_told(monkeypatch: pytest.MonkeyPatch,
     assert not any("its own" in note for note in plan_extraction(request_, ranks=Ranks(0, 2, 0, 2)).notes)
 
 
-def test_a_ranks_gpu_is_its_processs_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_is_the_processs_current_one_unless_a_program_of_the_callers_named_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     current: list[torch.device] = []
     monkeypatch.setattr(torch, "zeros", lambda size, device: torch.empty(size))
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert find_device("cuda:0", 1, 2) == torch.device("cuda:1")
-    assert find_device("cuda:1", 0, 1) == torch.device("cuda:1")
-    assert current == [torch.device("cuda:1")]
+    assert find_device("cuda:2", 0, 1) == torch.device("cuda:2")
+    assert find_device("cuda:3", 0, 1, python=True) == torch.device("cuda:3")
+    assert find_device("cuda:0", 1, 2, python=True) == torch.device("cuda:1")
+    assert find_device("cuda") == torch.device("cuda")
+    assert current == [torch.device(f"cuda:{index}") for index in (1, 2, 1)]

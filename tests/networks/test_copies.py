@@ -149,12 +149,14 @@ class Cloning(Noting):
 def test_an_extraction_of_batches_that_were_copied_ahead(
     request_: ExtractRequest, finished: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies = Cloning()
-    monkeypatch.setattr("nacpipe.extraction.pipeline.choose_copies", lambda device: copies)
-    extract(plan_extraction(replace(request_, splits=("ood/val",))))
+    copies, made = Cloning(), list[torch.device]()
+    monkeypatch.setattr("nacpipe.extraction.pipeline.choose_copies", lambda device: made.append(device) or copies)
+    extract(plan_extraction(replace(request_, splits=("ood/val", "id/val"))))
+    assert made == [torch.device("cpu")]  # one stream for all splits: memory belongs to a stream
     cache = open_cache(request_.cache)
-    for path in finished.header.arrays():
-        np.testing.assert_array_equal(cache["ood/val"].read(path), finished["ood/val"].read(path))
+    for split in ("id/val", "ood/val"):
+        for path in finished.header.arrays():
+            np.testing.assert_array_equal(cache[split].read(path), finished[split].read(path))
     started = [step.split()[1] for step in copies.steps if step.startswith("start")]
-    assert sum(map(int, started)) == 21
+    assert sum(map(int, started)) == finished["id/val"].rows + 21
     assert copies.steps[:3] == [f"start {started[0]}", f"start {started[1]}", f"finish {started[0]}"]

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from nacpipe.networks.precision import (
     laid_out,
     products,
 )
-from nacpipe.networks.taps import Taps, freeze
+from nacpipe.networks.taps import Taps, _without_cudnn, freeze
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,6 +96,54 @@ def test_a_precision_is_in_force_whatever_was_chosen_before(
     assert flags() == before
 
 
+@pytest.fixture
+def everywhere() -> Iterator[None]:
+    """TF32 is chosen for all of torch at once; undone afterwards."""
+    before, whole = flags(), torch.get_float32_matmul_precision()
+    torch.backends.fp32_precision = "tf32"
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision(whole)
+    torch.backends.cudnn.allow_tf32 = before[7]
+    mkldnn = torch.backends.mkldnn
+    for kind, value in zip((mkldnn.matmul, mkldnn.conv, mkldnn.rnn), before[3:6], strict=True):
+        kind.fp32_precision = value
+    assert flags() == before
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_what_is_chosen_for_all_of_torch_is_not_in_force() -> None:
+    """A convolution of cuDNN has it where its own setting is none."""
+    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+    kinds = (cudnn.conv, cudnn.rnn, cuda.matmul)
+    before = [kind.fp32_precision for kind in kinds]
+    assert before[0] == "tf32"
+    with products("fp32"):
+        assert {kind.fp32_precision for kind in kinds} == {"ieee"}
+        assert not cudnn.allow_tf32  # and raises no error: the two ways do not contradict each other
+        with _without_cudnn(True):
+            assert cudnn.conv.fp32_precision == "ieee"
+        assert cudnn.conv.fp32_precision == "ieee"
+    assert [kind.fp32_precision for kind in kinds] == before
+
+
+def test_cudnn_is_left_out_and_all_else_stays() -> None:
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled
+    with deterministic(), _without_cudnn(True):
+        assert (cudnn.enabled, cudnn.deterministic) == (False, True)
+    assert cudnn.enabled == before
+    with _without_cudnn(False):
+        assert cudnn.enabled == before
+
+
+def test_the_fastest_algorithm_of_a_day_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with deterministic():
+        assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark
+
+
 def test_all_is_restored_after_an_error() -> None:
     network, before = nn.Sequential(nn.Conv2d(3, 4, 3)), flags()
     kernel = network[0].weight
@@ -106,13 +155,6 @@ def test_all_is_restored_after_an_error() -> None:
     assert flags() == before
     assert network[0].weight is kernel
     assert kernel.is_contiguous()
-
-
-def test_cudnn_times_no_algorithms_though_a_training_script_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    with deterministic():
-        assert torch.backends.cudnn.benchmark is False
-    assert torch.backends.cudnn.benchmark is True
 
 
 def test_a_workspace_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,8 +194,59 @@ def test_operations_without_a_deterministic_algorithm_are_named() -> None:
             torch.ones(3).put_(torch.tensor([1]), torch.tensor([2.0]))
         warnings.warn("of another kind", stacklevel=1)
         warnings.warn("Deterministic behavior was enabled with x, but your program uses CuBLAS", stacklevel=1)
-    assert found == ["put_", "put_", "cuBLAS"]
+        warnings.warn("Flash Attention defaults to a non-deterministic algorithm. To explicitly", stacklevel=1)
+    assert found == ["put_", "put_", "cuBLAS", "Flash Attention"]
     assert len(others) == 1
+
+
+class Attention(torch.autograd.Function):
+    """It stands in for CUDA's attention, which asks in its backward pass whether torch warns or refuses."""
+
+    asked: ClassVar[list[bool]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        Attention.asked.append(torch.is_deterministic_algorithms_warn_only_enabled())
+        return gradient
+
+
+class Attends(nn.Module):
+    """A network with attention and, if asked for, an operation without a deterministic algorithm behind it."""
+
+    def __init__(self, scatters: bool) -> None:
+        super().__init__()
+        self.first, self.fc, self.scatters = nn.Linear(4, 4), nn.Linear(4, 3), scatters
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = Attention.apply(self.first(x.mul_(2)))  # what is run again must not be doubled twice
+        if self.scatters:
+            torch.ones(3).put_(torch.tensor([1]), torch.tensor([2.0]))
+        return self.fc(found)
+
+
+@pytest.mark.parametrize(("scatters", "asked"), [(False, [False, False]), (True, [True, True])])
+def test_attention_has_its_deterministic_backward_pass(scatters: bool, asked: list[bool]) -> None:
+    """It takes that where torch refuses others; a network that has no other runs again, with warnings."""
+    torch.manual_seed(0)
+    Attention.asked.clear()
+    network, images, found = freeze(Attends(scatters)), torch.randn(5, 4), list[str]()
+    layers = [LayerSpec(name="first", path="first", pooling="none", neurons=4)]
+    with Taps(network, layers, "fc") as taps:
+        expected = taps(images.clone())
+    Attention.asked.clear()
+    with computing(network, "fp32", "contiguous", found.append), Taps(network, layers, "fc") as taps:
+        tapped = [taps(images.clone()) for _ in range(2)]
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert taps.strict is not scatters
+    assert Attention.asked == asked
+    assert found == ["put_"] * (2 if scatters else 0)
+    for one in tapped:
+        assert torch.equal(one.gradient["first"], expected.gradient["first"])
+        assert torch.equal(one.logits, expected.logits)
 
 
 # --- what a device does not compute in --------------------------------------------------------------------------------
@@ -186,6 +279,15 @@ def test_a_half_type_that_a_device_lacks_is_refused(monkeypatch: pytest.MonkeyPa
         InputError, match=r"fp16 cannot be used on cpu: \"slow_conv2d_cpu\" not implemented for 'Half'; take"
     ):
         check_support("fp16", CPU)
+    monkeypatch.undo()
+
+    def warns(*args: Any) -> torch.Tensor:  # as a backward pass on a GPU does, once
+        warnings.warn("Attempting to run cuBLAS, but there was no current CUDA context!", stacklevel=1)
+        return convolve(*args)
+
+    convolve = torch.conv2d
+    monkeypatch.setattr(precision_module.torch, "conv2d", warns)
+    check_support("bf16", CPU)
     monkeypatch.undo()
     monkeypatch.setitem(precision_module.AUTOCAST, "fp16", torch.float64)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="fp16 cannot be used on cpu: In CPU autocast, but the target dtype is not"):
