@@ -40,11 +40,20 @@ from nacpipe.method.feature_scores import FittedFusion
 from nacpipe.method.fitted_term import FittedTerm
 from nacpipe.method.metrics import KEEP
 from nacpipe.method.params import NacParams
-from nacpipe.networks.call import PLAIN_CALL, Call, Mask, device_of, map_tensors, move, repeat_samples
+from nacpipe.networks.call import (
+    PLAIN_CALL,
+    Call,
+    Mask,
+    describe_input,
+    device_of,
+    map_tensors,
+    move,
+    repeat_samples,
+)
 from nacpipe.networks.checkpoints import hash_network
 from nacpipe.networks.poolings import POOLINGS
 from nacpipe.networks.precision import FP32, deterministic, products
-from nacpipe.networks.taps import Tapped, Taps, find_penultimate, isolated
+from nacpipe.networks.taps import Tapped, Taps, find_penultimate, isolated, named_failures
 from nacpipe.networks.trial import run_trial_batch
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
 
@@ -201,9 +210,25 @@ class Detector(nn.Module):
         device = find_device_and_dtype(self.network)[0]
         if device_of(arguments) != device:
             arguments = move(arguments, device)
+        self._check_size(arguments)
         if not self._ready:
             self._set_up(arguments, examples=True)
         return arguments
+
+    def _check_size(self, arguments: Any) -> None:
+        """Refuse samples of another size than the counted ones, whose states are sums over other positions.
+
+        Raises:
+            InputError: naming both sizes.
+        """
+        if self._exported is None or self._call.mask_of(arguments) is not None:
+            return
+        counted, given = self._exported.sample_shape, describe_input(arguments)["shape"]
+        if counted is not None and list(counted) != given:
+            raise InputError(
+                f"samples are {tuple(given)}, and this detector's states were counted on {tuple(counted)}: a layer's"
+                " states are sums over its positions; bring them to that size"
+            )
 
     def _term_scores(self, tapped: Tapped) -> tuple[list[NDArray[np.float64]], NDArray[np.bool_]]:
         """Return every term's score (n,), the fused one's last, and which samples are finite (n,)."""
@@ -489,7 +514,8 @@ class Detector(nn.Module):
         """One pass, as extraction makes it, whatever mode the caller is in."""
         cached = None if self._exported is None else self._exported.cache_layers
         with self._tap(device_of(images), gradients=self._gradients, cache_layers=cached) as taps:
-            tapped = taps(map_tensors(Tensor.detach, images))
+            with named_failures(images):
+                tapped = taps(map_tensors(Tensor.detach, images))
             self._overwritten = taps.overwritten
         return tapped
 

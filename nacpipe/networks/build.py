@@ -310,4 +310,15 @@ def _add_trial_batch(network: Network, trial: TrialBatch) -> Network:
         notes.append(f"{model.name} gives {outputs}, not logits: what needs logits (Energy, MaxLogit, …) is left empty")
     elif outputs == "logits" and trial.classifier is None:
         notes.append(f"no classifier and features are written: {trial.no_classifier}")
+    if outputs == "logits" and trial.bounded:
+        notes.append(
+            f"every output of {model.name} lies between 0 and 1: they are taken as logits; if a sigmoid gives them, as"
+            " for several labels of one sample, let it give what the sigmoid reads"
+        )
+    if trial.changed_buffers:
+        named = ", ".join(trial.changed_buffers[:3]) + ", …" * (len(trial.changed_buffers) > 3)
+        notes.append(
+            f"a forward pass of {model.name} changes its buffers ({named}): caches and detectors know it by their"
+            " values before; extract restores them"
+        )
     return replace(network, model=model, no_classifier=trial.no_classifier, notes=tuple(notes))
