@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from nacpipe.networks.call import PLAIN_CALL, Call, cast_floats, device_of, repe
 from nacpipe.networks.checkpoint_folders import find_checkpoint
 from nacpipe.networks.checkpoints import (
     Weights,
+    check_weights,
     hash_network,
     load_weights,
     published_sha256,
@@ -103,11 +104,7 @@ def load_network(
     chosen = _choose_weights(model, checkpoint)
     notes = chosen.notes
     if chosen.weights.read is not None:
-        states = chosen.weights.read()
-        try:
-            notes += load_weights(module, states, model.renames, chosen.source)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}{_name_fitting(model, states, benchmark.classes)}") from error
+        notes += _use_weights(load_weights, model, module, benchmark, chosen)
     sha256 = hash_network(module)
     transform, prepared_by = _choose_transform(model, benchmark, chosen, weights_transform)
     freeze(module).to(device)
@@ -117,6 +114,18 @@ def load_network(
         source=_hash_model_source(model), notes=notes, prepared_by=prepared_by,
     )  # fmt: skip
     return _run_trial_batch(network, benchmark)
+
+
+def _use_weights(
+    use: Callable[..., tuple[str, ...]], model: Model, module: nn.Module, benchmark: Benchmark, chosen: _ChosenWeights
+) -> tuple[str, ...]:
+    """Read the weights and load or check them; return notes. An error names another network that they fit."""
+    assert chosen.weights.read is not None
+    states = chosen.weights.read()
+    try:
+        return use(module, states, model.renames, chosen.source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_name_fitting(model, states, benchmark.classes)}") from error
 
 
 def _name_fitting(model: Model, states: Mapping[str, StateDict], classes: int) -> str:
@@ -135,12 +144,12 @@ def _name_fitting(model: Model, states: Mapping[str, StateDict], classes: int) -
 def blank_network(
     model: Model, benchmark: Benchmark, checkpoint: Path | None, weights_transform: str | None = None
 ) -> Network:
-    """Return a network with shapes alone: nothing is downloaded or computed, and no checkpoint is loaded.
+    """Return a network with shapes alone: nothing is downloaded or computed; a file of weights is checked, not loaded.
 
     A network that is not in the table is built and tested on the CPU, because its code may not run on the meta device.
 
     Raises:
-        CheckpointError: `checkpoint` does not exist.
+        CheckpointError: `checkpoint` does not exist, is not a checkpoint, or does not fit, naming the keys.
         InputError: the network does not fit the benchmark.
     """
     device = torch.device("meta" if model.known else "cpu")
@@ -150,10 +159,13 @@ def blank_network(
     _check_channels(model, module, benchmark)
     unknown = checkpoint is None and model.default_weights is None
     chosen = _ChosenWeights("", Weights(None)) if unknown else _choose_weights(model, checkpoint)
+    notes = chosen.notes
+    if chosen.from_file:
+        notes += _use_weights(check_weights, model, module, benchmark, chosen)
     transform, prepared_by = _choose_transform(model, benchmark, chosen, weights_transform)
     network = Network(
         model, module, "", transform, device, find_device_and_dtype(module)[1],
-        source=_hash_model_source(model), notes=chosen.notes, prepared_by=prepared_by,
+        source=_hash_model_source(model), notes=notes, prepared_by=prepared_by,
     )  # fmt: skip
     return network if model.known else _run_trial_batch(network, benchmark)
 
@@ -214,6 +226,8 @@ class _ChosenWeights(NamedTuple):
     published: str = ""
     """Their name if they are published weights, else empty."""
     notes: tuple[str, ...] = ()
+    from_file: bool = False
+    """Whether they are a file here, which is read without a download."""
 
 
 def _choose_weights(model: Model, checkpoint: Path | None) -> _ChosenWeights:
@@ -240,7 +254,7 @@ def _recognise(model: Model, file: Path) -> _ChosenWeights:
     """Return a file's weights, with the transform of published weights if the file contains these."""
     read = partial(read_checkpoint, file)
     if (name := recognise_weights(file, model.weights)) is not None:
-        return _ChosenWeights(str(file), Weights(read, model.weights[name].transform), name)
+        return _ChosenWeights(str(file), Weights(read, model.weights[name].transform), name, from_file=True)
     named = published_sha256(file.name)
     claimed = [name for name, weights in model.weights.items() if named and weights.sha256 == named]
     notes = [
@@ -248,7 +262,7 @@ def _recognise(model: Model, file: Path) -> _ChosenWeights:
         f" --weights-transform {shlex.quote(name)}"
         for name in claimed
     ]
-    return _ChosenWeights(str(file), Weights(read), notes=tuple(notes))
+    return _ChosenWeights(str(file), Weights(read), notes=tuple(notes), from_file=True)
 
 
 def _choose_transform(

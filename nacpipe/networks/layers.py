@@ -303,7 +303,7 @@ def _gives_logits(seen: _ModuleOutput, outputs: Mapping[str, _ModuleOutput], cla
 
 
 def _keep_steady(network: Network, layers: dict[str, Tappable]) -> dict[str, Tappable]:
-    """Leave out modules that run for some samples alone (routed experts) or give the same for all (position codes)."""
+    """Leave out modules that run for some samples alone (routed experts) or give all the same (position encodings)."""
     if network.device.type == "meta":
         return layers
     rows, steady = 4, dict[str, bool]()
@@ -354,9 +354,10 @@ def _why_none(
         return f"all that it runs give the logits; {advice}"
     if any(path in tappable for path in inside):
         return f"those inside it run for some samples alone, or give the same for all; {advice}"
-    if why := next((why for seen in reversed(inside.values()) if (why := _why_untappable(seen, gradients))), None):
-        return f"of one, {why}; {advice}"
     option = "gradient=False" if network.from_python else "--no-gradient"
+    if why := next((why for seen in reversed(inside.values()) if (why := _why_untappable(seen, gradients))), None):
+        alone = f", or take activations alone: {option}" if gradients else ""
+        return f"of the last one, {why}; {advice}{alone}"
     return (
         "no output of theirs has a gradient, because forward runs them under torch.no_grad, torch.inference_mode or"
         " .detach(), or the logits depend on another of their outputs than the first (as on the last state of an"
