@@ -28,7 +28,7 @@ from nacpipe.networks.checkpoints import (
 from nacpipe.networks.models import MODELS, Model, suggest_name
 from nacpipe.networks.source import hash_source
 from nacpipe.networks.state_dicts import StateDict, find_problems, fit_keys
-from nacpipe.networks.taps import freeze
+from nacpipe.networks.taps import check_values, freeze
 from nacpipe.networks.trial import TWO_CLASSES, TrialBatch, run_trial_batch
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap, unwrap_children
 
@@ -100,6 +100,7 @@ def load_network(
             or is random in evaluation mode.
     """
     module = unwrap(model.build(benchmark.classes))
+    check_values(module)
     _check_channels(model, module, benchmark)
     chosen = _choose_weights(model, checkpoint)
     notes = chosen.notes
@@ -154,8 +155,10 @@ def blank_network(
     """
     device = torch.device("meta" if model.known else "cpu")
     with device:
-        module = freeze(unwrap(model.build(benchmark.classes)))
-    unwrap_children(module)
+        module = unwrap(model.build(benchmark.classes))
+    if not model.known:
+        check_values(module)
+    unwrap_children(freeze(module))
     _check_channels(model, module, benchmark)
     unknown = checkpoint is None and model.default_weights is None
     chosen = _ChosenWeights("", Weights(None)) if unknown else _choose_weights(model, checkpoint)

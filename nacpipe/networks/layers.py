@@ -11,6 +11,7 @@ import math
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -170,7 +171,8 @@ def choose_layers(network: Network, *, more: int = 0, gradients: bool = True) ->
     holds most of the parameters is taken apart, and a chain of modules too, while there are fewer ends than wanted.
     The end of a stage that is the classifier's input but for a factor (before an average over positions, say) is left
     out. What is wanted beyond the ends comes from inside the stages: two blocks of the last, two of the one before, …;
-    then from the stem, which is what comes before the first block.
+    of layers as wide as each other, which are one stage, the last ones, each with its activation; then from the stem,
+    which is what comes before the first block.
 
         conv1 bn1 relu │ maxpool layer1 │ layer2 │ layer3 │ layer4 │ avgpool │ fc
                                       ▲        ▲        ▲                  ▲
@@ -206,6 +208,8 @@ def choose_layers(network: Network, *, more: int = 0, gradients: bool = True) ->
         )
     inner = _share_out(blocks, {stage[-1] for stage in stages}, max(ENDS + more - len(ends), 0))
     if not default and (missing := ENDS - len(ends) - len(inner)) > 0:
+        inner += [path for stage in stages for path in _unit_ends(stage, network.module)][-missing:]
+    if not default and (missing := ENDS - len(ends) - len(inner)) > 0:
         inner += [stage[-1] for stage in stem[-missing:]]
     order = {path: place for place, path in enumerate(layers)}
     chosen = _distinct(network, sorted({*ends, *inner}, key=lambda path: order.get(path, 0)), layers, keep=ends)
@@ -230,6 +234,18 @@ def _list_stages(
 
 def _holds_modules(network: nn.Module, path: str) -> bool:
     return any(network.get_submodule(path).children())
+
+
+def _unit_ends(stage: Sequence[str], network: nn.Module) -> list[str]:
+    """Return where the units of a stage without blocks end, but for the last: linear relu │ linear norm relu │ …"""
+    if any(_holds_modules(network, path) for path in stage):
+        return []
+
+    def begins(path: str) -> bool:
+        module = network.get_submodule(path)
+        return any(True for _ in module.parameters()) and "Norm" not in type(module).__name__
+
+    return [path for path, following in pairwise(stage) if begins(following)]
 
 
 def _outermost(path: str, whole: Mapping[str, str]) -> str:
@@ -303,17 +319,24 @@ def _gives_logits(seen: _ModuleOutput, outputs: Mapping[str, _ModuleOutput], cla
 
 
 def _keep_steady(network: Network, layers: dict[str, Tappable]) -> dict[str, Tappable]:
-    """Leave out modules that run for some samples alone (routed experts) or give all the same (position encodings)."""
+    """Leave out modules without a state of each sample's own.
+
+    These run for some samples alone (routed experts), give the same for all (position encodings), or give the
+    network's input in another shape (a first `Flatten`).
+    """
     if network.device.type == "meta":
         return layers
     rows, steady = 4, dict[str, bool]()
     inputs = _varied(network, rows)
+    given = {tensor.untyped_storage().data_ptr() for _, tensor in tensors_of(inputs)}
     differ = any(not torch.equal(tensor[:1].expand_as(tensor), tensor) for _, tensor in tensors_of(inputs))
 
     def look(layer: Tappable, whole: object) -> None:
         output, samples = first_output(whole), POOLINGS[layer.pooling].samples
         shape = (*layer.shape[:samples], rows, *layer.shape[samples:])
         steady[layer.path] = output is not None and tuple(output.shape) == shape
+        if output is not None and output.untyped_storage().data_ptr() in given:
+            steady[layer.path] = False
         if output is not None and steady[layer.path] and differ and not output.is_quantized:
             values = output.movedim(samples, 0)
             steady[layer.path] = not torch.equal(values[:1].expand_as(values), values)
@@ -353,7 +376,10 @@ def _why_none(
     if not inside:
         return f"all that it runs give the logits; {advice}"
     if any(path in tappable for path in inside):
-        return f"those inside it run for some samples alone, or give the same for all; {advice}"
+        return (
+            "those inside it run for some samples alone, give the same for all, or give the network's input in another"
+            f" shape; {advice}"
+        )
     option = "gradient=False" if network.from_python else "--no-gradient"
     if why := next((why for seen in reversed(inside.values()) if (why := _why_untappable(seen, gradients))), None):
         alone = f", or take activations alone: {option}" if gradients else ""

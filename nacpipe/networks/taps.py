@@ -435,7 +435,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
     Raises:
         InputError: a weight has no values yet.
     """
-    _check_values(network)
+    check_values(network)
     training = [module for module in network.modules() if getattr(module, "training", False)]
     in_place = [module for module in network.modules() if getattr(module, "inplace", False) and not is_scripted(module)]
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -452,8 +452,12 @@ def frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _check_values(network: nn.Module) -> None:
-    """Refuse weights without values: of lazy modules, and on the meta device."""
+def check_values(network: nn.Module) -> None:
+    """Refuse weights without values: of lazy modules, and on the meta device.
+
+    Raises:
+        InputError: naming the first.
+    """
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if is_lazy(tensor):
             raise InputError(f"the network's weights {name!r} have no shape yet (of a lazy module); run a batch first")

@@ -70,6 +70,10 @@ def shapeless():
     return nn.LSTM(32, 10)
 
 
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+
 def text():
     return "no network"
 
@@ -265,6 +269,7 @@ def test_files_that_give_no_network_are_refused(file: Path) -> None:
         "broken": r"^model '.*net\.py:broken' failed with RuntimeError: no weights$",
         "constant": r"^model '.*net\.py:constant': .*net\.py has no function 'constant'$",
         "nope": r"^model '.*net\.py:nope': .*net\.py has no function 'nope'$",
+        "lazy": r"^the network's weights '1\.weight' have no shape yet \(of a lazy module\); run a batch first$",
         "wide": r"^model 'net\.py:wide' gives \(4, 11\) for 4 images; expected are logits, \(4, 10\)$",
         "shapeless": r"^model 'net\.py:shapeless' fails on images of 32 pixels: ValueError: LSTM: Expected",
     }.items():

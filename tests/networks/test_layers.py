@@ -14,10 +14,9 @@ from torchvision.models import SwinTransformer, VisionTransformer
 
 from nacpipe.errors import InputError
 from nacpipe.networks.build import Network, adopt_module
-from nacpipe.networks.call import Call
 from nacpipe.networks.layers import FORWARD_ONLY, choose_layers, measure_layers
 from nacpipe.networks.models import find_model
-from nacpipe.networks.taps import freeze
+from nacpipe.networks.taps import find_penultimate, freeze
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,6 +49,10 @@ def residual(blocks: int) -> nn.Module:
     )  # fmt: skip
 
 
+def dense(units: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(units, 8), nn.BatchNorm1d(8), nn.ReLU())
+
+
 ATTENTION = {"num_layers": 6, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 16, "num_classes": 3}
 HEAD = nn.Linear(5, 3)
 TEN = "encoder.layers.encoder_layer_"
@@ -68,6 +71,11 @@ CHOSEN = {
     "swin": (  # four stages inside a module that holds most of the parameters
         lambda: adopt(SwinTransformer([2, 2], 8, [1, 1, 1, 1], [1, 2, 2, 2], [2, 2], num_classes=3), 32),
         ["flatten", "features.5", "features.3", "features.1"],
+        None,
+    ),
+    "equal widths": (  # one stage, of which a layer ends with its activation; the input in another shape is none
+        lambda: adopt(nn.Sequential(nn.Flatten(), *(m for n in (192, 8, 8) for m in dense(n)), nn.Linear(8, 3)), 8),
+        ["9", "6", "3"],
         None,
     ),
     "chain": (  # no blocks anywhere
@@ -324,6 +332,7 @@ def test_tokens_of_convolutions_and_averages_over_them_are_told_from_channels() 
 def test_weights_of_two_types_are_compared() -> None:
     network = Headed(flat(5).double(), lambda z: z)
     network.head.register_forward_pre_hook(lambda _module, args: args[0].double())
-    adopted = adopt_module(freeze(network), torch.randn(4, 3, 8, 8), Call())
+    adopted = adopt_module(freeze(network), torch.randn(4, 3, 8, 8))
     assert adopted.model.classifier == "head.1"
-    assert [spec.neurons for spec in measure_layers(adopted, ()).layers][-2:] == [6, 4]
+    layers = measure_layers(adopted, ()).layers
+    assert find_penultimate(adopted.module, layers, "head.1", adopted.examples) == {"head.0"}
