@@ -40,6 +40,7 @@ from nacpipe.method.feature_scores import FittedFusion
 from nacpipe.method.fitted_term import FittedTerm
 from nacpipe.method.metrics import KEEP
 from nacpipe.method.params import NacParams
+from nacpipe.networks.buffers import kept_buffers
 from nacpipe.networks.call import (
     PLAIN_CALL,
     Call,
@@ -145,6 +146,7 @@ class Detector(nn.Module):
             )
         self._overwritten: Set[str] | None = None
         self._given_outputs = outputs
+        self._changes_buffers = False
         self._ready = False
         if like is not None:
             self._set_up(like, examples=not isinstance(like, Tensor))
@@ -153,11 +155,12 @@ class Detector(nn.Module):
     def _set_up(self, like: Any, *, examples: bool) -> None:
         """Find the classifier and the layers that are its input, by a trial batch."""
         outputs, network = self._given_outputs, self.network
-        with isolated(network, device_of(like)):
+        with isolated(network, device_of(like)), kept_buffers(network):
             trial = run_trial_batch(
                 self._name, network, like, gives_features=outputs == "features", call=self._call, examples=examples
             )
             self.classifier, self._outputs = trial.classifier, outputs or trial.outputs
+            self._changes_buffers = bool(trial.changed_buffers)
             if self.fused is not None and self.classifier is None:
                 raise DetectorError(
                     f"its score holds {self.fused.params.method}, which needs the input of a last linear layer; this"
@@ -526,6 +529,7 @@ class Detector(nn.Module):
         """The network with taps on the layers of the terms; arguments as those of `Taps`."""
         with (
             isolated(self.network, device),
+            kept_buffers(self.network) if self._changes_buffers else nullcontext(),
             products(self._precision),
             deterministic() if device.type == "cuda" else nullcontext(),  # as the states were made
             Taps(

@@ -58,3 +58,7 @@ def test_a_network_that_counts_its_calls_is_the_same_after_extraction(
     detector = nacpipe.Detector.from_cache(cache, params, network)
     expected = nacpipe.score_splits(cache, params, ["id/val"])["id/val"]
     assert detector(data.tensors[0]).score.tolist() == pytest.approx(expected.tolist())
+    assert hash_network(network) == before  # so that it can be given to another detector
+    fitted = nacpipe.Detector.fit(network, [data.tensors[0]], params)
+    assert hash_network(network) == before
+    assert fitted(data.tensors[0]).score.tolist() == pytest.approx(expected.tolist())
