@@ -20,6 +20,7 @@ from nacpipe.method.feature_scores import FittedFusion, fit_feature_score
 from nacpipe.method.fitted_term import FittedTerm, fit_term
 from nacpipe.method.params import NacParams, term_of
 from nacpipe.method.term import LOGITS, layer_of
+from nacpipe.networks.buffers import kept_buffers
 from nacpipe.networks.build import adopt_module
 from nacpipe.networks.call import PLAIN_CALL, Call, describe_input, map_tensors, move, take_rows
 from nacpipe.networks.functions import describe_call
@@ -63,7 +64,7 @@ def count_coverage(
     if first is None:
         raise InputError("there are no training samples to count")
     examples, rows = move(take_rows(first, 0, EXAMPLES), device), 0
-    with isolated(network, device):
+    with isolated(network, device), kept_buffers(network):
         wrapped = adopt_module(network, examples, call)
         named = [name for name in dict.fromkeys(map(layer_of, params.layers)) if name != LOGITS]
         paths = {name: (layers or {}).get(name, name) for name in named}
@@ -77,6 +78,7 @@ def count_coverage(
     for images in chain([first], coming):
         with (
             isolated(network, device),
+            kept_buffers(network),
             Taps(
                 network, specs, model.classifier, overwritten=overwritten, outputs=model.outputs, gradients=gradients,
                 call=call,

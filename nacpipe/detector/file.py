@@ -102,6 +102,15 @@ class Exported:
         return self.identity.get("transform") is None and isinstance(self.identity.get("input"), Mapping)
 
     @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """The shape of one sample of the counted states, without a padded length; None: it is not known."""
+        if not self.prepares_input:
+            transform = self.transform
+            return (len(transform.mean), transform.crop, transform.crop)
+        shape = self.identity["input"].get("shape")
+        return tuple(shape) if isinstance(shape, list | tuple) else None
+
+    @property
     def _version(self) -> int:
         if self.validation is not None:
             return VERSION_VALIDATED

@@ -40,11 +40,21 @@ from nacpipe.method.feature_scores import FittedFusion
 from nacpipe.method.fitted_term import FittedTerm
 from nacpipe.method.metrics import KEEP
 from nacpipe.method.params import NacParams
-from nacpipe.networks.call import PLAIN_CALL, Call, Mask, device_of, map_tensors, move, repeat_samples
+from nacpipe.networks.buffers import kept_buffers
+from nacpipe.networks.call import (
+    PLAIN_CALL,
+    Call,
+    Mask,
+    describe_input,
+    device_of,
+    map_tensors,
+    move,
+    repeat_samples,
+)
 from nacpipe.networks.checkpoints import hash_network
 from nacpipe.networks.poolings import POOLINGS
 from nacpipe.networks.precision import FP32, deterministic, laid_out, products, stored_format
-from nacpipe.networks.taps import Tapped, Taps, find_penultimate, isolated
+from nacpipe.networks.taps import Tapped, Taps, find_penultimate, isolated, named_failures
 from nacpipe.networks.trial import run_trial_batch
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap
 
@@ -137,6 +147,7 @@ class Detector(nn.Module):
         self._overwritten: Set[str] | None = None
         self._strict = True
         self._given_outputs = outputs
+        self._changes_buffers = False
         self._ready = False
         if like is not None:
             self._set_up(like, examples=not isinstance(like, Tensor))
@@ -145,11 +156,13 @@ class Detector(nn.Module):
     def _set_up(self, like: Any, *, examples: bool) -> None:
         """Find the classifier and the layers that are its input, by a trial batch."""
         outputs, network = self._given_outputs, self.network
-        with isolated(network, device_of(like)), products(FP32):  # what a layer is does not depend on rounding
+        # What a layer is does not depend on rounding.
+        with isolated(network, device_of(like)), kept_buffers(network), products(FP32):
             trial = run_trial_batch(
                 self._name, network, like, gives_features=outputs == "features", call=self._call, examples=examples
             )
             self.classifier, self._outputs = trial.classifier, outputs or trial.outputs
+            self._changes_buffers = bool(trial.changed_buffers)
             if self.fused is not None and self.classifier is None:
                 raise DetectorError(
                     f"its score holds {self.fused.params.method}, which needs the input of a last linear layer; this"
@@ -202,9 +215,25 @@ class Detector(nn.Module):
         device = find_device_and_dtype(self.network)[0]
         if device_of(arguments) != device:
             arguments = move(arguments, device)
+        self._check_size(arguments)
         if not self._ready:
             self._set_up(arguments, examples=True)
         return arguments
+
+    def _check_size(self, arguments: Any) -> None:
+        """Refuse samples of another size than the counted ones, whose states are sums over other positions.
+
+        Raises:
+            InputError: naming both sizes.
+        """
+        if self._exported is None or self._call.mask_of(arguments) is not None:
+            return
+        counted, given = self._exported.sample_shape, describe_input(arguments)["shape"]
+        if counted is not None and list(counted) != given:
+            raise InputError(
+                f"samples are {tuple(given)}, and this detector's states were counted on {tuple(counted)}: a layer's"
+                " states are sums over its positions; bring them to that size"
+            )
 
     def _term_scores(self, tapped: Tapped) -> tuple[list[NDArray[np.float64]], NDArray[np.bool_]]:
         """Return every term's score (n,), the fused one's last, and which samples are finite (n,)."""
@@ -490,7 +519,8 @@ class Detector(nn.Module):
         """One pass, as extraction makes it, whatever mode the caller is in."""
         cached = None if self._exported is None else self._exported.cache_layers
         with self._tap(device_of(images), gradients=self._gradients, cache_layers=cached) as taps:
-            tapped = taps(map_tensors(Tensor.detach, images))
+            with named_failures(images):
+                tapped = taps(map_tensors(Tensor.detach, images))
             self._overwritten, self._strict = taps.overwritten, taps.strict
         return tapped
 
@@ -502,6 +532,7 @@ class Detector(nn.Module):
         identity = {} if self._exported is None else self._exported.identity
         with (
             isolated(self.network, device),
+            kept_buffers(self.network) if self._changes_buffers else nullcontext(),
             laid_out(self.network, stored_format(identity, device)),  # this and the next two: as the states were made
             products(self._precision),
             deterministic() if device.type == "cuda" else nullcontext(),

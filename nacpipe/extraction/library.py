@@ -27,6 +27,7 @@ from nacpipe.extraction.profile import Profile
 from nacpipe.extraction.request import DataRequest, build_header, find_device, pin_arithmetic
 from nacpipe.extraction.samples import MapSamples, StreamSamples, open_samples
 from nacpipe.extraction.synthetic_samples import make_val
+from nacpipe.networks.buffers import kept_buffers
 from nacpipe.networks.build import adopt_module
 from nacpipe.networks.call import ATTENTION_MASK, Call, Mask, describe_input, move
 from nacpipe.networks.functions import describe_call
@@ -141,7 +142,7 @@ def extract(
     ranks.meet(_say)
     try:
         network.to(target)
-        with isolated(network, target):
+        with isolated(network, target), kept_buffers(network):
             with arithmetic(FP32):
                 plan = _plan(request, network, samples, call, layers, pooling or {}, name)
             for text in (*made_notes, *plan.notes):
@@ -202,6 +203,7 @@ def _open_splits(
         check_split_name(split)
         text = fingerprint.get(split) if isinstance(fingerprint, Mapping) else fingerprint
         samples.append(open_samples(split, splits[split], call, workers=workers, fingerprint=text))
+        samples[-1].check_like(samples[0])
     return samples
 
 

@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from nacpipe.networks.call import name_sample
 from nacpipe.networks.checkpoints import read_stated_accuracy
 from nacpipe.networks.copies import Copies, choose_copies, copy_ahead
 from nacpipe.networks.precision import BF16, FP16
-from nacpipe.networks.taps import Tapped
+from nacpipe.networks.taps import Tapped, named_failures
 from nacpipe.text import spell_option
 
 ACCURACY_ROWS = 8192  # rows that are read at once
@@ -193,7 +193,7 @@ def _extract(
         prepare, noted = _preparation(plan), set[str]()
 
         def run_network(arguments: Any) -> Arrays:
-            with clock(NETWORK):
+            with clock(NETWORK), named_failures(arguments):
                 tapped = taps(prepare(arguments))
             if new := nondeterministic - noted:
                 noted.update(new)
@@ -363,13 +363,23 @@ def _run_blocks(
         labels: list[NDArray[np.int64]] = []
         for batch in plan.batches(split, unit):
             arguments, label = next(loaded)
-            parts += run(arguments)
+            with _named(f"{split.images.name}, samples {batch.start} to {batch.stop - 1}"):
+                parts += run(arguments)
             labels.append(label)
             progress(split.images.name, len(batch))
         rows = plan.rows_of_unit(split, unit)
         index = split.images.index[rows.start : rows.stop]
         arrays: Arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         yield unit, {**arrays, "label": np.concatenate(labels), "index": index}
+
+
+@contextmanager
+def _named(samples: str) -> Iterator[None]:
+    """Say which samples an error is of."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{samples}: {error}") from error
 
 
 def _known(samples: ImageSet | MapSamples) -> tuple[NDArray[np.int64] | None, NDArray[np.int64]]:
@@ -434,7 +444,8 @@ def _run_stream(
         waiting: Arrays = {}
         loaded = _waited(samples.load(plan.header.classes), clock)
         for arguments, label in copy_ahead(loaded, copies, clock):
-            parts = list(run(arguments))
+            with _named(samples.name):
+                parts = list(run(arguments))
             batch: Arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             batch["label"] = label
             waiting = {key: np.concatenate([waiting[key], batch[key]]) if waiting else batch[key] for key in batch}

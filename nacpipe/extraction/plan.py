@@ -185,7 +185,8 @@ def plan_extraction(request: ExtractRequest, *, dry: bool = False, ranks: Ranks 
 
     Args:
         request: the options.
-        dry: the plan is only printed: no weights are loaded, and missing images are counted, not refused.
+        dry: the plan is only printed: a file of weights is read and checked, none are loaded, and missing images are
+            counted, not refused.
         ranks: this process among those that write the cache.
 
     Raises:

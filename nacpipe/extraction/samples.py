@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset, default_collate
 
 from nacpipe.benchmarks.lists import OOD, check_labels
-from nacpipe.errors import InputError
+from nacpipe.errors import InputError, NacError, first_line
 from nacpipe.networks.call import Call, count_samples, take_rows, tensors_of
 
 LABELS = ("label", "labels")
@@ -44,8 +45,24 @@ def split_label(batch: Any) -> tuple[Any, Any]:
     if len(batch) == 1:
         return batch[0], None
     if len(batch) != 2:
-        raise InputError(f"a sample has {len(batch)} parts; wanted: an input, (input, label), or a mapping")
+        raise InputError(
+            f"a sample has {len(batch)} parts; wanted: an input, (input, label), or a mapping; leave the others out by"
+            " a DataLoader's collate_fn, or put the network's arguments into a tuple: ((a, b), label)"
+        )
     return batch[0], batch[1]
+
+
+def collate_samples(samples: list[Any]) -> Any:
+    """Return a batch as torch's `default_collate` makes it, or of what that does not take, such as images, lists."""
+    try:
+        return default_collate(samples)
+    except (TypeError, RuntimeError):  # of another type; tensors of several sizes
+        parts = [split_label(sample) for sample in samples]
+    if all(isinstance(given, Mapping) for given, _ in parts):
+        inputs: Any = {key: [given[key] for given, _ in parts] for key in parts[0][0]}
+        return inputs if parts[0][1] is None else {**inputs, "label": default_collate([label for _, label in parts])}
+    inputs = [given for given, _ in parts]
+    return [inputs] if parts[0][1] is None else [inputs, default_collate([label for _, label in parts])]
 
 
 class _Reader:
@@ -56,6 +73,7 @@ class _Reader:
         self.advice = ""
         """What to do where samples look like batches."""
         self._shapes: list[tuple[str, tuple[int, ...]]] | None = None
+        self._masked = False
 
     def read(self, batch: Any) -> Batch:
         """Return a batch's arguments and labels.
@@ -68,22 +86,43 @@ class _Reader:
         rows = count_samples(arguments)
         shapes = [(name, tuple(tensor.shape[1:])) for name, tensor in tensors_of(arguments)]
         if self._shapes is None:
-            self._shapes = shapes
+            self._shapes, self._masked = shapes, self._call.mask_of(arguments) is not None
         elif shapes != self._shapes and self._call.mask_of(arguments) is None:
             raise InputError(
                 f"{self.name}: samples differ in shape ({_show(self._shapes)}; {_show(shapes)}), and nothing tells"
-                " which positions are padding: a state would depend on the other samples of its batch; give mask="
+                " which positions are padding: a state would depend on the other samples of its batch; bring them to"
+                " one size, or give mask="
             )
         return arguments, None if label is None else self._labels(label, rows)
+
+    def check_like(self, other: _Reader) -> None:
+        """Refuse samples of another shape than those of another split, whose states are sums over other positions.
+
+        Raises:
+            InputError: naming both shapes.
+        """
+        if self._shapes != other._shapes and not (self._masked or other._masked):
+            raise InputError(
+                f"{self.name}: samples differ in shape from those of {other.name} ({_show(self._shapes or [])};"
+                f" {_show(other._shapes or [])}): a layer's states are sums over its positions; bring them to one size,"
+                " or give mask="
+            )
 
     def _labels(self, label: Any, rows: int) -> NDArray[np.int64]:
         values = np.asarray(label.cpu() if isinstance(label, Tensor) else label)
         if self.name.startswith("ood/"):
             return np.full(rows, OOD)
         if values.shape != (rows,) or values.dtype.kind not in "iu":
+            advice = "; number the classes as the network does"
+            if values.ndim > 1:
+                advice = (
+                    self.advice or "; of one-hot rows give row.argmax(); several classes of one sample are no label"
+                )
+            elif values.ndim == 0:
+                advice = "; an iterable gives batches: of single samples give DataLoader(data, batch_size=…)"
             raise InputError(
-                f"{self.name}: labels are {values.dtype} {values.shape} for {rows} samples; wanted: ({rows},) whole"
-                f" numbers{self.advice if values.ndim > 1 else ''}"
+                f"{self.name}: labels are {values.dtype} {values.shape} for {rows} sample{'s' * (rows > 1)}; wanted:"
+                f" ({rows},) whole numbers{advice}"
             )
         return values.astype(np.int64)
 
@@ -136,7 +175,7 @@ class MapSamples:
         """
         self.name, self.source = name, type(dataset).__name__
         self.dataset, self._call, self._workers = dataset, call, workers
-        self._collate = default_collate if collate is None else collate
+        self._collate = collate or (default_collate if call.prepare is None else collate_samples)
         self._reader = _Reader(name, call)
         if isinstance(dataset, list):
             self._reader.advice = "; a list is one of samples: of batches give iter(batches)"
@@ -158,7 +197,7 @@ class MapSamples:
         if fingerprint is not None:
             chosen, digest = {0}, hashlib.sha256(fingerprint.encode())
         for row in sorted(chosen):
-            first, again = (_digest(*self._reader.read(self._collate([self.dataset[row]]))) for _ in range(2))
+            first, again = (_digest(*self._reader.read(self._batch([row]))) for _ in range(2))
             if first != again:
                 raise InputError(
                     f"{self.name}: sample {row} of {self.source} is another each time it is read; take random"
@@ -180,7 +219,35 @@ class MapSamples:
 
     def examples(self) -> Any:
         """Return the network's arguments for the first samples."""
-        return self._reader.read(self._collate([self.dataset[row] for row in range(min(EXAMPLES, self.index.size))]))[0]
+        return self._reader.read(self._batch(range(min(EXAMPLES, self.index.size))))[0]
+
+    def check_like(self, other: MapSamples | StreamSamples) -> None:
+        """Refuse samples of another shape than another split's."""
+        self._reader.check_like(other._reader)
+
+    def _batch(self, rows: Sequence[int]) -> Any:
+        """Read and collate a few samples.
+
+        Raises:
+            InputError: the data set cannot give one of them, or no batch can be made of them.
+        """
+        samples = []
+        for row in rows:
+            with self._reading(f"sample {row} of {self.source} cannot be read"):
+                samples.append(self.dataset[row])
+        with self._reading(f"no batch can be made of samples of {self.source}"):
+            return self._collate(samples)
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (NacError, GeneratorExit):
+            raise
+        except Exception as error:  # a caller's code may raise any error
+            reason = first_line(error)
+            advice = "; let the data set give tensors, or give prepare=" if "collate" in reason else ""
+            raise InputError(f"{self.name}: {what}: {type(error).__name__}: {reason}{advice}") from error
 
     def load(
         self, batches: Sequence[range], classes: int, pin: bool = False
@@ -203,7 +270,10 @@ class MapSamples:
             pin_memory=pin,
             generator=torch.Generator().manual_seed(0),  # a seed is drawn even where nothing is shuffled
         )
-        for rows, batch in zip(batches, loader, strict=True):
+        coming = iter(loader)
+        for rows in batches:
+            with self._reading(f"samples {rows.start} to {rows.stop - 1} of {self.source} cannot be read"):
+                batch = next(coming)
             arguments, labels = self._reader.read(batch)
             if (count := count_samples(arguments)) != len(rows):
                 raise InputError(f"{self.name}: {len(rows)} samples gave a batch of {count}")
@@ -236,6 +306,8 @@ class StreamSamples:
         if self._iterator is not None:
             self._kept = [first]
         self._first = self._reader.read(first)[0]
+        if not count_samples(self._first):
+            raise InputError(f"{name}: its first batch has no samples")
         self.index: NDArray[np.int64] = np.arange(0)
         """(0,): its length is not known."""
         self._identity: dict[str, Any] = {}
@@ -251,6 +323,10 @@ class StreamSamples:
     def examples(self) -> Any:
         """Return the network's arguments for the first samples."""
         return take_rows(self._first, 0, EXAMPLES)
+
+    def check_like(self, other: MapSamples | StreamSamples) -> None:
+        """Refuse samples of another shape than another split's."""
+        self._reader.check_like(other._reader)
 
     def read_identity(self) -> None:
         """Read all batches for the identity, without the network; with a fingerprint nothing is read."""
@@ -273,7 +349,8 @@ class StreamSamples:
         for batch in self._iterate():
             arguments, labels = self._reader.read(batch)
             digest.update(_digest(arguments, labels))
-            count = count_samples(arguments)
+            if not (count := count_samples(arguments)):
+                continue
             if classes is not None:
                 yield arguments, self._reader.finish(labels, count, classes, rows)
             rows += count
@@ -330,6 +407,11 @@ def _open_loader(name: str, loader: DataLoader[Any], call: Call, fingerprint: st
         raise InputError(f"{name}: its DataLoader drops the last batch; make it with drop_last=False")
     if isinstance(loader.dataset, IterableDataset):
         return StreamSamples(name, loader, call, fingerprint=fingerprint)
+    if loader.batch_sampler is None:
+        raise InputError(
+            f"{name}: its DataLoader has batch_size=None and makes no batches; give it a batch_size, or, if each of its"
+            " samples is a batch, iter(loader), a new one for every call"
+        )
     in_order = isinstance(sampler, SequentialSampler) and type(loader.batch_sampler) is BatchSampler
     if not in_order:
         what = type(sampler if sampler is not None else loader.batch_sampler).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from nacpipe.networks.call import PLAIN_CALL, Call, cast_floats, device_of, repe
 from nacpipe.networks.checkpoint_folders import find_checkpoint
 from nacpipe.networks.checkpoints import (
     Weights,
+    check_weights,
     hash_network,
     load_weights,
     published_sha256,
@@ -27,7 +28,7 @@ from nacpipe.networks.checkpoints import (
 from nacpipe.networks.models import MODELS, Model, suggest_name
 from nacpipe.networks.source import hash_source
 from nacpipe.networks.state_dicts import StateDict, find_problems, fit_keys
-from nacpipe.networks.taps import freeze
+from nacpipe.networks.taps import check_values, freeze
 from nacpipe.networks.trial import TWO_CLASSES, TrialBatch, run_trial_batch
 from nacpipe.networks.wrappers import find_device_and_dtype, unwrap, unwrap_children
 
@@ -99,15 +100,12 @@ def load_network(
             or is random in evaluation mode.
     """
     module = unwrap(model.build(benchmark.classes))
+    check_values(module)
     _check_channels(model, module, benchmark)
     chosen = _choose_weights(model, checkpoint)
     notes = chosen.notes
     if chosen.weights.read is not None:
-        states = chosen.weights.read()
-        try:
-            notes += load_weights(module, states, model.renames, chosen.source)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}{_name_fitting(model, states, benchmark.classes)}") from error
+        notes += _use_weights(load_weights, model, module, benchmark, chosen)
     sha256 = hash_network(module)
     transform, prepared_by = _choose_transform(model, benchmark, chosen, weights_transform)
     freeze(module).to(device)
@@ -117,6 +115,18 @@ def load_network(
         source=_hash_model_source(model), notes=notes, prepared_by=prepared_by,
     )  # fmt: skip
     return _run_trial_batch(network, benchmark)
+
+
+def _use_weights(
+    use: Callable[..., tuple[str, ...]], model: Model, module: nn.Module, benchmark: Benchmark, chosen: _ChosenWeights
+) -> tuple[str, ...]:
+    """Read the weights and load or check them; return notes. An error names another network that they fit."""
+    assert chosen.weights.read is not None
+    states = chosen.weights.read()
+    try:
+        return use(module, states, model.renames, chosen.source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_name_fitting(model, states, benchmark.classes)}") from error
 
 
 def _name_fitting(model: Model, states: Mapping[str, StateDict], classes: int) -> str:
@@ -135,25 +145,30 @@ def _name_fitting(model: Model, states: Mapping[str, StateDict], classes: int) -
 def blank_network(
     model: Model, benchmark: Benchmark, checkpoint: Path | None, weights_transform: str | None = None
 ) -> Network:
-    """Return a network with shapes alone: nothing is downloaded or computed, and no checkpoint is loaded.
+    """Return a network with shapes alone: nothing is downloaded or computed; a file of weights is checked, not loaded.
 
     A network that is not in the table is built and tested on the CPU, because its code may not run on the meta device.
 
     Raises:
-        CheckpointError: `checkpoint` does not exist.
+        CheckpointError: `checkpoint` does not exist, is not a checkpoint, or does not fit, naming the keys.
         InputError: the network does not fit the benchmark.
     """
     device = torch.device("meta" if model.known else "cpu")
     with device:
-        module = freeze(unwrap(model.build(benchmark.classes)))
-    unwrap_children(module)
+        module = unwrap(model.build(benchmark.classes))
+    if not model.known:
+        check_values(module)
+    unwrap_children(freeze(module))
     _check_channels(model, module, benchmark)
     unknown = checkpoint is None and model.default_weights is None
     chosen = _ChosenWeights("", Weights(None)) if unknown else _choose_weights(model, checkpoint)
+    notes = chosen.notes
+    if chosen.from_file:
+        notes += _use_weights(check_weights, model, module, benchmark, chosen)
     transform, prepared_by = _choose_transform(model, benchmark, chosen, weights_transform)
     network = Network(
         model, module, "", transform, device, find_device_and_dtype(module)[1],
-        source=_hash_model_source(model), notes=chosen.notes, prepared_by=prepared_by,
+        source=_hash_model_source(model), notes=notes, prepared_by=prepared_by,
     )  # fmt: skip
     return network if model.known else _run_trial_batch(network, benchmark)
 
@@ -214,6 +229,8 @@ class _ChosenWeights(NamedTuple):
     published: str = ""
     """Their name if they are published weights, else empty."""
     notes: tuple[str, ...] = ()
+    from_file: bool = False
+    """Whether they are a file here, which is read without a download."""
 
 
 def _choose_weights(model: Model, checkpoint: Path | None) -> _ChosenWeights:
@@ -240,7 +257,7 @@ def _recognise(model: Model, file: Path) -> _ChosenWeights:
     """Return a file's weights, with the transform of published weights if the file contains these."""
     read = partial(read_checkpoint, file)
     if (name := recognise_weights(file, model.weights)) is not None:
-        return _ChosenWeights(str(file), Weights(read, model.weights[name].transform), name)
+        return _ChosenWeights(str(file), Weights(read, model.weights[name].transform), name, from_file=True)
     named = published_sha256(file.name)
     claimed = [name for name, weights in model.weights.items() if named and weights.sha256 == named]
     notes = [
@@ -248,7 +265,7 @@ def _recognise(model: Model, file: Path) -> _ChosenWeights:
         f" --weights-transform {shlex.quote(name)}"
         for name in claimed
     ]
-    return _ChosenWeights(str(file), Weights(read), notes=tuple(notes))
+    return _ChosenWeights(str(file), Weights(read), notes=tuple(notes), from_file=True)
 
 
 def _choose_transform(
@@ -310,4 +327,15 @@ def _add_trial_batch(network: Network, trial: TrialBatch) -> Network:
         notes.append(f"{model.name} gives {outputs}, not logits: what needs logits (Energy, MaxLogit, …) is left empty")
     elif outputs == "logits" and trial.classifier is None:
         notes.append(f"no classifier and features are written: {trial.no_classifier}")
+    if outputs == "logits" and trial.bounded:
+        notes.append(
+            f"every output of {model.name} lies between 0 and 1: they are taken as logits; if a sigmoid gives them, as"
+            " for several labels of one sample, let it give what the sigmoid reads"
+        )
+    if trial.changed_buffers:
+        named = ", ".join(trial.changed_buffers[:3]) + ", …" * (len(trial.changed_buffers) > 3)
+        notes.append(
+            f"a forward pass of {model.name} changes its buffers ({named}): caches and detectors know it by their"
+            " values before; extract restores them"
+        )
     return replace(network, model=model, no_classifier=trial.no_classifier, notes=tuple(notes))

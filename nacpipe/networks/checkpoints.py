@@ -8,7 +8,7 @@ import hashlib
 import pickle
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -188,15 +188,39 @@ def load_weights(
     Raises:
         CheckpointError: keys are missing, left over, or of another shape, naming them; or several state dicts fit.
     """
-    named = states if states and all(isinstance(state, dict) for state in states.values()) else {"": dict(states)}
-    try:
-        state, notes = choose_state_dict(named, module, renames, source)
+    with _named_source(source):
+        state, notes = _choose_state(module, states, renames, source)
         module.load_state_dict(state, strict=False)
+    return notes
+
+
+def check_weights(
+    module: nn.Module, states: StateDict | Mapping[str, StateDict], renames: Mapping[str, str], source: str
+) -> tuple[str, ...]:
+    """Refuse what `load_weights` refuses, and return its notes, without loading: for a network of shapes alone.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+    """
+    with _named_source(source):
+        return _choose_state(module, states, renames, source)[1]
+
+
+def _choose_state(
+    module: nn.Module, states: StateDict | Mapping[str, StateDict], renames: Mapping[str, str], source: str
+) -> tuple[StateDict, tuple[str, ...]]:
+    named = states if states and all(isinstance(state, dict) for state in states.values()) else {"": dict(states)}
+    return choose_state_dict(named, module, renames, source)
+
+
+@contextlib.contextmanager
+def _named_source(source: str) -> Iterator[None]:
+    try:
+        yield
     except CheckpointError:
         raise
     except Exception as error:  # an entry that cannot be hashed, or an error in the network's set_extra_state
         raise CheckpointError(f"checkpoint {source} cannot be loaded: {first_line(error)}") from error
-    return notes
 
 
 def hash_network(network: nn.Module) -> str:

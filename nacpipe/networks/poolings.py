@@ -51,10 +51,13 @@ POOLINGS: Mapping[str, Pooling] = {
 }
 
 _TOKENS = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
-_CHANNELS = (
-    *(nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d),
-    *(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm),
-)
+_OF_IMAGES = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d)
+_CHANNELS = (*(nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d), *_OF_IMAGES, nn.GroupNorm)
+
+_AVERAGES = {  # over positions, of outputs of so many dimensions: these are channels first by definition
+    3: (nn.AvgPool1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),
+    4: (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+}
 
 
 def pool(
@@ -95,20 +98,21 @@ def _fit_mask(layer: str, mask: Tensor, length: int) -> Tensor:
     return padded.view(len(mask), length, stride).any(dim=2)
 
 
-def guess_pooling(module: nn.Module, shape: Sequence[int], before: str = "") -> str:
-    """Guess the pooling of a module's output, of 2 to 5 dimensions, the first being 2 samples.
+def guess_pooling(module: nn.Module, shape: Sequence[int], before: str = "", samples: int = 2) -> str:
+    """Guess the pooling of a module's output, of 2 to 5 dimensions, the first being the samples.
 
     The last module in it whose width is known decides: convolutions, norms, linear layers, recurrent ones.
 
     Args:
         module: the module.
-        shape: its output's for two samples; (length, 2, units) is without batch_first.
+        shape: its output's; (length, samples, units) is without batch_first.
         before: the pooling of the nearest output of as many dimensions that ran before, for modules without a width.
+        samples: their number.
     """
     if len(shape) == 2:
         return "none"
     if len(shape) == 3:
-        return "sum-lnc" if shape[0] != 2 else known_layout(module, shape) or before or "sum-tokens"
+        return "sum-lnc" if shape[0] != samples else known_layout(module, shape) or before or "sum-tokens"
     width = _width(module)
     first, last = shape[1], shape[-1]
     if len(shape) == 5:
@@ -121,11 +125,18 @@ def guess_pooling(module: nn.Module, shape: Sequence[int], before: str = "") -> 
 
 
 def known_layout(module: nn.Module, shape: Sequence[int]) -> str:
-    """Return the pooling of (2, a, b) or (2, a, b, c) by the last module of known width, or an empty text."""
+    """Return the pooling of (n, a, b) or (n, a, b, c) by the last module of known width, or an empty text.
+
+    Images of which a module makes tokens, (n, positions, channels), have their channels on the last axis.
+    """
     channels, units = ("sum-ncl", "sum-tokens") if len(shape) == 3 else ("sum-nchw", "sum-nhwc")
+    if isinstance(module, _AVERAGES[len(shape)]):
+        return channels
     for part in reversed(list(module.modules())):
-        if isinstance(part, _CHANNELS) and _channels(part) == shape[1]:
+        if isinstance(part, _CHANNELS) and (width := _channels(part)) == shape[1]:
             return channels
+        if isinstance(part, _OF_IMAGES) and len(shape) == 3 and width == shape[2]:
+            return units
         if isinstance(part, _TOKENS):
             return units
     return ""

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nacpipe.cache import LayerSpec
-from nacpipe.errors import InputError, first_line
+from nacpipe.errors import InputError, NacError, first_line
 from nacpipe.networks.batch_runner import Clock, clear_tracebacks, is_out_of_memory, no_clock
 from nacpipe.networks.call import (
     PLAIN_CALL,
     Call,
     cast_floats,
+    describe_input,
     device_of,
     first_output,
     map_tensors,
@@ -90,7 +91,7 @@ class Taps:
                 modules do to them matters.
             call: how the network is called, and which positions of padded samples count.
             cache_layers: paths of all layers of the cache whose values are wanted to the last bit, of which a detector
-                taps some (`_fast_path`); None: those of `layers`.
+                taps some (`fast_path`); None: those of `layers`.
             strict: whether batches with a backward pass run `strictly_deterministic`; where one fails so, it runs again
                 with warnings, and `strict` is False from then on.
             clock: called with `pool` around what pools; the extraction's profile.
@@ -127,7 +128,7 @@ class Taps:
         # (layer, the tensor passed on to the next module, torch's count of in-place changes of that tensor)
         self._passed_on: list[tuple[str, Tensor, int]] = []
         self._features: Tensor | None = None
-        self._handles = [modules[s.path].register_forward_hook(self._output_hook(s)) for s in layers]
+        self._handles = [modules[s.path].register_forward_hook(self._output_hook(s), with_kwargs=True) for s in layers]
         paths = [s.path for s in layers] if cache_layers is None else cache_layers
         attends = any(isinstance(module, nn.MultiheadAttention) for module in modules.values())
         # An encoder's fast path passes nested tensors from layer to layer, which no pooling takes.
@@ -192,7 +193,7 @@ class Taps:
             torch.set_grad_enabled(self._backward),
             nullcontext() if half is None else torch.autocast(device, dtype=half),
             run_eagerly(),
-            _fast_path(self._starts_fast) if self._attends else nullcontext(),
+            fast_path(self._starts_fast) if self._attends else nullcontext(),
             _without_cudnn(self._recurrent and self._backward and device == "cuda"),
         ):
             logits = self._call.run(self.network, images)
@@ -263,8 +264,8 @@ class Taps:
         with self._clock("pool"):
             return pool(spec.name, spec.pooling, _widen(values), self._mask)
 
-    def _output_hook(self, spec: LayerSpec) -> Callable[[nn.Module, object, object], object]:
-        def hook(_module: nn.Module, _inputs: object, whole: object) -> object:
+    def _output_hook(self, spec: LayerSpec) -> Callable[..., object]:
+        def hook(_module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], whole: object) -> object:
             output = first_output(whole)
             if output is None:
                 raise InputError(
@@ -276,6 +277,9 @@ class Taps:
                 return whole
             if self._backward and (why := why_no_gradient(output, scaled=self.precision == FP16)):
                 raise InputError(f"layer {spec.name!r} gives {why}")
+            inputs = (*args, *kwargs.values())
+            if self._backward and output.requires_grad and any(output is value for value in inputs):
+                output = output.view_as(output)  # torch.nn.Identity: what else reads its input is not its gradient
             # The first tap starts the graph: parameters need no gradient, so no graph exists below it.
             kept = start_graph(output) if self._backward else output
             passed_on = kept
@@ -354,18 +358,33 @@ def find_penultimate(
     weight = network.get_submodule(classifier).weight
     if not isinstance(weight, Tensor) or tapped.features is None or weight.shape[0] != tapped.logits.shape[1]:
         return frozenset()
-    closed_form = (tapped.logits.softmax(dim=1) - 1.0 / tapped.logits.shape[1]) @ _widen(weight)
+    weight = _widen(weight).to(tapped.logits.dtype)
+    closed_form = (tapped.logits.softmax(dim=1) - 1.0 / tapped.logits.shape[1]) @ weight
     return frozenset(
         spec.name
         for spec in layers
         if tapped.activation[spec.name].shape == tapped.features.shape == closed_form.shape
         and torch.equal(tapped.activation[spec.name], tapped.features)
-        and torch.allclose(tapped.gradient[spec.name], closed_form, rtol=1e-3, atol=1e-6)
+        and torch.allclose(tapped.gradient[spec.name].double(), closed_form.double(), rtol=1e-3, atol=1e-6)
     )
 
 
 @contextmanager
-def _fast_path(enabled: bool) -> Iterator[None]:
+def named_failures(arguments: Any) -> Iterator[None]:
+    """Say in one line that a network fails on these arguments; memory that is exhausted is for `BatchRunner`."""
+    try:
+        yield
+    except Exception as error:  # user code may raise any error
+        if isinstance(error, NacError) or is_out_of_memory(error):
+            raise
+        given = describe_input(arguments)["description"]
+        raise InputError(
+            f"the network fails on inputs {given[:200]}: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+@contextmanager
+def fast_path(enabled: bool) -> Iterator[None]:
     """Run attention with torch's fast path, which rounds otherwise, up to the cache's first tapped layer alone.
 
     Torch takes it wherever no gradient is recorded: in an extraction before the first tapped layer, and later in a
@@ -454,7 +473,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
     Raises:
         InputError: a weight has no values yet.
     """
-    _check_values(network)
+    check_values(network)
     training = [module for module in network.modules() if getattr(module, "training", False)]
     in_place = [module for module in network.modules() if getattr(module, "inplace", False) and not is_scripted(module)]
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -471,8 +490,12 @@ def frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _check_values(network: nn.Module) -> None:
-    """Refuse weights without values: of lazy modules, and on the meta device."""
+def check_values(network: nn.Module) -> None:
+    """Refuse weights without values: of lazy modules, and on the meta device.
+
+    Raises:
+        InputError: naming the first.
+    """
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if is_lazy(tensor):
             raise InputError(f"the network's weights {name!r} have no shape yet (of a lazy module); run a batch first")

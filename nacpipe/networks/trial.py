@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nacpipe.errors import InputError, first_line
 from nacpipe.networks.batch_runner import BatchRunner, is_out_of_memory
+from nacpipe.networks.buffers import kept_buffers
 from nacpipe.networks.call import (
     PLAIN_CALL,
     Call,
@@ -52,6 +53,10 @@ class TrialBatch:
     """Path of the last linear layer if W·f + b equals the logits, else None."""
     no_classifier: str
     """The reason why there is none; empty if there is one."""
+    changed_buffers: tuple[str, ...] = ()
+    """Paths of the buffers that a forward pass changes; they are restored."""
+    bounded: bool = False
+    """Whether every output lies between 0 and 1 and they are no probabilities, as behind a sigmoid for each class."""
 
 
 def run_trial_batch(
@@ -84,12 +89,14 @@ def run_trial_batch(
     images = cast_floats(repeat_samples(like, IMAGES + half), dtype) if python else _draw_images(like, dtype)
     run = partial(_run, name, network, call, classes, python)
     batch = take_rows(images, 0, IMAGES)
-    with _keep_generators(device_of(like)), torch.no_grad(), run_eagerly():
+    with _keep_generators(device_of(like)), torch.no_grad(), run_eagerly(), kept_buffers(network) as changed:
         with _record_linear(network) as inputs:
             first = run(batch)
         _check_repeatable(name, network, first, run(batch))
         mixed = run(map_tensors(lambda tensor: torch.cat([tensor[:half], tensor[IMAGES:]]), images))
-        if not _alike(first[:half], mixed[:half], BATCH_DEPENDENCE * _spread(first)):
+        without = _name_without_statistics(network)
+        allowed = _tolerance(first) if without else BATCH_DEPENDENCE
+        if not _alike(first[:half], mixed[:half], allowed * _spread(first)):
             for _ in range(3):  # a random network may have shown it only in this run
                 _check_repeatable(name, network, first, run(batch))
             sample = name_sample(images)
@@ -97,7 +104,7 @@ def run_trial_batch(
             raise InputError(
                 f"model {name!r} gives {article} {sample} other logits in another batch: they differ by"
                 f" {_distance(first[:half], mixed[:half]):.2g}; look in its forward for batch norms in training"
-                f" mode{_name_training(network)}, F.batch_norm with training=True, or statistics of the batch"
+                f" mode{_name_training(network)}{without}, F.batch_norm with training=True, or statistics of the batch"
             )
         outputs = "logits" if gives_features else name_outputs(torch.cat([first, mixed]))
         if gives_features:
@@ -106,7 +113,14 @@ def run_trial_batch(
             classifier, reason = None, f"its outputs are {outputs}, not what a linear layer gives"
         else:
             classifier, reason = find_classifier(network, inputs, first)
-    return TrialBatch(classes=first.shape[1], outputs=outputs, classifier=classifier, no_classifier=reason)
+    return TrialBatch(
+        classes=first.shape[1],
+        outputs=outputs,
+        classifier=classifier,
+        no_classifier=reason,
+        changed_buffers=tuple(changed),
+        bounded=outputs == "logits" and classifier is None and bool(((first > 0) & (first < 1)).all()),
+    )
 
 
 def find_classifier(
@@ -169,10 +183,18 @@ def _run_once(name: str, network: nn.Module, call: Call, classes: int | None, py
     except Exception as error:  # user code may raise any error
         if is_out_of_memory(error):
             raise
-        what = f"inputs {describe_input(images)['description']}"
+        what = f"inputs {_shorten(describe_input(images)['description'])}"
         if isinstance(images, Tensor) and images.dim() == 4 and images.shape[2] == images.shape[3]:
             what = f"images of {images.shape[-1]} pixels"
-        raise InputError(f"model {name!r} fails on {what}: {type(error).__name__}: {first_line(error)}") from error
+        advice = ""
+        if python and call.prepare is None and isinstance(error, TypeError) and not isinstance(images, Tensor):
+            called = "keywords" if isinstance(images, Mapping) else "arguments of their own"
+            advice = (
+                f"; its inputs are given as {called}: prepare=lambda batch: (batch,) gives them as one, prepare= of"
+                " your own others"
+            )
+        text = f"model {name!r} fails on {what}: {type(error).__name__}: {first_line(error)}{advice}"
+        raise InputError(text) from error
     floats = isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point()
     if floats and output.shape[0] == count and classes in (None, output.shape[1]):
         logits: Tensor = output.detach().cpu().clone()  # on the CPU, because MPS has no float64
@@ -183,9 +205,15 @@ def _run_once(name: str, network: nn.Module, call: Call, classes: int | None, py
     wanted = f"({count}, {'classes' if classes is None else classes})"
     kind = name_sample(images)
     advice = "; logits= is a function that takes them out of it" if python and call.logits is None else ""
-    if advice and isinstance(output, Tensor) and output.dim() == 1:
+    if isinstance(output, Tensor) and not output.is_floating_point():
+        advice = "; these are classes: let it give the numbers before the argmax"
+    elif advice and isinstance(output, Tensor) and output.dim() == 1:
         advice = f". {TWO_CLASSES.format('stack')}"
     raise InputError(f"model {name!r} gives {description} for {count} {kind}s; expected are logits, {wanted}{advice}")
+
+
+def _shorten(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _check_repeatable(name: str, network: nn.Module, first: Tensor, again: Tensor) -> None:
@@ -202,6 +230,16 @@ def _name_training(network: nn.Module) -> str:
     """Return the names of modules that are in training mode after a forward pass, as a part of a message."""
     paths = [path for path, module in network.named_modules() if path and getattr(module, "training", False)]
     return f" (after a forward pass: {', '.join(paths[:3])})" if paths else ""
+
+
+def _name_without_statistics(network: nn.Module) -> str:
+    """Return batch norms that have no running statistics, as a part of a message: they take the batch's always."""
+    paths = [
+        path
+        for path, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+    ]
+    return f" or with track_running_stats=False ({', '.join(paths[:3])})" if paths else ""
 
 
 def _alike(a: Tensor, b: Tensor, tolerance: float) -> bool:

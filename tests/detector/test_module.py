@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -488,9 +489,16 @@ def test_flags_come_back_after_a_failure(digits: Case) -> None:
     network = in_training(digits.network())
     detector = load_detector(digits.file, network)
     before = flags(network)
-    with pytest.raises(RuntimeError):
-        detector(torch.zeros(2, 3, 28, 28))  # three channels, where there is one
+    with pytest.raises(InputError, match=r"^the network fails on inputs int64 \(1, 28, 28\): RuntimeError: .* type"):
+        detector(torch.zeros(2, 1, 28, 28, dtype=torch.long))
     assert_same(before, flags(network))
+
+
+@pytest.mark.parametrize("shape", [(3, 28, 28), (1, 56, 56)])
+def test_samples_of_another_size_are_refused(shape: tuple[int, ...], digits: Case) -> None:
+    detector = load_detector(digits.file, digits.network())
+    with pytest.raises(InputError, match=rf"^samples are {re.escape(str(shape))}, .*were counted on \(1, 28, 28\): "):
+        detector(torch.zeros(2, *shape))
 
 
 def test_a_callers_autocast_does_not_reach_it(digits: Case) -> None:

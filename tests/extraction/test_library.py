@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -205,6 +206,13 @@ class Noisy(Dataset[Any]):
         return torch.randn(5), row % 3
 
 
+class Broken(Noisy):
+    def __getitem__(self, row: int) -> Any:
+        if row == 7:
+            raise OSError("gone")
+        return torch.ones(5), row % 3
+
+
 class Ragged(Dataset[Any]):
     def __len__(self) -> int:
         return 20
@@ -221,6 +229,16 @@ class Ragged(Dataset[Any]):
         (lambda d: Noisy(), "sample 0 of Noisy is another each time it is read"),
         (lambda d: Ragged(), r"samples differ in shape \(\(3, 5\); .*give mask="),
         (lambda d: [], "id/train has no samples"),
+        (lambda d: DataLoader(d, batch_size=None), r"has batch_size=None and makes no batches; give it a batch_size"),
+        (
+            lambda d: Stream(*d.tensors),
+            r"labels are int64 \(\) .*of single samples give DataLoader\(data, batch_size=…\)",
+        ),
+        (lambda d: TensorDataset(d.tensors[0], F.one_hot(d.tensors[1])), r"of one-hot rows give row\.argmax\(\)"),
+        (lambda d: [(x, str(int(y))) for x, y in d], "whole numbers; number the classes as the network does"),
+        (lambda d: [(x, int(y), "path") for x, y in d], "a sample has 3 parts; .*DataLoader's collate_fn"),
+        (lambda d: Broken(), "id/train: sample 7 of Broken cannot be read: OSError: gone"),
+        (lambda d: [(object(), 0)], "id/train: no batch can be made of samples of list: TypeError: .*give prepare="),
         (lambda d: [(d.tensors[0][:9], d.tensors[1][:9])], r"of batches give iter\(batches\)"),
         (lambda d: d.tensors, r"id/train is a tuple; give a data set, such as TensorDataset\(x, y\) or a list of"),
         (lambda d: {"x": d.tensors[0]}, "id/train is a dict; give a data set"),
@@ -399,3 +417,60 @@ def test_more_training_samples_extract_id_train_alone(tmp_path: Path) -> None:
     assert set(told) == {"id/train"}
     assert cache["id/train"].rows == 50
     assert cache["id/val"].attributes["digest"] == before["digest"]
+
+
+# --- other data than the first split's --------------------------------------------------------------------------------
+
+
+def test_splits_of_other_sizes_are_refused_and_failing_batches_are_named(tmp_path: Path) -> None:
+    """A sum over more positions is larger: an OOD set of larger images would be told by its size alone."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    train = TensorDataset(torch.randn(12, 1, 8, 8), torch.arange(12) % 3)
+    larger = TensorDataset(torch.randn(12, 1, 9, 9))
+    with pytest.raises(
+        InputError, match=r"^ood/val: .* from those of id/train \(\(1, 9, 9\); \(1, 8, 8\)\): a layer's"
+    ):
+        nacpipe.extract(network, {"id/train": train, "ood/val": larger}, tmp_path / "x.zarr", progress=False)
+    whole = TensorDataset(torch.ones(12, 1, 8, 8, dtype=torch.long))
+    with pytest.raises(
+        InputError, match=r"^ood/val, samples 4 to 7: the network fails on inputs int64 \(1, 8, 8\): Runtime"
+    ):
+        splits = {"id/train": train, "ood/val": [*TensorDataset(torch.randn(4, 1, 8, 8)), *whole]}
+        nacpipe.extract(
+            network, splits, tmp_path / "y.zarr", batch_size=4, block_rows=4, progress=False, synthetic_val=False
+        )
+
+
+def test_batches_of_no_samples_are_passed_over(tmp_path: Path) -> None:
+    network, x, y = small()
+    batches = [(x[:8], y[:8]), (x[:0], y[:0]), (x[8:], y[8:])]
+    cache = nacpipe.extract(network, {"id/train": iter(batches)}, tmp_path / "x.zarr", layers=["1"], progress=False)
+    assert cache["id/train"].label.tolist() == y.tolist()
+    with pytest.raises(InputError, match=r"^id/train: its first batch has no samples$"):
+        nacpipe.extract(network, {"id/train": iter(batches[1:])}, tmp_path / "y.zarr", progress=False)
+
+
+def test_prepare_gets_a_list_of_what_no_batch_is_made_of(tmp_path: Path) -> None:
+    network, x, y = small()
+    images = [Image.fromarray((row[None] * 40 + 128).clamp(0, 255).byte().numpy()) for row in x]
+
+    def prepare(batch: list[Image.Image]) -> Tensor:
+        return torch.stack([torch.tensor(np.asarray(image))[0].float() for image in batch])
+
+    cache = nacpipe.extract(
+        network, {"id/train": list(zip(images, y.tolist(), strict=True))}, tmp_path / "x.zarr", layers=["1"],
+        prepare=prepare, progress=False,
+    )  # fmt: skip
+    expected = network[:2](prepare(images)).detach()
+    np.testing.assert_allclose(cache["id/train"]["1"].activation[:], expected, rtol=1e-5)
+    assert cache["id/train"].label.tolist() == y.tolist()
+
+
+def test_inputs_that_are_keywords_by_mistake_are_told_so(tmp_path: Path) -> None:
+    network, x, y = small()
+    data = [{"image": row, "label": int(label)} for row, label in zip(x, y, strict=True)]
+    with pytest.raises(
+        InputError, match=r"keyword argument 'image'; .*prepare=lambda batch: \(batch,\) gives them as one"
+    ):
+        nacpipe.extract(network, {"id/train": data}, tmp_path / "x.zarr", progress=False)

@@ -275,3 +275,21 @@ def test_the_accuracy_that_a_training_script_saved(tmp_path: Path, content: Any,
     torch.save(content, tmp_path / "x.pt")
     found = read_stated_accuracy(tmp_path / "x.pt")
     assert found is None if stated is None else found == pytest.approx(stated)
+
+
+def test_a_dry_run_refuses_what_does_not_fit_and_loads_nothing(request_: ExtractRequest, tmp_path: Path) -> None:
+    """Of a known network, and before an image is read."""
+    torch.save(STATE, tmp_path / "fits.pth")
+    torch.save({key: value for key, value in STATE.items() if key != "conv1.weight"}, tmp_path / "lacks.pth")
+    (tmp_path / "damaged.pth").write_bytes(b"no checkpoint")
+    plan = plan_extraction(replace(request_, model="resnet20", checkpoint=tmp_path / "fits.pth"), dry=True)
+    assert plan.network.device.type == "meta"
+    for name, message in (
+        ("lacks", r"does not fit the network: it lacks conv1\.weight$"),
+        ("damaged", "cannot be read|not a"),
+    ):
+        request = replace(request_, model="resnet20", checkpoint=tmp_path / f"{name}.pth")
+        with pytest.raises(CheckpointError, match=message):
+            plan_extraction(request, dry=True)
+    with pytest.raises(CheckpointError, match="it fits resnet20: --model resnet20"):
+        plan_extraction(replace(request_, model="resnet32", checkpoint=tmp_path / "fits.pth"), dry=True)

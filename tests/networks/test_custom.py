@@ -70,6 +70,10 @@ def shapeless():
     return nn.LSTM(32, 10)
 
 
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+
 def text():
     return "no network"
 
@@ -244,6 +248,12 @@ def test_a_tables_layer_can_be_named_by_its_path_and_pooled_otherwise() -> None:
         (nn.LayerNorm(8), (2, 8, 8, 8), "sum-nchw"),  # anything goes
         (nn.Sequential(nn.Conv2d(3, 96, 4), nn.LayerNorm(96)), (2, 14, 10, 96), "sum-nhwc"),
         (nn.Sequential(nn.LayerNorm(96), nn.Linear(96, 96), nn.Flatten()), (2, 96, 14, 14), "sum-nchw"),  # ConvNeXt's
+        (nn.Conv2d(3, 32, 4), (2, 16, 32), "sum-tokens"),  # flattened, and its channels last
+        (nn.Conv2d(3, 32, 4), (2, 32, 16), "sum-ncl"),
+        (nn.Sequential(nn.Conv2d(3, 16, 2), nn.BatchNorm2d(32)), (2, 16, 32), "sum-tokens"),
+        (nn.Conv1d(3, 32, 4), (2, 64, 32), "sum-tokens"),  # another's channels: nothing is known
+        (nn.AdaptiveAvgPool1d(1), (2, 32, 1), "sum-ncl"),
+        (nn.AdaptiveAvgPool2d(7), (2, 7, 7, 5), "sum-nchw"),
         (nn.GELU(), (2, 14, 14, 384), "sum-nhwc"),
         (nn.GELU(), (2, 384, 14, 14), "sum-nchw"),
         (nn.GELU(), (2, 14, 10, 384), "sum-nchw"),
@@ -259,6 +269,7 @@ def test_files_that_give_no_network_are_refused(file: Path) -> None:
         "broken": r"^model '.*net\.py:broken' failed with RuntimeError: no weights$",
         "constant": r"^model '.*net\.py:constant': .*net\.py has no function 'constant'$",
         "nope": r"^model '.*net\.py:nope': .*net\.py has no function 'nope'$",
+        "lazy": r"^the network's weights '1\.weight' have no shape yet \(of a lazy module\); run a batch first$",
         "wide": r"^model 'net\.py:wide' gives \(4, 11\) for 4 images; expected are logits, \(4, 10\)$",
         "shapeless": r"^model 'net\.py:shapeless' fails on images of 32 pixels: ValueError: LSTM: Expected",
     }.items():

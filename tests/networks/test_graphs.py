@@ -460,10 +460,8 @@ def test_modules_called_with_keywords_are_tapped() -> None:
     images = torch.randn(3, 3, 16, 16)
     network = network_of(Keywords())
     names = [layer.name for layer in list_layers(network)]
-    assert names == ["backbone.0", "backbone.1", "hidden", "fc"]  # flat returns its input as it is
-    with pytest.raises(InputError, match="layer 'flat' cannot be tapped: it returns its input unchanged"):
-        measure_layers(network, ("flat",))
-    layers = [spec("backbone.0"), spec("hidden", "none")]
+    assert names == ["backbone.0", "backbone.1", "flat", "hidden", "fc"]  # flat returns what no module gave
+    layers = [spec("backbone.0"), spec("flat", "none"), spec("hidden", "none")]
     expected = by_definition(Probe(), layers, images)
     with Taps(network.module, layers, "fc") as taps:
         tapped = taps(images)

@@ -251,3 +251,28 @@ def test_a_pooling_that_does_not_fit_the_output_is_refused(path: str, pooling: s
         Taps(network, [spec(path, pooling)], "fc") as taps,
     ):
         taps(images_for(1, 6))
+
+
+class Residual(nn.Module):
+    """`pass_on` returns what it gets; the sum reads that beside it, so that the gradients of both differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pass_on, self.fc = nn.Identity(), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = (x * 2).requires_grad_() if not x.requires_grad else x * 2
+        return self.fc(hidden + torch.tanh(self.pass_on(hidden)))
+
+
+def test_the_gradient_of_an_identity_is_of_what_reads_it_alone() -> None:
+    torch.manual_seed(0)
+    network, x = freeze(Residual()), torch.randn(5, 4)
+    layers = [LayerSpec(name="pass_on", path="pass_on", pooling="none", neurons=4)]
+    with Taps(network, layers, None) as taps:
+        tapped = taps(x)
+    hidden = x * 2
+    logits = network.fc(hidden + torch.tanh(hidden))
+    expected = (logits.softmax(1) - 1 / 3) @ network.fc.weight * (1 - torch.tanh(hidden) ** 2)
+    torch.testing.assert_close(tapped.activation["pass_on"], hidden)
+    torch.testing.assert_close(tapped.gradient["pass_on"], expected)

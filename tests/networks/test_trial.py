@@ -424,6 +424,33 @@ def test_a_network_whose_logits_are_of_the_batch_is_refused(network: nn.Module) 
         try_out(network)
 
 
+class Slightly(Net):
+    """A batch norm without running statistics, which takes the batch's in evaluation mode too, changes little."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.01 * self.norm(x))
+
+
+def test_a_batch_norm_without_running_statistics_is_refused_however_little_it_changes() -> None:
+    message = r"they differ by .* or with track_running_stats=False \(norm\), F\.batch_norm"
+    with pytest.raises(InputError, match=message):
+        try_out(Slightly(nn.BatchNorm2d(3, track_running_stats=False)))
+    assert try_out(Slightly(nn.BatchNorm2d(3))).classifier == "fc"
+
+
+def test_classes_and_sigmoids_are_told_from_logits() -> None:
+    with pytest.raises(
+        InputError, match=r"\(4,\) of torch\.int64 .*; these are classes: let it give the numbers before"
+    ):
+        try_out(Net(after=lambda x: x.argmax(1)))
+    assert try_out(Net(after=torch.sigmoid)).bounded
+    assert not try_out(Net()).bounded
+
+
 def test_random_generators_are_left_as_they_were() -> None:
     def after(x: Tensor) -> Tensor:
         return x + 0 * (torch.rand(()) + float(np.random.rand()) + random.random())

@@ -62,7 +62,7 @@ def published(published_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = {}
     for row, weights in (("resnet18", "IMAGENET1K_V1"), ("resnet50", "IMAGENET1K_V2")):
         known = {**MODELS[row].weights, weights: replace(MODELS[row].weights[weights], sha256=digest[:8])}
-        rows[row] = replace(MODELS[row], weights=known)
+        rows[row] = replace(MODELS[row], weights=known, build=MODELS["resnet18"].build)  # which the file fits
     # resnet18's weights want 256 as the benchmark does; Swin-T's are told from them.
     swin = find_model("swin_t").weights["IMAGENET1K_V1"]
     rows["resnet18"] = replace(
@@ -92,7 +92,7 @@ def test_a_published_file_is_recognised_by_its_content(published: Path) -> None:
     ):
         assert network.transform == SWIN
         assert network.prepared_by == "the weights IMAGENET1K_V1"
-    second = blank_network(row("resnet50"), IMAGENET, published)
+    second = blank_network(row("resnet50"), TEN, published)
     assert (second.transform.resize, second.prepared_by) == (232, "the weights IMAGENET1K_V2")
 
 
