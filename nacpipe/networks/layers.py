@@ -570,7 +570,8 @@ def _record_outputs(network: Network, gradients: bool = True) -> dict[str, _Modu
     time_first = any(getattr(module, "batch_first", True) is False for module in network.module.modules())
     count = _count_samples(network) if time_first else 2
     inputs = network.blank(count)
-    given = {id(tensor): tensor for _, tensor in tensors_of(inputs)}  # the network's input, and what modules gave
+    given = [tensor for _, tensor in tensors_of(inputs)]  # the network's input, and what modules gave
+    places = {place for tensor in given for place in _places(tensor)}
 
     def before(path: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
@@ -581,7 +582,8 @@ def _record_outputs(network: Network, gradients: bool = True) -> dict[str, _Modu
         same = any(
             output is value and (version == -1 or value._version == version) for value, version in versions[path]
         )
-        same = same and id(output) in given  # else forward computed it, and no module before can be tapped for it
+        # What forward computed itself no module before can be tapped for; a view of all of an output is that output.
+        same = same and output is not None and not places.isdisjoint(_places(output))
         kept = None
         if output is not None and output.is_floating_point():
             kept = start_graph(output)
@@ -589,7 +591,8 @@ def _record_outputs(network: Network, gradients: bool = True) -> dict[str, _Modu
         seen[path] = _ModuleOutput(whole, output, count, time_first, runs, identity=same, kept=kept)
         passed_on = output if kept is None else clone_in_graph(kept)
         if passed_on is not None:
-            given[id(passed_on)] = passed_on
+            given.append(passed_on)  # kept, so that no other tensor is at its place
+            places.update(_places(passed_on))
         return whole if kept is None or passed_on is None else replace_first(whole, passed_on)
 
     handles: list[RemovableHandle] = []
@@ -616,6 +619,13 @@ def _record_outputs(network: Network, gradients: bool = True) -> dict[str, _Modu
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _places(tensor: Tensor) -> list[tuple[int, int]]:
+    """Return by what a tensor, and a view of all of it, is known: itself, and its memory with its number of values."""
+    dense = tensor.layout is torch.strided and not tensor.is_nested
+    memory = tensor.untyped_storage().data_ptr() if dense else 0  # 0 on the meta device too
+    return [(id(tensor), -1)] + ([(memory, tensor.numel())] if memory else [])
 
 
 def _mark_used(logits: Tensor, seen: Sequence[_ModuleOutput]) -> None:

@@ -14,7 +14,7 @@ from torchvision.models import SwinTransformer, VisionTransformer
 
 from nacpipe.errors import InputError
 from nacpipe.networks.build import Network, adopt_module
-from nacpipe.networks.layers import FORWARD_ONLY, choose_layers, measure_layers
+from nacpipe.networks.layers import FORWARD_ONLY, choose_layers, list_layers, measure_layers
 from nacpipe.networks.models import find_model
 from nacpipe.networks.taps import find_penultimate, freeze
 
@@ -258,6 +258,25 @@ class LastState(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         state = self.steps(x)[1][0][-1]
         return self.head(state if self.middle is None else self.middle(state))
+
+
+class FlattensBetween(nn.Module):
+    """Forward flattens what is pooled, and a dropout hands that on to the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act, self.pool = nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        self.drop, self.head = nn.Dropout(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.pool(self.act(self.conv(x))).flatten(1)))
+
+
+def test_what_hands_on_all_of_an_output_in_another_shape_is_no_layer() -> None:
+    torch.manual_seed(0)
+    network = adopt_module(freeze(FlattensBetween()), torch.randn(4, 1, 8, 8))
+    assert "drop" not in [layer.path for layer in list_layers(network)]
+    assert next(iter(choose_layers(network))) == "pool"
 
 
 def test_without_a_layer_the_reason_and_a_way_are_said() -> None:
