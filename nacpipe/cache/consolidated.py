@@ -20,10 +20,8 @@ from zarr.core.common import concurrent_map
 from zarr.core.sync import sync
 
 from nacpipe.cache.address import Objects
-from nacpipe.cache.durability import sync_files
 from nacpipe.cache.layout import Header, list_split_paths
 from nacpipe.cache.store import MAX_REQUESTS, read_consolidated
-from nacpipe.files import is_url
 
 
 def consolidate(root: zarr.Group, header: Header, address: str | Path) -> None:
@@ -37,8 +35,6 @@ def consolidate(root: zarr.Group, header: Header, address: str | Path) -> None:
         return
     content["consolidated_metadata"] = wanted
     objects.replace("zarr.json", json.dumps(content, separators=(",", ":")).encode())
-    if not is_url(address):
-        sync_files([Path(address, "zarr.json")], Path(address))
 
 
 def copy_is_stale(root: zarr.Group, header: Header) -> bool:

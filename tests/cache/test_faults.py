@@ -285,7 +285,6 @@ def test_what_a_mark_or_a_seal_vouches_for_is_on_the_disk_before_it(
         "id",
         "id/val",
         "zarr.json.X.partial",
-        "zarr.json",
         ".",
     ]  # last the copy of metadata
 
