@@ -75,7 +75,8 @@ def evaluate(
     """Print FPR@95, AUROC, AUPR-IN and AUPR-OUT for every OOD set in CACHE, NAC beside MSP, MaxLogit and Energy.
 
     Several caches are training runs of one network: mean ± standard deviation. On a terminal and in LaTeX in percent;
-    as JSON, CSV and Markdown in fractions. --against with --baselines prints the table and then the comparison.
+    as JSON, CSV and Markdown in fractions. --against with --baselines prints the table and then the comparison,
+    in LaTeX too.
 
     \b
     nacpipe evaluate cache/digits-digits_cnn.zarr
@@ -94,8 +95,9 @@ def evaluate(
     from nacpipe.evaluation.training_runs import check_runs
 
     best = against == "best"
-    table_too = bool(against is None or (baselines and not (best and output)) or published_results)
-    if against is not None and table_too and output:
+    rows = output not in (None, "latex")  # one table; a paper has both
+    table_too = bool(against is None or (baselines and not (best and rows)) or published_results)
+    if against is not None and table_too and rows:
         raise click.UsageError(
             f"Table and comparison are two tables, --{output} is one: leave out --against for the table, --baselines"
             " and --published-results for the comparison."
@@ -131,11 +133,10 @@ def evaluate(
             _print_described(add_flagged(frame) if output == "json" else frame, output)
             if output == "json" and "flagged_reason" in frame.attrs:
                 note(describe_flagged(frame)[0])
-        if output:
-            return
-        print_evaluation(frame)
+        else:
+            print_evaluation(frame)
     if comparison is not None and output == "latex":
-        click.echo(comparison_to_latex(comparison), nl=False)
+        click.echo("\n" * table_too + comparison_to_latex(comparison), nl=False)
     elif comparison is not None and output:
         _print_described(comparison, output)
     elif comparison is not None:

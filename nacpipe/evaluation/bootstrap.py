@@ -183,7 +183,8 @@ def simultaneous_intervals(
     """Return intervals that hold all differences together at a level, (differences, 2).
 
     Each is observed ± c · deviation of its draws; c is the level's quantile of a draw's greatest |draw − observed| /
-    deviation (Romano and Wolf 2005). A difference that never moves counts for nothing. NaN where a draw is.
+    deviation (single-step and studentised: Romano and Wolf 2005, Stepwise Multiple Testing as Formalized Data Snooping,
+    Econometrica 73(4), 1237-1282). A difference that never moves counts for nothing. NaN where a draw is.
     """
     spread = draws.std(axis=0)
     moved = spread > 0

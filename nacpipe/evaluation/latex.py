@@ -51,6 +51,7 @@ _SPECIAL = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     '"': r"{\char34}",
+    "`": r"\textasciigrave{}",
     "[": "{[}",  # where a row begins with it, it would be an option of the row before
 }
 

@@ -29,6 +29,8 @@ class Findings:
     """Its path or URL, for commands."""
     val: str
     """The split that plays OOD."""
+    output: str = ""
+    """The file that the result goes to, where one was named; empty where it goes beside the cache."""
     made_val: bool
     """Whether its samples were made from those of id/val."""
     python: bool
@@ -59,7 +61,8 @@ def _plain_score(found: Findings) -> str:
         ours, guides, where = result.checks.val_auroc, result.guide_val, "on the validation pair"
     if ours > guides:
         return ""
-    compare = command_line("evaluate", found.cache, "--against", result.guide)
+    named = ["--params", found.output] if found.output else []
+    compare = command_line("evaluate", found.cache, *named, "--against", result.guide)
     return (
         f"{result.guide} in NAC's place: its AUROC is {_percent(guides)}, NAC's {_percent(ours)} ({where}); compare"
         f" them on the test sets: {compare}"
@@ -83,7 +86,8 @@ def _gap(found: Findings) -> str:
     if found.images[fewest] < FEW_IMAGES:
         return f"more images in {fewest}, which has {found.images[fewest]}: {seen}"
     heaviest = ",".join(sorted(weights := _layer_weights(result), key=lambda layer: -weights[layer])[:2])
-    fewer = command_line("search", found.cache, "--layers", heaviest, "--study", "fewer")
+    options = ["--val", found.val] if found.val != "ood/val" else []
+    fewer = command_line("search", found.cache, "--layers", heaviest, *options, "--study", "fewer")
     return f"fewer terms: {seen}; {fewer}"
 
 

@@ -175,6 +175,7 @@ class Search:
             result=result,
             cache=str(request.cache),
             val=val,
+            output="" if request.output is None else str(request.output),
             made_val="synthetic" in self.cache[val].images,
             python=self.cache.header.information.get("written_by") == FROM_PYTHON,
             images={name: self.cache[name].rows for name in ("id/train", "id/val", val)},

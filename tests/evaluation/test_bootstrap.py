@@ -264,3 +264,17 @@ def test_the_best_as_printed(cache: Cache, run: ScoredCache) -> None:
     latex = invoke(cache.path, "--against", "best", "--resamples", "50", "--latex", "--baselines", "Entropy").stdout
     assert f"\\caption{{NAC against the best of 4 ({near} near, " in latex
     assert "bold where it does not hold 0. The best was picked by its mean AUROC on these test sets;" in latex
+
+
+@pytest.mark.parametrize("against", ["Energy", "best"])
+def test_a_paper_has_the_table_and_the_comparison(cache: Cache, against: str) -> None:
+    """In LaTeX both are printed, one after the other, under labels of their own; CSV is one table."""
+    options = [cache.path, "--against", against, "--baselines", "Entropy", "--resamples", "20"]
+    both = invoke(*options, "--latex")
+    alone = invoke(cache.path, "--baselines", "Entropy", "--latex").stdout
+    assert (both.exit_code, both.stderr) == (0, "")
+    assert both.stdout.startswith(alone)
+    found = [line for line in both.stdout.splitlines() if line.startswith(r"\label")]
+    places = ["ood-near", "ood-far", "fsood-near", "fsood-far", "ood-difference", "fsood-difference"]
+    assert found == [rf"\label{{tab:{place}}}" for place in places]
+    assert invoke(*options[:2], "Energy", *options[3:], "--csv").exit_code == 2

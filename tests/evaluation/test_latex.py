@@ -107,6 +107,7 @@ def test_runs_intervals_and_published_rows() -> None:
         ("--space", "-{}-space"),
         ("a---b", "a-{}-{}-b"),
         ("a\nb", r"a\textbackslash{}x0ab"),
+        ("a`b", r"a\textasciigrave{}b"),
         ("Größe", "Größe"),
     ],
 )

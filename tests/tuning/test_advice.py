@@ -30,6 +30,7 @@ def find(
     subtrain: tuple[float, float] = (0.5, 0.5),
     weights: Mapping[str, float] = EVEN,
     crossed: bool = True,
+    split: str = "ood/val",
     **findings: Any,
 ) -> str:
     """The advice on a result in which nothing stands out but what is given."""
@@ -51,7 +52,7 @@ def find(
         seed=1,
         ended="trials",
     )
-    given = {"cache": "c.zarr", "val": "ood/val", "made_val": False, "python": False, "images": IMAGES, **findings}
+    given = {"cache": "c.zarr", "val": split, "made_val": False, "python": False, "images": IMAGES, **findings}
     return advise(Findings(result=result, **given))
 
 
@@ -71,6 +72,15 @@ GAP_IMAGES = "95.00 % AUROC fitted, 93.40 % on images that were left out"
         (
             {"guide": 0.96, "crossed": False},
             f"GEN in NAC's place: its AUROC is 96.00 %, NAC's 95.00 % (on the validation pair); {COMPARE}",
+        ),
+        (
+            {"guide": 0.94, "output": "my p.json"},
+            "GEN in NAC's place: its AUROC is 94.00 %, NAC's 94.00 % (cross-validated); compare them on the test sets:"
+            " nacpipe evaluate c.zarr --params 'my p.json' --against GEN",
+        ),
+        (
+            {"over_images": 0.934, "split": "ood/near/a", "images": {**IMAGES, "ood/near/a": 3000}},
+            f"fewer terms: {GAP_IMAGES}; nacpipe search c.zarr --layers layer3,avgpool --val ood/near/a --study fewer",
         ),
         ({"guide": 0.945, "crossed": False}, ""),
         ({"over_images": 0.9351, "over_classes": 0.9351}, ""),
