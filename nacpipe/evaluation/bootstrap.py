@@ -7,6 +7,7 @@ one draw; the full spectrum draws id/test and csid as one set.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -106,7 +107,8 @@ def compare_methods(
             row |= {"first_value": a[metric], "second_value": b[metric], "difference": a[metric] - b[metric]}
             row |= {"low": low[place], "high": high[place], "confidence": level, "resamples": resamples}
             chance = None if np.isnan(low[place]) else bool(low[place] <= 0 <= high[place])
-            rows.append(row | {"more_than_chance": None if chance is None else not chance, "reason": reason})
+            few = f"fewer than {least_images(level)} images say nothing" if chance is None and not reason else ""
+            rows.append(row | {"more_than_chance": None if chance is None else not chance, "reason": reason or few})
     frame = pd.DataFrame(rows)
     frame["parameters"] = "; ".join(f"{name}: {text}" for name, text in describe_methods(runs).items())
     frame.attrs = dict(whole.attrs)
@@ -203,7 +205,7 @@ def _draw(runs: Sequence[ScoredCache], methods: list[str], level: float, resampl
     for task, id_splits in runs[0].tasks().items():
         for group in ("near", "far"):
             sets = [name for name in runs[0].ood_sets() if name.startswith(f"ood/{group}/")]
-            drawn = {name: _draw_set(runs, methods, id_splits, name, resamples, seed) for name in sets}
+            drawn = {name: _draw_set(runs, methods, id_splits, name, level, resamples, seed) for name in sets}
             for place, method in enumerate(methods):
                 for name, values in drawn.items():
                     found[task, group, label_set(name), method] = values[:, place]
@@ -216,7 +218,13 @@ def _draw(runs: Sequence[ScoredCache], methods: list[str], level: float, resampl
 
 
 def _draw_set(
-    runs: Sequence[ScoredCache], methods: list[str], id_splits: list[str], ood: str, resamples: int, seed: int
+    runs: Sequence[ScoredCache],
+    methods: list[str],
+    id_splits: list[str],
+    ood: str,
+    level: float,
+    resamples: int,
+    seed: int,
 ) -> NDArray[np.float64]:
     """One OOD set's metrics, (resamples, methods, 2), means over runs."""
     ranks = {}  # of one set at a time: 4 bytes per image, method and run
@@ -228,12 +236,23 @@ def _draw_set(
                 ranks[place, number] = rank_scores(inside, scored.scores[ood])
     n_id, n_ood = sum(runs[0].rows[split] for split in id_splits), runs[0].rows[ood]
     values = np.full((resamples, len(methods), len(runs), 2), np.nan)
+    if min(n_id, n_ood) < least_images(level):
+        return np.asarray(values.mean(axis=2))
     for draw in range(resamples):
         id_counts = draw_counts(n_id, "+".join(id_splits), draw, seed)
         ood_counts = draw_counts(n_ood, ood, draw, seed)
         for (place, number), (id_ranks, ood_ranks) in ranks.items():
             values[draw, place, number] = redetect(id_ranks, ood_ranks, id_counts, ood_counts)
     return np.asarray(values.mean(axis=2))
+
+
+def least_images(level: float) -> int:
+    """Return of how many images of either side an interval of this level is given: the sign test's smallest sample.
+
+    n images that all speak for one method have p = 2 · 2⁻ⁿ, which is no more than 1 − level from here on: 6 for 0.95.
+    One image drawn again is itself: the interval would have no width, whatever the image.
+    """
+    return math.ceil(round(1 - math.log2(1 - level), 9))
 
 
 def _interval(draws: NDArray[np.float64], level: float) -> NDArray[np.float64]:

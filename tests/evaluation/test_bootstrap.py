@@ -278,3 +278,18 @@ def test_a_paper_has_the_table_and_the_comparison(cache: Cache, against: str) ->
     places = ["ood-near", "ood-far", "fsood-near", "fsood-far", "ood-difference", "fsood-difference"]
     assert found == [rf"\label{{tab:{place}}}" for place in places]
     assert invoke(*options[:2], "Energy", *options[3:], "--csv").exit_code == 2
+
+
+@pytest.mark.parametrize(("images", "given"), [(1, False), (5, False), (6, True)])
+def test_an_interval_needs_images(images: int, given: bool) -> None:
+    """Of one image every draw is the same: an interval of no width would call any difference more than chance."""
+    rows = {"id/test": 400, "ood/near/a": images}
+    high, low = (
+        MethodScores(scores={"id/test": np.full(400, 1.0), "ood/near/a": np.full(images, ood)}) for ood in (0.0, 2.0)
+    )
+    run = ScoredCache(path="x", methods={"NAC": high, "MSP": low}, rows=rows, correct={}, note="")
+    for table in (compare_methods([run], "NAC", "MSP", resamples=5), compare_with_best([run], "NAC", resamples=5)):
+        assert list(table["difference"]) == [-1.0, 1.0] * 2
+        assert list(table["more_than_chance"]) == [True if given else None] * 4
+        assert set(table["reason"]) == {"" if given else "fewer than 6 images say nothing"}
+    assert add_confidence(tabulate([run]), [run], resamples=5)["auroc_low"].notna().all() == given
