@@ -119,6 +119,8 @@ def layers(model: str, benchmark: str | None, as_json: bool) -> None:
     side = network.image_transform.crop
     chosen = row.default or [layer.name for layer in reversed(tappable) if layer.name in default]
     note(f"images of {side}×{side}; tapped by default: {', '.join(chosen)}")
+    if any(layer.guessed for layer in tappable):
+        note("?: a pooling guessed from the output's shape; nacpipe extract … --pooling LAYER=KIND sets another")
 
 
 def _remark(layer: Tappable, default: bool) -> str:

@@ -36,7 +36,7 @@ def describe_overfitting(subtrain: float | None, guide: tuple[str, float] | None
         guide: the best plain score and its AUROC; None where there is none.
     """
     if subtrain is None:
-        return "overfitting check: not made, the cache has no finished id/subtrain and id/val"
+        return "overfitting check: not made, it needs a finished id/subtrain: training images that are not in id/train"
     measured = f"AUROC of id/val against id/subtrain {100 * subtrain:.2f} %"
     if guide is None:
         return f"overfitting check: {measured}; the more it is below 50 %, the more NAC prefers training images"

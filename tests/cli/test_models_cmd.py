@@ -39,7 +39,10 @@ def test_layers_are_listed() -> None:
     assert lines[0] == ["layer", "module", "output", "pooling", "neurons"]
     assert ["layer_norm", "encoder.ln", "197×768", "class-token", "768", "default"] in lines
     assert ["encoder.layers.encoder_layer_0.mlp.0", "197×3072", "sum-tokens?", "3072"] in lines
-    assert result.stderr == "images of 224×224; tapped by default: layer_norm, layer_11, layer_10, layer_9\n"
+    assert result.stderr == (
+        "images of 224×224; tapped by default: layer_norm, layer_11, layer_10, layer_9\n"
+        "?: a pooling guessed from the output's shape; nacpipe extract … --pooling LAYER=KIND sets another\n"
+    )
     found = {layer["name"]: layer for layer in json.loads(nacpipe("layers", "resnet50", "--json").stdout)}
     assert found["layer3"] == {
         "name": "layer3",
