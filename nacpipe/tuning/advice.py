@@ -51,7 +51,7 @@ def advise(found: Findings) -> str:
 
 
 def _plain_score(found: Findings) -> str:
-    """NAC is no better than the best plain score."""
+    """NAC is no better than the best plain score, and could be."""
     result = found.result
     if result.guide is None or result.guide_val is None:
         return ""
@@ -59,7 +59,7 @@ def _plain_score(found: Findings) -> str:
         ours, guides, where = crossed.images, crossed.guide, "cross-validated"
     else:
         ours, guides, where = result.checks.val_auroc, result.guide_val, "on the validation pair"
-    if ours > guides:
+    if ours > guides or ours == 1.0:
         return ""
     named = ["--params", found.output] if found.output else []
     compare = command_line("evaluate", found.cache, *named, "--against", result.guide)

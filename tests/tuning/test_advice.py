@@ -65,6 +65,7 @@ GAP_IMAGES = "95.00 % AUROC fitted, 93.40 % on images that were left out"
     [
         ({}, ""),
         ({"guide": None}, ""),
+        ({"guide": 1.0, "val": 1.0, "crossed": False}, ""),
         (
             {"guide": 0.94},
             f"GEN in NAC's place: its AUROC is 94.00 %, NAC's 94.00 % (cross-validated); {COMPARE}",
