@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ SIGNS = {"fpr95": 1.0, "auroc": -1.0}  # times the value: smaller is better
 MEANS = {"near": "Near-OOD", "far": "Far-OOD"}
 TASKS = {"ood": "ID is the test set", "fsood": "full spectrum: ID is the test set and the covariate-shifted sets"}
 EMPTY = "--"
+LAST_LATIN = "\u017f"  # of the letters that pdflatex knows
 PRINTED = {  # the names of OpenOOD's lists
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
@@ -76,7 +78,7 @@ def to_latex(frame: pd.DataFrame) -> str:
         caption = _caption(frame, rows.iloc[0], str(group))
         blocks.append(_table(tabular, caption, f"tab:{task}-{group}", parameter_lines(frame)))
     blocks += [_comment(line) for line in footnotes(frame)]
-    return "\n".join(blocks) + "\n"
+    return _join(blocks)
 
 
 def comparison_to_latex(frame: pd.DataFrame) -> str:
@@ -103,7 +105,7 @@ def comparison_to_latex(frame: pd.DataFrame) -> str:
         blocks.append(_table(tabular, caption, f"tab:{task}-difference", parameter_lines(frame)))
     reasons = dict.fromkeys(reason for reason in frame["reason"] if reason)
     blocks += [_comment(f"empty: {reason}") for reason in reasons]
-    return "\n".join(blocks) + "\n"
+    return _join(blocks)
 
 
 def print_name(name: str) -> str:
@@ -115,6 +117,15 @@ def _head(frame: pd.DataFrame) -> list[str]:
     """The comments before the tables: what they need, what NAC is, and where its parameters are from."""
     lines = [*parameter_lines(frame), *frame.attrs.get("sources", [])]
     return [r"% needs \usepackage{booktabs,graphicx}; all in percent", *(_comment(line) for line in lines)]
+
+
+def _join(blocks: Sequence[str]) -> str:
+    """Return the whole; letters that pdflatex stops at, Latin apart, are named in a comment at its head."""
+    head, *rest = blocks
+    printed = (line for block in rest for line in block.splitlines() if not line.startswith("%"))
+    if foreign := sorted({c for line in printed for c in line if c > LAST_LATIN}):
+        head += "\n" + _comment(f"for lualatex or xelatex, with a font that has {' '.join(foreign)}")
+    return "\n".join([head, *rest]) + "\n"
 
 
 def _table(tabular: str, caption: str, label: str, notes: Sequence[str]) -> str:
@@ -154,7 +165,8 @@ def _on_benchmark(frame: pd.DataFrame) -> str:
 
 def escape_latex(text: str) -> str:
     """Return text that LaTeX prints as it is; control characters, which a foreign name may hold, as escapes."""
-    shown = "".join(c if c.isprintable() else escape(c) for c in text)
+    composed = unicodedata.normalize("NFC", text)  # of a letter and its accent one letter
+    shown = "".join(c if c.isprintable() else escape(c) for c in composed)
     return re.sub("-(?=-)", "-{}", "".join(_SPECIAL.get(c, c) for c in shown))  # two hyphens would be a dash
 
 

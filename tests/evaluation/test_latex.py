@@ -109,10 +109,19 @@ def test_runs_intervals_and_published_rows() -> None:
         ("a\nb", r"a\textbackslash{}x0ab"),
         ("a`b", r"a\textasciigrave{}b"),
         ("Größe", "Größe"),
+        ("Gro\u0308ße", "Größe"),
     ],
 )
 def test_names_are_printed_as_they_are(name: str, expected: str) -> None:
     assert escape_latex(name) == expected
+
+
+def test_letters_that_pdflatex_lacks_are_named(make_cache: Callable[..., Cache], tmp_path: Path) -> None:
+    latin = make_cache(tmp_path / "c.zarr", rows={"ood/far/größe": 30})
+    assert "lualatex" not in to_latex(evaluate(latin, PARAMS))
+    other = make_cache(tmp_path / "d.zarr", rows={"ood/far/数字": 30, "ood/near/φ": 30})
+    lines = to_latex(evaluate(other, PARAMS)).splitlines()
+    assert lines[1] == "% for lualatex or xelatex, with a font that has φ 字 数"
 
 
 @given(st.text(max_size=20))

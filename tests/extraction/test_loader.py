@@ -158,7 +158,7 @@ class Sums(Dataset[int]):
 
 
 DECODING = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from nacpipe.benchmarks.standard import find_benchmark
 from nacpipe.errors import ImageError
@@ -166,6 +166,7 @@ from nacpipe.extraction.dataset import open_images
 from nacpipe.extraction.loader import load_batches
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which what runs in the background ignores
     benchmark = find_benchmark("cifar10")
     images = open_images(benchmark, benchmark.split("id/val"), Path(sys.argv[1]), train_images=1, train_seed=1)
     batches = [(0, range(3))] * 1_000_000
