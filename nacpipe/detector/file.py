@@ -103,11 +103,13 @@ class Exported:
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
-        """The shape of one sample of the counted states, without a padded length; None: it is not known."""
+        """The shape of one sample of the counted states, of its first tensor; None: it is not known, or padded."""
         if not self.prepares_input:
             transform = self.transform
             return (len(transform.mean), transform.crop, transform.crop)
-        shape = self.identity["input"].get("shape")
+        shape, described = self.identity["input"].get("shape"), self.identity["input"].get("description")
+        if re.search(r"[( ]length[,)]", str(described)):
+            return None
         return tuple(shape) if isinstance(shape, list | tuple) else None
 
     @property

@@ -45,11 +45,11 @@ from nacpipe.networks.call import (
     PLAIN_CALL,
     Call,
     Mask,
-    describe_input,
     device_of,
     map_tensors,
     move,
     repeat_samples,
+    tensors_of,
 )
 from nacpipe.networks.checkpoints import hash_network
 from nacpipe.networks.poolings import POOLINGS
@@ -228,11 +228,13 @@ class Detector(nn.Module):
         """
         if self._exported is None or self._call.mask_of(arguments) is not None:
             return
-        counted, given = self._exported.sample_shape, describe_input(arguments)["shape"]
-        if counted is not None and list(counted) != given:
+        counted = self._exported.sample_shape
+        # Keywords may come in another order than those of the counted samples, whose first tensor is known.
+        given = [tuple(tensor.shape[1:]) for _, tensor in tensors_of(arguments)]
+        if counted is not None and counted not in given:
             raise InputError(
-                f"samples are {tuple(given)}, and this detector's states were counted on {tuple(counted)}: a layer's"
-                " states are sums over its positions; bring them to that size"
+                f"samples are {' and '.join(map(str, given))}, and this detector's states were counted on {counted}: a"
+                " layer's states are sums over its positions; bring them to that size"
             )
 
     def _term_scores(self, tapped: Tapped) -> tuple[list[NDArray[np.float64]], NDArray[np.bool_]]:

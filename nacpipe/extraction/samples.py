@@ -84,7 +84,8 @@ class _Reader:
         given, label = split_label(batch)
         arguments = self._call.arguments(given)
         rows = count_samples(arguments)
-        shapes = [(name, tuple(tensor.shape[1:])) for name, tensor in tensors_of(arguments)]
+        # Keywords may come in any order.
+        shapes = sorted((name, tuple(tensor.shape[1:])) for name, tensor in tensors_of(arguments))
         if self._shapes is None:
             self._shapes, self._masked = shapes, self._call.mask_of(arguments) is not None
         elif shapes != self._shapes and self._call.mask_of(arguments) is None:

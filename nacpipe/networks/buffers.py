@@ -17,7 +17,11 @@ from nacpipe.networks.wrappers import is_scripted
 
 @contextmanager
 def kept_buffers(network: nn.Module) -> Iterator[list[str]]:
-    """Restore the buffers of a network after the `with` block; the list then names those that it had changed."""
+    """Restore the buffers of a network after the `with` block; the list then names those that it had changed.
+
+    One that is in no state dict and was replaced stays replaced, such as a table of positions that grew with the input:
+    the network may have noted its new size.
+    """
     before = [
         (f"{path}.{name}" if path else name, module, name, buffer, _version(buffer), buffer.detach().clone())
         for path, module in network.named_modules()
@@ -31,14 +35,24 @@ def kept_buffers(network: nn.Module) -> Iterator[list[str]]:
     finally:
         for path, module, name, buffer, version, value in before:
             replaced = module._buffers.get(name) is not buffer
+            if replaced and name in module._non_persistent_buffers_set:
+                continue
             if replaced:
                 module._buffers[name] = buffer
             if _version(buffer) != version:
                 with torch.no_grad():
-                    buffer.copy_(value)
+                    once = _once(buffer)
+                    buffer[once].copy_(value[once])
             elif not replaced:
                 continue
             changed.append(path)
+
+
+def _once(tensor: Tensor) -> tuple[slice, ...]:
+    """Return an index that takes every place in memory once: torch writes to no expanded tensor."""
+    if tensor.layout is not torch.strided:
+        return ()
+    return tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
 
 
 def _version(tensor: Tensor) -> int:

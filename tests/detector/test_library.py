@@ -106,6 +106,33 @@ def test_another_call_is_refused(tmp_path: Path) -> None:
         nacpipe.Detector.load(tmp_path / "d.safetensors", kind.network)
 
 
+def test_samples_without_padding_need_no_mask(tmp_path: Path) -> None:
+    """The states were counted on padded samples: no length is another than theirs."""
+
+    class Tokens(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.first, self.head = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            return self.head((self.first(self.embed(input_ids)).relu() * mask[..., None]).sum(1))
+
+    torch.manual_seed(0)
+    network, ids = Tokens(), torch.randint(9, (20, 6))
+    mask = (torch.arange(6) < torch.arange(20)[:, None] % 4 + 3).long()
+    rows = [{"input_ids": a, "attention_mask": b, "label": 0} for a, b in zip(ids, mask, strict=True)]
+    cache = nacpipe.extract(
+        network, {"id/train": rows, "id/val": rows}, tmp_path / "x.zarr", layers=["first"], progress=False,
+        synthetic_val=False,
+    )  # fmt: skip
+    params = nacpipe.NacParams(layers={"first": nacpipe.LayerParams(bins=9, saturation=3, alpha=1.0)})
+    detector = nacpipe.Detector.from_cache(cache, params, network)
+    short = ids[:, :5]
+    expected = detector({"input_ids": short, "attention_mask": torch.ones_like(short)}).score
+    assert torch.equal(detector({"input_ids": short}).score, expected)
+
+
 def test_another_network_is_refused(wine: Any) -> None:
     _, cache, params = wine
     other = torch.nn.Sequential(torch.nn.Linear(13, 3))

@@ -442,6 +442,32 @@ def test_splits_of_other_sizes_are_refused_and_failing_batches_are_named(tmp_pat
         )
 
 
+def test_keywords_may_come_in_another_order(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow, self.head = nn.Linear(5, 8), nn.Linear(2, 8), nn.Linear(8, 3)
+
+        def forward(self, wide: Tensor, narrow: Tensor) -> Tensor:
+            return self.head((self.wide(wide) + self.narrow(narrow)).relu())
+
+    torch.manual_seed(0)
+    wide, narrow = torch.randn(12, 5), torch.randn(12, 2)
+    rows = [{"wide": a, "narrow": b, "label": row % 3} for row, (a, b) in enumerate(zip(wide, narrow, strict=True))]
+    turned = [dict(reversed(row.items())) for row in rows]
+    network, splits = Two(), {"id/train": rows, "id/val": turned}
+    cache = nacpipe.extract(network, splits, tmp_path / "x.zarr", layers=["wide"], progress=False, synthetic_val=False)
+    expected = network.wide(wide).detach()
+    for split in splits:
+        np.testing.assert_allclose(cache[split]["wide"].activation[:], expected, rtol=1e-5, atol=1e-6)
+    params = nacpipe.NacParams(layers={"wide": nacpipe.LayerParams(bins=9, saturation=3, alpha=1.0)})
+    detector = nacpipe.Detector.from_cache(cache, params, network)
+    scores = detector({"wide": wide, "narrow": narrow}).score
+    assert torch.equal(detector({"narrow": narrow, "wide": wide}).score, scores)
+    with pytest.raises(InputError, match=r"^samples are \(1,\) and \(3,\), .* counted on \(5,\)"):
+        detector({"narrow": narrow[:, :1], "wide": wide[:, :3]})
+
+
 def test_batches_of_no_samples_are_passed_over(tmp_path: Path) -> None:
     network, x, y = small()
     batches = [(x[:8], y[:8]), (x[:0], y[:0]), (x[8:], y[8:])]

@@ -62,3 +62,46 @@ def test_a_network_that_counts_its_calls_is_the_same_after_extraction(
     fitted = nacpipe.Detector.fit(network, [data.tensors[0]], params)
     assert hash_network(network) == before
     assert fitted(data.tensors[0]).score.tolist() == pytest.approx(expected.tolist())
+
+
+class Growing(nn.Module):
+    """Makes its table of positions anew for longer inputs, and notes the size in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+        self._grow(2)
+
+    def _grow(self, length: int) -> None:
+        self.length = length
+        self.register_buffer("positions", torch.arange(length)[:, None] / length, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > self.length:
+            self._grow(x.shape[1])
+        return self.head((self.hidden(x) + self.positions[: x.shape[1]]).relu().sum(1))
+
+
+def test_a_table_that_is_in_no_state_dict_stays_as_long_as_it_grew(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, data = Growing(), TensorDataset(torch.randn(30, 4, 5), torch.arange(30) % 3)
+    with kept_buffers(network) as changed:
+        expected = network(data.tensors[0])
+    assert changed == []
+    assert torch.equal(network.positions[:, 0], torch.arange(4) / 4)
+    assert torch.equal(network(data.tensors[0]), expected)
+    network = Growing()
+    cache = nacpipe.extract(network, {"id/train": data}, tmp_path / "x.zarr", synthetic_val=False, progress=False)
+    assert cache["id/train"].rows == 30
+    assert network.positions.shape == (4, 1)
+
+
+def test_buffers_that_share_memory_are_restored() -> None:
+    network = nn.Module()
+    network.register_buffer("count", torch.zeros(1))
+    network.register_buffer("counts", network.count.expand(3))
+    with kept_buffers(network) as changed:
+        network.count.add_(2)
+        assert network.counts.tolist() == [2, 2, 2]
+    assert changed == ["count", "counts"]
+    assert (network.count.tolist(), network.counts.tolist()) == ([0], [0, 0, 0])
