@@ -103,8 +103,9 @@ def products(precision: str) -> Iterator[None]:
     Both of torch's ways to say it are set: reading one that contradicts the other is an error.
     """
     backends: Any = torch.backends
-    kinds = [getattr(of, kind) for of in (backends.cudnn, backends.mkldnn) for kind in ("conv", "rnn")]
-    kinds += [backends.cuda.matmul, backends.mkldnn.matmul]
+    of_gpu = [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul]
+    of_cpu = [backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul]
+    kinds = [*of_gpu, *of_cpu]
     before = [kind.fp32_precision for kind in kinds]
     try:
         whole = torch.get_float32_matmul_precision()
@@ -112,9 +113,10 @@ def products(precision: str) -> Iterator[None]:
         whole = None
     try:
         backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = precision == TF32
-        for kind in kinds:  # allow_tf32 = False leaves cuDNN's to what was chosen for all of torch
-            of_cpu = kind in (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
-            kind.fp32_precision = "tf32" if precision == TF32 and not of_cpu else "ieee"
+        for kind in of_gpu:  # allow_tf32 = False leaves cuDNN's to what was chosen for all of torch
+            kind.fp32_precision = "tf32" if precision == TF32 else "ieee"
+        for kind in of_cpu:
+            kind.fp32_precision = "ieee"
         yield
     finally:
         if whole is not None:
@@ -187,13 +189,18 @@ def deterministic(found: Callable[[str], None] = lambda name: None) -> Iterator[
         yield
 
 
+def only_warns() -> bool:
+    """Return whether torch runs what has no deterministic algorithm with a warning, as in `deterministic`."""
+    return torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 @contextmanager
 def strictly_deterministic() -> Iterator[None]:
     """Within `deterministic`, raise an error in place of its warnings; restored afterwards.
 
     Attention on CUDA has a deterministic backward pass, which torch takes only so: where it warns, it takes another.
     """
-    if not (torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()):
+    if not only_warns():
         yield
         return
     torch.use_deterministic_algorithms(True)

@@ -34,7 +34,7 @@ from nacpipe.networks.call import (
     replace_first,
 )
 from nacpipe.networks.poolings import POOLINGS, pool
-from nacpipe.networks.precision import AUTOCAST, FP16, FP32, GRADIENT_SCALE, strictly_deterministic
+from nacpipe.networks.precision import AUTOCAST, FP16, FP32, GRADIENT_SCALE, only_warns, strictly_deterministic
 from nacpipe.networks.trial import first_tensor
 from nacpipe.networks.wrappers import find_device_and_dtype, is_scripted, run_eagerly, unwrapped_children
 
@@ -92,8 +92,8 @@ class Taps:
             call: how the network is called, and which positions of padded samples count.
             cache_layers: paths of all layers of the cache whose values are wanted to the last bit, of which a detector
                 taps some (`fast_path`); None: those of `layers`.
-            strict: whether batches with a backward pass run `strictly_deterministic`; where one fails so, it runs again
-                with warnings, and `strict` is False from then on.
+            strict: whether batches with a backward pass run `strictly_deterministic` where torch only warns; where one
+                fails so, it runs again with warnings, and `strict` is False from then on.
             clock: called with `pool` around what pools; the extraction's profile.
 
         Raises:
@@ -157,7 +157,7 @@ class Taps:
         try:
             self._mask = self._call.mask_of(images)
             arguments = map_tensors(_leave_inference, cast_floats(images, self._dtype))
-            if self.strict and (tapped := self._run_strictly(arguments)) is not None:
+            if self.strict and only_warns() and (tapped := self._run_strictly(arguments)) is not None:
                 return tapped
             return self._run(arguments)
         finally:
@@ -178,7 +178,7 @@ class Taps:
         try:
             with strictly_deterministic():
                 return self._run(map_tensors(torch.clone, images))
-        except RuntimeError as error:
+        except (RuntimeError, InputError) as error:  # the latter of the backward pass
             if is_out_of_memory(error):
                 raise
             clear_tracebacks(error)
@@ -247,7 +247,7 @@ class Taps:
                     logits, outputs, grad_outputs=(logits_gradient * scale).to(logits.dtype), allow_unused=True
                 )
             except RuntimeError as error:
-                if self.strict or is_out_of_memory(error):
+                if is_out_of_memory(error):
                     raise
                 raise InputError(
                     f"no gradient of the logits can be computed in layer {self.layers[0].name!r} or another that is"
