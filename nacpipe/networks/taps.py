@@ -35,7 +35,7 @@ from nacpipe.networks.call import (
 )
 from nacpipe.networks.poolings import POOLINGS, pool
 from nacpipe.networks.precision import AUTOCAST, FP16, FP32, GRADIENT_SCALE, only_warns, strictly_deterministic
-from nacpipe.networks.trial import first_tensor
+from nacpipe.networks.trial import first_tensor, shorten
 from nacpipe.networks.wrappers import find_device_and_dtype, is_scripted, run_eagerly, unwrapped_children
 
 # A network in use has hooks and changed flags, which calls from other threads must not see.
@@ -377,10 +377,8 @@ def named_failures(arguments: Any) -> Iterator[None]:
     except Exception as error:  # user code may raise any error
         if isinstance(error, NacError) or is_out_of_memory(error):
             raise
-        given = describe_input(arguments)["description"]
-        raise InputError(
-            f"the network fails on inputs {given[:200]}: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        given = shorten(describe_input(arguments)["description"])
+        raise InputError(f"the network fails on inputs {given}: {type(error).__name__}: {first_line(error)}") from error
 
 
 @contextmanager

@@ -183,7 +183,7 @@ def _run_once(name: str, network: nn.Module, call: Call, classes: int | None, py
     except Exception as error:  # user code may raise any error
         if is_out_of_memory(error):
             raise
-        what = f"inputs {_shorten(describe_input(images)['description'])}"
+        what = f"inputs {shorten(describe_input(images)['description'])}"
         if isinstance(images, Tensor) and images.dim() == 4 and images.shape[2] == images.shape[3]:
             what = f"images of {images.shape[-1]} pixels"
         advice = ""
@@ -212,7 +212,8 @@ def _run_once(name: str, network: nn.Module, call: Call, classes: int | None, py
     raise InputError(f"model {name!r} gives {description} for {count} {kind}s; expected are logits, {wanted}{advice}")
 
 
-def _shorten(text: str, most: int = 200) -> str:
+def shorten(text: str, most: int = 200) -> str:
+    """Cut a description of inputs, which may name many, for a message of one line."""
     return text if len(text) <= most else f"{text[:most]}…"
 
 
